@@ -1,0 +1,99 @@
+//! What can go wrong in the datapath, by kind.
+
+use crate::units::{ByteRange, Epoch, Seq};
+
+/// A well-formed frame that breaks the protocol. It closes its link and is counted; nothing else is hurt.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Violation {
+    /// The sender was fenced, or we were.
+    #[error("frame of epoch {found}, ours is {ours}: the sender is not this volume's primary any more")]
+    Epoch {
+        /// As sent.
+        found: Epoch,
+        /// What this node holds.
+        ours: Epoch,
+    },
+    /// A change out of order.
+    #[error("change with seq {found} where {expected} was due")]
+    SeqOrder {
+        /// As sent.
+        found: Seq,
+        /// The one that was due.
+        expected: Seq,
+    },
+    /// An ack of something never sent.
+    #[error("ack up to seq {found}, but only {sent} was sent")]
+    AckFromTheFuture {
+        /// As sent.
+        found: Seq,
+        /// The last one sent.
+        sent: Seq,
+    },
+    /// An ack that takes back an earlier one, or is durable past what is applied.
+    #[error("ack went back to seq {found} after {before}")]
+    AckWentBack {
+        /// As sent.
+        found: Seq,
+        /// Acked before.
+        before: Seq,
+    },
+    /// A range outside the volume.
+    #[error("change of bytes {range}, the volume has {size}")]
+    OutOfVolume {
+        /// As sent.
+        range: ByteRange,
+        /// Bytes of the volume.
+        size: u64,
+    },
+    /// The payload does not match its checksum.
+    #[error("payload of seq {seq} has checksum {computed:#010x}, the header says {announced:#010x}: damaged in transit")]
+    PayloadChecksum {
+        /// Of the frame.
+        seq: Seq,
+        /// By the header.
+        announced: u32,
+        /// Over the bytes that arrived.
+        computed: u32,
+    },
+    /// A frame that only the other role sends.
+    #[error("{what} from a peer that is not {role} of this volume")]
+    Role {
+        /// The frame.
+        what: &'static str,
+        /// Who may send it.
+        role: &'static str,
+    },
+    /// More ring space returned than was ever used, or less than before.
+    #[error("peer returned {found} bytes of ring space in all, {sent} were used and {before} returned before")]
+    RingReturned {
+        /// As sent.
+        found: u64,
+        /// Used so far.
+        sent: u64,
+        /// Returned before.
+        before: u64,
+    },
+    /// A frame larger than the ring has room for: the peer ignored its permits.
+    #[error("frame of {frame_len} bytes overruns the ring: the peer posts without permits")]
+    RingOverrun {
+        /// Bytes of the frame.
+        frame_len: usize,
+    },
+}
+
+/// Why a request of a front end failed. Front ends translate it (NBD: `EIO`, `ESHUTDOWN`, `EINVAL`, `ENOSPC`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum IoError {
+    /// This node does not (or no longer) serve the volume.
+    #[error("this node is not the volume's primary")]
+    NotPrimary,
+    /// The local disk failed.
+    #[error("the disk failed")]
+    DiskFailed,
+    /// The request does not fit the volume or a limit.
+    #[error("request out of range or over a limit")]
+    Invalid,
+    /// The disk is full.
+    #[error("no space left on the disk")]
+    NoSpace,
+}

@@ -1,0 +1,83 @@
+//! Every bound of the datapath, each with the sentence that says how it was picked.
+
+/// Largest payload of one NBD request and so of one frame: 32 MiB, the size every known NBD client stays within and the
+/// one the NBD specification tells servers to accept when nothing was negotiated.
+pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
+
+/// Smallest request we advertise: one byte, because the mapping has no blocks and old clients send odd tails.
+pub const BLOCK_LEN_MIN: u32 = 1;
+
+/// Block size we ask clients to prefer: the page, since smaller writes fault and write back a whole one anyway.
+pub const BLOCK_LEN_PREFERRED: u32 = 4096;
+
+/// Largest volume: 16 EiB less headroom would fit a u64, but offsets go through `i64` system calls; 8 EiB - 1 page.
+pub const VOLUME_LEN_MAX: u64 = (1 << 63) - 4096;
+
+/// Smallest volume: one page, so that every mapping has at least one.
+pub const VOLUME_LEN_MIN: u64 = 4096;
+
+/// Bytes of a peer's ring. Holds one request of the largest size and its header twice over, so a 32 MiB write never
+/// waits for the whole ring to empty; a power of two and a multiple of 2 MiB, so that huge pages can back it.
+pub const RING_LEN: u64 = 128 << 20;
+
+/// Changes of one volume in flight (landed, not yet released by the peer). 32 deep on 16 connections with room to
+/// spare; the window, the range table and the request table are allocated for this many once.
+pub const WINDOW_LEN: usize = 1024;
+
+/// Requests of one volume waiting for an overlapping one. More than this and the connection that sent the next one is
+/// not read until there is room.
+pub const WAITERS_LEN: usize = 1024;
+
+/// Requests one NBD connection may have open before we stop reading it: what kernel and user clients use at most
+/// (fio and the kernel's nbd driver stay at or under 128) with a factor of two.
+pub const CONNECTION_REQUESTS_MAX: usize = 256;
+
+/// NBD connections one node serves: enough for 64 clients of 16 connections; each costs about 1 KiB when idle.
+pub const CONNECTIONS_MAX: usize = 1024;
+
+/// Bytes of one NBD option a client may send: the longest legitimate one is an export name (4 KiB) with a list of
+/// info or context requests.
+pub const NBD_OPTION_LEN_MAX: u32 = 16 << 10;
+
+/// Control messages a transport queues for a peer that does not read, after which `send` refuses: acks coalesce, so
+/// only flush requests, keep-alives and role messages stand here.
+pub const MESSAGES_QUEUED_MAX: usize = 256;
+
+/// Frames handed to the kernel in one gather call; `IOV_MAX` is 1024 and each frame uses up to three pieces.
+pub const GATHER_PIECES_MAX: usize = 96;
+
+/// Events one `Link::poll` call may deliver, so that one busy link cannot keep the reactor from the others.
+pub const LINK_EVENTS_MAX: usize = 64;
+
+/// Bytes of one background copy step. Large enough to reach the link's rate with a few in flight, small enough that a
+/// foreground write to the same range waits well under a millisecond on a 10 Gbit/s link.
+pub const RESYNC_CHUNK_LEN: u64 = 256 << 10;
+
+/// Background copy steps in flight: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
+pub const RESYNC_CHUNKS_IN_FLIGHT: usize = 8;
+
+/// Bytes of the disk that one bit of the in-memory dirty bitmap stands for (64 KiB: 16 TiB costs 32 MiB).
+pub const DIRTY_GRAIN_LEN: u64 = 64 << 10;
+
+/// Bytes of a hole sent as one trim step by the background copy: a whole TiB is then a thousand small frames.
+pub const RESYNC_HOLE_LEN_MAX: u64 = 1 << 30;
+
+/// Flusher threads a disk has: flushes merge, so a second thread only keeps a trim from delaying a flush.
+pub const DISK_WORKERS: usize = 2;
+
+/// Microseconds the adaptive mode may spin before it sleeps: about twice a loopback round trip with a context
+/// switch in it; the spin shrinks to nothing when it keeps finding nothing.
+pub const SPIN_US_MAX: u64 = 50;
+
+/// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
+/// for any live client, short enough that a hung one does not hold a range for good.
+pub const PAYLOAD_STALL_S_MAX: u64 = 30;
+
+/// Seconds a client may take for the whole NBD handshake.
+pub const HANDSHAKE_S_MAX: u64 = 10;
+
+/// Bytes of a peer's hello: a JSON object of known keys is under 2 KiB; histories are bounded.
+pub const HELLO_LEN_MAX: u32 = 64 << 10;
+
+/// Generations a superblock remembers behind the current one.
+pub const GENERATION_HISTORY_LEN: usize = 8;
