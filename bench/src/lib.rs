@@ -1,0 +1,2 @@
+//! Benchmarks of costandby.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The `costandby-bench` program.
+#![forbid(unsafe_code)]
+fn main() {}

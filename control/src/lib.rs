@@ -1,0 +1,2 @@
+//! Everything slow: configuration, roles, generations, the admin socket and the command line.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The `costandby` program.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,1 @@
+//! Socket calls on mappings.

@@ -1,0 +1,2 @@
+//! Integration tests of costandby.
+#![forbid(unsafe_code)]
