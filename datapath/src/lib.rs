@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod front;
 pub mod limits;
 pub mod transport;
 pub mod units;
