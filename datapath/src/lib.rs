@@ -7,6 +7,7 @@
 pub mod access;
 pub mod disk;
 pub mod error;
+pub mod front;
 pub mod limits;
 pub mod mirror;
 pub mod transport;
