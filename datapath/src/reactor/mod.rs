@@ -8,7 +8,6 @@
 //! before it sleeps is the [`PollMode`]'s matter.
 
 use crate::disk::worker::{DiskWorkers, JobDone};
-use crate::error::IoError;
 use crate::front::nbd::connection::{Connection, ConnectionEnd};
 use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::front::queue::QueueServer;
@@ -23,7 +22,7 @@ use queues::Queue;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::SocketFlags;
 use spin::SpinBudget;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -198,7 +197,7 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
-            if self.link_ready[volume] || self.volumes[volume].expects_link() {
+            if self.link_ready[volume] || self.volumes[volume].expects_link() || self.volumes[volume].has_backlog() {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
                 any |= busy;

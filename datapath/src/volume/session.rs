@@ -70,9 +70,10 @@ impl Volume {
         self.link.is_some()
     }
 
-    /// The link, for the reactor to sleep on.
-    pub fn link_mut(&mut self) -> Option<&mut (dyn Link + 'static)> {
-        self.link.as_deref_mut()
+    /// Whether the link holds something to tell that the poller will not announce.
+    #[must_use]
+    pub fn has_backlog(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.has_backlog())
     }
 
     /// Ends the session; [`Event::LinkDown`] follows.
@@ -237,7 +238,7 @@ impl Volume {
         if matches!(reason, DownReason::Protocol(_) | DownReason::Frame(_)) {
             self.counters.violations.fetch_add(1, Ordering::Relaxed);
         }
-        if matches!(reason, DownReason::Source) {
+        if matches!(reason, DownReason::Medium) {
             self.disk.fail();
         }
         // A copy that was not finished leaves the peer behind, whatever was durable.
