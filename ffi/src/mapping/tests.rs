@@ -79,6 +79,17 @@ fn what_cannot_be_mapped_is_refused() {
 }
 
 #[test]
+fn part_of_a_huge_page_is_refused() {
+    let file = match rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
+        Ok(file) => file,
+        Err(error) => return eprintln!("skipped: no huge pages here ({error})"),
+    };
+    let error = Mapping::map_file(&file, 0, PAGE).expect_err("not a whole huge page");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    assert!(error.to_string().contains("huge pages of"), "{error}");
+}
+
+#[test]
 fn spans_stay_inside() {
     let mapping = Mapping::anonymous(PAGE).expect("memory");
     let span = mapping.span(100, 50);
