@@ -65,11 +65,9 @@ fn a_ring_never_wraps() {
 #[test]
 fn what_cannot_be_mapped_is_refused() {
     for len in [0, 1, PAGE + 1, usize::MAX, 1 << 63] {
-        assert_eq!(
-            Mapping::ring(len).expect_err("not whole pages").kind(),
-            io::ErrorKind::InvalidInput,
-            "{len}"
-        );
+        let error = Mapping::ring(len).expect_err("not whole pages");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{len}");
+        assert!(error.to_string().starts_with(&format!("a ring of {len} bytes")), "{error}");
     }
     assert_eq!(Mapping::anonymous(0).expect_err("empty").kind(), io::ErrorKind::InvalidInput);
     let read_only = tempfile::NamedTempFile::new().expect("temporary file");
