@@ -281,6 +281,52 @@ fn a_server_that_breaks_the_protocol_is_named() {
     assert!(matches!(&error, NbdError::Io { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof));
 }
 
+/// The bytes of a structured reply chunk under cookie 1.
+fn chunk(flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = 0x668e_33ef_u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(1_u64.to_be_bytes());
+    bytes.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+/// What a read of 16 bytes at 4096 comes to when the server sends `chunks`.
+fn structured_read(chunks: &[Vec<u8>]) -> Result<Vec<u8>, NbdError> {
+    let directory = tempfile::tempdir().unwrap();
+    let uri = canned(directory.path(), [good_start(), chunks.concat()].concat(), true);
+    let (stream, mut info) = connect::open(&uri, &QUICK).unwrap();
+    info.structured = true;
+    let mut reads: HashMap<u64, (u64, Vec<u8>)> = HashMap::from([(1, (4096, vec![9; 16]))]);
+    NbdReceiver::new(stream, info).receive(&mut reads)?.result?;
+    Ok(reads.remove(&1).unwrap().1)
+}
+
+#[test]
+fn chunks_make_a_read_only_if_they_cover_it() {
+    let data = |offset: u64, byte: u8, len: usize| [&offset.to_be_bytes()[..], &vec![byte; len]].concat();
+    let hole = [&4104_u64.to_be_bytes()[..], &8_u32.to_be_bytes()].concat();
+    let error = [&5_u32.to_be_bytes()[..], &[0, 3], b"why"].concat();
+    let (first, done) = (chunk(0, 1, &data(4096, 1, 8)), chunk(1, 0, &[]));
+
+    let whole = structured_read(&[chunk(0, 2, &hole), first.clone(), done.clone()]).unwrap();
+    assert_eq!(whole, [[1; 8], [0; 8]].concat());
+    let failed = structured_read(&[chunk(0, 0x8001, &error), first.clone(), done.clone()]).unwrap_err();
+    assert_eq!(failed.to_string(), "request failed: input/output error (EIO): why");
+    for (what, chunks) in [
+        ("nothing", vec![done.clone()]),
+        ("half", vec![first.clone(), done]),
+        ("before", vec![chunk(1, 1, &data(4095, 1, 16))]),
+        ("past", vec![chunk(1, 1, &data(4097, 1, 16))]),
+        ("too long", vec![chunk(1, 1, &data(4096, 1, 17))]),
+        ("wrapping", vec![chunk(1, 1, &data(u64::MAX, 1, 16))]),
+    ] {
+        let error = structured_read(&chunks).unwrap_err();
+        assert!(matches!(error, NbdError::Protocol(Breach::Nonsense { .. })), "{what}: {error}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
