@@ -4,6 +4,7 @@
 //! and its acknowledgement comes back the same way. Files that decide are sans-IO; the reactor is the only loop.
 #![forbid(unsafe_code)]
 
+pub mod disk;
 pub mod error;
 pub mod limits;
 pub mod transport;
