@@ -1,2 +1,5 @@
 //! Everything slow: configuration, roles, generations, the admin socket and the command line.
 #![forbid(unsafe_code)]
+
+pub mod generation;
+pub mod hello;
