@@ -26,6 +26,9 @@ pub const MAGIC: [u8; 8] = *b"costandb";
 /// Version of the envelope and of what its messages mean.
 pub const VERSION: u8 = 1;
 
+/// Highest epoch a peer may claim: no cluster reaches it by promotions, and counting on from it cannot overflow.
+pub const EPOCH_MAX: u64 = 1 << 62;
+
 /// Bytes before the JSON.
 pub const ENVELOPE_LEN: usize = 17;
 
@@ -274,6 +277,9 @@ mod stored_view {
         if stored.proposed.generation == 0 || stored.proposed.volume_id == [0; 16] {
             return Err(D::Error::custom("the proposed lineage is empty"));
         }
+        if stored.epoch > super::EPOCH_MAX {
+            return Err(D::Error::custom("the epoch is beyond any that promotions reach"));
+        }
         let mut history = [Generation::ZERO; GENERATION_HISTORY_LEN];
         for (to, from) in history.iter_mut().zip(stored.history) {
             *to = Generation(from);
@@ -312,7 +318,7 @@ mod tests {
         let view = (numbers, lineage, any::<[bool; 6]>()).prop_map(|(numbers, proposed, bits)| View {
             volume_id: numbers.0,
             size: numbers.1,
-            epoch: Epoch(numbers.2),
+            epoch: Epoch(numbers.2 % EPOCH_MAX),
             generations: Generations {
                 current: Generation(numbers.3),
                 base: Generation(numbers.2),

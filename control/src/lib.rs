@@ -3,3 +3,4 @@
 
 pub mod generation;
 pub mod hello;
+pub mod role;
