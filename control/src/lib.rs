@@ -2,3 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod nbd_client;
+pub mod generation;
+pub mod hello;
+pub mod role;
