@@ -1,13 +1,15 @@
 //! The law suite over real sockets, and what only a byte stream can do to us.
 
-use super::TcpLink;
+use super::{Gather, TcpLink};
 use crate::error::Violation;
-use crate::limits::{RING_LEN_MIN, RING_SLACK};
+use crate::limits::{GATHER_PIECES_MAX, RING_LEN_MIN, RING_SLACK};
 use crate::transport::DownReason;
 use crate::transport::laws::{End, Source, plain, until};
-use crate::units::{ByteRange, Seq};
+use crate::transport::outbox::Outbox;
+use crate::units::{ByteRange, Seq, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
 use costandby_ffi::mapping::Mapping;
+use costandby_ffi::net::Piece;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
@@ -224,6 +226,63 @@ fn messages_behind_a_held_change_fill_the_ring_and_go_on_after_release() {
         there.heard.len() == issued
     });
     assert!(there.heard.iter().map(|heard| heard.1).eq(0..issued as u64));
+}
+
+#[test]
+fn a_change_behind_many_messages_gets_their_room_once_the_held_one_is_released() {
+    let (mut end, mut peer) = link_and_socket();
+    let source = Source::new(40_000);
+    let (header, span) = source.write(2, 0, 40_000);
+    let mut payload = vec![0; 40_000];
+    span.read_into(&mut payload);
+    let messages = (RING_LEN_MIN - 20_000) / HEADER_LEN;
+    let mut bytes = frame(&plain(Kind::Trim, 1), &[]);
+    (0..messages as u64).for_each(|seq| bytes.extend_from_slice(&plain(Kind::Control, seq).encode()));
+    bytes.extend_from_slice(&frame(&header, &payload));
+    peer.set_nonblocking(true).unwrap();
+    let mut written = 0;
+    until("the ring is full", || {
+        written += peer.write(&bytes[written..]).unwrap_or(0);
+        end.turn(&source);
+        end.link().received_bytes() == RING_LEN_MIN as u64
+    });
+    end.release(&source);
+    until("the change", || {
+        written += peer.write(&bytes[written..]).unwrap_or(0);
+        end.turn(&source);
+        end.heard.last() == Some(&(Kind::Write, 2))
+    });
+    assert_eq!(end.heard.len(), messages + 2);
+}
+
+#[test]
+fn what_is_left_of_a_frame_is_its_tail_wherever_it_was_broken_off() {
+    let source = Source::new(4096);
+    let (header, span) = source.write(1, 7, 200);
+    let mut payload = vec![0; 200];
+    span.read_into(&mut payload);
+    let whole = frame(&header, &payload);
+    for out in 0..whole.len() {
+        let mut outbox = Outbox::new();
+        outbox.post(header, Some(span.clone()), Token(1));
+        let _ = outbox.encoded(0).count();
+        outbox.advance(out, |_| panic!("not wholly out"));
+        let rest = outbox.payload_rest();
+        let begun_at = outbox.progress();
+        let mut gather = Gather { pieces: [Piece::Bytes(&[]); GATHER_PIECES_MAX], used: 0, bytes: 0 };
+        gather.frame(outbox.encoded(0).next().expect("queued"), begun_at, rest.as_ref());
+        let mut found = Vec::new();
+        for piece in &gather.pieces[..gather.used] {
+            let mut bytes = vec![0; piece.len()];
+            match piece {
+                Piece::Bytes(own) => bytes.copy_from_slice(own),
+                Piece::Span(span) => span.read_into(&mut bytes),
+            }
+            found.extend_from_slice(&bytes);
+        }
+        assert!(found == whole[out..], "broken off after {out} bytes");
+        assert_eq!(gather.bytes, found.len());
+    }
 }
 
 #[test]
