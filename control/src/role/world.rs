@@ -38,6 +38,7 @@ pub(super) struct World {
     freeze: bool,
     /// Nothing goes wrong by chance any more.
     calm: bool,
+    forcing: bool,
     /// How often each thing happened, so that a test can ask whether it covered what it claims.
     pub(super) sessions: u32,
     pub(super) resyncs: u32,
@@ -58,7 +59,7 @@ impl World {
         let mut world = Self {
             nodes: NAMES.map(|name| Node {
                 controller: None,
-                stored: Superblock::fresh("db", name, 1 << 20, seed % 3 != 0),
+                stored: Superblock::fresh("db", name, 1 << 20, !seed.is_multiple_of(3)),
                 content: Vec::new(),
                 mixture: false,
                 serving: false,
@@ -79,6 +80,7 @@ impl World {
             writes: 0,
             freeze: seed % 4 == 1,
             calm: false,
+            forcing: false,
             sessions: 0,
             resyncs: 0,
             promotions: 0,
@@ -167,13 +169,19 @@ impl World {
                 let node = &mut self.nodes[at];
                 node.serving = true;
                 node.quiescing = false;
-                if node.side.is_some() && node.side == Some(SessionSide::Target) {
+                // The operator who forces it declares the disk's content good.
+                node.mixture &= !self.forcing;
+                if node.side == Some(SessionSide::Target) {
                     node.side = Some(SessionSide::Source { resync: false });
                 }
             }
             Action::StopServing => {
                 let node = &mut self.nodes[at];
                 (node.serving, node.alone, node.quiescing) = (false, false, false);
+                let copying = node.side == Some(SessionSide::Source { resync: true }) && !node.copied;
+                if node.side.is_some() && !copying {
+                    node.side = Some(SessionSide::Target);
+                }
             }
             Action::GoAlone => {
                 let node = &mut self.nodes[at];
@@ -370,12 +378,16 @@ impl World {
 
     fn command(&mut self, at: usize) {
         let command = match self.random(8) {
-            0..4 => Command::Promote { force: false },
+            0..4 => {
+                self.forcing = self.chance(8);
+                Command::Promote { force: self.forcing }
+            }
             4..6 => Command::Demote,
             6 => Command::Connect,
             _ => Command::Disconnect,
         };
         self.event(at, Event::Operator { id: ReplyId(1), command });
+        self.forcing = false;
     }
 
     /// One random thing happens.
