@@ -161,7 +161,11 @@ impl World {
 
     fn act(&mut self, at: usize, action: Action) {
         match action {
-            Action::StoreMetadata(superblock) => self.nodes[at].stored = *superblock,
+            Action::StoreMetadata(superblock) => {
+                // The operator who forces a promotion declares the disk's content good.
+                self.nodes[at].mixture &= !self.forcing;
+                self.nodes[at].stored = *superblock;
+            }
             Action::SendReady(ready) => self.nodes[at].ready = Some(ready),
             Action::StartSession { side, serve, .. } => self.start_session(at, side, serve),
             Action::Serve { .. } => {
@@ -169,8 +173,6 @@ impl World {
                 let node = &mut self.nodes[at];
                 node.serving = true;
                 node.quiescing = false;
-                // The operator who forces it declares the disk's content good.
-                node.mixture &= !self.forcing;
                 if node.side == Some(SessionSide::Target) {
                     node.side = Some(SessionSide::Source { resync: false });
                 }
