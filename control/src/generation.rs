@@ -36,7 +36,7 @@ pub struct Lineage {
 }
 
 /// One node's disk as far as the decision needs it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct View {
     /// The volume's identity; zeros while not known.
     pub volume_id: [u8; 16],

@@ -20,7 +20,7 @@
 //! - A session begins only when both sides hold mirror-image agreements over the views they sent each other.
 //!
 //! A session's side: a node that serves or copies is its source. Two standbys without a copy are both targets;
-//! [`Action::Serve`] makes one a source, [`Action::StopServing`] makes it a target again.
+//! [`Action::Serve`] makes one a source, [`Action::StopServing`] makes it a target again, unless it copies.
 //!
 //! Survives: a crash between any two actions, a link lost at any time, two operators promoting at once, and a peer that
 //! says anything at all (answered by a refusal or a closed link, never by a panic).
@@ -249,7 +249,8 @@ pub enum Action {
         /// Fencing number of what is served.
         epoch: Epoch,
     },
-    /// Fail what clients still ask and admit nothing; in a session, become its target.
+    /// Fail what clients still ask and admit nothing; in a session, become its target unless a copy is under way
+    /// ([`Event::ResyncDone`] not reported yet). Comes again, to one that does not serve, when its copy has ended.
     StopServing,
     /// Writes may be acknowledged without the peer, from the one that waits for it on.
     GoAlone,
@@ -381,7 +382,7 @@ impl VolumeController {
     /// that connection's hello; one hello at a time.
     pub fn hello(&mut self, ring_len: u64, links: &[&str]) -> Hello {
         let view = self.view();
-        self.offered = Some(view.clone());
+        self.offered = Some(view);
         Hello {
             node: self.settings.node.clone(),
             volume: self.settings.volume.clone(),

@@ -62,12 +62,12 @@ fn check(mine: &View, theirs: &View, expected: Verdict) {
 fn fresh_disks() {
     let zeroed = |view: View| View { zeroed: true, ..view };
     let first = configured(View { proposed: Lineage { volume_id: [1; 16], generation: 11 }, ..fresh() });
-    check(&zeroed(first.clone()), &zeroed(fresh()), Verdict::InSync { adopt: Some(first.proposed) });
+    check(&zeroed(first), &zeroed(fresh()), Verdict::InSync { adopt: Some(first.proposed) });
     check(&first, &zeroed(fresh()), RESYNC_MINE(Why::BothFresh));
-    check(&zeroed(first.clone()), &fresh(), RESYNC_MINE(Why::BothFresh));
+    check(&zeroed(first), &fresh(), RESYNC_MINE(Why::BothFresh));
     check(&fresh(), &fresh(), Verdict::NoUsableDisk);
     check(&first, &first, Verdict::NoUsableDisk);
-    check(&bad(DiskState::Inconsistent, first.clone()), &fresh(), Verdict::NoUsableDisk);
+    check(&bad(DiskState::Inconsistent, first), &fresh(), Verdict::NoUsableDisk);
     check(&first, &bad(DiskState::Inconsistent, fresh()), RESYNC_MINE(Why::BothFresh));
     check(&first, &disk(5, 0, &[]), RESYNC_THEIRS(Why::TargetFresh));
     check(&first, &bad(DiskState::Failed, disk(5, 0, &[])), Verdict::NoUsableDisk);

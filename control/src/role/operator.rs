@@ -121,7 +121,7 @@ impl VolumeController {
     fn on_demote(&mut self, now: Duration, id: ReplyId, actions: &mut Vec<Action>) {
         match self.role {
             Role::Standby => {
-                self.reply(id, Ok(format!("{} is standby already", self.settings.node)), actions)
+                self.reply(id, Ok(format!("{} is standby already", self.settings.node)), actions);
             }
             Role::Promoting | Role::Demoting => {
                 self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);

@@ -37,10 +37,7 @@ impl VolumeController {
         match agreement.verdict {
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
                 let lineage = lineage_of(&agreement, &mine, &hello.view);
-                self.accept(
-                    Pending { ready: Ready { agreement, lineage }, peer: hello.view.clone() },
-                    actions,
-                );
+                self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
             }
             Verdict::NoUsableDisk => {
                 let text =
@@ -257,7 +254,11 @@ impl VolumeController {
             code::RESYNC_FINISH => self.on_resync_finish(arg, actions),
             code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
             _ => {
-                self.log(Level::Warn, &format!("{} sent unknown message {code}", self.settings.peer), actions)
+                self.log(
+                    Level::Warn,
+                    &format!("{} sent unknown message {code}", self.settings.peer),
+                    actions,
+                );
             }
         }
     }
@@ -374,6 +375,10 @@ impl VolumeController {
         self.undurable = false;
         self.store(actions);
         self.set_connection(Connection::Connected);
+        if matches!(self.role, Role::Standby | Role::Promoting) {
+            // A node that only copied was the session's source until now.
+            actions.push(Action::StopServing);
+        }
         self.log(Level::Info, &format!("{} is up to date", self.settings.peer), actions);
     }
 }

@@ -236,6 +236,7 @@ fn a_copy_ends_on_record_on_both_sides_in_order() {
 
     let actions = source.message(code::RESYNC_FINISHED, 6);
     assert_eq!(stored(&actions[0]).generations.base, Generation::ZERO);
+    assert_eq!(actions[1..], [Action::StopServing]);
     assert_eq!(source.controller.connection, Connection::Connected);
 }
 
@@ -574,7 +575,7 @@ fn a_crash_before_this_daemon_is_not_forgotten_by_its_clean_end() {
 fn two_nodes_through_random_disasters() {
     let (mut in_sync, mut refused) = (0, 0);
     let mut counts = [0; 4];
-    for seed in 0..3000 {
+    for seed in 0..60_000 {
         let mut world = World::new(seed);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for _ in 0..300 {

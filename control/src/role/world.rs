@@ -38,6 +38,7 @@ pub(super) struct World {
     freeze: bool,
     /// Nothing goes wrong by chance any more.
     calm: bool,
+    forcing: bool,
     /// How often each thing happened, so that a test can ask whether it covered what it claims.
     pub(super) sessions: u32,
     pub(super) resyncs: u32,
@@ -58,7 +59,7 @@ impl World {
         let mut world = Self {
             nodes: NAMES.map(|name| Node {
                 controller: None,
-                stored: Superblock::fresh("db", name, 1 << 20, seed % 3 != 0),
+                stored: Superblock::fresh("db", name, 1 << 20, !seed.is_multiple_of(3)),
                 content: Vec::new(),
                 mixture: false,
                 serving: false,
@@ -79,6 +80,7 @@ impl World {
             writes: 0,
             freeze: seed % 4 == 1,
             calm: false,
+            forcing: false,
             sessions: 0,
             resyncs: 0,
             promotions: 0,
@@ -159,7 +161,11 @@ impl World {
 
     fn act(&mut self, at: usize, action: Action) {
         match action {
-            Action::StoreMetadata(superblock) => self.nodes[at].stored = *superblock,
+            Action::StoreMetadata(superblock) => {
+                // The operator who forces a promotion declares the disk's content good.
+                self.nodes[at].mixture &= !self.forcing;
+                self.nodes[at].stored = *superblock;
+            }
             Action::SendReady(ready) => self.nodes[at].ready = Some(ready),
             Action::StartSession { side, serve, .. } => self.start_session(at, side, serve),
             Action::Serve { .. } => {
@@ -167,13 +173,17 @@ impl World {
                 let node = &mut self.nodes[at];
                 node.serving = true;
                 node.quiescing = false;
-                if node.side.is_some() && node.side == Some(SessionSide::Target) {
+                if node.side == Some(SessionSide::Target) {
                     node.side = Some(SessionSide::Source { resync: false });
                 }
             }
             Action::StopServing => {
                 let node = &mut self.nodes[at];
                 (node.serving, node.alone, node.quiescing) = (false, false, false);
+                let copying = node.side == Some(SessionSide::Source { resync: true }) && !node.copied;
+                if node.side.is_some() && !copying {
+                    node.side = Some(SessionSide::Target);
+                }
             }
             Action::GoAlone => {
                 let node = &mut self.nodes[at];
@@ -370,12 +380,16 @@ impl World {
 
     fn command(&mut self, at: usize) {
         let command = match self.random(8) {
-            0..4 => Command::Promote { force: false },
+            0..4 => {
+                self.forcing = self.chance(8);
+                Command::Promote { force: self.forcing }
+            }
             4..6 => Command::Demote,
             6 => Command::Connect,
             _ => Command::Disconnect,
         };
         self.event(at, Event::Operator { id: ReplyId(1), command });
+        self.forcing = false;
     }
 
     /// One random thing happens.

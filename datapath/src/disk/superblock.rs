@@ -194,11 +194,14 @@ impl Superblock {
     /// When a name is longer than [`NAME_LEN_MAX`] or the disk state is `Diskless`.
     #[must_use]
     pub fn encode(&self, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
-        let flags = u32::from(self.primary) * flag::PRIMARY
-            | u32::from(self.clean) * flag::CLEAN
-            | u32::from(self.applying) * flag::APPLYING
-            | u32::from(self.peer_has_current) * flag::PEER_HAS_CURRENT
-            | u32::from(self.zeroed) * flag::ZEROED;
+        let flags = [
+            (self.primary, flag::PRIMARY),
+            (self.clean, flag::CLEAN),
+            (self.applying, flag::APPLYING),
+            (self.peer_has_current, flag::PEER_HAS_CURRENT),
+            (self.zeroed, flag::ZEROED),
+        ];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, bit)| flags | bit);
         let (volume_len, volume) = stored_name(&self.volume);
         let (node_len, node) = stored_name(&self.node);
         let mut raw = RawSuperblock {
