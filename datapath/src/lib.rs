@@ -4,8 +4,13 @@
 //! and its acknowledgement comes back the same way. Files that decide are sans-IO; the reactor is the only loop.
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod disk;
 pub mod error;
+pub mod front;
 pub mod limits;
+pub mod mirror;
 pub mod transport;
 pub mod units;
+pub mod waker;
 pub mod wire;

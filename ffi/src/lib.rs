@@ -1,6 +1,14 @@
 //! The only crate with `unsafe` code: memory that the operating system, a device or a peer may change under us.
 //!
 //! Everything it exports is safe to call from safe code. The rest of the workspace forbids `unsafe`.
+//!
+//! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
+//! - [`net`]: socket calls that move bytes straight between a socket and a span
+//! - `guard`: a medium that fails under a mapping poisons that mapping instead of killing the process
+//! - `copy`, `crc`: what the process itself does to such memory, over raw pointers only
 
+mod copy;
+mod crc;
+mod guard;
 pub mod mapping;
 pub mod net;

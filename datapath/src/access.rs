@@ -1,0 +1,196 @@
+//! The access side: what a standby (or the target of a copy) does with what its peer posts. Sans-IO.
+//!
+//! A frame is looked at twice: [`Access::admit`] checks its header before a byte is touched, [`Access::check_payload`]
+//! its checksum; only then are its bytes applied to the disk, whole, in seq order. So the disk holds at any instant a
+//! prefix of the primary's write order. Changes that block (trim) hold up what follows them.
+//!
+//! Acks are cumulative and coalesce: the reactor takes at most one a turn.
+
+use crate::error::Violation;
+use crate::units::{Epoch, Seq};
+use crate::wire::{Header, flags};
+
+/// The access side of one volume, within one session.
+#[derive(Debug)]
+pub struct Access {
+    epoch: Epoch,
+    size: u64,
+    admitted: Seq,
+    applied: Seq,
+    durable: Seq,
+    flush_wanted: Seq,
+    flush_running: Option<Seq>,
+    acked: (Seq, Seq),
+}
+
+impl Access {
+    /// For a session of `epoch` on a volume of `size` bytes.
+    #[must_use]
+    pub fn new(epoch: Epoch, size: u64) -> Self {
+        Self {
+            epoch,
+            size,
+            admitted: Seq::ZERO,
+            applied: Seq::ZERO,
+            durable: Seq::ZERO,
+            flush_wanted: Seq::ZERO,
+            flush_running: None,
+            acked: (Seq::ZERO, Seq::ZERO),
+        }
+    }
+
+    /// Checks the header of an arrived change. The caller applies changes in the order they are admitted.
+    ///
+    /// # Errors
+    /// The peer is fenced, out of order or out of range: close the link; nothing was applied.
+    pub fn admit(&mut self, header: &Header) -> Result<(), Violation> {
+        self.check_epoch(header)?;
+        let expected = self.admitted.next();
+        if header.seq != expected {
+            return Err(Violation::SeqOrder { found: header.seq, expected });
+        }
+        if !header.range.fits(self.size) {
+            return Err(Violation::OutOfVolume { range: header.range, size: self.size });
+        }
+        self.admitted = expected;
+        Ok(())
+    }
+
+    /// Compares the payload's checksum, computed over the bytes in our ring, with the announced one.
+    ///
+    /// # Errors
+    /// [`Violation::PayloadChecksum`]: close the link; nothing was applied.
+    pub fn check_payload(header: &Header, computed: u32) -> Result<(), Violation> {
+        if header.payload_crc == computed {
+            return Ok(());
+        }
+        Err(Violation::PayloadChecksum { seq: header.seq, announced: header.payload_crc, computed })
+    }
+
+    /// The change stands in our disk.
+    ///
+    /// # Panics
+    /// When changes are applied out of order.
+    pub fn applied(&mut self, header: &Header) {
+        assert_eq!(header.seq, self.applied.next(), "changes are applied in order");
+        self.applied = header.seq;
+        if header.flags & flags::FUA != 0 {
+            self.flush_wanted = header.seq;
+        }
+    }
+
+    /// The peer asks for everything up to `header.seq` on stable storage.
+    ///
+    /// # Errors
+    /// A fenced peer, or one that asks for changes it has not sent.
+    pub fn flush_asked(&mut self, header: &Header) -> Result<(), Violation> {
+        self.check_epoch(header)?;
+        if header.seq > self.admitted {
+            return Err(Violation::SeqOrder { found: header.seq, expected: self.admitted });
+        }
+        self.flush_wanted = self.flush_wanted.max(header.seq);
+        Ok(())
+    }
+
+    /// Whether to start a flush of the disk now: one is wanted, none is under way, and what it must cover is applied.
+    pub fn take_flush(&mut self) -> bool {
+        let due = self.flush_running.is_none()
+            && self.flush_wanted > self.durable
+            && self.applied >= self.flush_wanted;
+        if due {
+            self.flush_running = Some(self.applied);
+        }
+        due
+    }
+
+    /// The flush succeeded.
+    ///
+    /// # Panics
+    /// When none was under way.
+    pub fn flushed(&mut self) {
+        self.durable = self.flush_running.take().expect("a flush was under way");
+    }
+
+    /// The ack to send, if there is news: applied and durable, both cumulative.
+    pub fn take_ack(&mut self) -> Option<(Seq, Seq)> {
+        let now = (self.applied, self.durable);
+        if now == self.acked {
+            return None;
+        }
+        self.acked = now;
+        Some(now)
+    }
+
+    /// The ack could not be sent: offer it again.
+    pub fn untake_ack(&mut self) {
+        self.acked = (Seq::ZERO, Seq::ZERO);
+    }
+
+    fn check_epoch(&self, header: &Header) -> Result<(), Violation> {
+        if header.epoch == self.epoch {
+            return Ok(());
+        }
+        Err(Violation::Epoch { found: header.epoch, ours: self.epoch })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::ByteRange;
+    use crate::wire::Kind;
+
+    fn change(seq: u64) -> Header {
+        let mut header = Header::new(Kind::Write, Epoch(3));
+        header.seq = Seq(seq);
+        header.range = ByteRange::new(0, 512);
+        header
+    }
+
+    #[test]
+    fn order_epoch_and_bounds_are_checked_before_anything_is_applied() {
+        let mut access = Access::new(Epoch(3), 4096);
+        assert_eq!(
+            access.admit(&change(2)),
+            Err(Violation::SeqOrder { found: Seq(2), expected: Seq(1) }),
+            "a gap"
+        );
+        let mut stale = change(1);
+        stale.epoch = Epoch(2);
+        assert_eq!(access.admit(&stale), Err(Violation::Epoch { found: Epoch(2), ours: Epoch(3) }));
+        let mut beyond = change(1);
+        beyond.range = ByteRange::new(4000, 512);
+        assert!(matches!(access.admit(&beyond), Err(Violation::OutOfVolume { .. })));
+        assert_eq!(access.admit(&change(1)), Ok(()));
+        assert!(access.admit(&change(1)).is_err(), "a duplicate");
+        assert!(Access::check_payload(&change(1), 7).is_err());
+    }
+
+    #[test]
+    fn acks_coalesce_and_flushes_cover_what_was_asked() {
+        let mut access = Access::new(Epoch(3), 4096);
+        assert_eq!(access.take_ack(), None);
+        for seq in 1..=3 {
+            access.admit(&change(seq)).expect("in order");
+        }
+        let mut flush = Header::new(Kind::Flush, Epoch(3));
+        flush.seq = Seq(2);
+        access.flush_asked(&flush).expect("sent before");
+        assert!(!access.take_flush(), "nothing applied yet");
+        access.applied(&change(1));
+        access.applied(&change(2));
+        assert!(access.take_flush());
+        access.applied(&change(3));
+        assert_eq!(access.take_ack(), Some((Seq(3), Seq::ZERO)));
+        access.flushed();
+        assert_eq!(access.take_ack(), Some((Seq(3), Seq(2))));
+        assert_eq!(access.take_ack(), None);
+        flush.seq = Seq(4);
+        assert!(access.flush_asked(&flush).is_err(), "of changes never sent");
+        let mut fua = change(4);
+        fua.flags = flags::FUA;
+        access.admit(&fua).expect("in order");
+        access.applied(&fua);
+        assert!(access.take_flush(), "FUA flushes unasked");
+    }
+}

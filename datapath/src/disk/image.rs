@@ -1,0 +1,321 @@
+//! The emulated disk's backing: a file, a block device or a memory file, mapped shared and read-write.
+//!
+//! Payloads land in the mapping and replies leave from it; this file only opens it and does what needs the file itself:
+//! flush, holes, extents. A medium that fails (truncated file, EIO, full file system) poisons the mapping instead of
+//! killing the daemon (`ffi::mapping`); from then on [`DiskImage::failure`] says so and every flush fails.
+//!
+//! [`DiskImage::flush`], [`DiskImage::punch`] and [`DiskImage::zero`] block: they belong on the disk's worker threads.
+
+use crate::units::ByteRange;
+use costandby_ffi::mapping::{Mapping, Span};
+use rustix::fs::{FallocateFlags, FileType, SeekFrom};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What backs a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Backing {
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+    /// Anonymous memory: gone when the daemon ends.
+    Memory,
+}
+
+/// Why a disk could not be opened, or stopped working.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The file cannot be opened.
+    #[error("cannot open disk {path}: {source}")]
+    Open {
+        /// The disk.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// Neither a file nor a block device.
+    #[error("disk {path} is neither a regular file nor a block device")]
+    WrongType {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// The file is shorter than the volume.
+    #[error("disk {path} has {found} bytes, its volume needs {needed}: was it truncated, or is `size` in the configuration wrong?")]
+    TooSmall {
+        /// The disk.
+        path: PathBuf,
+        /// Bytes it has.
+        found: u64,
+        /// Bytes it must have.
+        needed: u64,
+    },
+    /// The kernel refuses the mapping.
+    #[error("cannot map {len} bytes of disk {path}: {source}")]
+    Map {
+        /// The disk.
+        path: PathBuf,
+        /// Bytes asked for.
+        len: u64,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A page could not be read or written.
+    #[error("disk {path} failed: a page of it could not be read or written (truncated file, I/O error or full file system)")]
+    Poisoned {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// A system call on the file failed.
+    #[error("disk {path} failed: {call}: {source}")]
+    Call {
+        /// The disk.
+        path: PathBuf,
+        /// The call.
+        call: &'static str,
+        /// The system's word.
+        source: std::io::Error,
+    },
+}
+
+/// An open disk. Shared between the reactor (memory access) and the worker threads (file calls).
+#[derive(Debug)]
+pub struct DiskImage {
+    path: PathBuf,
+    file: OwnedFd,
+    mapping: Arc<Mapping>,
+    size: u64,
+    backing: Backing,
+    failed: AtomicBool,
+}
+
+/// A run of bytes that are either all backed by blocks or all a hole that reads as zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// Where.
+    pub range: ByteRange,
+    /// Nothing is allocated here and it reads as zeros.
+    pub hole: bool,
+}
+
+impl DiskImage {
+    /// Opens and maps the first `size` bytes of the file or block device at `path`.
+    ///
+    /// # Errors
+    /// [`DiskError`]: missing, of the wrong type, too small, not mappable.
+    pub fn open(path: &Path, size: u64) -> Result<Arc<Self>, DiskError> {
+        let open_error = |source| DiskError::Open { path: path.into(), source };
+        let file = File::options().read(true).write(true).open(path).map_err(open_error)?;
+        let stat = rustix::fs::fstat(&file).map_err(|e| open_error(e.into()))?;
+        let (backing, found) = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => (Backing::File, u64::try_from(stat.st_size).unwrap_or(0)),
+            FileType::BlockDevice => {
+                (Backing::BlockDevice, rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| open_error(e.into()))?)
+            }
+            _ => return Err(DiskError::WrongType { path: path.into() }),
+        };
+        if found < size {
+            return Err(DiskError::TooSmall { path: path.into(), found, needed: size });
+        }
+        Self::map(path.into(), file.into(), size, backing)
+    }
+
+    /// A disk in memory, all zeros.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub fn memory(name: &str, size: u64) -> Result<Arc<Self>, DiskError> {
+        let path = PathBuf::from(format!("memory:{name}"));
+        let create = || -> rustix::io::Result<OwnedFd> {
+            let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
+            rustix::fs::ftruncate(&file, size)?;
+            Ok(file)
+        };
+        let file = create().map_err(|e| DiskError::Open { path: path.clone(), source: e.into() })?;
+        Self::map(path, file, size, Backing::Memory)
+    }
+
+    fn map(path: PathBuf, file: OwnedFd, size: u64, backing: Backing) -> Result<Arc<Self>, DiskError> {
+        let len = usize::try_from(size).expect("64-bit");
+        let mapping = Mapping::map_file(&file, 0, len)
+            .map_err(|source| DiskError::Map { path: path.clone(), len: size, source })?;
+        Ok(Arc::new(Self { path, file, mapping, size, backing, failed: AtomicBool::new(false) }))
+    }
+
+    /// Bytes of the volume.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What backs it.
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// The mapped bytes of `range`.
+    ///
+    /// # Panics
+    /// When the range leaves the disk: requests are checked before they get here.
+    #[must_use]
+    pub fn span(&self, range: ByteRange) -> Span {
+        let index = |n: u64| usize::try_from(n).expect("64-bit");
+        self.mapping.span(index(range.start), index(range.len))
+    }
+
+    /// Whether the medium failed; it stays so until the daemon opens it anew.
+    #[must_use]
+    pub fn is_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed) || self.mapping.is_poisoned()
+    }
+
+    /// The failure as an error, if there is one.
+    ///
+    /// # Errors
+    /// [`DiskError::Poisoned`].
+    pub fn failure(&self) -> Result<(), DiskError> {
+        if self.is_failed() { Err(DiskError::Poisoned { path: self.path.clone() }) } else { Ok(()) }
+    }
+
+    /// Declares the medium failed (a system call on the mapping said `EFAULT`).
+    pub fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Brings every byte written before the call to stable storage. Blocks.
+    ///
+    /// # Errors
+    /// The system's error, or [`DiskError::TooSmall`] / [`DiskError::Poisoned`] where the file was cut under us: its
+    /// pages are then gone although `fdatasync` itself succeeds. Any error declares the disk failed.
+    pub fn flush(&self) -> Result<(), DiskError> {
+        self.failure()?;
+        let result = self.flush_file();
+        if result.is_err() {
+            self.fail();
+        }
+        result
+    }
+
+    fn flush_file(&self) -> Result<(), DiskError> {
+        if self.backing != Backing::Memory {
+            rustix::fs::fdatasync(&self.file).map_err(|e| self.call_error("fdatasync", e))?;
+        }
+        if self.backing == Backing::File {
+            let stat = rustix::fs::fstat(&self.file).map_err(|e| self.call_error("fstat", e))?;
+            let found = u64::try_from(stat.st_size).unwrap_or(0);
+            if found < self.size {
+                return Err(DiskError::TooSmall { path: self.path.clone(), found, needed: self.size });
+            }
+        }
+        self.failure()
+    }
+
+    /// Makes `range` read as zeros and gives its blocks back. Blocks.
+    ///
+    /// # Errors
+    /// The system's; the disk is then failed.
+    pub fn punch(&self, range: ByteRange) -> Result<(), DiskError> {
+        self.fallocate_or_fill(range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)
+    }
+
+    /// Makes `range` read as zeros and keeps its blocks. Blocks.
+    ///
+    /// # Errors
+    /// The system's; the disk is then failed.
+    pub fn zero(&self, range: ByteRange) -> Result<(), DiskError> {
+        self.fallocate_or_fill(range, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE)
+    }
+
+    fn fallocate_or_fill(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), DiskError> {
+        self.failure()?;
+        match rustix::fs::fallocate(&self.file, flags, range.start, range.len) {
+            Ok(()) => Ok(()),
+            // Not every file system and device can (EOPNOTSUPP; EINVAL from devices for odd alignments).
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                self.span(range).fill_zero();
+                self.failure()
+            }
+            Err(e) => {
+                self.fail();
+                Err(self.call_error("fallocate", e))
+            }
+        }
+    }
+
+    /// Whether the backing has holes: fewer blocks than bytes.
+    #[must_use]
+    pub fn is_sparse(&self) -> bool {
+        const STAT_BLOCK_LEN: u64 = 512;
+        self.backing != Backing::BlockDevice
+            && rustix::fs::fstat(&self.file)
+                .is_ok_and(|stat| u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_LEN < self.size)
+    }
+
+    /// The extent at `from`, cut at `end`. Where the backing cannot tell, everything is allocated.
+    #[must_use]
+    pub fn extent_at(&self, from: u64, end: u64) -> Extent {
+        let end = end.min(self.size);
+        let allocated = |to: u64| Extent { range: ByteRange::new(from, to.min(end) - from), hole: false };
+        if self.backing == Backing::BlockDevice {
+            return allocated(end);
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
+            Ok(data) if data > from => Extent { range: ByteRange::new(from, data.min(end) - from), hole: true },
+            Ok(_) => allocated(rustix::fs::seek(&self.file, SeekFrom::Hole(from)).map_or(end, |hole| hole.max(from + 1))),
+            // ENXIO: no data from here to the end of the file.
+            Err(Errno::NXIO) => Extent { range: ByteRange::new(from, end - from), hole: true },
+            Err(_) => allocated(end),
+        }
+    }
+
+    fn call_error(&self, call: &'static str, source: Errno) -> DiskError {
+        DiskError::Call { path: self.path.clone(), call, source: source.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_truncated_file_fails_the_disk_and_its_flush() {
+        let file = tempfile::NamedTempFile::new().expect("temp file");
+        file.as_file().set_len(1 << 20).expect("set_len");
+        let disk = DiskImage::open(file.path(), 1 << 20).expect("opens");
+        disk.span(ByteRange::new(0, 4096)).write_from(&[7; 4096]);
+        disk.flush().expect("flushes");
+        file.as_file().set_len(0).expect("truncate");
+        assert!(matches!(disk.flush(), Err(DiskError::TooSmall { found: 0, .. })));
+        assert!(disk.is_failed());
+        disk.span(ByteRange::new(0, 4096)).write_from(&[8; 4096]);
+        assert!(disk.flush().is_err());
+    }
+
+    #[test]
+    fn a_short_or_missing_file_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().expect("temp file");
+        let short = DiskImage::open(file.path(), 4096).expect_err("too small").to_string();
+        assert!(short.contains("has 0 bytes") && short.contains("needs 4096"), "{short}");
+        let missing = DiskImage::open(Path::new("/nonexistent/disk"), 4096).expect_err("missing").to_string();
+        assert!(missing.contains("/nonexistent/disk"), "{missing}");
+        assert!(matches!(DiskImage::open(Path::new("/dev/null"), 4096), Err(DiskError::WrongType { .. })));
+    }
+
+    #[test]
+    fn holes_are_punched_zeroed_and_seen() {
+        let disk = DiskImage::memory("t", 1 << 20).expect("memory");
+        disk.span(ByteRange::new(0, 1 << 20)).write_from(&vec![1; 1 << 20]);
+        assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 1 << 20), hole: false });
+        disk.punch(ByteRange::new(65536, 65536)).expect("punch");
+        assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 65536), hole: false });
+        assert_eq!(disk.extent_at(65536, 1 << 20), Extent { range: ByteRange::new(65536, 65536), hole: true });
+        disk.zero(ByteRange::new(0, 4096)).expect("zero (filled: memory files cannot ZERO_RANGE)");
+        assert!(disk.span(ByteRange::new(0, 4096)).is_zero());
+        assert!(!disk.span(ByteRange::new(4096, 4096)).is_zero());
+    }
+}

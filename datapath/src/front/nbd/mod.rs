@@ -1,0 +1,11 @@
+//! The Network Block Device protocol, server side: decisions only, no sockets.
+//!
+//! [`handshake`] takes a client from its first byte to an opened export, [`proto`] decodes and judges requests,
+//! [`reply`] encodes the answers. All three are sans-IO: bytes in, bytes out, bounded memory, no panic whatever a
+//! client sends. Names of constants are those of the protocol's document (`doc/proto.md` of NetworkBlockDevice/nbd), so
+//! that they can be looked up there. All integers on the wire are big-endian.
+
+pub mod handshake;
+mod option;
+pub mod proto;
+pub mod reply;

@@ -1,0 +1,440 @@
+//! Order, acknowledgement and flush of one volume's changes on the side that serves them. Sans-IO.
+//!
+//! A change enters when its bytes stand in the mapped disk ([`Event::Landed`]) and leaves when two things have happened:
+//! it was *released* (the peer has applied it, or we are alone on record: its range unlocks) and *completed* (what the
+//! ack level promises is true: the client is told). Changes are released in the order they landed.
+//!
+//! Invariants:
+//! - Without a session nothing completes until [`Event::GoAlone`], which the caller gives only after the peer's absence
+//!   is on durable record (promise 5). With `freeze`, nothing completes while the peer is not in sync.
+//! - A flush completes only when all that landed before it is durable here and, while a session is up, there.
+//! - A session numbers its changes from 1. What a lost session left unreleased is posted again in the next one, under
+//!   new numbers: its range is still locked, so its bytes are the same.
+
+use crate::error::Violation;
+use crate::limits::WINDOW_LEN;
+use crate::units::{AckLevel, ByteRange, OnPeerLoss, Seq, Token};
+use crate::wire::{Kind, flags};
+use std::collections::VecDeque;
+
+/// What happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A change stands in the mapped disk. Its range stays locked until [`Action::Release`].
+    Landed(Change),
+    /// A client wants everything acknowledged so far on stable storage.
+    Flush(Token),
+    /// The same for the background copy's end: not held back by `freeze`, which waits for that very end.
+    FlushBackground(Token),
+    /// The peer's cumulative word.
+    Ack {
+        /// Applied up to here.
+        applied: Seq,
+        /// On stable storage up to here.
+        durable: Seq,
+    },
+    /// The local flush asked for by [`Action::FlushLocal`] succeeded.
+    FlushedLocal,
+    /// A session to the peer is up; `in_sync` says whether the peer's disk equals ours but for what is in flight.
+    SessionUp {
+        /// The peer is UpToDate.
+        in_sync: bool,
+    },
+    /// The session ended; whatever the peer has not acknowledged, it may lack.
+    SessionDown,
+    /// The peer's absence is on durable record: complete without it.
+    GoAlone,
+    /// The background copy is done and on record: the peer is UpToDate.
+    PeerInSync,
+}
+
+/// A change of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Change {
+    /// Whose it is.
+    pub token: Token,
+    /// `Write`, `WriteZeroes` or `Trim`.
+    pub kind: Kind,
+    /// Where.
+    pub range: ByteRange,
+    /// Bits of [`flags`].
+    pub flags: u8,
+}
+
+/// What to do, in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Post this change under this number.
+    Post(Seq, Change),
+    /// Ask the peer to make everything up to here durable.
+    FlushPeer(Seq),
+    /// Start flushing the local disk; at most one is under way.
+    FlushLocal,
+    /// Unlock the change's range.
+    Release(Change),
+    /// Tell the client that its change or flush is done.
+    Complete(Token),
+    /// The peer lacks this.
+    MarkDirty(ByteRange),
+    /// A change waits and there is no peer: get its absence on record, then say [`Event::GoAlone`]. Said once.
+    AskAlone,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    change: Change,
+    /// Number in the present session; zero where the peer was never asked to apply it.
+    seq: Seq,
+    /// Count of landings, this one included, over the pipeline's life.
+    landing: u64,
+    released: bool,
+    completed: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct PendingFlush {
+    token: Token,
+    landing: u64,
+    seq: Seq,
+    background: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Peer {
+    /// No session, and not on record.
+    Absent,
+    /// No session, on record.
+    Alone,
+    /// Session up.
+    Live,
+}
+
+/// The pipeline of one volume.
+#[derive(Debug)]
+pub struct Pipeline {
+    ack: AckLevel,
+    on_loss: OnPeerLoss,
+    peer: Peer,
+    peer_in_sync: bool,
+    alone_asked: bool,
+    window: VecDeque<Entry>,
+    /// Entries at the window's front that are released.
+    released_len: usize,
+    flushes: Vec<PendingFlush>,
+    landings: u64,
+    next_seq: Seq,
+    peer_applied: Seq,
+    peer_durable: Seq,
+    peer_flush_asked: Seq,
+    local_durable: u64,
+    local_flush: Option<u64>,
+    local_flush_wanted: u64,
+}
+
+impl Pipeline {
+    /// A pipeline without a session, not on record as alone. Allocates its window once.
+    #[must_use]
+    pub fn new(ack: AckLevel, on_loss: OnPeerLoss) -> Self {
+        Self {
+            ack,
+            on_loss,
+            peer: Peer::Absent,
+            peer_in_sync: false,
+            alone_asked: false,
+            window: VecDeque::with_capacity(2 * WINDOW_LEN),
+            released_len: 0,
+            flushes: Vec::with_capacity(64),
+            landings: 0,
+            next_seq: Seq(1),
+            peer_applied: Seq::ZERO,
+            peer_durable: Seq::ZERO,
+            peer_flush_asked: Seq::ZERO,
+            local_durable: 0,
+            local_flush: None,
+            local_flush_wanted: 0,
+        }
+    }
+
+    /// Takes an event and appends what follows from it.
+    ///
+    /// # Errors
+    /// A peer's ack that cannot be true; the caller closes the link. Only [`Event::Ack`] errs, and then changes nothing.
+    pub fn handle(&mut self, event: Event, actions: &mut Vec<Action>) -> Result<(), Violation> {
+        match event {
+            Event::Landed(change) => self.landed(change, actions),
+            Event::Flush(token) => self.flush(token, false, actions),
+            Event::FlushBackground(token) => self.flush(token, true, actions),
+            Event::Ack { applied, durable } => self.acked(applied, durable, actions)?,
+            Event::FlushedLocal => self.flushed_local(actions),
+            Event::SessionUp { in_sync } => self.session_up(in_sync, actions),
+            Event::SessionDown => self.session_down(actions),
+            Event::GoAlone => self.go_alone(actions),
+            Event::PeerInSync => {
+                self.peer_in_sync = true;
+                self.settle(actions);
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes not yet both released and completed, plus flushes under way.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.window.len() + self.flushes.len()
+    }
+
+    /// Whether completions wait for a peer that is away or not in sync.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.peer == Peer::Absent || self.is_held()
+    }
+
+    /// Whether the peer has not confirmed everything posted to it as durable.
+    #[must_use]
+    pub fn peer_lags_durably(&self) -> bool {
+        Seq(self.next_seq.0 - 1) > self.peer_durable
+    }
+
+    fn is_held(&self) -> bool {
+        self.on_loss == OnPeerLoss::Freeze && self.peer != Peer::Alone && !self.peer_in_sync
+    }
+
+    fn landed(&mut self, change: Change, actions: &mut Vec<Action>) {
+        self.landings += 1;
+        let mut entry =
+            Entry { change, seq: Seq::ZERO, landing: self.landings, released: false, completed: false };
+        match self.peer {
+            Peer::Live => entry.seq = self.post(change, actions),
+            Peer::Alone => {}
+            Peer::Absent if self.alone_asked => {}
+            Peer::Absent => {
+                self.alone_asked = true;
+                actions.push(Action::AskAlone);
+            }
+        }
+        self.window.push_back(entry);
+        if self.wants_durability(change) {
+            self.want_local_flush(self.landings, actions);
+        }
+        if self.peer == Peer::Alone {
+            self.release_all(actions);
+        }
+        if self.peer == Peer::Alone || self.ack == AckLevel::Async {
+            self.settle(actions);
+        }
+    }
+
+    fn post(&mut self, mut change: Change, actions: &mut Vec<Action>) -> Seq {
+        let seq = self.next_seq;
+        self.next_seq = seq.next();
+        if self.wants_durability(change) {
+            change.flags |= flags::FUA;
+            self.peer_flush_asked = seq;
+        }
+        actions.push(Action::Post(seq, change));
+        seq
+    }
+
+    fn wants_durability(&self, change: Change) -> bool {
+        let background = change.flags & flags::RESYNC != 0;
+        change.flags & flags::FUA != 0 || (self.ack == AckLevel::Durable && !background)
+    }
+
+    fn flush(&mut self, token: Token, background: bool, actions: &mut Vec<Action>) {
+        let seq = if self.peer == Peer::Live { Seq(self.next_seq.0 - 1) } else { Seq::ZERO };
+        self.flushes.push(PendingFlush { token, landing: self.landings, seq, background });
+        if self.peer == Peer::Absent && !self.alone_asked {
+            self.alone_asked = true;
+            actions.push(Action::AskAlone);
+        }
+        self.want_local_flush(self.landings, actions);
+        self.want_peer_flush(seq, actions);
+        self.settle(actions);
+    }
+
+    /// A flush is asked for even when nothing landed since the last: the medium may still hold back what the daemon
+    /// before us wrote.
+    fn want_local_flush(&mut self, landing: u64, actions: &mut Vec<Action>) {
+        self.local_flush_wanted = self.local_flush_wanted.max(landing);
+        if self.local_flush.is_none() && (self.local_durable < landing || self.local_durable == 0) {
+            self.local_flush = Some(self.landings);
+            actions.push(Action::FlushLocal);
+        }
+    }
+
+    fn want_peer_flush(&mut self, seq: Seq, actions: &mut Vec<Action>) {
+        if self.peer == Peer::Live && seq > self.peer_durable && seq > self.peer_flush_asked {
+            self.peer_flush_asked = seq;
+            actions.push(Action::FlushPeer(seq));
+        }
+    }
+
+    fn flushed_local(&mut self, actions: &mut Vec<Action>) {
+        let upto = self.local_flush.take().expect("a flush was under way");
+        self.local_durable = self.local_durable.max(upto);
+        if self.local_flush_wanted > self.local_durable {
+            self.local_flush = Some(self.landings);
+            actions.push(Action::FlushLocal);
+        }
+        self.settle(actions);
+    }
+
+    fn acked(&mut self, applied: Seq, durable: Seq, actions: &mut Vec<Action>) -> Result<(), Violation> {
+        let sent = Seq(self.next_seq.0 - 1);
+        if applied > sent {
+            return Err(Violation::AckFromTheFuture { found: applied, sent });
+        }
+        if durable > applied {
+            return Err(Violation::AckFromTheFuture { found: durable, sent: applied });
+        }
+        if applied < self.peer_applied || durable < self.peer_durable {
+            return Err(Violation::AckWentBack { found: applied.min(durable), before: self.peer_applied });
+        }
+        self.peer_applied = applied;
+        self.peer_durable = durable;
+        while let Some(entry) = self.window.get_mut(self.released_len) {
+            if entry.seq > applied || entry.seq == Seq::ZERO {
+                break;
+            }
+            entry.released = true;
+            self.released_len += 1;
+            actions.push(Action::Release(entry.change));
+        }
+        self.settle(actions);
+        Ok(())
+    }
+
+    fn session_up(&mut self, in_sync: bool, actions: &mut Vec<Action>) {
+        assert!(self.peer != Peer::Live, "a session begins after the last one ended");
+        self.peer = Peer::Live;
+        self.peer_in_sync = in_sync;
+        self.alone_asked = false;
+        self.next_seq = Seq(1);
+        self.peer_applied = Seq::ZERO;
+        self.peer_durable = Seq::ZERO;
+        self.peer_flush_asked = Seq::ZERO;
+        for at in self.released_len..self.window.len() {
+            let change = self.window[at].change;
+            self.window[at].seq = self.post(change, actions);
+        }
+        let last = Seq(self.next_seq.0 - 1);
+        for flush in &mut self.flushes {
+            flush.seq = last;
+        }
+        if !self.flushes.is_empty() {
+            self.want_peer_flush(last, actions);
+        }
+        self.settle(actions);
+    }
+
+    /// Forgets everything under way: the volume stops serving or its disk failed. Gives back the requests that were
+    /// never completed and the ranges that are still locked. The session, if one is up, must end as well.
+    pub fn abandon(&mut self, uncompleted: &mut Vec<Token>, locked: &mut Vec<Change>) {
+        uncompleted.extend(self.window.iter().filter(|e| !e.completed).map(|e| e.change.token));
+        uncompleted.extend(self.flushes.iter().map(|flush| flush.token));
+        locked.extend(self.window.iter().filter(|e| !e.released).map(|e| e.change));
+        self.window.clear();
+        self.flushes.clear();
+        self.released_len = 0;
+    }
+
+    fn session_down(&mut self, actions: &mut Vec<Action>) {
+        if self.peer != Peer::Live {
+            return;
+        }
+        self.peer = Peer::Absent;
+        self.peer_in_sync = false;
+        for flush in &mut self.flushes {
+            flush.seq = Seq::ZERO;
+        }
+        let mut waits = !self.flushes.is_empty();
+        // Steps of the background copy end with their session: the next copy sends them anew.
+        self.window.retain(|entry| {
+            let dropped = !entry.released && entry.change.flags & flags::RESYNC != 0;
+            if dropped {
+                actions.push(Action::Release(entry.change));
+            }
+            !dropped
+        });
+        for entry in &mut self.window {
+            // A peer that is gone makes nothing durable: what it had applied, the record of its absence covers.
+            entry.seq = Seq::ZERO;
+            waits |= !entry.completed;
+            if !entry.released {
+                actions.push(Action::MarkDirty(entry.change.range));
+            }
+        }
+        if waits {
+            self.alone_asked = true;
+            actions.push(Action::AskAlone);
+        }
+    }
+
+    fn go_alone(&mut self, actions: &mut Vec<Action>) {
+        if self.peer == Peer::Live {
+            // A new session came up while the record was written; its completions carry on from there.
+            return;
+        }
+        self.peer = Peer::Alone;
+        self.alone_asked = false;
+        self.release_all(actions);
+        self.settle(actions);
+    }
+
+    fn release_all(&mut self, actions: &mut Vec<Action>) {
+        for entry in self.window.iter_mut().skip(self.released_len) {
+            entry.released = true;
+            actions.push(Action::MarkDirty(entry.change.range));
+            actions.push(Action::Release(entry.change));
+        }
+        self.released_len = self.window.len();
+    }
+
+    /// Completes whatever may complete by now, and forgets what is done with.
+    fn settle(&mut self, actions: &mut Vec<Action>) {
+        if self.peer != Peer::Absent {
+            let held = self.is_held();
+            // Beyond the released front only `async` may complete anything.
+            let reach = if self.ack == AckLevel::Async { self.window.len() } else { self.released_len };
+            for at in 0..reach {
+                let entry = self.window[at];
+                let background = entry.change.flags & flags::RESYNC != 0;
+                if entry.completed || (held && !background) || !self.may_complete(&entry) {
+                    continue;
+                }
+                self.window[at].completed = true;
+                actions.push(Action::Complete(entry.change.token));
+            }
+            while self.window.front().is_some_and(|e| e.released && e.completed) {
+                self.window.pop_front();
+                self.released_len -= 1;
+            }
+            self.settle_flushes(held, actions);
+        }
+    }
+
+    fn may_complete(&self, entry: &Entry) -> bool {
+        if !self.wants_durability(entry.change) {
+            return entry.released || self.ack == AckLevel::Async;
+        }
+        entry.released
+            && self.local_durable >= entry.landing
+            && (self.peer != Peer::Live || self.peer_durable >= entry.seq)
+    }
+
+    fn settle_flushes(&mut self, held: bool, actions: &mut Vec<Action>) {
+        let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer == Peer::Live);
+        let running_clean = self.local_flush.is_none();
+        self.flushes.retain(|flush| {
+            let here = local >= flush.landing && (flush.landing > 0 || running_clean);
+            let done = here && (!held || flush.background) && (!live || peer >= flush.seq);
+            if done {
+                actions.push(Action::Complete(flush.token));
+            }
+            !done
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,118 @@
+//! The background copy: what to send next, and when it is done. Sans-IO.
+//!
+//! The copy walks the dirty bitmap once, a bounded number of steps at a time. Each step goes through the same range
+//! locks and the same pipeline as a client's write, so that the peer applies both in one order; writes that arrive
+//! meanwhile are mirrored wherever the cursor stands. Today every copy starts from a full bitmap; a copy of what really
+//! differs only has to set fewer bits.
+
+use crate::disk::bitmap::Bitmap;
+use crate::limits::{DIRTY_GRAIN_LEN, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT};
+use crate::units::ByteRange;
+
+/// Where a copy stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// Steps are left or under way.
+    Copying,
+    /// The flush was asked for.
+    Flushing,
+}
+
+/// One background copy, within one session.
+#[derive(Debug)]
+pub struct Resync {
+    cursor: u64,
+    steps_in_flight: usize,
+    stage: Stage,
+    total: u64,
+}
+
+impl Resync {
+    /// A copy of everything marked in `bitmap`.
+    #[must_use]
+    pub fn new(bitmap: &Bitmap) -> Self {
+        Self { cursor: 0, steps_in_flight: 0, stage: Stage::Copying, total: bitmap.dirty_bytes() }
+    }
+
+    /// The next dirty range to copy, or `None` while enough is under way or nothing is left. The caller says with
+    /// [`Resync::took`] how much of it the step covers.
+    #[must_use]
+    pub fn next(&self, bitmap: &Bitmap) -> Option<ByteRange> {
+        if self.stage != Stage::Copying || self.steps_in_flight >= RESYNC_CHUNKS_IN_FLIGHT {
+            return None;
+        }
+        bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)
+    }
+
+    /// A step over `range` is under way. Its length must be a multiple of the bitmap's grain, or end the disk.
+    pub fn took(&mut self, range: ByteRange) {
+        self.cursor = range.end().next_multiple_of(DIRTY_GRAIN_LEN);
+        self.steps_in_flight += 1;
+    }
+
+    /// The step last taken could not start: it comes again.
+    pub fn untake(&mut self, range: ByteRange) {
+        self.cursor = range.start;
+        self.steps_in_flight -= 1;
+    }
+
+    /// The peer applied a step.
+    pub fn applied(&mut self, range: ByteRange, bitmap: &mut Bitmap) {
+        bitmap.clear(range);
+        self.steps_in_flight -= 1;
+    }
+
+    /// Whether it is time to flush the peer; says yes once.
+    pub fn take_flush(&mut self, bitmap: &Bitmap) -> bool {
+        let done = self.stage == Stage::Copying
+            && self.steps_in_flight == 0
+            && bitmap.next_dirty(self.cursor, DIRTY_GRAIN_LEN).is_none();
+        if done {
+            self.stage = Stage::Flushing;
+        }
+        done
+    }
+
+    /// Bytes of data one step copies at most.
+    #[must_use]
+    pub fn chunk(range: ByteRange) -> ByteRange {
+        ByteRange::new(range.start, range.len.min(RESYNC_CHUNK_LEN))
+    }
+
+    /// Percent of the bytes to copy that the peer has applied.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a percentage for people")]
+    pub fn percent(&self, bitmap: &Bitmap) -> f64 {
+        let done = self.total.saturating_sub(bitmap.dirty_bytes());
+        if self.total == 0 { 100.0 } else { done as f64 * 100.0 / self.total as f64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_covers_every_dirty_byte_once_with_bounded_steps_then_flushes_once() {
+        let size = 10 * RESYNC_CHUNK_LEN + 4096;
+        let mut bitmap = Bitmap::new(size);
+        bitmap.set_all();
+        let mut resync = Resync::new(&bitmap);
+        let mut under_way = std::collections::VecDeque::new();
+        let mut copied = 0;
+        while !resync.take_flush(&bitmap) {
+            while let Some(dirty) = resync.next(&bitmap) {
+                let step = Resync::chunk(dirty);
+                assert_eq!(step.start, copied, "in order, without gaps");
+                resync.took(step);
+                copied = step.end();
+                under_way.push_back(step);
+                assert!(under_way.len() <= RESYNC_CHUNKS_IN_FLIGHT);
+            }
+            resync.applied(under_way.pop_front().expect("steps under way until done"), &mut bitmap);
+        }
+        assert_eq!((copied, bitmap.dirty_bytes(), under_way.len()), (size, 0, 0));
+        assert!((resync.percent(&bitmap) - 100.0).abs() < 1e-9);
+        assert!(!resync.take_flush(&bitmap), "once");
+    }
+}

@@ -1,0 +1,182 @@
+//! What control tells the reactor, and what the reactor tells control.
+//!
+//! Commands come by channel with a ring of the reactor's bell; events go back by channel. A volume is named by its index
+//! in the list the reactor was made with.
+
+use crate::disk::image::DiskImage;
+use crate::front::queue::QueueServer;
+use crate::transport::Link;
+use crate::units::{AckLevel, Epoch, OnPeerLoss};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+/// A volume as the reactor is given it. It serves nobody until told to.
+#[derive(Debug)]
+pub struct VolumeSpec {
+    /// Export name.
+    pub name: String,
+    /// The open disk.
+    pub disk: Arc<DiskImage>,
+    /// What an acknowledgement promises.
+    pub ack: AckLevel,
+    /// What to do without the standby.
+    pub on_peer_loss: OnPeerLoss,
+}
+
+/// Which way changes go over a volume's session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// From us: the peer applies what we post. With `resync` the whole disk is copied in the background first.
+    Source {
+        /// The peer is not UpToDate.
+        resync: bool,
+    },
+    /// To us.
+    Target,
+    /// Neither yet: both are standby.
+    Idle,
+}
+
+/// What control tells the reactor.
+pub enum Command {
+    /// A session is agreed; the link is handed over.
+    Session {
+        /// Index of the volume.
+        volume: usize,
+        /// The link, connected.
+        link: Box<dyn Link>,
+        /// Which way.
+        direction: Direction,
+        /// The epoch both agreed on.
+        epoch: Epoch,
+    },
+    /// The roles changed over a live session.
+    Direct {
+        /// Index of the volume.
+        volume: usize,
+        /// Which way from now on.
+        direction: Direction,
+        /// The epoch both agreed on.
+        epoch: Epoch,
+    },
+    /// End the session; an [`Event::LinkDown`] follows if there was one.
+    CloseLink {
+        /// Index of the volume.
+        volume: usize,
+        /// For the log.
+        reason: &'static str,
+    },
+    /// Serve clients.
+    Serve {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// Stop serving at once: what is under way fails, clients are disconnected. `refusal` is what new ones are told.
+    StopServing {
+        /// Index of the volume.
+        volume: usize,
+        /// Why it is not served here, and where it is.
+        refusal: String,
+    },
+    /// The peer's absence is on durable record.
+    GoAlone {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// The peer is UpToDate, on record.
+    PeerInSync {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// A message to the peer's control.
+    SendPeer {
+        /// Index of the volume.
+        volume: usize,
+        /// What it is.
+        code: u64,
+        /// Its argument.
+        arg: u64,
+    },
+    /// Admit nothing more, finish what is under way, flush both sides; [`Event::Quiesced`] follows.
+    Quiesce {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// A new in-process client of a volume.
+    Attach {
+        /// Index of the volume.
+        volume: usize,
+        /// The reactor's end of its queues.
+        queue: QueueServer,
+    },
+    /// End the loop.
+    Shutdown,
+}
+
+/// What the reactor tells control.
+#[derive(Debug)]
+pub enum Event {
+    /// The session ended. Whatever it had delivered whole is applied; nothing more will be.
+    LinkDown {
+        /// Index of the volume.
+        volume: usize,
+        /// Why.
+        reason: String,
+        /// We were the source, and the peer had not confirmed everything as durable.
+        undurable: bool,
+    },
+    /// A change waits and there is no peer.
+    AskAlone {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// The background copy is applied and durable on the peer.
+    ResyncDone {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// The peer's control says something.
+    PeerMessage {
+        /// Index of the volume.
+        volume: usize,
+        /// What it is.
+        code: u64,
+        /// Its argument.
+        arg: u64,
+    },
+    /// The local disk failed; every request on it fails from now on.
+    DiskFailed {
+        /// Index of the volume.
+        volume: usize,
+        /// How.
+        error: String,
+    },
+    /// Nothing is under way and both sides are flushed.
+    Quiesced {
+        /// Index of the volume.
+        volume: usize,
+    },
+    /// The loop ended.
+    Stopped,
+}
+
+/// What control may read of a volume at any time, without asking the reactor.
+#[derive(Debug, Default)]
+pub struct VolumeCounters {
+    /// Bytes the peer may lack.
+    pub dirty_bytes: AtomicU64,
+    /// Changes and flushes under way.
+    pub in_flight: AtomicU64,
+    /// Percent of the background copy times 100; meaningless without one.
+    pub resync_percent_x100: AtomicU64,
+    /// A background copy is under way.
+    pub resyncing: AtomicBool,
+    /// Completions wait for an absent peer.
+    pub frozen: AtomicBool,
+    /// Changes completed towards clients.
+    pub changes_done: AtomicU64,
+    /// Changes applied for the peer.
+    pub changes_applied: AtomicU64,
+    /// Links closed because the peer broke the protocol.
+    pub violations: AtomicU64,
+}

@@ -1,0 +1,467 @@
+//! One volume in the reactor: the disk, its locks, the pipeline or the access side, and the link, joined up.
+//!
+//! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through
+//! [`Volume::poll`] (`session.rs`). What follows for front ends stands in [`Volume::notices`], for control in
+//! [`Volume::events`]; the reactor empties both each turn. Nothing here blocks, and in the steady state nothing
+//! allocates.
+
+use crate::access::Access;
+use crate::disk::bitmap::Bitmap;
+use crate::disk::image::DiskImage;
+use crate::disk::inflight::Inflight;
+use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
+use crate::error::IoError;
+use crate::limits::{WAITERS_LEN, WINDOW_LEN};
+use crate::mirror::pipeline::{Action, Change, Pipeline};
+use crate::mirror::resync::Resync;
+use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
+use crate::transport::{Link, LinkEvent, Slot};
+use crate::units::{ByteRange, Epoch, Seq, Token};
+use crate::wire::Kind;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+mod requests;
+mod session;
+
+pub use requests::{Begin, NewRequest, Op};
+
+/// Token of the flush the pipeline asked for.
+const PIPELINE_FLUSH: Token = Token(u64::MAX);
+/// Tokens of flushes the access side asked for: this plus the session's serial, so that one of an ended session is known.
+const ACCESS_FLUSH_BASE: u64 = 1 << 62;
+/// Token of the change the access side waits for.
+const ACCESS_CHANGE: Token = Token(u64::MAX - 2);
+
+/// Who made a request, and so who hears of its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// An NBD connection of the reactor (index and serial) and its cookie.
+    Nbd {
+        /// Index of the connection.
+        connection: u32,
+        /// Tells it from an earlier one at the same index.
+        serial: u32,
+        /// The client's handle.
+        cookie: u64,
+    },
+    /// An in-process queue of the reactor.
+    Queue {
+        /// Index of the queue.
+        queue: u32,
+        /// Place of the operation in the queue's table.
+        slot: u32,
+    },
+    /// A step of the background copy number `serial`.
+    Resync {
+        /// Tells its steps from an earlier copy's.
+        serial: u64,
+    },
+    /// The flush that ends a background copy.
+    ResyncFlush,
+    /// The flush that ends a quiesce.
+    Quiesce,
+    /// A client that is gone.
+    Nobody,
+}
+
+/// What a front end gets to hear.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Notice {
+    /// A request that waited may go on, as after [`Begin::Go`].
+    Granted {
+        /// Whose.
+        origin: Origin,
+        /// Its token.
+        token: Token,
+    },
+    /// A request ended. Its token is void.
+    Done {
+        /// Whose.
+        origin: Origin,
+        /// How.
+        result: Result<(), IoError>,
+    },
+    /// A slow reader's reply stands in the way of a change: copy the rest of it out and unpin.
+    Unpin {
+        /// The token that pins.
+        token: Token,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    origin: Origin,
+    op: Op,
+    range: ByteRange,
+    flags: u8,
+    /// Holds its range lock.
+    locked: bool,
+    /// The pipeline has it.
+    landed: bool,
+    completed: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Outgoing {
+    Post(Seq, Change),
+    Flush(Seq),
+    Control { code: u64, arg: u64 },
+}
+
+/// A volume.
+pub struct Volume {
+    index: usize,
+    name: String,
+    disk: Arc<DiskImage>,
+    disk_failure_told: bool,
+    workers: DiskWorkers,
+    serving: bool,
+    quiescing: bool,
+    refusal: String,
+
+    requests: Vec<Option<Request>>,
+    requests_free: Vec<usize>,
+    receiving: usize,
+    inflight: Inflight,
+    granted: Vec<Token>,
+    pipeline: Pipeline,
+    actions: Vec<Action>,
+    bitmap: Bitmap,
+    resync: Option<Resync>,
+    resync_serial: u64,
+
+    epoch: Epoch,
+    /// Counts the access side's lives.
+    session_serial: u64,
+    link: Option<Box<dyn Link>>,
+    link_events: Vec<LinkEvent>,
+    source: bool,
+    outbox: VecDeque<Outgoing>,
+    access: Option<Access>,
+    arrived: VecDeque<Slot>,
+    access_job: Option<Slot>,
+    down_deferred: Option<(String, bool)>,
+    heard_bytes: u64,
+    last_heard: Instant,
+    last_sent: Instant,
+
+    counters: Arc<VolumeCounters>,
+    /// For front ends.
+    pub notices: Vec<Notice>,
+    /// For control.
+    pub events: Vec<Event>,
+}
+
+impl Volume {
+    /// A volume that serves nobody and has no session.
+    #[must_use]
+    pub fn new(index: usize, spec: VolumeSpec, workers: DiskWorkers, now: Instant) -> Self {
+        let size = spec.disk.size();
+        Self {
+            index,
+            refusal: format!("volume {}: this node has not agreed with its peer yet who serves it", spec.name),
+            name: spec.name,
+            disk: spec.disk,
+            disk_failure_told: false,
+            workers,
+            serving: false,
+            quiescing: false,
+            requests: Vec::with_capacity(WINDOW_LEN),
+            requests_free: Vec::with_capacity(WINDOW_LEN),
+            receiving: 0,
+            inflight: Inflight::new(WINDOW_LEN, WAITERS_LEN),
+            granted: Vec::with_capacity(WINDOW_LEN),
+            pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
+            actions: Vec::with_capacity(2 * WINDOW_LEN),
+            bitmap: Bitmap::new(size),
+            resync: None,
+            resync_serial: 0,
+            epoch: Epoch::ZERO,
+            session_serial: 0,
+            link: None,
+            link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
+            source: false,
+            outbox: VecDeque::with_capacity(WINDOW_LEN),
+            access: None,
+            arrived: VecDeque::new(),
+            access_job: None,
+            down_deferred: None,
+            heard_bytes: 0,
+            last_heard: now,
+            last_sent: now,
+            counters: Arc::new(VolumeCounters::default()),
+            notices: Vec::with_capacity(WINDOW_LEN),
+            events: Vec::new(),
+        }
+    }
+
+    /// Export name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<DiskImage> {
+        &self.disk
+    }
+
+    /// What control reads.
+    #[must_use]
+    pub fn counters(&self) -> Arc<VolumeCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Why new clients are turned away, if they are.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&str> {
+        if self.serving && !self.quiescing { None } else { Some(&self.refusal) }
+    }
+
+    /// Serves clients from now on.
+    pub fn serve(&mut self) {
+        self.serving = true;
+        self.quiescing = false;
+    }
+
+    /// Fails what is under way and turns clients away with `refusal`. The caller closes their connections.
+    pub fn stop_serving(&mut self, refusal: String) {
+        self.serving = false;
+        self.quiescing = false;
+        self.refusal = refusal;
+        self.fail_all(IoError::NotPrimary);
+    }
+
+    /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
+    pub fn quiesce(&mut self) {
+        self.quiescing = true;
+        self.refusal = format!("volume {} is being handed over", self.name);
+    }
+
+    /// The peer's absence is on record.
+    pub fn go_alone(&mut self) {
+        self.pipeline_event(crate::mirror::pipeline::Event::GoAlone);
+    }
+
+    /// The peer is in sync, on record.
+    pub fn peer_in_sync(&mut self) {
+        self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
+    }
+
+    /// Takes the result of a disk job.
+    pub fn job_done(&mut self, done: JobDone) {
+        let failed = done.result.is_err();
+        if let Err(error) = done.result {
+            self.disk_failed(&error.to_string());
+        }
+        match done.token {
+            PIPELINE_FLUSH if !failed => self.pipeline_event(crate::mirror::pipeline::Event::FlushedLocal),
+            ACCESS_CHANGE => self.access_job_done(failed),
+            PIPELINE_FLUSH => {}
+            Token(token) if token >= ACCESS_FLUSH_BASE => {
+                if let Some(access) = &mut self.access
+                    && token == ACCESS_FLUSH_BASE + self.session_serial
+                    && !failed
+                {
+                    access.flushed();
+                }
+            }
+            token => self.local_change_done(token, failed),
+        }
+    }
+
+    /// Whether anything is under way that the link will answer soon: worth spinning for.
+    #[must_use]
+    pub fn expects_link(&self) -> bool {
+        self.link.is_some() && (self.access.is_some() || self.pipeline.in_flight() > 0)
+    }
+
+    /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
+    pub fn pump(&mut self, now: Instant) {
+        self.serve_granted();
+        if let Some(token) = self.inflight.pin_in_the_way() {
+            self.notices.push(Notice::Unpin { token });
+        }
+        self.step_resync();
+        self.end_quiesce();
+        if self.disk.is_failed() {
+            self.disk_failed("a page could not be read or written (truncated file, I/O error or full file system)");
+        }
+        self.pump_link(now);
+        self.publish();
+    }
+
+    fn end_quiesce(&mut self) {
+        if self.quiescing && self.receiving == 0 && self.pipeline.in_flight() == 0 && self.inflight.waiting_len() == 0 {
+            // Said once: the flush itself is now under way and counts as such.
+            self.quiescing = false;
+            self.serving = false;
+            let token = self.add_request(Request::flush(Origin::Quiesce));
+            self.pipeline_event(crate::mirror::pipeline::Event::FlushBackground(token));
+        }
+    }
+
+    fn publish(&self) {
+        let c = &self.counters;
+        c.dirty_bytes.store(self.bitmap.dirty_bytes(), Ordering::Relaxed);
+        c.in_flight.store(self.pipeline.in_flight() as u64, Ordering::Relaxed);
+        c.frozen.store(
+            self.serving && self.pipeline.in_flight() > 0 && self.pipeline.is_frozen(),
+            Ordering::Relaxed,
+        );
+        c.resyncing.store(self.resync.is_some(), Ordering::Relaxed);
+        if let Some(resync) = &self.resync {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=10000")]
+            c.resync_percent_x100.store((resync.percent(&self.bitmap) * 100.0) as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn pipeline_event(&mut self, event: crate::mirror::pipeline::Event) {
+        self.pipeline.handle(event, &mut self.actions).expect("only acks err");
+        self.perform();
+    }
+
+    /// Carries the pipeline's actions out, in order.
+    fn perform(&mut self) {
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
+                Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
+                Action::FlushLocal => self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH }),
+                Action::Release(change) => self.released(change),
+                Action::Complete(token) => self.completed(token),
+                Action::MarkDirty(range) => self.bitmap.set(range),
+                Action::AskAlone => self.events.push(Event::AskAlone { volume: self.index }),
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn released(&mut self, change: Change) {
+        self.inflight.release(change.token, change.range.start, &mut self.granted);
+        let request = self.request_mut(change.token);
+        request.locked = false;
+        let (origin, completed) = (request.origin, request.completed);
+        if let Origin::Resync { serial } = origin {
+            if serial == self.resync_serial
+                && let Some(resync) = &mut self.resync
+            {
+                resync.applied(change.range, &mut self.bitmap);
+            }
+            // A step that a session's end cut off is never completed.
+            if !completed && self.link.is_none() {
+                self.drop_request(change.token);
+                return;
+            }
+        }
+        if completed {
+            self.drop_request(change.token);
+        }
+    }
+
+    fn completed(&mut self, token: Token) {
+        let request = self.request_mut(token);
+        request.completed = true;
+        let (origin, locked, op) = (request.origin, request.locked, request.op);
+        if !locked {
+            self.drop_request(token);
+        }
+        if matches!(op, Op::Change(_)) && !matches!(origin, Origin::Resync { .. }) {
+            self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
+        }
+        match origin {
+            Origin::Resync { .. } | Origin::Nobody => {}
+            Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
+            Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
+            Origin::Nbd { .. } | Origin::Queue { .. } => self.notices.push(Notice::Done { origin, result: Ok(()) }),
+        }
+    }
+
+    /// The medium failed: say so once, fail what is under way, end the session.
+    fn disk_failed(&mut self, error: &str) {
+        self.disk.fail();
+        if std::mem::replace(&mut self.disk_failure_told, true) {
+            return;
+        }
+        self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
+        self.close_link(crate::transport::DownReason::Local("the local disk failed"));
+        self.fail_all(IoError::DiskFailed);
+    }
+
+    /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
+    /// ends those).
+    fn fail_all(&mut self, error: IoError) {
+        let (mut tokens, mut locked) = (Vec::new(), Vec::new());
+        self.pipeline.abandon(&mut tokens, &mut locked);
+        self.outbox.clear();
+        for change in locked {
+            self.inflight.release(change.token, change.range.start, &mut self.granted);
+            self.request_mut(change.token).locked = false;
+            if self.request_mut(change.token).completed {
+                self.drop_request(change.token);
+            }
+        }
+        self.inflight.cancel_all(&mut tokens);
+        for token in tokens {
+            self.fail(token, error);
+        }
+        let granted = std::mem::take(&mut self.granted);
+        for token in granted {
+            let request = *self.request_mut(token);
+            if matches!(request.op, Op::Change(_)) {
+                self.inflight.release(token, request.range.start, &mut self.granted);
+            }
+            self.fail(token, error);
+        }
+    }
+
+    fn fail(&mut self, token: Token, error: IoError) {
+        let origin = self.drop_request(token).origin;
+        if matches!(origin, Origin::Nbd { .. } | Origin::Queue { .. }) {
+            self.notices.push(Notice::Done { origin, result: Err(error) });
+        }
+    }
+
+    fn add_request(&mut self, request: Request) -> Token {
+        let at = self.requests_free.pop().unwrap_or_else(|| {
+            self.requests.push(None);
+            self.requests.len() - 1
+        });
+        self.requests[at] = Some(request);
+        Token(at as u64)
+    }
+
+    fn request_mut(&mut self, token: Token) -> &mut Request {
+        let at = usize::try_from(token.0).expect("a token is an index");
+        self.requests[at].as_mut().unwrap_or_else(|| panic!("{token:?} names no request"))
+    }
+
+    fn drop_request(&mut self, token: Token) -> Request {
+        let at = usize::try_from(token.0).expect("a token is an index");
+        self.requests_free.push(at);
+        self.requests[at].take().unwrap_or_else(|| panic!("{token:?} names no request"))
+    }
+}
+
+impl Request {
+    fn flush(origin: Origin) -> Self {
+        Self {
+            origin,
+            op: Op::Flush,
+            range: ByteRange::new(0, 0),
+            flags: 0,
+            locked: false,
+            landed: true,
+            completed: false,
+        }
+    }
+
+    fn change(&self, token: Token, kind: Kind) -> Change {
+        Change { token, kind, range: self.range, flags: self.flags }
+    }
+}

@@ -1,0 +1,331 @@
+//! The link's side of a volume: sessions, what the peer posts, and what we post.
+
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Volume};
+use crate::access::Access;
+use crate::disk::worker::{Job, JobKind};
+use crate::error::Violation;
+use crate::mirror::pipeline::{Change, Event as PipelineEvent};
+use crate::mirror::resync::Resync;
+use crate::reactor::command::{Direction, Event};
+use crate::transport::{DownReason, Link, LinkEvent, Slot};
+use crate::units::{Epoch, Seq, Token};
+use crate::wire::{Header, Kind};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Longest zeroing the access side does in place; see the same bound on the front ends' side.
+const ZERO_IN_PLACE_LEN_MAX: u64 = 64 << 10;
+
+impl Volume {
+    /// A session begins over `link`.
+    ///
+    /// # Panics
+    /// When the last one has not ended: control hands over one at a time.
+    pub fn attach(&mut self, link: Box<dyn Link>, direction: Direction, epoch: Epoch, now: Instant) {
+        assert!(self.link.is_none() && self.access_job.is_none(), "one session at a time");
+        tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
+        self.link = Some(link);
+        self.heard_bytes = 0;
+        self.last_heard = now;
+        self.last_sent = now;
+        self.direct(direction, epoch);
+    }
+
+    /// The roles over the live session are now these.
+    pub fn direct(&mut self, direction: Direction, epoch: Epoch) {
+        self.epoch = epoch;
+        self.access = None;
+        if self.source {
+            self.source = false;
+            self.resync = None;
+            self.pipeline_event(PipelineEvent::SessionDown);
+        }
+        if self.link.is_none() {
+            return;
+        }
+        match direction {
+            Direction::Source { resync } => {
+                self.source = true;
+                self.resync_serial += 1;
+                if resync {
+                    self.bitmap.set_all();
+                    self.resync = Some(Resync::new(&self.bitmap));
+                } else {
+                    self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                }
+                self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
+            }
+            Direction::Target => {
+                self.session_serial += 1;
+                self.access = Some(Access::new(epoch, self.disk.size()));
+                self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+            }
+            Direction::Idle => {}
+        }
+    }
+
+    /// Whether a session is up.
+    #[must_use]
+    pub fn has_link(&self) -> bool {
+        self.link.is_some()
+    }
+
+    /// The link, for the reactor to sleep on.
+    pub fn link_mut(&mut self) -> Option<&mut (dyn Link + 'static)> {
+        self.link.as_deref_mut()
+    }
+
+    /// Ends the session; [`Event::LinkDown`] follows.
+    pub fn close_link(&mut self, reason: DownReason) {
+        if let Some(link) = &mut self.link {
+            link.close(reason);
+        }
+    }
+
+    /// Queues a message to the peer's control.
+    pub fn send_peer(&mut self, code: u64, arg: u64) {
+        if self.link.is_some() {
+            self.outbox.push_back(Outgoing::Control { code, arg });
+        }
+    }
+
+    /// Takes what the link has. Returns whether there was anything.
+    pub fn poll(&mut self, now: Instant) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        let mut events = std::mem::take(&mut self.link_events);
+        link.poll(&mut events);
+        let heard = link.received_bytes();
+        if heard != self.heard_bytes {
+            self.heard_bytes = heard;
+            self.last_heard = now;
+        }
+        let any = !events.is_empty();
+        for event in events.drain(..) {
+            self.link_event(event);
+        }
+        self.link_events = events;
+        any
+    }
+
+    /// Keep-alives out, silence in: to be called often against `timeout`. Returns when to call again at the latest.
+    pub fn keep_alive(&mut self, now: Instant, timeout: Duration) -> Option<Instant> {
+        let epoch = self.epoch;
+        let link = self.link.as_mut()?;
+        let interval = timeout / 4;
+        let silent = now.duration_since(self.last_heard);
+        if silent >= timeout {
+            let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
+            link.close(DownReason::Silent { silent_ms });
+            return Some(now);
+        }
+        if now.duration_since(self.last_sent) >= interval {
+            // Without credit there is unread traffic of ours in front of the peer: sign of life enough.
+            let _ = link.send(Header::new(Kind::KeepAlive, epoch));
+            link.kick();
+            self.last_sent = now;
+        }
+        Some((self.last_sent + interval).min(self.last_heard + timeout))
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        let outcome = match event {
+            // Ranges unlock by the peer's word alone.
+            LinkEvent::Sent(_) | LinkEvent::Failed(_) => Ok(()),
+            LinkEvent::Arrived(slot) => self.arrived(slot),
+            LinkEvent::Message(header) => self.message(&header),
+            LinkEvent::Down(reason) => {
+                self.link_down(&reason);
+                Ok(())
+            }
+        };
+        if let Err(violation) = outcome {
+            self.close_link(DownReason::Protocol(violation));
+        }
+    }
+
+    fn message(&mut self, header: &Header) -> Result<(), Violation> {
+        match header.kind {
+            Kind::Ack if self.source => {
+                let event = PipelineEvent::Ack { applied: header.seq, durable: Seq(header.aux) };
+                let outcome = self.pipeline.handle(event, &mut self.actions);
+                self.perform();
+                outcome
+            }
+            // A late ack of before the roles changed.
+            Kind::Ack | Kind::KeepAlive => Ok(()),
+            Kind::Flush => match &mut self.access {
+                Some(access) => access.flush_asked(header),
+                None => Err(Violation::Role { what: "a flush request", role: "primary" }),
+            },
+            Kind::Control => {
+                let (volume, code, arg) = (self.index, header.aux, header.seq.0);
+                self.events.push(Event::PeerMessage { volume, code, arg });
+                Ok(())
+            }
+            Kind::Write | Kind::WriteZeroes | Kind::Trim => panic!("changes arrive in slots"),
+        }
+    }
+
+    fn arrived(&mut self, slot: Slot) -> Result<(), Violation> {
+        let Some(access) = &mut self.access else {
+            return Err(Violation::Role { what: "a change", role: "primary" });
+        };
+        access.admit(&slot.header)?;
+        self.arrived.push_back(slot);
+        self.apply_arrived()
+    }
+
+    /// Applies what arrived, in order, until it is all applied or one change must wait for the disk.
+    fn apply_arrived(&mut self) -> Result<(), Violation> {
+        while self.access_job.is_none() {
+            let Some(slot) = self.arrived.pop_front() else { break };
+            let header = slot.header;
+            match header.kind {
+                Kind::Write => {
+                    Access::check_payload(&header, slot.payload.crc32c())?;
+                    slot.payload.copy_to(&self.disk.span(header.range));
+                    self.change_applied(slot);
+                }
+                Kind::WriteZeroes if header.range.len <= ZERO_IN_PLACE_LEN_MAX => {
+                    self.disk.span(header.range).fill_zero();
+                    self.change_applied(slot);
+                }
+                _ => {
+                    let kind = if header.kind == Kind::Trim {
+                        JobKind::Punch(header.range)
+                    } else {
+                        JobKind::Zero(header.range)
+                    };
+                    self.workers.submit(Job { kind, token: ACCESS_CHANGE });
+                    self.access_job = Some(slot);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn change_applied(&mut self, slot: Slot) {
+        if self.disk.is_failed() {
+            // Never acknowledged; the volume notices the failure in this same turn and ends the session.
+            return;
+        }
+        if let Some(access) = &mut self.access {
+            access.applied(&slot.header);
+            self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(link) = &mut self.link {
+            link.release(slot);
+        }
+    }
+
+    pub(super) fn access_job_done(&mut self, failed: bool) {
+        let slot = self.access_job.take().expect("a job was under way");
+        if let Some((reason, undurable)) = self.down_deferred.take() {
+            self.events.push(Event::LinkDown { volume: self.index, reason, undurable });
+            return;
+        }
+        if failed {
+            return;
+        }
+        self.change_applied(slot);
+        if let Err(violation) = self.apply_arrived() {
+            self.close_link(DownReason::Protocol(violation));
+        }
+    }
+
+    fn link_down(&mut self, reason: &DownReason) {
+        if matches!(reason, DownReason::Protocol(_) | DownReason::Frame(_)) {
+            self.counters.violations.fetch_add(1, Ordering::Relaxed);
+        }
+        if matches!(reason, DownReason::Source) {
+            self.disk.fail();
+        }
+        // A copy that was not finished leaves the peer behind, whatever was durable.
+        let undurable = self.source && (self.pipeline.peer_lags_durably() || self.resync.is_some());
+        self.link = None;
+        self.access = None;
+        self.arrived.clear();
+        self.outbox.clear();
+        self.resync = None;
+        if std::mem::take(&mut self.source) {
+            self.pipeline_event(PipelineEvent::SessionDown);
+        }
+        if self.access_job.is_some() {
+            self.down_deferred = Some((reason.to_string(), undurable));
+        } else {
+            self.events.push(Event::LinkDown { volume: self.index, reason: reason.to_string(), undurable });
+        }
+    }
+
+    /// Sends what waits for credit, the ack that is due, and rings the link's doorbell.
+    pub(super) fn pump_link(&mut self, now: Instant) {
+        if let Some(access) = &mut self.access
+            && access.take_flush()
+        {
+            let token = Token(ACCESS_FLUSH_BASE + self.session_serial);
+            self.workers.submit(Job { kind: JobKind::Flush, token });
+        }
+        let Some(link) = &mut self.link else {
+            self.outbox.clear();
+            return;
+        };
+        let mut sent = false;
+        while let Some(outgoing) = self.outbox.front() {
+            let posted = match *outgoing {
+                Outgoing::Post(seq, change) => post(link.as_mut(), &self.disk, self.epoch, seq, change),
+                Outgoing::Flush(seq) => {
+                    let mut header = Header::new(Kind::Flush, self.epoch);
+                    header.seq = seq;
+                    link.send(header).is_ok()
+                }
+                Outgoing::Control { code, arg } => {
+                    let mut header = Header::new(Kind::Control, self.epoch);
+                    header.aux = code;
+                    header.seq = Seq(arg);
+                    link.send(header).is_ok()
+                }
+            };
+            if !posted {
+                break;
+            }
+            sent = true;
+            self.outbox.pop_front();
+        }
+        if let Some(access) = &mut self.access
+            && let Some((applied, durable)) = access.take_ack()
+        {
+            let mut header = Header::new(Kind::Ack, self.epoch);
+            header.seq = applied;
+            header.aux = durable.0;
+            if link.send(header).is_err() {
+                access.untake_ack();
+            }
+            sent = true;
+        }
+        link.kick();
+        if sent {
+            self.last_sent = now;
+        }
+    }
+}
+
+/// Posts a change if the peer's ring has room for it.
+fn post(
+    link: &mut dyn Link,
+    disk: &crate::disk::image::DiskImage,
+    epoch: Epoch,
+    seq: Seq,
+    change: Change,
+) -> bool {
+    let mut header = Header::new(change.kind, epoch);
+    header.seq = seq;
+    header.range = change.range;
+    header.flags = change.flags;
+    let Some(permit) = link.claim(header.payload_len()) else { return false };
+    let span = (change.kind == Kind::Write).then(|| disk.span(change.range));
+    if let Some(span) = &span {
+        header.payload_crc = span.crc32c();
+    }
+    link.post(permit, header, span, Token(seq.0));
+    true
+}

@@ -1,0 +1,103 @@
+//! What spans and rings promise.
+
+use std::io::{Read, Seek, SeekFrom};
+
+use super::*;
+
+const PAGE: usize = 4096;
+
+fn counting(len: usize) -> Vec<u8> {
+    (0..len).map(|i| u8::try_from(i % 251).expect("small")).collect()
+}
+
+#[test]
+fn bytes_go_in_and_out() {
+    let mapping = Mapping::anonymous(3 * PAGE).expect("memory");
+    let span = mapping.span(5, 2 * PAGE);
+    assert!(span.is_zero());
+    let bytes = counting(span.len());
+    span.write_from(&bytes);
+    let mut read = vec![0; span.len()];
+    span.read_into(&mut read);
+    assert_eq!(read, bytes);
+    assert_eq!(span.crc32c(), ::crc32c::crc32c(&bytes));
+
+    let part = span.sub(10, 20);
+    assert_eq!((part.offset(), part.len(), part.is_empty()), (15, 20, false));
+    part.fill_zero();
+    assert!(part.is_zero());
+    assert!(!span.sub(9, 20).is_zero());
+
+    let target = mapping.span(2 * PAGE + 5, 10);
+    span.sub(0, 10).copy_to(&target);
+    let mut read = [0; 10];
+    target.read_into(&mut read);
+    assert_eq!(read, bytes[..10]);
+    assert!(!mapping.is_poisoned());
+}
+
+#[test]
+fn a_file_holds_what_its_mapping_was_given() {
+    let mut file = tempfile::tempfile().expect("temporary file");
+    file.set_len(4 * PAGE as u64).expect("sized");
+    let mapping = Mapping::map_file(&file, PAGE as u64, 2 * PAGE).expect("mapped");
+    assert_eq!(mapping.len(), 2 * PAGE);
+    mapping.span(1, 100).write_from(&counting(100));
+    let mut read = [0; 100];
+    file.seek(SeekFrom::Start(PAGE as u64 + 1)).expect("seek");
+    file.read_exact(&mut read).expect("read");
+    assert_eq!(read[..], counting(100));
+}
+
+#[test]
+fn a_ring_never_wraps() {
+    let ring = Mapping::ring(2 * PAGE).expect("ring");
+    assert_eq!(ring.len(), 4 * PAGE);
+    let across = ring.span(2 * PAGE - 10, 20);
+    across.write_from(&counting(20));
+    let mut read = [0; 10];
+    ring.span(0, 10).read_into(&mut read);
+    assert_eq!(read[..], counting(20)[10..], "the second half is the first again");
+    ring.span(4 * PAGE - 10, 10).read_into(&mut read);
+    assert_eq!(read[..], counting(20)[..10], "and the first is the second");
+}
+
+#[test]
+fn what_cannot_be_mapped_is_refused() {
+    for len in [0, 1, PAGE + 1, usize::MAX, 1 << 63] {
+        assert_eq!(
+            Mapping::ring(len).expect_err("not whole pages").kind(),
+            io::ErrorKind::InvalidInput,
+            "{len}"
+        );
+    }
+    assert_eq!(Mapping::anonymous(0).expect_err("empty").kind(), io::ErrorKind::InvalidInput);
+    let read_only = tempfile::NamedTempFile::new().expect("temporary file");
+    let read_only = std::fs::File::open(read_only.path()).expect("opened for reading");
+    let error = Mapping::map_file(read_only, 0, PAGE).expect_err("not open for writing");
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+}
+
+#[test]
+fn spans_stay_inside() {
+    let mapping = Mapping::anonymous(PAGE).expect("memory");
+    let span = mapping.span(100, 50);
+    let panics = |f: &dyn Fn() -> Span| std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err();
+    assert!(panics(&|| mapping.span(PAGE - 1, 2)));
+    assert!(panics(&|| mapping.span(usize::MAX, 2)));
+    assert!(panics(&|| span.sub(40, 11)));
+    assert!(panics(&|| span.sub(usize::MAX, 1)));
+    assert!(!panics(&|| span.sub(40, 10)));
+    assert!(!panics(&|| mapping.span(PAGE, 0)));
+}
+
+#[test]
+fn a_span_keeps_its_mapping_and_poison_stays() {
+    let mapping = Mapping::anonymous(PAGE).expect("memory");
+    let span = mapping.span(0, PAGE);
+    mapping.poison();
+    drop(mapping);
+    span.write_from(&[1; PAGE]);
+    assert!(span.mapping().is_poisoned());
+    assert!(!span.is_zero());
+}
