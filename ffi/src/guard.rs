@@ -199,7 +199,7 @@ fn map_zeroes(base: usize, len: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
-/// Hands SIGBUS back to whatever action stood before. A fault happens again by itself when the access is retried; a
+/// Hands SIGBUS back to whatever action stood before, for good: that action is expected to end the process. A fault happens again by itself when the access is retried; a
 /// sent signal has to be sent again.
 fn step_aside(from_memory: bool) {
     if let Some(previous) = PREVIOUS.get() {

@@ -24,7 +24,7 @@ use crate::guard::Guard;
 use crate::{copy, crc};
 
 /// `f_type` of hugetlbfs (statfs(2)), whose pages can only be replaced whole.
-const HUGETLBFS: FsWord = 0x958_458f6;
+const HUGETLBFS: FsWord = 0x9584_58f6;
 
 /// Memory shared with the kernel and with others, mapped readable and writable until dropped.
 pub struct Mapping {

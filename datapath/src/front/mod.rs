@@ -5,3 +5,4 @@
 //! the client's own kind of error and hurts no other connection.
 
 pub mod nbd;
+pub mod queue;

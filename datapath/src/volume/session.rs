@@ -1,6 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, SETTLE_FLUSH, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
@@ -22,7 +22,7 @@ impl Volume {
     /// # Panics
     /// When the last one has not ended: control hands over one at a time.
     pub fn attach(&mut self, link: Box<dyn Link>, direction: Direction, epoch: Epoch, now: Instant) {
-        assert!(self.link.is_none() && self.access_job.is_none(), "one session at a time");
+        assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
         self.link = Some(link);
         self.heard_bytes = 0;
@@ -70,9 +70,10 @@ impl Volume {
         self.link.is_some()
     }
 
-    /// The link, for the reactor to sleep on.
-    pub fn link_mut(&mut self) -> Option<&mut (dyn Link + 'static)> {
-        self.link.as_deref_mut()
+    /// Whether the link holds something to tell that the poller will not announce.
+    #[must_use]
+    pub fn has_backlog(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.has_backlog())
     }
 
     /// Ends the session; [`Event::LinkDown`] follows.
@@ -220,8 +221,8 @@ impl Volume {
 
     pub(super) fn access_job_done(&mut self, failed: bool) {
         let slot = self.access_job.take().expect("a job was under way");
-        if let Some((reason, undurable)) = self.down_deferred.take() {
-            self.events.push(Event::LinkDown { volume: self.index, reason, undurable });
+        if self.link.is_none() {
+            self.settle_target();
             return;
         }
         if failed {
@@ -237,24 +238,38 @@ impl Volume {
         if matches!(reason, DownReason::Protocol(_) | DownReason::Frame(_)) {
             self.counters.violations.fetch_add(1, Ordering::Relaxed);
         }
-        if matches!(reason, DownReason::Source) {
+        if matches!(reason, DownReason::Medium) {
             self.disk.fail();
         }
         // A copy that was not finished leaves the peer behind, whatever was durable.
         let undurable = self.source && (self.pipeline.peer_lags_durably() || self.resync.is_some());
         self.link = None;
-        self.access = None;
+        let was_target = self.access.take().is_some();
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
         if std::mem::take(&mut self.source) {
             self.pipeline_event(PipelineEvent::SessionDown);
         }
-        if self.access_job.is_some() {
-            self.down_deferred = Some((reason.to_string(), undurable));
+        if was_target && !self.disk.is_failed() {
+            self.down_deferred = Some(reason.to_string());
+            if self.access_job.is_none() {
+                self.settle_target();
+            }
         } else {
             self.events.push(Event::LinkDown { volume: self.index, reason: reason.to_string(), undurable });
         }
+    }
+
+    /// A target's session ended and nothing is being applied any more: bring what arrived to stable storage, so that
+    /// control may note down that this disk is a clean prefix. The flush's end reports the session's.
+    fn settle_target(&mut self) {
+        self.workers.submit(Job { kind: JobKind::Flush, token: SETTLE_FLUSH });
+    }
+
+    pub(super) fn settled_target(&mut self) {
+        let reason = self.down_deferred.take().expect("a target's session ended");
+        self.events.push(Event::LinkDown { volume: self.index, reason, undurable: false });
     }
 
     /// Sends what waits for credit, the ack that is due, and rings the link's doorbell.

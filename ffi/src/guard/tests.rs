@@ -12,6 +12,9 @@ const PAGE: usize = 4096;
 /// Names the fault that a child process is to raise.
 const CHILD: &str = "COSTANDBY_FFI_TEST_CHILD";
 
+/// Does something to a mapping, with the help of another.
+type Access = fn(&Arc<Mapping>, &Arc<Mapping>);
+
 fn mapped_file(pages: usize) -> (File, Arc<Mapping>) {
     let file = tempfile::tempfile().expect("temporary file");
     file.set_len((pages * PAGE) as u64).expect("sized");
@@ -45,7 +48,7 @@ fn truncated_file_poisons_only_its_mapping() {
 fn every_access_survives_a_truncated_file() {
     let source = Mapping::anonymous(8 * PAGE).expect("memory");
     source.span(0, 8 * PAGE).write_from(&[3; 8 * PAGE]);
-    let accesses: [(&str, fn(&Arc<Mapping>, &Arc<Mapping>)); 6] = [
+    let accesses: [(&str, Access); 6] = [
         ("crc32c", |m, _| assert_ne!(m.span(0, 8 * PAGE).crc32c(), 1)),
         ("copy from", |m, other| m.span(1, 8 * PAGE - 1).copy_to(&other.span(0, 8 * PAGE - 1))),
         ("copy to", |m, other| other.span(0, 8 * PAGE).copy_to(&m.span(0, 8 * PAGE))),
@@ -117,6 +120,12 @@ fn slots_are_reused_and_come_back_clean() {
     }
 }
 
+/// Bounds the life of a child whose fault is neither covered nor deadly, but raised for ever.
+fn die_late() {
+    // SAFETY: asks the kernel to end this process by a signal after 60 s.
+    unsafe { libc::alarm(60) };
+}
+
 /// Runs the test `name` of this binary in a process of its own, which is to raise `fault`.
 fn run_child(name: &str, fault: &str) -> ExitStatus {
     let binary = std::env::current_exe().expect("own path");
@@ -132,6 +141,7 @@ fn a_fault_outside_still_kills() {
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
         return;
     }
+    die_late();
     let (_file, guarded) = mapped_file(1);
     assert!(guarded.span(0, PAGE).is_zero());
     let file = tempfile::tempfile().expect("temporary file");
@@ -150,6 +160,7 @@ fn a_signal_sent_still_kills() {
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
         return;
     }
+    die_late();
     // SAFETY: the default action replaces that of the standard library, which ignores the first signal sent.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     let (_file, guarded) = mapped_file(1);
@@ -166,10 +177,32 @@ fn a_full_table_is_an_error() {
         assert!(status.success(), "{status}");
         return;
     }
+    die_late();
     let guards: Vec<Guard> =
         (0..GUARDED_MAX).map(|_| Guard::new(PAGE, PAGE, PAGE).expect("a free slot")).collect();
     let error = Guard::new(PAGE, PAGE, PAGE).expect_err("no slot is left");
     assert!(error.to_string().contains("4096"), "{error}");
     drop(guards);
     Guard::new(PAGE, PAGE, PAGE).expect("slots are free again");
+}
+
+#[test]
+fn more_scattered_faults_than_the_kernel_keeps_mappings() {
+    if std::env::var(CHILD).is_err() {
+        let name = "guard::tests::more_scattered_faults_than_the_kernel_keeps_mappings";
+        let status = run_child(name, "scattered");
+        assert!(status.success(), "{status}");
+        return;
+    }
+    die_late();
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").expect("the kernel's limit");
+    let limit: usize = limit.trim().parse().expect("a number");
+    let pages = 2 * (limit + 64);
+    let (file, mapping) = mapped_file(pages);
+    file.set_len(0).expect("truncated");
+    // Every other page, so that no two zero pages merge into one mapping.
+    for page in (0..pages).step_by(2) {
+        assert!(mapping.span(page * PAGE, 1).is_zero());
+    }
+    assert!(mapping.is_poisoned());
 }

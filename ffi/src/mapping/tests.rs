@@ -65,17 +65,26 @@ fn a_ring_never_wraps() {
 #[test]
 fn what_cannot_be_mapped_is_refused() {
     for len in [0, 1, PAGE + 1, usize::MAX, 1 << 63] {
-        assert_eq!(
-            Mapping::ring(len).expect_err("not whole pages").kind(),
-            io::ErrorKind::InvalidInput,
-            "{len}"
-        );
+        let error = Mapping::ring(len).expect_err("not whole pages");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{len}");
+        assert!(error.to_string().starts_with(&format!("a ring of {len} bytes")), "{error}");
     }
     assert_eq!(Mapping::anonymous(0).expect_err("empty").kind(), io::ErrorKind::InvalidInput);
     let read_only = tempfile::NamedTempFile::new().expect("temporary file");
     let read_only = std::fs::File::open(read_only.path()).expect("opened for reading");
     let error = Mapping::map_file(read_only, 0, PAGE).expect_err("not open for writing");
     assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+}
+
+#[test]
+fn part_of_a_huge_page_is_refused() {
+    let file = match rustix::fs::memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
+        Ok(file) => file,
+        Err(error) => return eprintln!("skipped: no huge pages here ({error})"),
+    };
+    let error = Mapping::map_file(&file, 0, PAGE).expect_err("not a whole huge page");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    assert!(error.to_string().contains("huge pages of"), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! that they can be looked up there. All integers on the wire are big-endian.
 
 pub mod handshake;
+pub mod connection;
 mod option;
 pub mod proto;
 pub mod reply;
