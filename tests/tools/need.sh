@@ -62,14 +62,15 @@ need_component() {
     rustup component add "$component"
 }
 
-# need_cargo_tool CRATE COMMAND...: built for a short wait, not for speed: a run of ours keeps it busy for seconds.
+# need_cargo_tool SUBCOMMAND CRATE [OPTION...]: built for a short wait rather than for speed, since a run of ours keeps
+# either tool busy for seconds. On two cores that halves the minutes.
 need_cargo_tool() {
-    local crate=$1 start=$SECONDS
+    local subcommand=$1 crate=$2 start=$SECONDS
     shift
-    "$@" >/dev/null 2>&1 && return 0
+    cargo "$subcommand" --version >/dev/null 2>&1 && return 0
     echo "installing ${crate} with cargo (some minutes, once)"
-    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=1 \
-        CARGO_PROFILE_RELEASE_DEBUG=false env -u CARGO_TARGET_DIR cargo install --locked --quiet "$crate"
+    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=0 \
+        CARGO_PROFILE_RELEASE_DEBUG=false env -u CARGO_TARGET_DIR cargo install --locked --quiet "$@"
     echo "installed ${crate} in $((SECONDS - start)) s"
 }
 
@@ -99,8 +100,8 @@ need_test() {
     install_packages
     need_component rustfmt cargo fmt --version
     need_component clippy cargo clippy --version
-    need_cargo_tool cargo-nextest cargo nextest --version
-    need_cargo_tool cargo-deny cargo deny --version
+    need_cargo_tool nextest cargo-nextest --no-default-features --features default-no-update
+    need_cargo_tool deny cargo-deny
 }
 
 case ${1:-} in
