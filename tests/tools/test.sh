@@ -24,7 +24,7 @@ step() {
 dependencies() {
     cargo deny --log-level error check licenses bans sources
     if timeout 60 cargo deny --log-level off fetch db >/dev/null 2>&1; then
-        cargo deny --log-level error check --disable-fetch advisories
+        cargo deny --log-level error check advisories
     else
         echo "SKIPPED: advisories, for their database cannot be fetched from here"
         skipped=" (advisories SKIPPED)"
