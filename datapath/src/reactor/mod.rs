@@ -460,8 +460,9 @@ impl Reactor {
                 self.link_ready[volume] = true;
             }
             Command::Serve { volume } => self.volumes[volume].serve(),
-            Command::StopServing { volume, refusal } => {
-                self.volumes[volume].stop_serving(refusal);
+            Command::Refusal { volume, text } => self.volumes[volume].set_refusal(text),
+            Command::StopServing { volume } => {
+                self.volumes[volume].stop_serving();
                 self.deliver_notices();
                 self.end_clients(volume, now, |_| true);
             }

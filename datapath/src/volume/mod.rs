@@ -231,18 +231,21 @@ impl Volume {
         self.quiescing = false;
     }
 
-    /// Fails what is under way and turns clients away with `refusal`. The caller closes their connections.
-    pub fn stop_serving(&mut self, refusal: String) {
+    /// Sets what clients are told while they are turned away.
+    pub fn set_refusal(&mut self, text: String) {
+        self.refusal = text;
+    }
+
+    /// Fails what is under way and turns clients away. The caller closes their connections.
+    pub fn stop_serving(&mut self) {
         self.serving = false;
         self.quiescing = false;
-        self.refusal = refusal;
         self.fail_all(IoError::NotPrimary);
     }
 
     /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
     pub fn quiesce(&mut self) {
         self.quiescing = true;
-        self.refusal = format!("volume {} is being handed over", self.name);
     }
 
     /// The peer's absence is on record.
