@@ -70,6 +70,9 @@ const FIRST_SYNC_MAX: Duration = Duration::from_secs(30);
 /// How long catching up may take: a full copy of both volumes under load, on a slow machine.
 const CATCH_UP_MAX: Duration = Duration::from_secs(300);
 
+/// How long writing goes on at most while the dead node catches up: on a busy machine clients leave the copy little.
+const CATCH_UP_WRITE_MAX: Duration = Duration::from_secs(5);
+
 /// How long what is in flight may take once the writers have flushed.
 const QUIET_MAX: Duration = Duration::from_secs(30);
 
@@ -389,11 +392,13 @@ impl Demo {
             });
             let share = percents.sum::<f64>() / 100.0 / VOLUMES.len() as f64;
             progress.show_share(share, "alpha catches up");
+            if started.elapsed() >= CATCH_UP_WRITE_MAX {
+                writers.iter().for_each(Writer::ask_to_stop);
+            }
         })?;
         let resync = started.elapsed();
         self.progress.say(&format!("alpha caught up in {:.1} s", resync.as_secs_f64()));
         self.watch(&writers, WRITE_MIN.saturating_sub(resync), "mirrored again")?;
-        self.look(&writers)?;
         let written = self.finish(writers)?;
         for side in Side::BOTH {
             let quiet = |status: &crate::admin::Status| {
