@@ -151,9 +151,11 @@ pub enum Event {
     Start,
     /// The peer's hello was read on a new connection, on which [`VolumeController::hello`]'s was sent before.
     HelloReceived(Box<Hello>),
-    /// The peer's `Ready` was read on the connection that carried ours.
+    /// The peer's `Ready` was read on the connection that carried ours. Without an [`Action::StartSession`] in answer the
+    /// connection is closed.
     SessionReady(Ready),
-    /// A connection ended before it became a session: refused, timed out, broken.
+    /// A connection ended before it became a session: refused, timed out, broken. Not reported, like anything else of
+    /// that connection, after [`Action::Refuse`] or [`Action::CloseLink`] ended it here.
     SessionFailed {
         /// Why, for the operator.
         text: String,
