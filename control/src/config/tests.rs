@@ -78,7 +78,7 @@ fn what_is_not_said_has_the_documented_default() {
     "#;
     let config = parse(text).expect("good");
     assert!(!config.insecure);
-    assert_eq!(config.peer_timeout, PEER_TIMEOUT_DEFAULT);
+    assert_eq!(config.peer_timeout, Duration::from_millis(500));
     let node = config.node("a").expect("there");
     assert_eq!((node.poll, node.nbd.len(), node.metrics), (PollMode::Adaptive, 0, None));
     let volume = config.volume("v").expect("there");
