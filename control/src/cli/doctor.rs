@@ -194,7 +194,8 @@ fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<
                 display_size(volume.size)
             );
             checks.push(Check::warn(&what, text));
-            checks.extend(machine::memory_for(&what, volume.size));
+            // A running daemon has taken its memory already.
+            checks.extend(machine::memory_for(&what, volume.size).filter(|_| !running));
         }
         Disk::Path(path) => checks.push(path_check(&what, node, volume, path, running)),
     }
