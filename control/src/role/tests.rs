@@ -479,10 +479,36 @@ fn a_standby_whose_link_ends_in_order_is_whole() {
     one.peer_serves = true;
     one.connect();
     assert!(one.stored().applying);
-    let actions = one.on(lost(false));
+    one.on(lost(false));
+    assert!(one.stored().applying, "on record until what it applied is durable");
+    assert_eq!(one.controller.status().disk_state, DiskState::UpToDate);
+    let actions = one.on(Event::Settled);
     assert!(!stored(&actions[0]).applying);
     assert_eq!(one.controller.status().peer_state, None);
     reply(&one.command(promote(false))).expect("whole, so it may serve");
+}
+
+#[test]
+fn a_takeover_does_not_wait_for_the_disk_to_settle() {
+    let mut one = One::new("beta", |_| {});
+    one.peer_serves = true;
+    one.connect();
+    one.on(lost(false));
+    reply(&one.command(promote(false))).expect("a clean prefix, if not a durable one yet");
+    assert!(!one.stored().applying && one.stored().primary);
+    assert_eq!(one.on(Event::Settled), []);
+}
+
+#[test]
+fn a_new_session_takes_over_from_one_that_has_not_settled() {
+    let mut one = One::new("beta", |_| {});
+    one.peer_serves = true;
+    one.connect();
+    one.on(lost(false));
+    one.connect();
+    assert!(one.stored().applying);
+    assert_eq!(one.on(Event::Settled), [], "the flush of the session before says nothing about this one");
+    assert!(one.stored().applying);
 }
 
 #[test]
