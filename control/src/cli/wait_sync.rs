@@ -1,7 +1,7 @@
 //! `costandby wait-sync`: polls the daemon until a volume is connected and both disks are `UpToDate`.
 //!
-//! Time comes from the runtime's clock, so tests run it in virtual time. A daemon that is just starting is given a few
-//! seconds to open its socket, because scripts start it in the background and wait right away.
+//! Survives a daemon that is just starting: it is given a few seconds to open its socket, because scripts start it in the
+//! background and wait right away. A daemon that answered once and then is gone is an error at once.
 
 use super::status::percent;
 use super::{CliError, block_on, print};
