@@ -230,13 +230,17 @@ fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bo
         );
         return Check::fail(what, text);
     };
+    let place = if metadata.is_file() {
+        format!("on {}", machine::file_system(path))
+    } else {
+        "a block device".to_owned()
+    };
     match MetaStore::open_for(&location, volume.name.as_str(), node.name.as_str(), volume.size) {
         Ok(Opened { superblock, damaged, .. }) => {
             let text = format!(
-                "{shown}, {}, {}, on {}",
+                "{shown}, {}, {}, {place}",
                 display_size(volume.size),
-                superblock.disk_state.as_str(),
-                machine::file_system(path)
+                superblock.disk_state.as_str()
             );
             match damaged {
                 None => Check::ok(what, text),

@@ -245,6 +245,37 @@ fn sizes_and_durations_are_exact() {
     }
 }
 
+/// A TOML value of any kind, right or wrong where it will stand.
+fn value() -> impl Strategy<Value = String> {
+    const ODD: &[&str] = &[
+        "1",
+        "-1",
+        "0x10",
+        "1.5",
+        "inf",
+        "true",
+        "2026-11-22",
+        "[]",
+        "[1]",
+        "[\"unix:/a\", 2]",
+        "{}",
+        "{ a = 1 }",
+        "\"\"",
+        "\"unix:\"",
+        "\"tcp:\"",
+        "\"/\"",
+        "\"//..\"",
+        "\"\\u0000\"",
+        "\"[::1]:1\"",
+        "\"memory:\"",
+        "99999999999999999999",
+    ];
+    prop_oneof![
+        proptest::sample::select(ODD).prop_map(str::to_owned),
+        any::<String>().prop_map(|text| format!("{text:?}")),
+    ]
+}
+
 proptest! {
     #[test]
     fn no_text_panics(text in any::<String>()) {
@@ -262,6 +293,25 @@ proptest! {
         if let Err(error) = parse(&text) {
             prop_assert_eq!(error.to_string().lines().count(), 1);
         }
+    }
+
+    /// Every value of the good file in turn becomes one of another kind.
+    #[test]
+    fn no_value_panics(line in 0..EXAMPLE.lines().count(), value in value()) {
+        let damaged = EXAMPLE.lines().enumerate().map(|(at, text)| match text.split_once('=') {
+            Some((key, _)) if at == line => format!("{key}= {value}"),
+            _ => text.to_owned(),
+        });
+        let text = damaged.collect::<Vec<_>>().join("\n");
+        if let Err(error) = parse(&text) {
+            prop_assert_eq!(error.to_string().lines().count(), 1);
+        }
+    }
+
+    #[test]
+    fn no_quantity_panics(text in "[0-9]{0,21} ?(EiB|PB|kB|h|m|us|[a-zA-Z]{0,3})") {
+        let _ = parse_size(&text);
+        let _ = parse_duration(&text);
     }
 
     #[test]
