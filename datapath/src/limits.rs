@@ -43,6 +43,20 @@ pub const NBD_OPTION_LEN_MAX: u32 = 16 << 10;
 /// only flush requests, keep-alives and role messages stand here.
 pub const MESSAGES_QUEUED_MAX: usize = 256;
 
+/// Frames claimed and not yet reported as sent or failed, on one link. The window of client writes and the background
+/// copy's steps come to less than half of it, so it never binds before the ring does; it bounds the send queue when
+/// frames are header-only and the ring alone would allow two million of them.
+pub const POSTS_OPEN_MAX: usize = 2 * WINDOW_LEN + RESYNC_CHUNKS_IN_FLIGHT;
+
+/// Bytes of a ring kept for frames that take no permit (acks, flush requests, signs of life): they stand in the ring
+/// behind a change that is not released yet. Twice what a sender may have queued; beyond it the byte stream is held
+/// back until the change is released, and nothing is lost.
+pub const RING_SLACK: usize = 2 * MESSAGES_QUEUED_MAX * crate::wire::HEADER_LEN;
+
+/// Smallest ring a link is made with: a quarter of it is the slack, a quarter may be released but untold, and what is
+/// left still holds a 32 KiB write. Only tests go this low.
+pub const RING_LEN_MIN: usize = 4 * RING_SLACK;
+
 /// Frames handed to the kernel in one gather call; `IOV_MAX` is 1024 and each frame uses up to three pieces.
 pub const GATHER_PIECES_MAX: usize = 96;
 

@@ -18,8 +18,15 @@ use crate::wire::Header;
 use costandby_ffi::mapping::Span;
 use std::os::fd::BorrowedFd;
 
+mod credit;
+pub mod fault;
+#[doc(hidden)]
+pub mod laws;
 pub mod loopback;
+mod outbox;
 pub mod tcp;
+
+pub use credit::{frame_len_max, ring_takes};
 
 /// Space claimed in the peer's ring for one frame. Spent by [`Link::post`].
 #[derive(Debug)]
@@ -42,8 +49,10 @@ pub struct Slot {
     pub header: Header,
     /// The payload in our ring; empty for frames that have none. The peer may write it again after release.
     pub payload: Span,
-    /// Cumulative ring position just past this frame.
+    /// Bytes of changes that had arrived with this frame: what `ring_returned` says once it is released.
     pub(crate) ring_end: u64,
+    /// Place just past this frame in the transport's own numbering of the ring.
+    pub(crate) stream_end: u64,
 }
 
 /// Why a link ended. A link ends once.
@@ -67,6 +76,10 @@ pub enum DownReason {
     /// The peer broke the protocol with a well-formed frame.
     #[error("protocol violation: {0}")]
     Protocol(#[from] crate::error::Violation),
+    /// The system could not read the source of a posted frame: the *local* disk fails, not the peer. The source's
+    /// mapping is marked poisoned. The link ends because half of the frame may be out already.
+    #[error("the local disk cannot be read while sending from it")]
+    Medium,
     /// We closed it.
     #[error("closed here: {0}")]
     Local(&'static str),
@@ -79,9 +92,10 @@ pub enum LinkEvent {
     Sent(Token),
     /// The source posted under this token may never have left; the link is going down.
     Failed(Token),
-    /// A frame with a seq arrived and stands in our ring.
+    /// A change ([`crate::wire::Kind::is_change`]) arrived and stands in our ring. Its payload's checksum was not
+    /// looked at yet.
     Arrived(Slot),
-    /// A frame without a payload and without a seq arrived: an ack, a flush request, a sign of life.
+    /// A frame that changes nothing arrived: an ack, a flush request, a sign of life. It takes no ring space any more.
     Message(Header),
     /// The end. Nothing follows.
     Down(DownReason),
@@ -89,7 +103,11 @@ pub enum LinkEvent {
 
 /// One end of a volume's link.
 pub trait Link: Send {
-    /// Claims space for a frame with `payload_len` bytes of payload, or `None` while the peer's ring has no room.
+    /// Claims space for a frame with `payload_len` bytes of payload, or `None` while the peer's ring has no room, too
+    /// many frames are not reported sent yet, or the link is going down.
+    ///
+    /// # Panics
+    /// When such a frame would never fit ([`ring_takes`]): the hello has to refuse such a ring.
     fn claim(&mut self, payload_len: usize) -> Option<Permit>;
 
     /// Places a frame in the peer's ring. `span` is the payload ([`crate::wire::Kind::Write`]) and must not change until
@@ -97,29 +115,49 @@ pub trait Link: Send {
     /// wait until [`Link::kick`].
     ///
     /// # Panics
-    /// When the permit is not for this payload's length.
+    /// When the permit is not for this payload's length, when the header is not a change's, or after
+    /// [`LinkEvent::Down`].
     fn post(&mut self, permit: Permit, header: Header, span: Option<Span>, token: Token);
 
-    /// Sends a header without payload, on credits of its own.
+    /// Sends a header without payload, on credits of its own. While it waits to go out, a newer ack takes an older
+    /// one's place, and a sign of life is dropped if anything else waits. May wait until [`Link::kick`].
     ///
     /// # Errors
-    /// [`NoCredit`] while the peer does not read; nothing was queued then.
+    /// [`NoCredit`] while the peer does not read, or the link is going down; nothing was queued then.
+    ///
+    /// # Panics
+    /// When the header is a change's: those are posted.
     fn send(&mut self, message: Header) -> Result<(), NoCredit>;
 
     /// Rings the doorbell: everything posted or sent so far goes out as far as the peer can take it.
     fn kick(&mut self);
 
     /// Appends what happened, at most [`crate::limits::LINK_EVENTS_MAX`] events. Returns whether anything was appended.
+    /// Also sends on what an earlier `kick` could not.
     fn poll(&mut self, events: &mut Vec<LinkEvent>) -> bool;
 
-    /// Gives a slot's space back to the peer. Slots must be released in order of arrival.
+    /// Whether `poll` has something to tell that no readiness of [`Link::arm`]'s descriptor will announce. Never sleep
+    /// while it is true. Costs no system call.
+    fn has_backlog(&self) -> bool;
+
+    /// Bytes received since the link came up, to tell silence by: it grows with every sign of life, even while a frame
+    /// is only partly here. Grows in `poll` only, so a reader that is held back by its own full ring hears nothing.
+    fn received_bytes(&self) -> u64;
+
+    /// Gives a slot's space back to the peer, which is told with the next header out, or soon by a sign of life of the
+    /// transport's own. Costs no system call; `kick` (or a later `poll`) sends.
+    ///
+    /// # Panics
+    /// Unless slots are released in order of arrival, each to the link it came from.
     fn release(&mut self, slot: Slot);
 
-    /// What to sleep on, and whether to wait for room to send as well as for arrivals. `None` where the link wakes the
-    /// reactor by other means (loopback: its waker).
+    /// What to sleep on (level-triggered), and for what. `None` where the link wakes the reactor by other means
+    /// (loopback: its hook), and after [`LinkEvent::Down`].
     fn arm(&mut self) -> Option<(BorrowedFd<'_>, Interest)>;
 
-    /// Ends the link: a later `poll` reports [`LinkEvent::Failed`] for outstanding tokens, then [`LinkEvent::Down`].
+    /// Ends the link at once, for the peer too: nothing that arrived and was not yet delivered will be. A later `poll`
+    /// reports [`LinkEvent::Failed`] for outstanding tokens, then [`LinkEvent::Down`] with this reason, or with an
+    /// earlier one if the link was going down already.
     fn close(&mut self, reason: DownReason);
 
     /// `"tcp"`, `"rdma"` or `"loopback"`: for status and logs.
@@ -129,6 +167,71 @@ pub trait Link: Send {
 /// Readiness a link waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Interest {
+    /// Wake when bytes arrive. False while the ring is full: waiting then would only spin.
+    pub readable: bool,
     /// Also wake when the connection takes bytes again.
     pub writable: bool,
+}
+
+/// Checks what is posted, for every transport alike.
+fn check_post(permit: &Permit, header: &Header, span: Option<&Span>) {
+    assert!(header.kind.is_change(), "only changes are posted");
+    assert_eq!(permit.frame_len, header.frame_len(), "the permit is for another length");
+    assert_eq!(
+        span.map_or(0, Span::len),
+        header.payload_len(),
+        "the payload is not as long as the header says"
+    );
+}
+
+/// How far a link is from its end. It only moves down this list.
+#[derive(Debug)]
+enum State {
+    /// Both ways.
+    Open,
+    /// Nothing goes out any more; what the peer sent before is still read, at most `left` bytes.
+    Draining { reason: DownReason, left: usize },
+    /// Nothing comes in any more; `deliver`: whole frames that are in the ring are still told.
+    Ending { reason: DownReason, deliver: bool },
+    /// [`LinkEvent::Down`] was told.
+    Ended,
+}
+
+impl State {
+    fn is_open(&self) -> bool {
+        matches!(self, Self::Open)
+    }
+
+    fn is_ended(&self) -> bool {
+        matches!(self, Self::Ended)
+    }
+
+    fn receives(&self) -> bool {
+        matches!(self, Self::Open | Self::Draining { .. })
+    }
+
+    fn delivers(&self) -> bool {
+        matches!(self, Self::Open | Self::Draining { .. } | Self::Ending { deliver: true, .. })
+    }
+
+    /// To [`State::Ending`]. The first reason stands; delivery once stopped stays stopped.
+    fn end(&mut self, reason: DownReason, deliver: bool) {
+        *self = match std::mem::replace(self, Self::Ended) {
+            Self::Open => Self::Ending { reason, deliver },
+            Self::Draining { reason, .. } => Self::Ending { reason, deliver },
+            Self::Ending { reason, deliver: before } => Self::Ending { reason, deliver: deliver && before },
+            Self::Ended => Self::Ended,
+        };
+    }
+
+    /// To [`State::Ended`], with the reason to tell, if the link is ending.
+    fn finish(&mut self) -> Option<DownReason> {
+        match std::mem::replace(self, Self::Ended) {
+            Self::Ending { reason, .. } => Some(reason),
+            other => {
+                *self = other;
+                None
+            }
+        }
+    }
 }
