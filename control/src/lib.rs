@@ -1,2 +1,12 @@
 //! Everything slow: configuration, roles, generations, the admin socket and the command line.
 #![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod admin_client;
+pub mod cli;
+pub mod config;
+pub mod generation;
+pub mod hello;
+pub mod nbd_client;
+pub mod node;
+pub mod role;

@@ -71,12 +71,17 @@ pub enum Command {
         /// Index of the volume.
         volume: usize,
     },
-    /// Stop serving at once: what is under way fails, clients are disconnected. `refusal` is what new ones are told.
+    /// Stop serving at once: what is under way fails, clients are disconnected.
     StopServing {
         /// Index of the volume.
         volume: usize,
+    },
+    /// What clients are told while the volume is not served.
+    Refusal {
+        /// Index of the volume.
+        volume: usize,
         /// Why it is not served here, and where it is.
-        refusal: String,
+        text: String,
     },
     /// The peer's absence is on durable record.
     GoAlone {
@@ -124,6 +129,11 @@ pub enum Event {
         reason: String,
         /// We were the source, and the peer had not confirmed everything as durable.
         undurable: bool,
+    },
+    /// What was applied in a target's session that has ended is on stable storage.
+    Settled {
+        /// Index of the volume.
+        volume: usize,
     },
     /// A change waits and there is no peer.
     AskAlone {

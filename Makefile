@@ -1,0 +1,39 @@
+# costandby's commands. Each installs what it lacks, then runs; see `make help`.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench fuzz fmt clean
+
+# Where rustup puts cargo, for shells that have not read its profile.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+FUZZ_SECONDS ?= 60
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-7s %s\n' "$$name" "$$text"; done
+
+demo: ## two nodes on loopback, one killed in mid-write, every write accounted for (ARGS="--seconds 5 --json")
+	@tests/tools/need.sh build
+	@cargo build --quiet --locked --release --package costandby-control --bin costandby
+	@$(TARGET_DIR)/release/costandby demo $(ARGS)
+
+test: ## everything a change must pass: format, lints, licences, fuzzing, docs, all tests
+	@tests/tools/need.sh test
+	@tests/tools/test.sh
+
+bench: ## measure this machine's link, disk and mirror, and the same on qemu (ARGS=...)
+	@tests/tools/need.sh test
+	@cargo build --quiet --locked --release --workspace --bins
+	@$(TARGET_DIR)/release/costandby-bench $(ARGS)
+
+fuzz: ## fuzz each decoder for FUZZ_SECONDS (60), or only TARGET=wire_frame
+	@tests/tools/need.sh test
+	@tests/fuzz/run.sh $(FUZZ_SECONDS) $(TARGET)
+
+fmt: ## format the code
+	@cargo fmt --all
+	@cargo fmt --all --manifest-path tests/fuzz/Cargo.toml
+
+clean: ## remove what was built
+	@cargo clean --quiet
+	@rm -rf tests/fuzz/corpus tests/fuzz/artifacts

@@ -1,0 +1,365 @@
+//! The admin API: HTTP and JSON on a unix socket that only the daemon's user can open.
+//!
+//! Stands between the command line (or anything that speaks HTTP) and whoever implements [`AdminBackend`]; it decides
+//! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect}`
+//! answers `{"message": …}`, or `{"error": …}` with 404 for an unknown volume and 409 for a refusal.
+//!
+//! Invariants: the socket has mode 0600 from its first instant; a socket on which a daemon answers is never taken over;
+//! a request body is bounded.
+//!
+//! Survives: a socket left by a killed daemon (replaced), malformed requests (400), clients that hang while the daemon
+//! shuts down (they are cut off).
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
+use std::future::Future;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+#[cfg(test)]
+mod tests;
+
+/// Bytes of a request's body: the longest legitimate one is `{"force":false}`.
+const BODY_LEN_MAX: usize = 4 << 10;
+
+/// Connections the kernel holds for us: the command line and a monitoring agent or two.
+const BACKLOG: i32 = 64;
+
+/// How long a shutdown waits for requests that are being answered.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// What `status --json` prints.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The node that answers.
+    pub node: String,
+    /// Every volume with a disk on it, by name.
+    pub volumes: Vec<VolumeStatus>,
+}
+
+/// One volume as its node sees it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// `primary` or `standby`.
+    pub role: String,
+    /// `UpToDate`, `Inconsistent`, `Outdated`, `Failed` or `Diskless`.
+    pub disk_state: String,
+    /// The same words for the peer's disk, `Unknown` while it is not connected.
+    pub peer_state: String,
+    /// `tcp` or `rdma`: what carries the copies, or would.
+    pub link: String,
+    /// `async`, `memory` or `durable`.
+    pub ack: String,
+    /// Fencing number.
+    pub epoch: u64,
+    /// Data lineage in hexadecimal; a string, because JSON readers round numbers of this size.
+    pub generation: String,
+    /// Bytes of the volume.
+    pub size: u64,
+    /// Bytes that the standby lacks, or may lack.
+    pub dirty_bytes: u64,
+    /// How far the standby has caught up; 100 where nothing is to be copied.
+    pub resync_percent: f64,
+    /// `connected`, or what stands in the way.
+    pub connection: String,
+    /// The other node.
+    pub peer: String,
+    /// What to do, where something is to be done.
+    pub advice: Option<String>,
+    /// Changes on their way to the peer.
+    pub in_flight: u64,
+    /// Writes wait for the peer to return.
+    pub frozen: bool,
+}
+
+/// [`VolumeStatus::connection`] while both nodes exchange changes.
+pub const CONNECTED: &str = "connected";
+
+/// [`VolumeStatus::disk_state`] and [`VolumeStatus::peer_state`] of a complete, current disk.
+pub const UP_TO_DATE: &str = "UpToDate";
+
+impl VolumeStatus {
+    /// Whether the two disks hold the same, connected and complete.
+    #[must_use]
+    pub fn in_sync(&self) -> bool {
+        self.connection == CONNECTED && self.disk_state == UP_TO_DATE && self.peer_state == UP_TO_DATE
+    }
+}
+
+/// What an operator can tell a volume to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Command {
+    /// Make this node its primary.
+    Promote {
+        /// Even where the disk may lack acknowledged writes.
+        force: bool,
+    },
+    /// Make this node its standby.
+    Demote,
+    /// Look for the peer.
+    Connect,
+    /// Leave the peer, and stay apart.
+    Disconnect,
+}
+
+impl Command {
+    /// Its last part of the URL, which is its subcommand too.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Promote { .. } => "promote",
+            Self::Demote => "demote",
+            Self::Connect => "connect",
+            Self::Disconnect => "disconnect",
+        }
+    }
+}
+
+/// Why a command was not carried out. The texts reach the operator as they are.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CommandError {
+    /// There is no such volume on this node.
+    #[error("node {node} has no volume {volume:?}")]
+    NoSuchVolume {
+        /// Who answers.
+        node: String,
+        /// As asked.
+        volume: String,
+    },
+    /// It must not be done now; the text says why and what to do instead.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// An answer in the making.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Who knows the volumes: the daemon, or a fake in tests.
+pub trait AdminBackend: Send + Sync + 'static {
+    /// The state of everything, now.
+    fn status(&self) -> Answer<'_, Status>;
+
+    /// Carries out `command` and answers when it is done, with a sentence for the operator.
+    fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>>;
+}
+
+/// Why there is no admin socket.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Somebody answers there.
+    #[error(
+        "a daemon already runs: it answers on {path}; stop it first, or give this node another `admin` path"
+    )]
+    AlreadyRuns {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// A file that is no socket stands in the way.
+    #[error("{path} is not a socket: move it away, or give this node another `admin` path")]
+    NotASocket {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The operating system refused.
+    #[error("{doing} {path}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// Its words.
+        source: io::Error,
+    },
+}
+
+/// A bound admin socket. Dropping it removes the socket.
+#[derive(Debug)]
+pub struct AdminServer {
+    listener: UnixListener,
+    socket: SocketFile,
+}
+
+/// The socket's file, removed with its server and only if it still is this server's.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && self.identity == identity(&self.path) {
+            // Nothing is lost by a socket that stays: the next start replaces it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+impl AdminServer {
+    /// Makes the socket and its directory. Clients can connect from now on and are answered once [`AdminServer::serve`]
+    /// runs. Blocks shortly.
+    ///
+    /// # Errors
+    /// [`AdminError`].
+    pub fn bind(path: &Path) -> Result<Self, AdminError> {
+        let io = |doing| move |source| AdminError::Io { doing, path: path.to_owned(), source };
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(|source| AdminError::Io {
+                doing: "making the admin socket's directory",
+                path: parent.to_owned(),
+                source,
+            })?;
+        }
+        remove_stale(path)?;
+        let listener = listen(path).map_err(|source| match source.kind() {
+            // Between our look and our bind another daemon was faster.
+            io::ErrorKind::AddrInUse => AdminError::AlreadyRuns { path: path.to_owned() },
+            _ => io("making the admin socket")(source),
+        })?;
+        let socket = SocketFile { path: path.to_owned(), identity: identity(path) };
+        listener.set_nonblocking(true).map_err(io("making the admin socket"))?;
+        Ok(Self { listener, socket })
+    }
+
+    /// Answers requests until `shutdown` is done, then at most two seconds longer.
+    ///
+    /// # Errors
+    /// [`AdminError::Io`] where the socket cannot be served at all. Errors of single clients are theirs.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime with I/O and time.
+    pub async fn serve(
+        self,
+        backend: Arc<dyn AdminBackend>,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), AdminError> {
+        let Self { listener, socket } = self;
+        let io =
+            |source| AdminError::Io { doing: "serving the admin socket", path: socket.path.clone(), source };
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(io)?;
+        let (stopping, stopped) = tokio::sync::oneshot::channel();
+        let served = axum::serve(listener, router(backend)).with_graceful_shutdown(async move {
+            shutdown.await;
+            let _ = stopping.send(());
+        });
+        let cut_off = async {
+            // An error means that the sender is gone with the server, whose own result then counts.
+            if stopped.await.is_ok() {
+                tokio::time::sleep(SHUTDOWN_GRACE).await;
+            } else {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            result = served.into_future() => result.map_err(io),
+            () = cut_off => Ok(()),
+        }
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), AdminError> {
+    use std::os::unix::fs::FileTypeExt;
+    let io = |doing| move |source| AdminError::Io { doing, path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io("looking at")(error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(AdminError::NotASocket { path: path.to_owned() });
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(AdminError::AlreadyRuns { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(io("removing the stale socket"))
+        }
+        Err(error) => Err(io("asking who answers on")(error)),
+    }
+}
+
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The mode of the socket before its bind is the mode of its file, so there is no instant with a wider one.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
+}
+
+type Backend = State<Arc<dyn AdminBackend>>;
+
+fn router(backend: Arc<dyn AdminBackend>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/volumes/{volume}/{command}", post(command))
+        .fallback(|| async { failure(StatusCode::NOT_FOUND, "no such path; see GET /v1/status") })
+        .method_not_allowed_fallback(|| async {
+            failure(StatusCode::METHOD_NOT_ALLOWED, "GET /v1/status, POST /v1/volumes/VOLUME/COMMAND")
+        })
+        .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
+        .with_state(backend)
+}
+
+async fn status(State(backend): Backend) -> Response {
+    axum::Json(backend.status().await).into_response()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PromoteBody {
+    #[serde(default)]
+    force: bool,
+}
+
+async fn command(
+    State(backend): Backend,
+    UrlPath((volume, word)): UrlPath<(String, String)>,
+    body: Bytes,
+) -> Response {
+    let command = match word.as_str() {
+        "promote" if body.is_empty() => Command::Promote { force: false },
+        "promote" => match serde_json::from_slice(&body) {
+            Ok(PromoteBody { force }) => Command::Promote { force },
+            Err(error) => {
+                let text = format!("the body of promote is {{\"force\": true|false}} or empty: {error}");
+                return failure(StatusCode::BAD_REQUEST, &text);
+            }
+        },
+        "demote" => Command::Demote,
+        "connect" => Command::Connect,
+        "disconnect" => Command::Disconnect,
+        _ => {
+            let text = format!("no command {word:?}: there are promote, demote, connect, disconnect");
+            return failure(StatusCode::NOT_FOUND, &text);
+        }
+    };
+    match backend.command(volume, command).await {
+        Ok(message) => axum::Json(serde_json::json!({ "message": message })).into_response(),
+        Err(error @ CommandError::NoSuchVolume { .. }) => failure(StatusCode::NOT_FOUND, &error.to_string()),
+        Err(error @ CommandError::Refused(_)) => failure(StatusCode::CONFLICT, &error.to_string()),
+    }
+}
+
+fn failure(status: StatusCode, text: &str) -> Response {
+    (status, axum::Json(serde_json::json!({ "error": text }))).into_response()
+}

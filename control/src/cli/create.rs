@@ -1,0 +1,403 @@
+//! `costandby create`: makes this node's disks and their metadata.
+//!
+//! Runs before the daemon ever does; the daemon opens what this made and makes nothing itself.
+//!
+//! Invariants: nothing that is there is touched without `--force`, and even then a disk's content stays: only its
+//! metadata starts anew, not marked as zeros, so the first handshake copies it whole. Metadata is written last, so a
+//! disk with metadata is a complete one. Everything is on stable storage before its line is printed.
+//!
+//! Survives: a full file system (looked at first; a file that could not be completed is removed), a daemon that has
+//! the disk open (refused), being run twice (refused, says so).
+
+use super::{CreateArgs, colours_wanted};
+use crate::config::quantity::display_size;
+use crate::config::{Config, ConfigError, Disk, Name, Volume};
+use costandby_datapath::disk::superblock::{
+    DEVICE_METADATA_LEN, Location, MetaStore, Superblock, SuperblockError,
+};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rustix::fs::{FallocateFlags, OFlags};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Text under `create --help`.
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  costandby --node alpha create                make all disks of alpha
+  costandby --node alpha create db --sparse    make db's, without reserving space
+  costandby --node alpha create db --force     take over a disk that is there
+
+A file is made whole and reserved; a block device must be at least 1 MiB larger than the volume and keeps its content.
+Refused where a disk or its metadata is already there, unless --force.";
+
+/// Bytes reserved between two moves of the progress bar.
+const STEP_LEN: u64 = 256 << 20;
+
+/// Why a disk was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A volume that is not in the configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A volume of other nodes.
+    #[error("volume {volume} has no disk on node {node}: its disks are on {nodes}")]
+    NotHere {
+        /// Which volume.
+        volume: Name,
+        /// This node.
+        node: Name,
+        /// Its nodes.
+        nodes: String,
+    },
+    /// There is something already.
+    #[error(
+        "volume {volume}: {path} is already there{detail}; --force takes it over (its content stays, its metadata starts anew)"
+    )]
+    Exists {
+        /// Which volume.
+        volume: Name,
+        /// Its disk or metadata.
+        path: PathBuf,
+        /// What is known about it.
+        detail: &'static str,
+    },
+    /// Neither a file nor a block device.
+    #[error("volume {volume}: {path} is neither a file nor a block device")]
+    Kind {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+    },
+    /// The directory is missing, perhaps because a file system is not mounted.
+    #[error("volume {volume}: there is no directory {path}: make it, or mount what belongs there")]
+    NoDirectory {
+        /// Which volume.
+        volume: Name,
+        /// The directory.
+        path: PathBuf,
+    },
+    /// More than is free.
+    #[error(
+        "volume {volume}: no space for {path}: {needed} wanted, {free} free; free some, make the volume smaller, or use --sparse"
+    )]
+    NoSpace {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// Size of the volume, for people.
+        needed: String,
+        /// What is free, for people.
+        free: String,
+    },
+    /// A file system without `fallocate`.
+    #[error("volume {volume}: the file system of {path} cannot reserve space: use --sparse, or another one")]
+    CannotReserve {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+    },
+    /// A block device smaller than the volume and its metadata.
+    #[error(
+        "volume {volume}: {path} has {found} bytes, at least {needed} are needed: the volume and 1 MiB of metadata at the end"
+    )]
+    DeviceTooSmall {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// Bytes it has.
+        found: u64,
+        /// Bytes it needs.
+        needed: u64,
+    },
+    /// A file that would lose its end.
+    #[error(
+        "volume {volume}: {path} has {found} bytes, more than the volume's {size}: correct the size in the configuration"
+    )]
+    FileTooLarge {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// Bytes it has.
+        found: u64,
+        /// Bytes of the volume.
+        size: u64,
+    },
+    /// Mounted, or part of something.
+    #[error("volume {volume}: {path} is in use: unmount it, or take it out of its array or volume group")]
+    Busy {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+    },
+    /// The metadata could not be made.
+    #[error("volume {volume}: {source}")]
+    Metadata {
+        /// Which volume.
+        volume: Name,
+        /// Why.
+        source: Box<SuperblockError>,
+    },
+    /// The operating system refused.
+    #[error("volume {volume}: {doing} {path}: {source}")]
+    Io {
+        /// Which volume.
+        volume: Name,
+        /// What was being done.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Its words.
+        source: io::Error,
+    },
+}
+
+/// Makes the disks of `args`, one line on stdout each. Stops at the first that cannot be made; those before it stay.
+///
+/// # Errors
+/// [`CreateError`].
+pub fn run(config: &Config, node: &Name, args: &CreateArgs) -> Result<(), CreateError> {
+    for (volume, disk) in selected(config, node, &args.volumes)? {
+        let line = match disk {
+            Disk::Memory => "in memory, nothing to make; its content is lost when the daemon ends".to_owned(),
+            Disk::Path(path) => Maker { volume, node, path, args }.make()?,
+        };
+        // A closed pipe must not leave the rest of the disks unmade.
+        let _ = writeln!(io::stdout(), "{}: {line}", volume.name);
+    }
+    Ok(())
+}
+
+fn selected<'a>(
+    config: &'a Config,
+    node: &'a Name,
+    names: &[Name],
+) -> Result<Vec<(&'a Volume, &'a Disk)>, CreateError> {
+    if names.is_empty() {
+        return Ok(config.volumes_of(node.as_str()).collect());
+    }
+    let mut selected = Vec::with_capacity(names.len());
+    for name in names {
+        let volume = config.volume(name.as_str())?;
+        let disk = volume.disks.get(node).ok_or_else(|| CreateError::NotHere {
+            volume: name.clone(),
+            node: node.clone(),
+            nodes: volume.disks.keys().map(Name::as_str).collect::<Vec<_>>().join(" and "),
+        })?;
+        if !selected.iter().any(|(other, _): &(&Volume, &Disk)| other.name == *name) {
+            selected.push((volume, disk));
+        }
+    }
+    Ok(selected)
+}
+
+/// One disk in the making.
+struct Maker<'a> {
+    volume: &'a Volume,
+    node: &'a Name,
+    path: &'a Path,
+    args: &'a CreateArgs,
+}
+
+impl Maker<'_> {
+    fn make(&self) -> Result<String, CreateError> {
+        match std::fs::metadata(self.path) {
+            Ok(metadata) if metadata.file_type().is_block_device() => self.device(),
+            Ok(metadata) if metadata.is_file() => self.existing_file(metadata.len()),
+            Ok(_) => Err(CreateError::Kind { volume: self.name(), path: self.path.to_owned() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.new_file(),
+            Err(error) => Err(self.io("looking at")(error)),
+        }
+    }
+
+    fn name(&self) -> Name {
+        self.volume.name.clone()
+    }
+
+    fn io(&self, doing: &'static str) -> impl Fn(io::Error) -> CreateError {
+        move |source| CreateError::Io { volume: self.name(), doing, path: self.path.to_owned(), source }
+    }
+
+    fn device(&self) -> Result<String, CreateError> {
+        // On a block device O_EXCL without O_CREAT asks the kernel whether anything else has it.
+        let exclusive = i32::try_from(OFlags::EXCL.bits()).expect("open flags fit an int");
+        let device =
+            OpenOptions::new().read(true).custom_flags(exclusive).open(self.path).map_err(|error| {
+                if error.kind() == io::ErrorKind::ResourceBusy {
+                    CreateError::Busy { volume: self.name(), path: self.path.to_owned() }
+                } else {
+                    self.io("opening")(error)
+                }
+            })?;
+        let found = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0))
+            .map_err(|errno| self.io("measuring")(errno.into()))?;
+        drop(device);
+        let needed = self.volume.size.saturating_add(DEVICE_METADATA_LEN);
+        let location = Location::at_end_of(self.path, found)
+            .filter(|location| location.offset >= self.volume.size)
+            .ok_or_else(|| CreateError::DeviceTooSmall {
+                volume: self.name(),
+                path: self.path.to_owned(),
+                found,
+                needed,
+            })?;
+        self.metadata(&location, false)?;
+        let size = display_size(self.volume.size);
+        Ok(format!("took {} ({size} of it, content as it is), metadata at its end", self.path.display()))
+    }
+
+    fn existing_file(&self, found: u64) -> Result<String, CreateError> {
+        let location = Location::beside(self.path);
+        if !self.args.force {
+            let detail = if location.path.exists() { ", with its metadata" } else { ", without metadata" };
+            return Err(CreateError::Exists { volume: self.name(), path: self.path.to_owned(), detail });
+        }
+        if found > self.volume.size {
+            return Err(CreateError::FileTooLarge {
+                volume: self.name(),
+                path: self.path.to_owned(),
+                found,
+                size: self.volume.size,
+            });
+        }
+        // Held until the disk has its size, so that no daemon starts on it in between.
+        let held = match MetaStore::open(&location) {
+            Err(source @ SuperblockError::Locked { .. }) => {
+                return Err(CreateError::Metadata { volume: self.name(), source: source.into() });
+            }
+            other => other,
+        };
+        if found < self.volume.size {
+            let file = OpenOptions::new().write(true).open(self.path).map_err(self.io("opening"))?;
+            self.fill(&file, found)?;
+            file.sync_all().map_err(self.io("flushing"))?;
+        }
+        drop(held);
+        self.metadata(&location, false)?;
+        let size = display_size(self.volume.size);
+        Ok(format!("took over {} ({size}, content as it is), new metadata", self.path.display()))
+    }
+
+    fn new_file(&self) -> Result<String, CreateError> {
+        let location = Location::beside(self.path);
+        if !self.args.force && location.path.exists() {
+            let detail = ", metadata without its disk";
+            return Err(CreateError::Exists { volume: self.name(), path: location.path, detail });
+        }
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        if !directory.is_dir() {
+            return Err(CreateError::NoDirectory { volume: self.name(), path: directory.to_owned() });
+        }
+        if !self.args.sparse {
+            let free = self.free_bytes(directory)?;
+            if free < self.volume.size {
+                return Err(self.no_space(free));
+            }
+        }
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(self.path)
+            .map_err(self.io("making"))?;
+        let made = self
+            .fill(&file, 0)
+            .and_then(|()| file.sync_all().map_err(self.io("flushing")))
+            .and_then(|()| {
+                File::open(directory).and_then(|directory| directory.sync_all()).map_err(self.io("making"))
+            })
+            .and_then(|()| self.metadata(&location, true));
+        if let Err(error) = made {
+            // The first error says more than one about cleaning up after it.
+            let _ = std::fs::remove_file(self.path);
+            return Err(error);
+        }
+        let kind = if self.args.sparse { ", sparse" } else { "" };
+        let size = display_size(self.volume.size);
+        Ok(format!("made {} ({size}{kind}) and its metadata", self.path.display()))
+    }
+
+    fn metadata(&self, location: &Location, zeroed: bool) -> Result<(), CreateError> {
+        let (volume, node) = (self.volume.name.as_str(), self.node.as_str());
+        let fresh = Superblock::fresh(volume, node, self.volume.size, zeroed);
+        MetaStore::create(location, &fresh, self.args.force)
+            .map_err(|source| CreateError::Metadata { volume: self.name(), source: source.into() })
+    }
+
+    /// Gives `file`, of `from` bytes, the volume's size.
+    fn fill(&self, file: &File, from: u64) -> Result<(), CreateError> {
+        let size = self.volume.size;
+        if self.args.sparse {
+            return file.set_len(size).map_err(|error| self.full(error, "sizing"));
+        }
+        let bar = progress(&self.volume.name, size);
+        let mut at = from;
+        while at < size {
+            let len = STEP_LEN.min(size - at);
+            match rustix::fs::fallocate(file, FallocateFlags::empty(), at, len) {
+                Ok(()) => at += len,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => {
+                    bar.finish_and_clear();
+                    return Err(self.full(errno.into(), "reserving space in"));
+                }
+            }
+            bar.set_position(at);
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    fn full(&self, error: io::Error, doing: &'static str) -> CreateError {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                let directory = self.path.parent().unwrap_or(Path::new("/"));
+                self.no_space(self.free_bytes(directory).unwrap_or(0))
+            }
+            io::ErrorKind::Unsupported => {
+                CreateError::CannotReserve { volume: self.name(), path: self.path.to_owned() }
+            }
+            _ => self.io(doing)(error),
+        }
+    }
+
+    fn no_space(&self, free: u64) -> CreateError {
+        CreateError::NoSpace {
+            volume: self.name(),
+            path: self.path.to_owned(),
+            needed: display_size(self.volume.size),
+            free: display_size(free),
+        }
+    }
+
+    fn free_bytes(&self, directory: &Path) -> Result<u64, CreateError> {
+        let found = rustix::fs::statvfs(directory).map_err(|errno| self.io("measuring")(errno.into()))?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+}
+
+fn progress(volume: &Name, size: u64) -> ProgressBar {
+    let bar = ProgressBar::new(size);
+    let terminal = io::stderr().is_terminal();
+    if !terminal {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    let template = if colours_wanted(terminal) {
+        "{prefix} [{wide_bar:.green}] {bytes} of {total_bytes}, {eta} left"
+    } else {
+        "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {eta} left"
+    };
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    bar.set_style(style);
+    bar.set_prefix(volume.to_string());
+    bar
+}

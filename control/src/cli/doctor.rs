@@ -1,0 +1,283 @@
+//! `costandby doctor`: what this machine can do, what this configuration asks of it, and what to change.
+//!
+//! Looks only; changes nothing and starts nothing. Each line has a verdict: `ok`, `warn` (works, but slower or only so
+//! far) or `fail` (the daemon would not start or not keep a promise), and the latter two say what to do.
+//!
+//! Survives: a machine without /proc or a configuration, which are findings like any other.
+
+use super::{CliError, Colour, Place, colours_wanted, print};
+use crate::config::quantity::display_size;
+use crate::config::{Config, Disk, Endpoint, LinkKind, Node, Volume};
+use costandby_datapath::disk::superblock::{
+    DEVICE_METADATA_LEN, Location, MetaStore, Opened, SuperblockError,
+};
+use std::io::{self, IsTerminal};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+mod machine;
+
+/// How a check came out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One line of the report.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Check {
+    verdict: Verdict,
+    what: String,
+    text: String,
+}
+
+impl Check {
+    fn new(verdict: Verdict, what: &str, text: impl Into<String>) -> Self {
+        Self { verdict, what: what.to_owned(), text: text.into() }
+    }
+
+    fn ok(what: &str, text: impl Into<String>) -> Self {
+        Self::new(Verdict::Ok, what, text)
+    }
+
+    fn warn(what: &str, text: impl Into<String>) -> Self {
+        Self::new(Verdict::Warn, what, text)
+    }
+
+    fn fail(what: &str, text: impl Into<String>) -> Self {
+        Self::new(Verdict::Fail, what, text)
+    }
+}
+
+/// Checks everything and prints a line each.
+///
+/// # Errors
+/// [`CliError::Doctor`] where a check failed.
+pub(super) fn run(place: &Place) -> Result<(), CliError> {
+    let mut checks = machine::checks();
+    configuration(place, &mut checks);
+    print(&render(&checks, colours_wanted(io::stdout().is_terminal())))?;
+    match checks.iter().filter(|check| check.verdict == Verdict::Fail).count() {
+        0 => Ok(()),
+        count => Err(CliError::Doctor { count, total: checks.len() }),
+    }
+}
+
+fn render(checks: &[Check], colours: bool) -> String {
+    let width = checks.iter().map(|check| check.what.chars().count()).max().unwrap_or(0);
+    let mut out = String::new();
+    for Check { verdict, what, text } in checks {
+        let (word, colour) = match verdict {
+            Verdict::Ok => ("ok  ", Colour::Good),
+            Verdict::Warn => ("warn", Colour::Attention),
+            Verdict::Fail => ("fail", Colour::Bad),
+        };
+        let word = colour.paint(word, colours);
+        let text = super::one_line(text);
+        out.push_str(&format!("{word}  {what:width$}  {text}\n"));
+    }
+    out
+}
+
+fn configuration(place: &Place, checks: &mut Vec<Check>) {
+    let config = match Config::load(&place.file) {
+        Ok(config) => config,
+        Err(error) => {
+            checks.push(Check::fail("configuration", error.to_string()));
+            return;
+        }
+    };
+    let (nodes, volumes) = (config.nodes.len(), config.volumes.len());
+    let text = format!("{}: {nodes} nodes, {volumes} volumes", config.file.display());
+    checks.push(Check::ok("configuration", text));
+    if config.insecure {
+        checks.push(Check::warn(
+            "insecure",
+            "peers and NBD clients are neither authenticated nor encrypted: only on a network that is yours alone",
+        ));
+    }
+    let node = match place.node(&config) {
+        Ok(node) => node,
+        Err(error) => {
+            checks.push(Check::fail("node", error.to_string()));
+            return;
+        }
+    };
+    checks.push(Check::ok("node", format!("{} listens on {}", node.name, node.listen)));
+    let running = UnixStream::connect(&node.admin).is_ok();
+    checks.push(if running {
+        Check::ok("daemon", format!("answers on {}", node.admin.display()))
+    } else {
+        let text = format!("does not run; start it with `costandby --node {} up`", node.name);
+        Check::ok("daemon", text)
+    });
+    if !running {
+        addresses(node, checks);
+    }
+    for (volume, disk) in config.volumes_of(node.name.as_str()) {
+        checks.extend(disk_checks(node, volume, disk, running));
+    }
+}
+
+fn addresses(node: &Node, checks: &mut Vec<Check>) {
+    let nbd = node.nbd.iter().filter_map(|endpoint| match endpoint {
+        Endpoint::Tcp(address) => Some(("nbd", *address)),
+        Endpoint::Unix(_) => None,
+    });
+    let metrics = node.metrics.map(|address| ("metrics", address));
+    for (key, address) in [("listen", node.listen)].into_iter().chain(nbd).chain(metrics) {
+        checks.push(address_check(key, address));
+    }
+    let sockets = node.nbd.iter().filter_map(|endpoint| match endpoint {
+        Endpoint::Unix(path) => Some(("nbd socket", path)),
+        Endpoint::Tcp(_) => None,
+    });
+    for (what, path) in [("admin socket", &node.admin)].into_iter().chain(sockets) {
+        checks.push(socket_check(what, path));
+    }
+}
+
+fn address_check(key: &str, address: SocketAddr) -> Check {
+    match TcpListener::bind(address) {
+        Ok(_) => Check::ok(key, format!("{address} is free")),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            Check::fail(key, format!("{address} is taken: `ss -ltnp` says by whom"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Check::fail(
+            key,
+            format!("{address} is no address of this machine: is --node right? see `ip addr`"),
+        ),
+        Err(error) => Check::fail(key, format!("{address}: {error}")),
+    }
+}
+
+fn socket_check(what: &str, path: &Path) -> Check {
+    let shown = path.display();
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
+        return match (metadata.file_type().is_socket(), UnixStream::connect(path)) {
+            (false, _) => Check::fail(what, format!("{shown} is not a socket: move it away")),
+            (true, Ok(_)) => Check::fail(what, format!("{shown} is another program's: choose another path")),
+            (true, Err(_)) => Check::ok(what, format!("{shown} is left over and will be replaced")),
+        };
+    }
+    let existing = path.ancestors().skip(1).find(|directory| directory.is_dir()).unwrap_or(Path::new("/"));
+    let may = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    match rustix::fs::access(existing, may) {
+        Ok(()) => Check::ok(what, format!("{shown} can be made")),
+        Err(error) => {
+            let text = format!(
+                "{shown} cannot be made in {}: {error}; run as root or choose another path",
+                existing.display()
+            );
+            Check::fail(what, text)
+        }
+    }
+}
+
+fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<Check> {
+    let what = format!("volume {}", volume.name);
+    let mut checks = Vec::new();
+    if volume.link == LinkKind::Rdma {
+        checks.push(Check::fail(
+            &what,
+            "link = \"rdma\" is not built into this version yet: use \"tcp\" or \"auto\"",
+        ));
+    }
+    match disk {
+        Disk::Memory => {
+            let text = format!(
+                "{} of memory; lost when the daemon ends, then copied from the peer",
+                display_size(volume.size)
+            );
+            checks.push(Check::warn(&what, text));
+            // A running daemon has taken its memory already.
+            checks.extend(machine::memory_for(&what, volume.size).filter(|_| !running));
+        }
+        Disk::Path(path) => checks.push(path_check(&what, node, volume, path, running)),
+    }
+    checks
+}
+
+fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bool) -> Check {
+    let shown = path.display();
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return missing_disk(what, node, volume, path);
+        }
+        Err(error) => return Check::fail(what, format!("{shown}: {error}")),
+    };
+    let (found, needed, location) = if metadata.file_type().is_block_device() {
+        match device_len(path) {
+            Ok(len) => {
+                let needed = volume.size.saturating_add(DEVICE_METADATA_LEN);
+                (len, needed, Location::at_end_of(path, len))
+            }
+            Err(error) => return Check::fail(what, format!("{shown}: {error}")),
+        }
+    } else if metadata.is_file() {
+        (metadata.len(), volume.size, Some(Location::beside(path)))
+    } else {
+        return Check::fail(what, format!("{shown} is neither a file nor a block device"));
+    };
+    let Some(location) = location.filter(|_| found >= needed) else {
+        let text = format!(
+            "{shown} has {found} bytes, {needed} are needed: it was cut, or the configuration's size is wrong"
+        );
+        return Check::fail(what, text);
+    };
+    match MetaStore::open_for(&location, volume.name.as_str(), node.name.as_str(), volume.size) {
+        Ok(Opened { superblock, damaged, .. }) => {
+            let text = format!(
+                "{shown}, {}, {}, on {}",
+                display_size(volume.size),
+                superblock.disk_state.as_str(),
+                machine::file_system(path)
+            );
+            match damaged {
+                None => Check::ok(what, text),
+                Some((copy, error)) => Check::warn(
+                    what,
+                    format!("{text}; metadata copy {copy} is damaged ({error}): check the medium"),
+                ),
+            }
+        }
+        Err(SuperblockError::Locked { .. }) if running => {
+            Check::ok(what, format!("{shown}, in use by the daemon"))
+        }
+        Err(error) => Check::fail(what, error.to_string()),
+    }
+}
+
+fn missing_disk(what: &str, node: &Node, volume: &Volume, path: &Path) -> Check {
+    let shown = path.display();
+    let make = format!("`costandby --node {} create {}`", node.name, volume.name);
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if !directory.is_dir() {
+        return Check::fail(
+            what,
+            format!("{shown} is not there, nor is its directory: make that, then {make}"),
+        );
+    }
+    let size = display_size(volume.size);
+    match machine::free_bytes(directory) {
+        Some(free) if free < volume.size => {
+            let free = display_size(free);
+            let text = format!("{shown} is not there and {free} are free for {size}: free some, then {make}");
+            Check::fail(what, text)
+        }
+        _ => Check::fail(what, format!("{shown} is not there: make it with {make}")),
+    }
+}
+
+fn device_len(path: &Path) -> io::Result<u64> {
+    let device = std::fs::File::open(path)?;
+    Ok(rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0))?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,413 @@
+//! The command line: `costandby [--config FILE] [--node NAME] SUBCOMMAND`.
+//!
+//! Parses, loads the configuration where the subcommand needs one, and hands over to one file a subcommand. Others
+//! script against this: names of subcommands and flags, `--json` shapes and exit statuses are fixed.
+//!
+//! Invariants: exit status 0 is done, 1 is failed with exactly one line on stderr that begins with `costandby: `, 2 is
+//! wrong usage. Colours and progress bars appear on terminals only, colours never with `NO_COLOR`.
+
+use crate::admin::Command as AdminCommand;
+use crate::admin_client::{AdminClient, ClientError};
+use crate::config::quantity::parse_duration;
+use crate::config::{Config, ConfigError, Name, Node, NodeName};
+use crate::node::NodeError;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+pub mod create;
+pub mod demo;
+pub mod doctor;
+pub mod roles;
+pub mod status;
+#[cfg(test)]
+mod tests;
+pub mod wait_sync;
+
+/// Where the configuration is where nothing says otherwise.
+pub const CONFIG_DEFAULT: &str = "/etc/costandby.toml";
+
+/// Keeps a second server's disk identical to the first server's, write by write.
+#[derive(Parser, Debug)]
+#[command(
+    name = "costandby",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  costandby doctor                         what this machine can do, and what to change
+  costandby --node alpha create            make the disks of node alpha
+  costandby --node alpha up                run its daemon in the foreground
+  costandby --node alpha status            what its volumes are doing
+  costandby --node beta promote db         let beta serve volume db
+  costandby demo                           watch a takeover on this machine, nothing to set up
+
+Exit status: 0 done, 1 failed (one line on stderr says what and why), 2 wrong usage."
+)]
+pub struct Cli {
+    /// Configuration file, the same on both nodes.
+    #[arg(long, short = 'c', global = true, env = "COSTANDBY_CONFIG", value_name = "FILE", default_value = CONFIG_DEFAULT)]
+    pub config: PathBuf,
+
+    /// Node of the configuration that this machine is [default: the host name].
+    #[arg(long, short = 'n', global = true, env = "COSTANDBY_NODE", value_name = "NAME")]
+    pub node: Option<String>,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Make this node's disks and their metadata.
+    #[command(after_help = create::EXAMPLES)]
+    Create(CreateArgs),
+    /// Run this node's daemon in the foreground.
+    #[command(after_help = "\
+Examples:
+  costandby --node alpha up
+  COSTANDBY_LOG=debug costandby --config ./demo.toml --node beta up
+
+Logs to stderr; COSTANDBY_LOG sets how much (error, warn, info, debug, trace). SIGTERM and SIGINT end it cleanly.")]
+    Up,
+    /// Show what this node's volumes are doing.
+    #[command(after_help = "\
+Examples:
+  costandby --node alpha status
+  costandby --node alpha status --json | jq '.volumes[] | {name, role, disk_state}'")]
+    Status {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make this node the primary of a volume.
+    #[command(after_help = "\
+Examples:
+  costandby --node beta promote db
+  costandby --node beta promote db --force     the disk may lack acknowledged writes; only when the other is lost for good
+
+Refused while the connected peer is primary (demote it there first) and when this node's disk is not UpToDate.")]
+    Promote {
+        /// Which volume.
+        volume: Name,
+        /// Even where this node's disk may lack acknowledged writes. Logged; starts a new generation.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make this node the standby of a volume, once everything acknowledged is on both disks.
+    #[command(after_help = "\
+Example, a planned handover of db from alpha to beta:
+  costandby --node alpha demote db
+  costandby --node beta promote db")]
+    Demote {
+        /// Which volume.
+        volume: Name,
+    },
+    /// Look for a volume's peer again, after `disconnect` or a refused handshake.
+    #[command(after_help = "Example:\n  costandby --node alpha connect db")]
+    Connect {
+        /// Which volume.
+        volume: Name,
+    },
+    /// Leave a volume's peer and stay apart until `connect`.
+    #[command(after_help = "Example:\n  costandby --node alpha disconnect db")]
+    Disconnect {
+        /// Which volume.
+        volume: Name,
+    },
+    /// Wait until a volume is connected and both disks are UpToDate.
+    #[command(after_help = "\
+Examples:
+  costandby --node alpha wait-sync db
+  costandby --node alpha wait-sync db --timeout 30s && echo in sync
+
+Exit status 1 when the time is over; the line on stderr says where it stood.")]
+    WaitSync {
+        /// Which volume.
+        volume: Name,
+        /// Give up after this long, such as 500ms, 30s or 5m [default: never].
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        timeout: Option<Duration>,
+    },
+    /// Say what this machine can do, and what to change.
+    #[command(after_help = "\
+Examples:
+  costandby doctor
+  costandby --config ./demo.toml --node alpha doctor
+
+Exit status 1 when a line says fail.")]
+    Doctor,
+    /// Show a takeover on this machine: two daemons, a kill in mid-write, nothing lost.
+    #[command(after_help = "\
+Examples:
+  costandby demo
+  costandby demo --seconds 20 --json
+
+Exit status 1 when anything was lost, torn or different.")]
+    Demo(DemoArgs),
+    /// Print a completion script for a shell.
+    #[command(after_help = "\
+Example:
+  costandby completions bash > /etc/bash_completion.d/costandby")]
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Flags of `create`.
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Volumes to make [default: all that have a disk on this node].
+    #[arg(value_name = "VOLUME")]
+    pub volumes: Vec<Name>,
+    /// Reserve no space: writes fail when the file system is full.
+    #[arg(long)]
+    pub sparse: bool,
+    /// Take over a disk that is there: its content stays, its metadata starts anew.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Flags of `demo`.
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    /// How long the writer writes before the kill, in seconds.
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: u64,
+    /// What carries the copies.
+    #[arg(long, value_enum, default_value_t = LinkArg::Auto)]
+    pub link: LinkArg,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--link`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkArg {
+    /// TCP.
+    Tcp,
+    /// RDMA or nothing.
+    Rdma,
+    /// RDMA where it is there, TCP otherwise.
+    Auto,
+}
+
+/// Why a subcommand failed: its display is the line on stderr.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No node given and the host name is none.
+    #[error(
+        "this machine's host name {host:?} is no node of {file}: choose with --node NAME; there are {nodes}"
+    )]
+    WhichNode {
+        /// The host name.
+        host: String,
+        /// The configuration.
+        file: PathBuf,
+        /// Its nodes.
+        nodes: String,
+    },
+    /// The daemon, asked.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The daemon, run.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// Making a disk.
+    #[error(transparent)]
+    Create(#[from] create::CreateError),
+    /// Waiting.
+    #[error(transparent)]
+    WaitSync(#[from] wait_sync::WaitError),
+    /// A doctor with bad news.
+    #[error("{count} of {total} checks failed; the lines marked fail say what to change")]
+    Doctor {
+        /// Failed ones.
+        count: usize,
+        /// All.
+        total: usize,
+    },
+    /// A demonstration that went wrong, in a sentence.
+    #[error("demo: {0}")]
+    Demo(String),
+    /// Not in this build.
+    #[error("{what} is not built in yet")]
+    NotBuiltIn {
+        /// Which subcommand.
+        what: &'static str,
+    },
+    /// Output, or the runtime, failed.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The operating system's words.
+        source: io::Error,
+    },
+}
+
+/// Parses `args`, does what they say and returns the exit status. Reports failures on stderr.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A closed pipe while printing help has nobody left to tell.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = one_line(&error.to_string());
+            let _ = writeln!(io::stderr(), "costandby: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), CliError> {
+    let Cli { config, node, command } = cli;
+    let place = Place { file: config, node };
+    match command {
+        Command::Create(args) => {
+            let (config, node) = place.load()?;
+            Ok(create::run(&config, &node, &args)?)
+        }
+        Command::Up => {
+            let (config, node) = place.load()?;
+            config.check_supported(node.as_str())?;
+            start_logging();
+            Ok(crate::node::run(&config, node.as_str())?)
+        }
+        Command::Status { json } => status::run(&place.client()?, json),
+        Command::Promote { volume, force } => {
+            roles::run(&place.client()?, &volume, AdminCommand::Promote { force })
+        }
+        Command::Demote { volume } => roles::run(&place.client()?, &volume, AdminCommand::Demote),
+        Command::Connect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Connect),
+        Command::Disconnect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Disconnect),
+        Command::WaitSync { volume, timeout } => wait_sync::run(&place.client()?, &volume, timeout),
+        Command::Doctor => doctor::run(&place),
+        Command::Demo(args) => demo::run(&args),
+        Command::Completions { shell } => completions(shell),
+    }
+}
+
+/// Which configuration and which node the command line means.
+#[derive(Debug)]
+pub struct Place {
+    file: PathBuf,
+    node: Option<String>,
+}
+
+impl Place {
+    fn load(&self) -> Result<(Config, NodeName), CliError> {
+        let config = Config::load(&self.file)?;
+        let name = self.node(&config)?.name.clone();
+        Ok((config, name))
+    }
+
+    /// The node that `--node` names, or else the one called like this host, with or without its domain.
+    fn node<'a>(&self, config: &'a Config) -> Result<&'a Node, CliError> {
+        // An environment file may well set COSTANDBY_NODE to nothing.
+        if let Some(name) = self.node.as_ref().filter(|name| !name.is_empty()) {
+            return Ok(config.node(name)?);
+        }
+        let host = host_name();
+        let short = host.split('.').next().unwrap_or_default();
+        config.nodes.get(host.as_str()).or_else(|| config.nodes.get(short)).ok_or_else(|| {
+            let nodes: Vec<_> = config.nodes.keys().map(Name::as_str).collect();
+            CliError::WhichNode { host: host.clone(), file: self.file.clone(), nodes: nodes.join(", ") }
+        })
+    }
+
+    fn client(&self) -> Result<AdminClient, CliError> {
+        let config = Config::load(&self.file)?;
+        let node = self.node(&config)?;
+        Ok(AdminClient::new(&node.admin, node.name.as_str()))
+    }
+}
+
+fn host_name() -> String {
+    // Where there is no /proc the name is empty, which no node is called, and the error then asks for --node.
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+/// Runs `work` on a runtime of its own, which ends with it.
+fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| CliError::Io { doing: "starting the runtime", source })?
+        .block_on(work)
+}
+
+/// Writes all of `text` to stdout; a closed pipe is an error that `main` does not report.
+fn print(text: &str) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|source| CliError::Io { doing: "writing to stdout", source })
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<(), CliError> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "costandby", &mut script);
+    print(&String::from_utf8_lossy(&script))
+}
+
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("COSTANDBY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(colours_wanted(io::stderr().is_terminal()))
+        .init();
+}
+
+/// Whether to colour output that goes to a terminal or not; see <https://no-color.org>.
+fn colours_wanted(terminal: bool) -> bool {
+    terminal
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && std::env::var_os("TERM").is_none_or(|value| value != "dumb")
+}
+
+/// Messages of other programs' parsers may span lines; ours is one line by contract.
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+/// The few colours of `status` and `doctor`, each with one meaning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Colour {
+    Good,
+    Attention,
+    Bad,
+    Plain,
+}
+
+impl Colour {
+    /// `text` in this colour, or as it is where `colours` is false.
+    fn paint(self, text: &str, colours: bool) -> String {
+        let code = match self {
+            Self::Good => 32,
+            Self::Attention => 33,
+            Self::Bad => 31,
+            Self::Plain => return text.to_owned(),
+        };
+        if colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}

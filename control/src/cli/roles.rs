@@ -1,0 +1,17 @@
+//! `promote`, `demote`, `connect`, `disconnect`: one request to the daemon, its sentence printed.
+//!
+//! All decisions are the daemon's; what it refuses comes back as the line on stderr.
+
+use super::{CliError, block_on, print};
+use crate::admin::Command;
+use crate::admin_client::AdminClient;
+use crate::config::VolumeName;
+
+/// Has the daemon carry out `command`.
+///
+/// # Errors
+/// [`CliError::Client`] with the daemon's reason, or why it did not answer.
+pub fn run(client: &AdminClient, volume: &VolumeName, command: Command) -> Result<(), CliError> {
+    let message = block_on(async { Ok(client.command(volume.as_str(), command).await?) })?;
+    print(&format!("{message}\n"))
+}

@@ -1,0 +1,110 @@
+//! `costandby status`: a table that a person reads at a glance, or the daemon's JSON as it is.
+//!
+//! Pure rendering from a [`Status`]; the daemon's advice stands under the volume it is about.
+
+use super::{CliError, Colour, block_on, colours_wanted, print};
+use crate::admin::{CONNECTED, Status, UP_TO_DATE, VolumeStatus};
+use crate::admin_client::AdminClient;
+use crate::config::quantity::display_size;
+use std::io::{self, IsTerminal};
+
+/// Asks the daemon and prints.
+///
+/// # Errors
+/// [`CliError::Client`] where no daemon answers.
+pub fn run(client: &AdminClient, json: bool) -> Result<(), CliError> {
+    let status = block_on(async { Ok(client.status().await?) })?;
+    if json {
+        let text = serde_json::to_string_pretty(&status)
+            .map_err(|error| CliError::Io { doing: "writing the status", source: error.into() })?;
+        print(&format!("{text}\n"))
+    } else {
+        print(&render(&status, colours_wanted(io::stdout().is_terminal())))
+    }
+}
+
+const COLUMNS: usize = 9;
+const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK", "EPOCH", "SIZE", "BEHIND"];
+
+type Cell = (String, Colour);
+
+/// The table, one line a volume and one for each advice, ending in a newline.
+#[must_use]
+pub fn render(status: &Status, colours: bool) -> String {
+    if status.volumes.is_empty() {
+        return format!("node {}: no volumes here; the configuration gives it no disk\n", status.node);
+    }
+    let rows: Vec<_> = status.volumes.iter().map(row).collect();
+    let mut widths = HEADER.map(str::len);
+    for row in &rows {
+        for (width, (text, _)) in widths.iter_mut().zip(row) {
+            *width = (*width).max(text.chars().count());
+        }
+    }
+    let mut out = format!("node {}\n", status.node);
+    push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, colours);
+    for (row, volume) in rows.iter().zip(&status.volumes) {
+        push_line(&mut out, row, &widths, colours);
+        if let Some(advice) = &volume.advice {
+            let line = format!("  -> {advice}");
+            out.push_str(&Colour::Attention.paint(&line, colours));
+            out.push('\n');
+        }
+    }
+    out
+}
+
+fn push_line(out: &mut String, cells: &[Cell; COLUMNS], widths: &[usize; COLUMNS], colours: bool) {
+    for (at, ((text, colour), width)) in cells.iter().zip(widths).enumerate() {
+        out.push_str(&colour.paint(text, colours));
+        if at + 1 < COLUMNS {
+            // Padding is counted without the colour's own bytes, which take no room on a terminal.
+            let gap = width - text.chars().count() + 2;
+            out.extend(std::iter::repeat_n(' ', gap));
+        }
+    }
+    out.push('\n');
+}
+
+fn row(volume: &VolumeStatus) -> [Cell; COLUMNS] {
+    let plain = |text: &str| (text.to_owned(), Colour::Plain);
+    let role =
+        if volume.frozen { (format!("{} (frozen)", volume.role), Colour::Bad) } else { plain(&volume.role) };
+    let link = if volume.connection == CONNECTED {
+        (format!("{} {CONNECTED}", volume.link), Colour::Good)
+    } else {
+        (format!("{} {}", volume.link, volume.connection), Colour::Attention)
+    };
+    [
+        plain(&volume.name),
+        role,
+        (volume.disk_state.clone(), disk_colour(&volume.disk_state)),
+        (format!("{} {}", volume.peer, volume.peer_state), disk_colour(&volume.peer_state)),
+        link,
+        plain(&volume.ack),
+        plain(&volume.epoch.to_string()),
+        plain(&display_size(volume.size)),
+        behind(volume),
+    ]
+}
+
+fn disk_colour(state: &str) -> Colour {
+    match state {
+        UP_TO_DATE => Colour::Good,
+        "Failed" | "Inconsistent" => Colour::Bad,
+        _ => Colour::Attention,
+    }
+}
+
+fn behind(volume: &VolumeStatus) -> Cell {
+    if volume.dirty_bytes == 0 && volume.resync_percent >= 100.0 {
+        return ("-".to_owned(), Colour::Plain);
+    }
+    let mut text = display_size(volume.dirty_bytes);
+    if volume.connection == CONNECTED && volume.resync_percent < 100.0 {
+        // Rounded down: 99.97 must not read as done.
+        let percent = (volume.resync_percent.max(0.0) * 10.0).floor() / 10.0;
+        text = format!("{text} ({percent:.1}% in sync)");
+    }
+    (text, Colour::Attention)
+}

@@ -1,0 +1,117 @@
+//! `costandby wait-sync`: polls the daemon until a volume is connected and both disks are `UpToDate`.
+//!
+//! Time comes from the runtime's clock, so tests run it in virtual time. A daemon that is just starting is given a few
+//! seconds to open its socket, because scripts start it in the background and wait right away.
+
+use super::{CliError, block_on, print};
+use crate::admin::{Status, VolumeStatus};
+use crate::admin_client::{AdminClient, ClientError};
+use crate::config::VolumeName;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::{self, IsTerminal};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Between two looks: a person sees no delay, and an idle daemon no load.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long a daemon may take to open its socket.
+const START_GRACE: Duration = Duration::from_secs(5);
+
+/// Why the volume is not in sync.
+#[derive(Debug, thiserror::Error)]
+pub enum WaitError {
+    /// The time is over.
+    #[error("volume {} is not in sync after {after:?}: {}", status.name, stood(status))]
+    Timeout {
+        /// How long it had.
+        after: Duration,
+        /// Where it stood.
+        status: Box<VolumeStatus>,
+    },
+    /// Not a volume of the daemon.
+    #[error("node {node} has no volume {volume}: there are {known}")]
+    NoSuchVolume {
+        /// Who answered.
+        node: String,
+        /// As asked.
+        volume: String,
+        /// The volumes there are.
+        known: String,
+    },
+}
+
+/// Waits, with a bar where stderr is a terminal.
+///
+/// # Errors
+/// [`CliError::WaitSync`] when the time is over, [`CliError::Client`] when the daemon does not answer.
+pub fn run(client: &AdminClient, volume: &VolumeName, timeout: Option<Duration>) -> Result<(), CliError> {
+    let bar = ProgressBar::new(1000);
+    if !io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    bar.set_style(style);
+    bar.set_prefix(volume.to_string());
+    let waited = block_on(wait(client, volume.as_str(), timeout, &bar));
+    bar.finish_and_clear();
+    waited?;
+    print(&format!("volume {volume} is in sync\n"))
+}
+
+async fn wait(
+    client: &AdminClient,
+    volume: &str,
+    timeout: Option<Duration>,
+    bar: &ProgressBar,
+) -> Result<(), CliError> {
+    let started = Instant::now();
+    let grace = timeout.map_or(START_GRACE, |timeout| timeout.min(START_GRACE));
+    let mut answered = false;
+    loop {
+        match client.status().await {
+            Ok(status) => {
+                answered = true;
+                let found = find(&status, volume)?;
+                if found.in_sync() {
+                    return Ok(());
+                }
+                show(bar, found);
+                if let Some(after) = timeout.filter(|timeout| started.elapsed() >= *timeout) {
+                    return Err(WaitError::Timeout { after, status: Box::new(found.clone()) }.into());
+                }
+            }
+            Err(ClientError::NoDaemon { .. }) if !answered && started.elapsed() < grace => {
+                bar.set_message("waiting for the daemon to start");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let left = timeout.map_or(POLL_INTERVAL, |timeout| timeout.saturating_sub(started.elapsed()));
+        tokio::time::sleep(left.min(POLL_INTERVAL)).await;
+    }
+}
+
+fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitError> {
+    status.volumes.iter().find(|found| found.name == volume).ok_or_else(|| {
+        let known: Vec<_> = status.volumes.iter().map(|found| found.name.as_str()).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        WaitError::NoSuchVolume { node: status.node.clone(), volume: volume.to_owned(), known }
+    })
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Clamped to 0..=1000.
+fn show(bar: &ProgressBar, volume: &VolumeStatus) {
+    bar.set_position((volume.resync_percent * 10.0).clamp(0.0, 1000.0) as u64);
+    let percent = volume.resync_percent;
+    bar.set_message(format!("{percent:.1}% {}, peer {}", volume.connection, volume.peer_state));
+}
+
+fn stood(volume: &VolumeStatus) -> String {
+    let VolumeStatus { role, disk_state, peer, peer_state, connection, resync_percent, advice, .. } = volume;
+    let advice = advice.as_ref().map(|advice| format!("; {advice}")).unwrap_or_default();
+    format!(
+        "role {role}, disk {disk_state}, peer {peer} {peer_state}, {connection}, {resync_percent:.1}% in sync{advice}"
+    )
+}

@@ -1,0 +1,227 @@
+//! What can be wrong with a configuration: always the file, mostly the line, what it is, and what to do about it.
+
+use super::quantity::QuantityError;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// A configuration that cannot be used. One line when printed.
+#[derive(Debug)]
+pub struct ConfigError {
+    /// The file as it was named.
+    pub file: PathBuf,
+    /// Line in it, counted from 1, where the problem has one.
+    pub line: Option<usize>,
+    /// The problem.
+    pub problem: Box<Problem>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        write!(f, ": {}", self.problem)
+    }
+}
+
+impl std::error::Error for ConfigError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &*self.problem {
+            Problem::Read { source } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// What is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Problem {
+    /// The file cannot be read.
+    #[error("cannot be read: {source}; name the configuration with --config FILE or COSTANDBY_CONFIG")]
+    Read {
+        /// The operating system's words.
+        source: io::Error,
+    },
+    /// Larger than any configuration.
+    #[error("is {len} bytes long, a configuration has at most {max}: is this the right file?")]
+    TooLong {
+        /// Bytes of the file.
+        len: u64,
+        /// Bytes allowed.
+        max: u64,
+    },
+    /// Not TOML.
+    #[error("not valid TOML: {message}")]
+    Toml {
+        /// The parser's words, on one line.
+        message: String,
+    },
+    /// A key nobody knows.
+    #[error("unknown key {key:?} in {table}: {hint}")]
+    UnknownKey {
+        /// As written.
+        key: String,
+        /// Where.
+        table: String,
+        /// The nearest known key, or all of them.
+        hint: String,
+    },
+    /// A key that must be there.
+    #[error("{table} has no {key}: add {example}")]
+    Missing {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// A line to add.
+        example: String,
+    },
+    /// A string where a number belongs, and the like.
+    #[error("{key} of {table} is {found}, {expected} belongs there")]
+    Type {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// What is there.
+        found: &'static str,
+        /// What should be, with an example.
+        expected: &'static str,
+    },
+    /// One of a few words was expected.
+    #[error("{key} of {table} is {found:?}: {hint}")]
+    Choice {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// As written.
+        found: String,
+        /// The words there are, the nearest first where one is near.
+        hint: String,
+    },
+    /// A size or duration.
+    #[error("{key} of {table}: {source}")]
+    Quantity {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// What is wrong with it.
+        source: QuantityError,
+    },
+    /// A number outside its bounds.
+    #[error("{key} of {table} is {found}: it must be {bounds}")]
+    Bounds {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// As written.
+        found: String,
+        /// What is allowed.
+        bounds: String,
+    },
+    /// A name of a node or volume that would not work as a file name, a host name or an NBD export.
+    #[error("{name:?} is no name for a {what}: {reason}")]
+    Name {
+        /// As written.
+        name: String,
+        /// `"node"` or `"volume"`.
+        what: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// An address, endpoint or path that cannot be used.
+    #[error("{key} of {table} is {found:?}: {reason}")]
+    Place {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// As written.
+        found: String,
+        /// Why not, and what to write.
+        reason: &'static str,
+    },
+    /// A node that has no table.
+    #[error("{key} of {table} names node {found:?}: {hint}")]
+    UnknownNode {
+        /// Where.
+        table: String,
+        /// Which key.
+        key: String,
+        /// As written.
+        found: String,
+        /// The nodes there are.
+        hint: String,
+    },
+    /// Not two disks.
+    #[error(
+        "{table} has {found} disks: give exactly two, as in disk.alpha = \"/srv/db.img\" and disk.beta = \"/srv/db.img\""
+    )]
+    DiskCount {
+        /// Where.
+        table: String,
+        /// How many.
+        found: usize,
+    },
+    /// The primary has no disk of the volume.
+    #[error("primary of {table} is {primary:?}, which has no disk there: its disks are on {nodes}")]
+    PrimaryWithoutDisk {
+        /// Where.
+        table: String,
+        /// As written.
+        primary: String,
+        /// The nodes with a disk.
+        nodes: String,
+    },
+    /// Two users of one thing.
+    #[error("{what} {found} is used by {first} and by {second}: give each its own")]
+    Shared {
+        /// What kind of thing.
+        what: &'static str,
+        /// Which.
+        found: String,
+        /// One user.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// Reachable from other machines without being asked to.
+    #[error(
+        "{key} of {table} is {found}, which other machines can reach, and nothing is encrypted yet: use 127.0.0.1, or set `insecure = true` at the top of the file if the network is yours alone"
+    )]
+    Insecure {
+        /// Where.
+        table: String,
+        /// Which.
+        key: String,
+        /// As written.
+        found: String,
+    },
+    /// Asked for a node that the file does not have.
+    #[error("has no node {name:?}: {hint}; choose with --node NAME or COSTANDBY_NODE")]
+    NoSuchNode {
+        /// As asked.
+        name: String,
+        /// The nodes there are.
+        hint: String,
+    },
+    /// Asked for a volume that the file does not have.
+    #[error("has no volume {name:?}: {hint}")]
+    NoSuchVolume {
+        /// As asked.
+        name: String,
+        /// The volumes there are.
+        hint: String,
+    },
+    /// RDMA before it is there.
+    #[error("volume {volume} has link = \"rdma\", which is not built in yet: use \"tcp\" or \"auto\"")]
+    RdmaNotBuiltIn {
+        /// Which volume.
+        volume: String,
+    },
+}

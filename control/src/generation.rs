@@ -1,0 +1,346 @@
+//! Which of two disks holds the volume's data: the decision at every handshake.
+//!
+//! Both controllers exchange a [`View`] of their disk in the hello and each runs [`compare`] and [`agree`] for itself;
+//! nothing is negotiated. That only works because both are pure and symmetric: what A decides about (A, B) is the mirror
+//! image of what B decides about (B, A). Property tests hold that.
+//!
+//! Forbidden outcomes, in this order: data that a client was told is safe is overwritten without an operator's word;
+//! an inconsistent or torn disk is taken as a source; both nodes serve. Where the histories leave a doubt the verdict is
+//! [`Verdict::SplitBrain`] or [`Verdict::NoUsableDisk`] and both disks stay as they are.
+
+use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::units::{Epoch, Generation};
+use serde::{Deserialize, Serialize};
+
+#[cfg(test)]
+mod tests;
+
+/// Whether a node serves the volume at the moment of the handshake.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServingRole {
+    /// Does not serve, whatever it was before.
+    Standby,
+    /// Serves now.
+    Primary,
+}
+
+/// A volume's identity and first generation, offered by each node and taken from the configured primary when both
+/// disks are fresh.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Random, never all zeros.
+    pub volume_id: [u8; 16],
+    /// Random, never 0.
+    pub generation: u64,
+}
+
+/// One node's disk as far as the decision needs it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct View {
+    /// The volume's identity; zeros while not known.
+    pub volume_id: [u8; 16],
+    /// Bytes of the volume.
+    pub size: u64,
+    /// The highest fencing number this node has agreed to.
+    pub epoch: Epoch,
+    /// The data lineage.
+    pub generations: Generations,
+    /// What the content is worth.
+    pub disk_state: DiskState,
+    /// All zeros and never written.
+    pub zeroed: bool,
+    /// This node was primary when it stopped, and would be again.
+    pub was_primary: bool,
+    /// The disk may hold writes that the peer lacks although their generations are equal: a primary that crashed, or one
+    /// that froze with writes in flight.
+    pub was_primary_unclean: bool,
+    /// A standby that died while applying: its last writes may be torn.
+    pub applying_unclean: bool,
+    /// Whether it serves now.
+    pub role: ServingRole,
+    /// The configuration names this node as the volume's first primary.
+    pub configured_primary: bool,
+    /// What this node offers as the volume's beginning.
+    pub proposed: Lineage,
+}
+
+impl View {
+    fn is_fresh(&self) -> bool {
+        self.generations.current == Generation::ZERO
+    }
+
+    fn is_serving(&self) -> bool {
+        self.role == ServingRole::Primary
+    }
+
+    /// Whether the disk may be read from, by clients or by a resync.
+    fn is_usable(&self) -> bool {
+        self.disk_state == DiskState::UpToDate && !self.applying_unclean
+    }
+
+    fn descends_from(&self, other: &Self) -> bool {
+        self.generations.descends_from(other.generations.current)
+    }
+}
+
+/// One of the two nodes, seen from where the decision is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// The node that decides.
+    Mine,
+    /// Its peer.
+    Theirs,
+}
+
+impl Side {
+    /// The same node, seen from the peer.
+    #[must_use]
+    pub fn mirrored(self) -> Self {
+        match self {
+            Self::Mine => Self::Theirs,
+            Self::Theirs => Self::Mine,
+        }
+    }
+}
+
+/// Why a disk has to be brought up to date.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    /// Both disks are new and not known to be equal: the configured primary's is the one.
+    BothFresh,
+    /// The target is a new disk.
+    TargetFresh,
+    /// The target's content is inconsistent, outdated or failed.
+    TargetNotUpToDate,
+    /// The source went on alone from what the target has.
+    TargetBehind,
+    /// The source crashed as primary, or froze: its disk may hold writes that were on their way.
+    SourceHasInFlight,
+    /// The target stopped while applying, or was primary before the one that serves now.
+    TargetMayBeTorn,
+}
+
+impl Why {
+    /// The reason in words, for the log.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BothFresh => "both disks are new",
+            Self::TargetFresh => "the target's disk is new",
+            Self::TargetNotUpToDate => "the target's disk is not up to date",
+            Self::TargetBehind => "the source went on while the target was away",
+            Self::SourceHasInFlight => "writes were on their way when the source stopped",
+            Self::TargetMayBeTorn => "the target stopped in the middle of a write",
+        }
+    }
+}
+
+/// What two disks are to each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Equal, byte for byte. With `adopt`, both take this lineage as their beginning.
+    InSync {
+        /// The configured primary's proposal, where both disks are new.
+        adopt: Option<Lineage>,
+    },
+    /// One is to be overwritten with the other.
+    Resync {
+        /// Whose disk is read.
+        source: Side,
+        /// Why.
+        why: Why,
+    },
+    /// Both went on from a common past, each without the other.
+    SplitBrain,
+    /// Two different volumes, or no common past.
+    Unrelated,
+    /// Not the same number of bytes.
+    SizeDiffers,
+    /// Neither disk may be read from, or the newer one may not.
+    NoUsableDisk,
+}
+
+impl Verdict {
+    /// The same verdict, seen from the peer.
+    #[must_use]
+    pub fn mirrored(self) -> Self {
+        match self {
+            Self::Resync { source, why } => Self::Resync { source: source.mirrored(), why },
+            same => same,
+        }
+    }
+}
+
+/// Compares two disks. See the module's doc for what it guarantees.
+#[must_use]
+pub fn compare(mine: &View, theirs: &View) -> Verdict {
+    if mine.size != theirs.size {
+        return Verdict::SizeDiffers;
+    }
+    let id_unknown = |view: &View| view.is_fresh() && view.volume_id == [0; 16];
+    if mine.volume_id != theirs.volume_id && !id_unknown(mine) && !id_unknown(theirs) {
+        return Verdict::Unrelated;
+    }
+    match (mine.is_fresh(), theirs.is_fresh()) {
+        (true, true) => both_fresh(mine, theirs),
+        (true, false) => from_usable(theirs, Side::Theirs, Why::TargetFresh),
+        (false, true) => from_usable(mine, Side::Mine, Why::TargetFresh),
+        (false, false) => match (mine.is_usable(), theirs.is_usable()) {
+            (true, true) => both_usable(mine, theirs),
+            (true, false) => one_usable(mine, theirs, Side::Mine),
+            (false, true) => one_usable(theirs, mine, Side::Theirs),
+            (false, false) => neither_usable(mine, theirs),
+        },
+    }
+}
+
+fn from_usable(source: &View, side: Side, why: Why) -> Verdict {
+    if source.is_usable() { Verdict::Resync { source: side, why } } else { Verdict::NoUsableDisk }
+}
+
+fn both_fresh(mine: &View, theirs: &View) -> Verdict {
+    let (first, side) = match (mine.configured_primary, theirs.configured_primary) {
+        (true, false) => (mine, Side::Mine),
+        (false, true) => (theirs, Side::Theirs),
+        // The two configurations differ; picking either disk would be a guess.
+        _ => return Verdict::NoUsableDisk,
+    };
+    let untouched = |view: &View| view.zeroed && view.is_usable();
+    if untouched(mine) && untouched(theirs) {
+        return Verdict::InSync { adopt: Some(first.proposed) };
+    }
+    from_usable(first, side, Why::BothFresh)
+}
+
+fn both_usable(mine: &View, theirs: &View) -> Verdict {
+    if mine.generations.current == theirs.generations.current {
+        return equal_generations(mine, theirs);
+    }
+    match (theirs.descends_from(mine), mine.descends_from(theirs)) {
+        (true, false) => Verdict::Resync { source: Side::Theirs, why: Why::TargetBehind },
+        (false, true) => Verdict::Resync { source: Side::Mine, why: Why::TargetBehind },
+        // Each in the other's past cannot come about; whoever made it so, no disk is safe to discard.
+        (true, true) => Verdict::SplitBrain,
+        (false, false) => diverged(mine, theirs),
+    }
+}
+
+fn equal_generations(mine: &View, theirs: &View) -> Verdict {
+    let serving = (mine.is_serving(), theirs.is_serving());
+    match (mine.was_primary_unclean, theirs.was_primary_unclean) {
+        (true, true) => Verdict::SplitBrain,
+        _ if serving == (true, true) => Verdict::SplitBrain,
+        (true, false) if serving.1 => Verdict::Resync { source: Side::Theirs, why: Why::TargetMayBeTorn },
+        (true, false) => Verdict::Resync { source: Side::Mine, why: Why::SourceHasInFlight },
+        (false, true) if serving.0 => Verdict::Resync { source: Side::Mine, why: Why::TargetMayBeTorn },
+        (false, true) => Verdict::Resync { source: Side::Theirs, why: Why::SourceHasInFlight },
+        (false, false) => Verdict::InSync { adopt: None },
+    }
+}
+
+/// `good` may be read from, `bad` may not; `side` is where `good` is.
+fn one_usable(good: &View, bad: &View, side: Side) -> Verdict {
+    let same = good.generations.current == bad.generations.current;
+    // An inconsistent disk has given up its content already, so its lineage no longer protects anything.
+    if same || good.descends_from(bad) || bad.disk_state == DiskState::Inconsistent {
+        let why =
+            if bad.disk_state == DiskState::UpToDate { Why::TargetMayBeTorn } else { Why::TargetNotUpToDate };
+        return Verdict::Resync { source: side, why };
+    }
+    if bad.descends_from(good) {
+        // The unusable disk holds acknowledged writes that the usable one lacks: an operator's word is needed.
+        return Verdict::NoUsableDisk;
+    }
+    diverged(good, bad)
+}
+
+fn neither_usable(mine: &View, theirs: &View) -> Verdict {
+    let torn = |view: &View| view.disk_state == DiskState::UpToDate && !view.was_primary_unclean;
+    let same = mine.generations.current == theirs.generations.current;
+    // Two standbys that were told to expect a primary and never had one: a primary would be on record as such, so
+    // nothing was written. A copy from either makes certain.
+    match (mine.configured_primary, theirs.configured_primary) {
+        (true, false) if same && torn(mine) && torn(theirs) => {
+            Verdict::Resync { source: Side::Mine, why: Why::TargetMayBeTorn }
+        }
+        (false, true) if same && torn(mine) && torn(theirs) => {
+            Verdict::Resync { source: Side::Theirs, why: Why::TargetMayBeTorn }
+        }
+        _ => Verdict::NoUsableDisk,
+    }
+}
+
+/// Neither current generation is known to the other side.
+fn diverged(mine: &View, theirs: &View) -> Verdict {
+    let past = &mine.generations;
+    let common = |generation: Generation| theirs.generations.descends_from(generation);
+    if common(past.base) || past.history.iter().copied().any(common) {
+        Verdict::SplitBrain
+    } else {
+        Verdict::Unrelated
+    }
+}
+
+/// What the two nodes do about the verdict: the same on both, seen from either.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Agreement {
+    /// What the disks are to each other.
+    pub verdict: Verdict,
+    /// Who serves once the session is up; nobody where neither did nor would.
+    pub primary: Option<Side>,
+    /// The fencing number both store before the session.
+    pub epoch: u64,
+}
+
+impl Agreement {
+    /// The same agreement, seen from the peer.
+    #[must_use]
+    pub fn mirrored(self) -> Self {
+        Self {
+            verdict: self.verdict.mirrored(),
+            primary: self.primary.map(Side::mirrored),
+            epoch: self.epoch,
+        }
+    }
+
+    /// Whether a session follows.
+    #[must_use]
+    pub fn allows_session(&self) -> bool {
+        matches!(self.verdict, Verdict::InSync { .. } | Verdict::Resync { .. })
+    }
+}
+
+/// [`compare`], who serves afterwards, and under which epoch.
+///
+/// A serving primary stays unless its disk becomes a target (it then steps down). A node that was primary when it
+/// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch.
+#[must_use]
+pub fn agree(mine: &View, theirs: &View) -> Agreement {
+    let verdict = compare(mine, theirs);
+    let epoch = mine.epoch.max(theirs.epoch);
+    let may_serve = |side: Side| match verdict {
+        Verdict::InSync { .. } => true,
+        Verdict::Resync { source, .. } => source == side,
+        _ => false,
+    };
+    let both_new = mine.is_fresh() && theirs.is_fresh();
+    let pick = |claims: fn(&View) -> bool| match (
+        claims(mine) && may_serve(Side::Mine),
+        claims(theirs) && may_serve(Side::Theirs),
+    ) {
+        (true, false) => Some(Side::Mine),
+        (false, true) => Some(Side::Theirs),
+        (true, true) if mine.configured_primary != theirs.configured_primary => {
+            Some(if mine.configured_primary { Side::Mine } else { Side::Theirs })
+        }
+        _ => None,
+    };
+    let first = || if both_new { pick(|view| view.configured_primary) } else { None };
+    let primary = pick(View::is_serving).or_else(first).or_else(|| pick(|view| view.was_primary));
+    let begins = both_new && primary.is_some();
+    Agreement { verdict, primary, epoch: if begins { epoch.next().0 } else { epoch.0 } }
+}

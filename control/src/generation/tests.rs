@@ -1,0 +1,229 @@
+//! The whole decision table, each row in both directions, and properties over arbitrary pairs of disks.
+
+use super::*;
+use costandby_datapath::limits::GENERATION_HISTORY_LEN;
+use proptest::prelude::*;
+
+const RESYNC_MINE: fn(Why) -> Verdict = |why| Verdict::Resync { source: Side::Mine, why };
+const RESYNC_THEIRS: fn(Why) -> Verdict = |why| Verdict::Resync { source: Side::Theirs, why };
+
+fn fresh() -> View {
+    View {
+        volume_id: [0; 16],
+        size: 1 << 20,
+        epoch: Epoch::ZERO,
+        generations: Generations::default(),
+        disk_state: DiskState::UpToDate,
+        zeroed: false,
+        was_primary: false,
+        was_primary_unclean: false,
+        applying_unclean: false,
+        role: ServingRole::Standby,
+        configured_primary: false,
+        proposed: Lineage { volume_id: [9; 16], generation: 99 },
+    }
+}
+
+fn disk(current: u64, base: u64, history: &[u64]) -> View {
+    let mut generations =
+        Generations { current: Generation(current), base: Generation(base), ..Generations::default() };
+    for (to, from) in generations.history.iter_mut().zip(history) {
+        *to = Generation(*from);
+    }
+    View { volume_id: [7; 16], generations, ..fresh() }
+}
+
+fn bad(disk_state: DiskState, view: View) -> View {
+    View { disk_state, ..view }
+}
+
+fn configured(view: View) -> View {
+    View { configured_primary: true, ..view }
+}
+
+fn crashed(view: View) -> View {
+    View { was_primary: true, was_primary_unclean: true, ..view }
+}
+
+fn torn(view: View) -> View {
+    View { applying_unclean: true, ..view }
+}
+
+fn serving(view: View) -> View {
+    View { role: ServingRole::Primary, ..view }
+}
+
+fn check(mine: &View, theirs: &View, expected: Verdict) {
+    assert_eq!(compare(mine, theirs), expected, "\nmine   {mine:?}\ntheirs {theirs:?}");
+    assert_eq!(compare(theirs, mine), expected.mirrored(), "mirrored\nmine   {mine:?}\ntheirs {theirs:?}");
+}
+
+#[test]
+fn fresh_disks() {
+    let zeroed = |view: View| View { zeroed: true, ..view };
+    let first = configured(View { proposed: Lineage { volume_id: [1; 16], generation: 11 }, ..fresh() });
+    check(&zeroed(first), &zeroed(fresh()), Verdict::InSync { adopt: Some(first.proposed) });
+    check(&first, &zeroed(fresh()), RESYNC_MINE(Why::BothFresh));
+    check(&zeroed(first), &fresh(), RESYNC_MINE(Why::BothFresh));
+    check(&fresh(), &fresh(), Verdict::NoUsableDisk);
+    check(&first, &first, Verdict::NoUsableDisk);
+    check(&bad(DiskState::Inconsistent, first), &fresh(), Verdict::NoUsableDisk);
+    check(&first, &bad(DiskState::Inconsistent, fresh()), RESYNC_MINE(Why::BothFresh));
+    check(&first, &disk(5, 0, &[]), RESYNC_THEIRS(Why::TargetFresh));
+    check(&first, &bad(DiskState::Failed, disk(5, 0, &[])), Verdict::NoUsableDisk);
+    check(&first, &torn(disk(5, 0, &[])), Verdict::NoUsableDisk);
+    let met = View { volume_id: [3; 16], ..fresh() };
+    check(&met, &disk(5, 0, &[]), Verdict::Unrelated);
+}
+
+#[test]
+fn strangers() {
+    check(&disk(5, 0, &[]), &View { size: 1 << 21, ..disk(5, 0, &[]) }, Verdict::SizeDiffers);
+    check(&disk(5, 0, &[]), &View { volume_id: [8; 16], ..disk(5, 0, &[]) }, Verdict::Unrelated);
+    check(&disk(5, 0, &[]), &View { volume_id: [0; 16], ..disk(5, 0, &[]) }, Verdict::Unrelated);
+    check(&disk(5, 0, &[1]), &disk(6, 0, &[2]), Verdict::Unrelated);
+}
+
+#[test]
+fn equal_generations_and_who_stopped_how() {
+    let same = || disk(5, 4, &[4, 3]);
+    check(&same(), &same(), Verdict::InSync { adopt: None });
+    check(&serving(same()), &same(), Verdict::InSync { adopt: None });
+    check(&crashed(same()), &same(), RESYNC_MINE(Why::SourceHasInFlight));
+    check(&crashed(same()), &serving(same()), RESYNC_THEIRS(Why::TargetMayBeTorn));
+    check(&crashed(serving(same())), &same(), RESYNC_MINE(Why::SourceHasInFlight));
+    check(&torn(same()), &same(), RESYNC_THEIRS(Why::TargetMayBeTorn));
+    check(&torn(same()), &crashed(same()), RESYNC_THEIRS(Why::TargetMayBeTorn));
+    check(&crashed(same()), &crashed(same()), Verdict::SplitBrain);
+    check(&serving(same()), &serving(same()), Verdict::SplitBrain);
+    check(&torn(configured(same())), &torn(same()), RESYNC_MINE(Why::TargetMayBeTorn));
+    check(&torn(configured(same())), &torn(disk(6, 5, &[5])), Verdict::NoUsableDisk);
+    check(&torn(configured(same())), &torn(crashed(same())), Verdict::NoUsableDisk);
+}
+
+#[test]
+fn one_disk_is_not_up_to_date() {
+    for state in [DiskState::Inconsistent, DiskState::Outdated, DiskState::Failed] {
+        let why = Why::TargetNotUpToDate;
+        check(&disk(5, 0, &[]), &bad(state, disk(5, 0, &[])), RESYNC_MINE(why));
+        check(&disk(6, 5, &[5]), &bad(state, disk(5, 0, &[])), RESYNC_MINE(why));
+        check(&disk(7, 6, &[6, 5]), &bad(state, disk(5, 0, &[])), RESYNC_MINE(why));
+        check(
+            &bad(state, disk(5, 0, &[])),
+            &bad(DiskState::Inconsistent, disk(5, 0, &[])),
+            Verdict::NoUsableDisk,
+        );
+    }
+    check(
+        &disk(5, 0, &[]),
+        &bad(DiskState::Inconsistent, disk(6, 5, &[5])),
+        RESYNC_MINE(Why::TargetNotUpToDate),
+    );
+    check(&disk(5, 0, &[]), &bad(DiskState::Outdated, disk(6, 5, &[5])), Verdict::NoUsableDisk);
+    check(&disk(5, 0, &[]), &torn(disk(6, 5, &[5])), Verdict::NoUsableDisk);
+    check(&disk(6, 5, &[5]), &torn(disk(5, 0, &[])), RESYNC_MINE(Why::TargetMayBeTorn));
+    check(&disk(6, 4, &[4]), &bad(DiskState::Failed, disk(7, 4, &[4])), Verdict::SplitBrain);
+    check(&disk(6, 0, &[]), &bad(DiskState::Failed, disk(7, 0, &[])), Verdict::Unrelated);
+}
+
+#[test]
+fn one_went_on_or_both_did() {
+    check(&disk(6, 5, &[5]), &disk(5, 0, &[]), RESYNC_MINE(Why::TargetBehind));
+    check(&disk(8, 5, &[7, 6]), &disk(5, 0, &[]), RESYNC_MINE(Why::TargetBehind));
+    check(&disk(8, 0, &[7, 6, 5]), &crashed(disk(5, 0, &[])), RESYNC_MINE(Why::TargetBehind));
+    check(&disk(6, 5, &[5]), &disk(7, 5, &[5]), Verdict::SplitBrain);
+    check(&disk(6, 0, &[4]), &disk(7, 4, &[]), Verdict::SplitBrain);
+    check(&disk(6, 5, &[]), &disk(5, 6, &[]), Verdict::SplitBrain);
+}
+
+#[test]
+fn who_serves_after_the_handshake() {
+    let check = |mine: &View, theirs: &View, primary: Option<Side>, epoch: u64| {
+        let agreement = agree(mine, theirs);
+        assert_eq!((agreement.primary, agreement.epoch), (primary, epoch), "{mine:?}\n{theirs:?}");
+        assert_eq!(agree(theirs, mine), agreement.mirrored());
+    };
+    let was = |view: View| View { was_primary: true, ..view };
+    let at = |epoch: u64, view: View| View { epoch: Epoch(epoch), ..view };
+    let (old, new) = (|| disk(5, 0, &[]), || disk(6, 5, &[5]));
+    check(&configured(fresh()), &fresh(), Some(Side::Mine), 1);
+    check(
+        &View { zeroed: true, ..configured(fresh()) },
+        &View { zeroed: true, ..fresh() },
+        Some(Side::Mine),
+        1,
+    );
+    check(&configured(old()), &at(3, old()), None, 3);
+    check(&was(old()), &configured(old()), Some(Side::Mine), 0);
+    check(&was(old()), &configured(was(old())), Some(Side::Theirs), 0);
+    check(&was(old()), &new(), None, 0);
+    check(&was(old()), &was(new()), Some(Side::Theirs), 0);
+    check(&was(old()), &serving(old()), Some(Side::Theirs), 0);
+    check(&serving(old()), &serving(new()), Some(Side::Theirs), 0);
+    check(&serving(old()), &was(new()), Some(Side::Theirs), 0);
+    check(&at(2, serving(old())), &at(1, fresh()), Some(Side::Mine), 2);
+    check(&serving(disk(7, 5, &[5])), &new(), None, 0);
+}
+
+fn any_view() -> impl Strategy<Value = View> {
+    let small = || 0u64..5;
+    let states = prop_oneof![
+        3 => Just(DiskState::UpToDate),
+        1 => Just(DiskState::Inconsistent),
+        1 => Just(DiskState::Outdated),
+        1 => Just(DiskState::Failed)
+    ];
+    let history = proptest::collection::vec(small(), GENERATION_HISTORY_LEN);
+    let bits = any::<[bool; 6]>();
+    (0u8..3, 1u64..3, small(), small(), small(), history, states, bits).prop_map(
+        |(id, size, epoch, current, base, history, disk_state, bits)| View {
+            volume_id: [id; 16],
+            size: if size == 1 { 4096 } else { 8192 },
+            epoch: Epoch(epoch),
+            disk_state,
+            zeroed: bits[0],
+            was_primary: bits[1],
+            was_primary_unclean: bits[2],
+            applying_unclean: bits[3],
+            role: if bits[4] { ServingRole::Primary } else { ServingRole::Standby },
+            configured_primary: bits[5],
+            proposed: Lineage { volume_id: [id + 1; 16], generation: epoch + 1 },
+            ..disk(current, base, &history)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn both_nodes_decide_the_same(mine in any_view(), theirs in any_view()) {
+        prop_assert_eq!(agree(&mine, &theirs).mirrored(), agree(&theirs, &mine));
+    }
+
+    #[test]
+    fn a_source_is_up_to_date_and_whoever_serves_is_not_overwritten(mine in any_view(), theirs in any_view()) {
+        let theirs = View { size: mine.size, volume_id: mine.volume_id, ..theirs };
+        let agreement = agree(&mine, &theirs);
+        if let Verdict::Resync { source, .. } = agreement.verdict {
+            let from = if source == Side::Mine { &mine } else { &theirs };
+            prop_assert_eq!(from.disk_state, DiskState::UpToDate);
+            prop_assert!(agreement.primary.is_none_or(|primary| primary == source));
+        }
+        if agreement.primary.is_some() {
+            prop_assert!(agreement.allows_session());
+        }
+    }
+
+    #[test]
+    fn an_up_to_date_disk_is_overwritten_only_from_its_future_or_its_equal(mine in any_view(), theirs in any_view()) {
+        let theirs = View { size: mine.size, volume_id: mine.volume_id, ..theirs };
+        if let Verdict::Resync { source: Side::Mine, .. } = compare(&mine, &theirs)
+            && theirs.disk_state == DiskState::UpToDate
+            && theirs.generations.current != Generation::ZERO
+        {
+            let same = mine.generations.current == theirs.generations.current;
+            prop_assert!(same || mine.generations.descends_from(theirs.generations.current));
+        }
+    }
+}

@@ -1,0 +1,468 @@
+//! What two controllers tell each other over a fresh connection before it becomes a volume's link.
+//!
+//! ```text
+//! dialer ── Hello ──▶ acceptor        both send their hello at once and read the other's
+//!        ◀── Hello ──
+//!        ── Ready ──▶                 each has decided (`generation::agree`) and stored what it agreed to
+//!        ◀── Ready ──                 or either says Refuse, and the connection ends
+//! ══ frames (`datapath::wire`) ══
+//! ```
+//!
+//! An envelope is `magic[8] version[1] len[4] crc32c[4]`, little-endian, then `len` bytes of JSON, which the CRC-32C
+//! covers. Unknown keys are ignored, so a later release may add some. Decoding never panics, and never allocates more
+//! than [`limits::HELLO_LEN_MAX`] at a peer's word. [`read`] takes no byte past its message: the next one may be the
+//! link's first frame.
+
+use crate::generation::{Agreement, Lineage, ServingRole, View};
+use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
+use costandby_datapath::limits::{self, GENERATION_HISTORY_LEN};
+use costandby_datapath::units::{Epoch, Generation};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// First bytes of every envelope.
+pub const MAGIC: [u8; 8] = *b"costandb";
+
+/// Version of the envelope and of what its messages mean.
+pub const VERSION: u8 = 1;
+
+/// Highest epoch a peer may claim: no cluster reaches it by promotions, and counting on from it cannot overflow.
+pub const EPOCH_MAX: u64 = 1 << 62;
+
+/// Link kinds one hello may offer: three exist.
+const LINKS_MAX: usize = 16;
+
+/// Bytes before the JSON.
+pub const ENVELOPE_LEN: usize = 17;
+
+/// What a node says first.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// Who speaks.
+    pub node: String,
+    /// The volume the connection is for.
+    pub volume: String,
+    /// Bytes of ring the speaker offers as receiver.
+    pub ring_len: u64,
+    /// Link kinds the speaker can carry on with, best first.
+    pub links: Vec<String>,
+    /// Random; a node that reads its own nonce has dialled itself.
+    pub nonce: u64,
+    /// The speaker's disk.
+    #[serde(with = "stored_view")]
+    pub view: View,
+}
+
+/// A node has decided, stored what it agreed to, and is ready for the session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Ready {
+    /// As the speaker sees it; the listener's must be its mirror image.
+    pub agreement: Agreement,
+    /// The volume's identity, with the generation both or the target will take.
+    pub lineage: Lineage,
+}
+
+/// Why a node will not have a session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefuseCode {
+    /// Not now; dial again.
+    Busy,
+    /// An operator disconnected the volume here.
+    Disconnected,
+    /// The disks do not allow it: see the text.
+    Disks,
+    /// The configurations differ, or the volume is unknown here.
+    Configuration,
+    /// A code of a later release.
+    #[serde(other)]
+    Other,
+}
+
+/// The end of a connection, with the reason.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Refuse {
+    /// For the program.
+    pub code: RefuseCode,
+    /// For the operator of the other node.
+    pub text: String,
+}
+
+/// What an envelope holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// The first message of both.
+    Hello(Box<Hello>),
+    /// The last message before frames.
+    Ready(Ready),
+    /// The last message of all.
+    Refuse(Refuse),
+}
+
+/// What was wrong with what a peer sent. The connection is closed; nothing else is hurt.
+#[derive(Debug, thiserror::Error)]
+pub enum HelloError {
+    /// Another program talks to this port, or ours to another's.
+    #[error("peer's hello starts with {found:02x?}: is its port another program's?")]
+    Magic {
+        /// The bytes where the mark belongs.
+        found: Vec<u8>,
+    },
+    /// Another release.
+    #[error("peer speaks hello version {found}, this program {VERSION}: run the same release on both nodes")]
+    Version {
+        /// As sent.
+        found: u8,
+    },
+    /// Over the bound.
+    #[error("peer announces a hello of {found} bytes, the limit is {}", limits::HELLO_LEN_MAX)]
+    Length {
+        /// As sent.
+        found: u32,
+    },
+    /// Damaged on the way.
+    #[error("peer's hello has checksum {found:#010x}, computed {computed:#010x}: damaged in transit")]
+    Checksum {
+        /// As sent.
+        found: u32,
+        /// As computed.
+        computed: u32,
+    },
+    /// Whole, but not what we understand.
+    #[error("peer's hello is not understood ({source}): run the same release on both nodes")]
+    Body {
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// The connection failed or ended in mid-message.
+    #[error("connection ended during the hello: {source}")]
+    Io {
+        /// The operating system's words.
+        #[from]
+        source: std::io::Error,
+    },
+}
+
+/// The envelope around a message.
+///
+/// # Panics
+/// When the message is longer than [`limits::HELLO_LEN_MAX`]: names are bounded by the configuration and texts by
+/// [`Refuse`]'s makers, so that is a bug of ours.
+#[must_use]
+pub fn encode(message: &Message) -> Vec<u8> {
+    let body = serde_json::to_vec(message).expect("plain structs with string keys always serialise");
+    let len = u32::try_from(body.len()).ok().filter(|&len| len <= limits::HELLO_LEN_MAX);
+    let len = len.expect("our own hello is far below its bound");
+    let mut bytes = Vec::with_capacity(ENVELOPE_LEN + body.len());
+    bytes.extend_from_slice(&MAGIC);
+    bytes.push(VERSION);
+    bytes.extend_from_slice(&len.to_le_bytes());
+    bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+    bytes.extend_from_slice(&body);
+    bytes
+}
+
+/// Reads a message from the start of `bytes`, and says how many bytes it took; `None`: more are needed.
+///
+/// # Errors
+/// The first thing that is wrong, as early as the bytes at hand show it.
+pub fn decode(bytes: &[u8]) -> Result<Option<(Message, usize)>, HelloError> {
+    let mark = &bytes[..bytes.len().min(MAGIC.len())];
+    if *mark != MAGIC[..mark.len()] {
+        return Err(HelloError::Magic { found: mark.to_vec() });
+    }
+    if let Some(&found) = bytes.get(MAGIC.len())
+        && found != VERSION
+    {
+        return Err(HelloError::Version { found });
+    }
+    let Some(envelope) = bytes.first_chunk::<ENVELOPE_LEN>() else { return Ok(None) };
+    let (len, announced) = sizes(envelope)?;
+    let Some(body) = bytes[ENVELOPE_LEN..].get(..len) else { return Ok(None) };
+    let computed = crc32c::crc32c(body);
+    if computed != announced {
+        return Err(HelloError::Checksum { found: announced, computed });
+    }
+    let message =
+        serde_json::from_slice(body).and_then(checked).map_err(|source| HelloError::Body { source })?;
+    Ok(Some((message, ENVELOPE_LEN + len)))
+}
+
+/// Bounds what a peer may name: names come back in our refusals, which are bounded too.
+fn checked(message: Message) -> Result<Message, serde_json::Error> {
+    if let Message::Hello(hello) = &message {
+        let long = [&hello.node, &hello.volume]
+            .into_iter()
+            .chain(&hello.links)
+            .any(|name| name.len() > NAME_LEN_MAX);
+        if long || hello.links.len() > LINKS_MAX {
+            return Err(serde::de::Error::custom("a name or the list of links is too long"));
+        }
+    }
+    Ok(message)
+}
+
+fn sizes(envelope: &[u8; ENVELOPE_LEN]) -> Result<(usize, u32), HelloError> {
+    let word =
+        |at: usize| u32::from_le_bytes([envelope[at], envelope[at + 1], envelope[at + 2], envelope[at + 3]]);
+    let (len, crc) = (word(9), word(13));
+    if len > limits::HELLO_LEN_MAX {
+        return Err(HelloError::Length { found: len });
+    }
+    Ok((usize::try_from(len).expect("64-bit"), crc))
+}
+
+/// Reads exactly one message; the bytes after it stay in the stream. Put a time limit around it.
+///
+/// # Errors
+/// As [`decode`], and [`HelloError::Io`].
+pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Message, HelloError> {
+    let mut bytes = vec![0; ENVELOPE_LEN];
+    stream.read_exact(&mut bytes).await?;
+    // The envelope alone shows a wrong mark, version or length, before anything more is waited for.
+    if let Some((message, _)) = decode(&bytes)? {
+        return Ok(message);
+    }
+    let envelope = bytes.first_chunk().expect("read above");
+    let (len, _) = sizes(envelope)?;
+    bytes.resize(ENVELOPE_LEN + len, 0);
+    stream.read_exact(&mut bytes[ENVELOPE_LEN..]).await?;
+    Ok(decode(&bytes)?.expect("the whole announced length was read").0)
+}
+
+/// Writes one message and flushes it.
+///
+/// # Errors
+/// [`HelloError::Io`].
+pub async fn write(stream: &mut (impl AsyncWrite + Unpin), message: &Message) -> Result<(), HelloError> {
+    stream.write_all(&encode(message)).await?;
+    Ok(stream.flush().await?)
+}
+
+/// [`View`] as JSON: plain numbers and DRBD's words.
+mod stored_view {
+    use super::{
+        DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, ServingRole, View,
+    };
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+    #[derive(Serialize, Deserialize)]
+    struct Stored {
+        volume_id: [u8; 16],
+        size: u64,
+        epoch: u64,
+        current: u64,
+        base: u64,
+        history: Vec<u64>,
+        disk_state: String,
+        zeroed: bool,
+        was_primary: bool,
+        was_primary_unclean: bool,
+        applying_unclean: bool,
+        role: ServingRole,
+        configured_primary: bool,
+        proposed: Lineage,
+    }
+
+    pub(super) fn serialize<S: Serializer>(view: &View, serializer: S) -> Result<S::Ok, S::Error> {
+        Stored {
+            volume_id: view.volume_id,
+            size: view.size,
+            epoch: view.epoch.0,
+            current: view.generations.current.0,
+            base: view.generations.base.0,
+            history: view.generations.history.iter().map(|generation| generation.0).collect(),
+            disk_state: view.disk_state.as_str().to_owned(),
+            zeroed: view.zeroed,
+            was_primary: view.was_primary,
+            was_primary_unclean: view.was_primary_unclean,
+            applying_unclean: view.applying_unclean,
+            role: view.role,
+            configured_primary: view.configured_primary,
+            proposed: view.proposed,
+        }
+        .serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<View, D::Error> {
+        let stored = Stored::deserialize(deserializer)?;
+        let states = [DiskState::UpToDate, DiskState::Inconsistent, DiskState::Outdated, DiskState::Failed];
+        let disk_state = states
+            .into_iter()
+            .find(|state| state.as_str() == stored.disk_state)
+            .ok_or_else(|| D::Error::custom(format!("unknown disk state {:?}", stored.disk_state)))?;
+        if stored.proposed.generation == 0 || stored.proposed.volume_id == [0; 16] {
+            return Err(D::Error::custom("the proposed lineage is empty"));
+        }
+        if stored.epoch > super::EPOCH_MAX {
+            return Err(D::Error::custom("the epoch is beyond any that promotions reach"));
+        }
+        let mut history = [Generation::ZERO; GENERATION_HISTORY_LEN];
+        for (to, from) in history.iter_mut().zip(stored.history) {
+            *to = Generation(from);
+        }
+        Ok(View {
+            volume_id: stored.volume_id,
+            size: stored.size,
+            epoch: Epoch(stored.epoch),
+            generations: Generations {
+                current: Generation(stored.current),
+                base: Generation(stored.base),
+                history,
+            },
+            disk_state,
+            zeroed: stored.zeroed,
+            was_primary: stored.was_primary,
+            was_primary_unclean: stored.was_primary_unclean,
+            applying_unclean: stored.applying_unclean,
+            role: stored.role,
+            configured_primary: stored.configured_primary,
+            proposed: stored.proposed,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generation::{Side, Verdict, Why};
+    use proptest::prelude::*;
+
+    fn any_message() -> impl Strategy<Value = Message> {
+        let numbers = (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), any::<u64>(), any::<[u64; 8]>());
+        let lineage =
+            (1u8.., 1u64..).prop_map(|(id, generation)| Lineage { volume_id: [id; 16], generation });
+        let view = (numbers, lineage, any::<[bool; 6]>()).prop_map(|(numbers, proposed, bits)| View {
+            volume_id: numbers.0,
+            size: numbers.1,
+            epoch: Epoch(numbers.2 % EPOCH_MAX),
+            generations: Generations {
+                current: Generation(numbers.3),
+                base: Generation(numbers.2),
+                history: numbers.4.map(Generation),
+            },
+            disk_state: if bits[0] { DiskState::UpToDate } else { DiskState::Failed },
+            zeroed: bits[1],
+            was_primary: bits[2],
+            was_primary_unclean: bits[3],
+            applying_unclean: bits[4],
+            role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
+            configured_primary: bits[0],
+            proposed,
+        });
+        let hello = (view, ".{0,40}", any::<u64>()).prop_map(|(view, node, nonce)| {
+            let (volume, links) = ("db".to_owned(), vec!["tcp".to_owned()]);
+            Message::Hello(Box::new(Hello { node, volume, ring_len: nonce / 2, links, nonce, view }))
+        });
+        let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
+            let verdict = if resync {
+                Verdict::Resync { source: Side::Mine, why: Why::TargetBehind }
+            } else {
+                Verdict::InSync { adopt: None }
+            };
+            let agreement = Agreement { verdict, primary: Some(Side::Theirs), epoch };
+            Message::Ready(Ready { agreement, lineage: Lineage { volume_id: [1; 16], generation: epoch } })
+        });
+        let refuse = ".{0,200}".prop_map(|text| Message::Refuse(Refuse { code: RefuseCode::Disks, text }));
+        prop_oneof![hello, ready, refuse]
+    }
+
+    fn envelope(body: &[u8]) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.push(VERSION);
+        bytes.extend_from_slice(&u32::try_from(body.len()).expect("short").to_le_bytes());
+        bytes.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+        bytes.extend_from_slice(body);
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded_and_no_more_is_taken(message in any_message(), tail in any::<[u8; 9]>()) {
+            let mut bytes = encode(&message);
+            let len = bytes.len();
+            for cut in [0, 1, 8, 9, 16, 17, len - 1] {
+                prop_assert!(decode(&bytes[..cut]).expect("a good start").is_none());
+            }
+            bytes.extend_from_slice(&tail);
+            prop_assert_eq!(decode(&bytes).expect("good"), Some((message, len)));
+        }
+
+        #[test]
+        fn a_flipped_bit_is_never_taken_for_a_message(message in any_message(), at in any::<proptest::sample::Index>()) {
+            let mut bytes = encode(&message);
+            let bit = at.index(bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(!matches!(decode(&bytes), Ok(Some(_))));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode(&bytes);
+            let _ = decode(&envelope(&bytes));
+        }
+
+        #[test]
+        fn arbitrary_json_never_panics(text in "(\\{|\\}|\\[|\\]|\"hello\"|\"view\"|\"ready\"|:|,|[0-9]){0,40}") {
+            let _ = decode(&envelope(text.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn each_kind_of_bad_envelope_has_its_own_error() {
+        let refuse = Message::Refuse(Refuse { code: RefuseCode::Busy, text: "later".to_owned() });
+        let good = encode(&refuse);
+        let with = |at: usize, value: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            decode(&bytes).expect_err("bad")
+        };
+        assert!(matches!(decode(b"GET / HTTP/1.1"), Err(HelloError::Magic { .. })));
+        assert!(matches!(with(8, 2), HelloError::Version { found: 2 }));
+        assert!(matches!(with(12, 1), HelloError::Length { .. }));
+        assert!(matches!(with(20, b'?'), HelloError::Checksum { .. }));
+        assert!(matches!(decode(&envelope(b"{\"howdy\":{}}")), Err(HelloError::Body { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn names_over_the_bound_are_refused(message in any_message(), excess in 0usize..3, links in 15usize..18) {
+            if let Message::Hello(mut hello) = message {
+                hello.volume = "v".repeat(NAME_LEN_MAX - 1 + excess);
+                hello.links = vec!["tcp".to_owned(); links];
+                let decoded = decode(&encode(&Message::Hello(hello)));
+                prop_assert_eq!(decoded.is_ok(), excess < 2 && links <= LINKS_MAX);
+            }
+        }
+    }
+
+    #[test]
+    fn keys_and_codes_of_a_later_release_are_ignored() {
+        let body = br#"{"refuse":{"code":"too_tired","text":"no","colour":"blue"}}"#;
+        let (message, _) = decode(&envelope(body)).expect("good").expect("whole");
+        assert_eq!(message, Message::Refuse(Refuse { code: RefuseCode::Other, text: "no".to_owned() }));
+    }
+
+    #[test]
+    fn a_message_read_from_a_stream_leaves_the_bytes_after_it() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        runtime.block_on(async {
+            let refuse = Message::Refuse(Refuse { code: RefuseCode::Busy, text: "later".to_owned() });
+            let (mut ours, mut theirs) = tokio::io::duplex(16);
+            let sent = refuse.clone();
+            let send = async move {
+                write(&mut theirs, &sent).await.expect("written");
+                theirs.write_all(b"frame").await.expect("written");
+            };
+            let receive = async {
+                assert_eq!(read(&mut ours).await.expect("read"), refuse);
+                let mut tail = Vec::new();
+                ours.read_to_end(&mut tail).await.expect("read");
+                assert_eq!(tail, b"frame");
+                assert!(matches!(read(&mut ours).await, Err(HelloError::Io { .. })));
+            };
+            tokio::join!(send, receive);
+        });
+    }
+}

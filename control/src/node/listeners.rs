@@ -1,0 +1,59 @@
+//! The daemon's listening sockets: NBD clients' and peers'.
+
+use super::NodeError;
+use crate::config::Endpoint;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// Connections the kernel holds until the reactor takes them: 16 connections of several clients at once.
+const BACKLOG: i32 = 128;
+
+/// Binds an endpoint for NBD clients, non-blocking.
+pub(super) fn bind_nbd(endpoint: &Endpoint) -> Result<OwnedFd, NodeError> {
+    let bound = match endpoint {
+        Endpoint::Unix(path) => bind_unix(path),
+        Endpoint::Tcp(address) => bind_tcp(*address),
+    };
+    bound.map_err(|source| NodeError::Listen { endpoint: endpoint.to_string(), source })
+}
+
+/// Binds the address for peers, non-blocking.
+pub(super) fn bind_peers(address: SocketAddr) -> Result<TcpListener, NodeError> {
+    let bound = bind_tcp(address).map(TcpListener::from);
+    bound.map_err(|source| NodeError::Listen { endpoint: format!("tcp:{address}"), source })
+}
+
+fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    // A socket nobody answers on is what a killed daemon left behind.
+    if path.exists() && UnixStream::connect(path).is_err() {
+        use std::os::unix::fs::FileTypeExt;
+        if std::fs::symlink_metadata(path)?.file_type().is_socket() {
+            std::fs::remove_file(path)?;
+        }
+    }
+    let socket = stream_socket(AddressFamily::UNIX)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = stream_socket(family)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
+}

@@ -1,0 +1,137 @@
+//! Connections between nodes before they become links: accepting, dialling, and the exchange of hellos.
+//!
+//! One TCP connection carries one volume. Its first message says which; from then on it belongs to that volume's task,
+//! which holds at most one conversation at a time.
+
+use super::Registry;
+use super::volume::Input;
+use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+
+/// How long a peer may take for each message of a conversation: covers a durable store of its metadata.
+const MESSAGE_MAX: Duration = Duration::from_secs(5);
+
+/// How long a dial may take; the next one follows soon.
+const DIAL_MAX: Duration = Duration::from_secs(1);
+
+/// Connections that have not said yet which volume they are for: more than any cluster's, few enough to be harmless.
+const STRANGERS_MAX: usize = 64;
+
+/// How a conversation went on.
+pub(super) type Heard = Result<Message, HelloError>;
+
+/// Accepts connections from peers until aborted.
+pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    loop {
+        let permit = Arc::clone(&strangers).acquire_owned().await.expect("never closed");
+        match listener.accept().await {
+            Ok((stream, from)) => {
+                let registry = Arc::clone(&registry);
+                tokio::spawn(async move {
+                    meet(stream, from, &registry).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: give way instead of spinning.
+                tracing::warn!(%error, "cannot accept a peer's connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
+    let hello = match listen(&mut stream).await {
+        Ok(Message::Hello(hello)) => hello,
+        Ok(_) => {
+            tracing::warn!(%from, "a connection to the peers' port began with something else than a hello");
+            return;
+        }
+        Err(error) => {
+            tracing::warn!(%from, %error, "a connection to the peers' port was closed");
+            return;
+        }
+    };
+    let node = registry.node.as_str();
+    let found = registry.volumes.iter().find(|v| v.config.name.as_str() == hello.volume);
+    let text = match found {
+        Some(shared) if shared.peer.as_str() == hello.node => {
+            // A task that has ended drops the stream, which tells the peer enough.
+            let _ = shared.inbox.send(Input::Accepted { stream, hello });
+            return;
+        }
+        Some(shared) => format!(
+            "volume {} is shared by {node} and {} here, not by {}: use the same configuration on both nodes",
+            hello.volume, shared.peer, hello.node
+        ),
+        None => {
+            format!("node {node} has no volume {}: use the same configuration on both nodes", hello.volume)
+        }
+    };
+    tracing::warn!(%from, "refused a peer: {text}");
+    say_and_close(stream, Message::Refuse(Refuse { code: RefuseCode::Configuration, text })).await;
+}
+
+/// Dials a peer and tells the volume's task.
+pub(super) fn dial(address: SocketAddr, inbox: mpsc::UnboundedSender<Input>) {
+    tokio::spawn(async move {
+        let dialled = tokio::time::timeout(DIAL_MAX, TcpStream::connect(address)).await;
+        let stream = dialled.ok().and_then(Result::ok);
+        let _ = inbox.send(Input::Dialled { stream });
+    });
+}
+
+/// Says `ours`, listens for the answer, and gives both connection and answer to the volume's task.
+pub(super) fn converse(serial: u64, mut stream: TcpStream, ours: Message, inbox: mpsc::UnboundedSender<Input>) {
+    tokio::spawn(async move {
+        let heard = match say(&mut stream, &ours).await {
+            Ok(()) => listen(&mut stream).await,
+            Err(error) => Err(error),
+        };
+        let _ = inbox.send(Input::Heard { serial, stream, heard });
+    });
+}
+
+/// Answers a hello that was read already with ours, and hands both to the volume's task.
+pub(super) fn answer_hello(
+    serial: u64,
+    mut stream: TcpStream,
+    ours: Hello,
+    theirs: Box<Hello>,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let heard = say(&mut stream, &Message::Hello(Box::new(ours))).await.map(|()| Message::Hello(theirs));
+        let _ = inbox.send(Input::Heard { serial, stream, heard });
+    });
+}
+
+/// Says a last word.
+pub(super) fn part(stream: TcpStream, refuse: Refuse) {
+    tokio::spawn(say_and_close(stream, Message::Refuse(refuse)));
+}
+
+async fn say_and_close(mut stream: TcpStream, message: Message) {
+    // The peer is told if it still listens; the connection ends either way.
+    let _ = say(&mut stream, &message).await;
+    let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
+}
+
+async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
+    timed(hello::write(stream, message)).await
+}
+
+async fn listen(stream: &mut TcpStream) -> Heard {
+    timed(hello::read(stream)).await
+}
+
+async fn timed<T>(work: impl Future<Output = Result<T, HelloError>>) -> Result<T, HelloError> {
+    let late = || HelloError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
+    tokio::time::timeout(MESSAGE_MAX, work).await.unwrap_or_else(|_| Err(late()))
+}

@@ -1,0 +1,257 @@
+//! The part of the controller that deals with its own node: operator's commands, time limits, a failing disk, the end.
+
+use super::{
+    Action, Command, Connection, Demotion, GRANT_TIMEOUT, Level, Promotion, QUIESCE_TIMEOUT, ReplyId, Role,
+    VolumeController, code,
+};
+use costandby_datapath::disk::superblock::{DiskState, Generations};
+use std::time::Duration;
+
+impl VolumeController {
+    pub(super) fn on_command(
+        &mut self,
+        now: Duration,
+        id: ReplyId,
+        command: Command,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.shutdown_deadline.is_some() {
+            return self.reply(id, Err("the daemon is shutting down".to_owned()), actions);
+        }
+        match command {
+            Command::Promote { force } => self.on_promote(now, id, force, actions),
+            Command::Demote => self.on_demote(now, id, actions),
+            Command::Connect => {
+                let text = if self.connection == Connection::Standalone {
+                    self.refusal = None;
+                    // A link that is still closing ends in `LinkDown`, which finds this state and dials.
+                    self.set_connection(Connection::Connecting);
+                    self.dial(actions);
+                    "connecting"
+                } else {
+                    "connecting or connected already"
+                };
+                self.reply(id, Ok(text.to_owned()), actions);
+            }
+            Command::Disconnect => {
+                self.part(actions);
+                self.reply(id, Ok("disconnected until `costandby connect`".to_owned()), actions);
+            }
+        }
+    }
+
+    /// Closes whatever there is and stays apart.
+    fn part(&mut self, actions: &mut Vec<Action>) {
+        actions.push(Action::StopDialing);
+        self.abandon_handshake(actions);
+        if self.peer.is_some() {
+            actions.push(Action::CloseLink);
+        }
+        if self.connection != Connection::Standalone {
+            self.set_connection(Connection::Standalone);
+        }
+    }
+
+    fn on_promote(&mut self, now: Duration, id: ReplyId, force: bool, actions: &mut Vec<Action>) {
+        match self.role {
+            Role::Primary => {
+                return self.reply(id, Ok(format!("{} is primary already", self.settings.node)), actions);
+            }
+            Role::Promoting | Role::Demoting => {
+                return self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
+            }
+            Role::Standby => {}
+        }
+        let state = self.shown_disk_state().as_str();
+        let peer_name = &self.settings.peer;
+        let Some(peer) = &self.peer else {
+            if !self.is_usable() && !force {
+                let text = format!(
+                    "the disk is {state}: let it sync from {peer_name}, or give --force to serve what it holds"
+                );
+                return self.reply(id, Err(text), actions);
+            }
+            return self.promote_alone(id, actions);
+        };
+        let refusal = if peer.primary {
+            format!("the connected peer {peer_name} is primary; demote it there first")
+        } else if !self.in_session() {
+            format!("the link to {peer_name} is closing; try again")
+        } else if !self.is_usable() {
+            format!("the disk is {state}: `costandby wait-sync {}` first", self.settings.volume)
+        } else {
+            let epoch = self.superblock.epoch.next();
+            self.promotion = Some(Promotion { id, epoch, deadline: now + GRANT_TIMEOUT });
+            self.set_role(Role::Promoting);
+            actions.push(Action::SendPeer { code: code::PROMOTE_REQUEST, arg: epoch.0 });
+            return;
+        };
+        self.reply(id, Err(refusal), actions);
+    }
+
+    /// Without the peer: whatever it does meanwhile, its generation will not be this one.
+    fn promote_alone(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
+        self.abandon_handshake(actions);
+        if !self.is_usable() {
+            let text = format!("forced to serve a disk that is {}", self.shown_disk_state().as_str());
+            self.log(Level::Warn, &text, actions);
+        }
+        if self.superblock.volume_id == [0; 16] {
+            self.superblock.volume_id = self.proposed.volume_id;
+        }
+        if matches!(self.superblock.disk_state, DiskState::Inconsistent | DiskState::Failed) {
+            // What such a disk holds is no continuation of any generation. Claiming one would let it overwrite a peer
+            // that went on under the same generation while this disk was its target.
+            self.superblock.generations = Generations::default();
+        }
+        self.advance_generation();
+        let superblock = &mut self.superblock;
+        superblock.epoch = superblock.epoch.next();
+        superblock.disk_state = DiskState::UpToDate;
+        superblock.zeroed = false;
+        superblock.applying = false;
+        superblock.primary = true;
+        superblock.clean = false;
+        let epoch = superblock.epoch;
+        self.store(actions);
+        self.set_role(Role::Primary);
+        self.alone = true;
+        self.undurable = false;
+        actions.push(Action::Serve { epoch });
+        actions.push(Action::GoAlone);
+        let text = format!("{} is primary, without {}", self.settings.node, self.settings.peer);
+        self.reply(id, Ok(text), actions);
+    }
+
+    fn on_demote(&mut self, now: Duration, id: ReplyId, actions: &mut Vec<Action>) {
+        match self.role {
+            Role::Standby => {
+                self.reply(id, Ok(format!("{} is standby already", self.settings.node)), actions);
+            }
+            Role::Promoting | Role::Demoting => {
+                self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
+            }
+            Role::Primary => {
+                self.demotion = Some(Demotion { id, deadline: now + QUIESCE_TIMEOUT });
+                self.set_role(Role::Demoting);
+                actions.push(Action::Quiesce);
+            }
+        }
+    }
+
+    pub(super) fn on_quiesced(&mut self, actions: &mut Vec<Action>) {
+        if self.shutdown_deadline.is_some() {
+            return self.wind_down(actions);
+        }
+        let Some(demotion) = self.demotion.take() else { return };
+        actions.push(Action::StopServing);
+        if std::mem::take(&mut self.undurable) {
+            // Once it is no primary's disk any more, only its generation tells that it differs from the peer's.
+            self.advance_generation();
+        }
+        self.superblock.primary = false;
+        self.superblock.clean = true;
+        self.store(actions);
+        self.set_role(Role::Standby);
+        self.alone = false;
+        if self.peer.is_some() {
+            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        }
+        self.reply(demotion.id, Ok(format!("{} is standby", self.settings.node)), actions);
+    }
+
+    pub(super) fn on_disk_failed(&mut self, text: &str, actions: &mut Vec<Action>) {
+        // Storing the state below may fail in turn and be reported again.
+        if self.superblock.disk_state == DiskState::Failed && self.connection == Connection::Standalone {
+            return;
+        }
+        let text =
+            format!("the disk failed ({text}); repair it, then restart the daemon: the peer has the data");
+        self.log(Level::Error, &text, actions);
+        if matches!(self.role, Role::Primary | Role::Demoting) {
+            actions.push(Action::StopServing);
+        }
+        let waiting = self.promotion.take().map(|promotion| promotion.id);
+        for id in waiting.into_iter().chain(self.demotion.take().map(|demotion| demotion.id)) {
+            self.reply(id, Err("the disk failed".to_owned()), actions);
+        }
+        if self.role != Role::Standby {
+            self.set_role(Role::Standby);
+        }
+        self.alone = false;
+        self.part(actions);
+        self.refusal = Some(text);
+        self.superblock.disk_state = DiskState::Failed;
+        self.superblock.primary = false;
+        self.store(actions);
+    }
+
+    pub(super) fn on_shutdown(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if self.shutdown_deadline.is_some() {
+            return;
+        }
+        self.shutdown_deadline = Some(now + QUIESCE_TIMEOUT);
+        actions.push(Action::StopDialing);
+        self.abandon_handshake(actions);
+        let waiting = self.promotion.take().map(|promotion| promotion.id);
+        for id in waiting.into_iter().chain(self.demotion.take().map(|demotion| demotion.id)) {
+            self.reply(id, Err("the daemon is shutting down".to_owned()), actions);
+        }
+        match self.role {
+            Role::Primary => actions.push(Action::Quiesce),
+            Role::Demoting => {} // quiescing already
+            Role::Promoting => {
+                self.set_role(Role::Standby);
+                self.wind_down(actions);
+            }
+            Role::Standby => self.wind_down(actions),
+        }
+    }
+
+    /// Nothing is in flight, or the time for it is over: stop, and end the session.
+    fn wind_down(&mut self, actions: &mut Vec<Action>) {
+        if matches!(self.role, Role::Primary | Role::Demoting) {
+            actions.push(Action::StopServing);
+            self.set_role(Role::Standby);
+        }
+        if self.peer.is_some() {
+            actions.push(Action::CloseLink);
+        } else {
+            self.rest(actions);
+        }
+    }
+
+    /// The session is over and nothing is served.
+    pub(super) fn rest(&mut self, actions: &mut Vec<Action>) {
+        // A primary's flag from before this daemon keeps its own cleanness: nothing was resolved since.
+        if !self.undurable && (!self.superblock.primary || self.served) {
+            self.superblock.clean = true;
+        }
+        self.store(actions);
+        actions.push(Action::ShutdownComplete);
+    }
+
+    pub(super) fn on_tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if let Some(promotion) = self.promotion.take_if(|promotion| now >= promotion.deadline) {
+            self.set_role(Role::Standby);
+            let text =
+                format!("{} did not answer in {} s; try again", self.settings.peer, GRANT_TIMEOUT.as_secs());
+            self.reply(promotion.id, Err(text), actions);
+        }
+        if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {
+            self.set_role(Role::Primary);
+            actions.push(Action::Serve { epoch: self.superblock.epoch });
+            let text = "requests in flight did not finish in time; still primary".to_owned();
+            self.reply(demotion.id, Err(text), actions);
+        }
+        if self.shutdown_deadline.is_some_and(|deadline| now >= deadline) {
+            self.shutdown_deadline = Some(Duration::MAX);
+            // Not quiesced: what is in flight stays unconfirmed, and the next start has to know.
+            self.undurable |= matches!(self.role, Role::Primary | Role::Demoting);
+            if self.peer.take().is_some() {
+                actions.push(Action::CloseLink);
+            }
+            self.wind_down(actions);
+        }
+    }
+}

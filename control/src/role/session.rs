@@ -1,0 +1,424 @@
+//! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
+
+use super::{
+    Action, Connection, Level, Peer, Pending, Role, SessionSide, VolumeController, code, lineage_of,
+};
+use crate::generation::{Side, Verdict, Why, agree};
+use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
+use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+
+impl VolumeController {
+    pub(super) fn on_hello(&mut self, hello: &Hello, actions: &mut Vec<Action>) {
+        let settings = &self.settings;
+        if hello.volume != settings.volume || hello.node != settings.peer {
+            let text = format!(
+                "expected {} about volume {}, got {} about volume {}: the configurations differ",
+                settings.peer, settings.volume, hello.node, hello.volume
+            );
+            return self.refuse(RefuseCode::Configuration, &text, actions);
+        }
+        if self.connection == Connection::Standalone {
+            let text = self.refusal.clone().unwrap_or_else(|| "disconnected by an operator".to_owned());
+            return self.refuse(RefuseCode::Disconnected, &text, actions);
+        }
+        if self.peer.is_some() {
+            // The peer has left the session that we still believe in.
+            actions.push(Action::CloseLink);
+            return self.refuse(RefuseCode::Busy, "still closing the link before this one", actions);
+        }
+        let mine = self.view();
+        let settled =
+            self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);
+        if !settled || self.shutdown_deadline.is_some() || self.offered.as_ref() != Some(&mine) {
+            return self.refuse(RefuseCode::Busy, "in the middle of a change", actions);
+        }
+        let agreement = agree(&mine, &hello.view);
+        match agreement.verdict {
+            Verdict::InSync { .. } | Verdict::Resync { .. } => {
+                let lineage = lineage_of(&agreement, &mine, &hello.view);
+                self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
+            }
+            Verdict::NoUsableDisk => {
+                let text =
+                    "neither disk can be copied from; `costandby promote --force` where the data is wanted";
+                self.refuse(RefuseCode::Disks, text, actions);
+                if self.refusal.as_deref() != Some(text) {
+                    self.log(Level::Error, text, actions);
+                    self.refusal = Some(text.to_owned());
+                }
+            }
+            Verdict::SplitBrain | Verdict::Unrelated | Verdict::SizeDiffers => {
+                let text = explain(agreement.verdict, &mine, &hello.view, &settings.peer);
+                self.refuse(RefuseCode::Disks, &text, actions);
+                self.log(Level::Error, &text, actions);
+                actions.push(Action::StopDialing);
+                self.refusal = Some(text);
+                self.set_connection(Connection::Standalone);
+            }
+        }
+    }
+
+    /// Puts on record what the agreement asks of this disk, then says so.
+    fn accept(&mut self, pending: Pending, actions: &mut Vec<Action>) {
+        let Ready { agreement, lineage } = pending.ready;
+        let before = self.superblock.clone();
+        let superblock = &mut self.superblock;
+        superblock.epoch = Epoch(agreement.epoch);
+        match agreement.verdict {
+            Verdict::InSync { adopt: Some(_) }
+            | Verdict::Resync { source: Side::Mine, why: Why::BothFresh } => {
+                superblock.volume_id = lineage.volume_id;
+                superblock.generations =
+                    Generations { current: Generation(lineage.generation), ..Generations::default() };
+                superblock.zeroed = false;
+            }
+            Verdict::Resync { source: Side::Theirs, .. } => {
+                superblock.volume_id = lineage.volume_id;
+                superblock.disk_state = DiskState::Inconsistent;
+                superblock.zeroed = false;
+            }
+            _ => {}
+        }
+        // Before the first session a `primary` that is still `clean` only says who is to begin.
+        superblock.primary = agreement.primary == Some(Side::Mine);
+        superblock.clean |= superblock.primary && !before.primary;
+        if self.role == Role::Primary && agreement.primary != Some(Side::Mine) {
+            actions.push(Action::StopServing);
+            self.set_role(Role::Standby);
+            self.alone = false;
+            self.undurable = false;
+            let text = format!("{} went on while we were away: stepping down", self.settings.peer);
+            self.log(Level::Warn, &text, actions);
+        }
+        if self.superblock != before {
+            self.store(actions);
+        }
+        self.refusal = None;
+        actions.push(Action::SendReady(pending.ready));
+        self.set_connection(Connection::Handshaking);
+        self.pending = Some(pending);
+    }
+
+    pub(super) fn on_ready(&mut self, theirs: Ready, actions: &mut Vec<Action>) {
+        let Some(pending) = self.pending.take() else {
+            return self.log(Level::Info, "a ready for a handshake that is over", actions);
+        };
+        let Ready { agreement, lineage } = pending.ready;
+        if theirs.agreement != agreement.mirrored() || theirs.lineage != lineage {
+            actions.push(Action::CloseLink);
+            let text =
+                format!("{} decided otherwise: run the same release on both nodes", self.settings.peer);
+            self.log(Level::Error, &text, actions);
+            return self.handshake_over(actions);
+        }
+        let serve = agreement.primary == Some(Side::Mine);
+        let peer_serves = agreement.primary == Some(Side::Theirs);
+        let superblock = &mut self.superblock;
+        self.settling = false;
+        superblock.clean = false;
+        superblock.applying = peer_serves;
+        let (connection, resync) = match agreement.verdict {
+            Verdict::Resync { source: Side::Mine, .. } => (Connection::SyncSource, true),
+            Verdict::Resync { .. } => (Connection::SyncTarget, false),
+            _ => {
+                superblock.generations.base = Generation::ZERO;
+                superblock.peer_has_current = true;
+                (Connection::Connected, false)
+            }
+        };
+        self.store(actions);
+        self.set_connection(connection);
+        if serve && self.role == Role::Standby {
+            self.set_role(Role::Primary);
+        }
+        self.peer = Some(Peer { view: pending.peer, primary: peer_serves });
+        self.alone = false;
+        self.need_alone = false;
+        let side = if serve || resync { SessionSide::Source { resync } } else { SessionSide::Target };
+        actions.push(Action::StartSession { side, serve, epoch: Epoch(agreement.epoch) });
+        let text = match agreement.verdict {
+            Verdict::Resync { why, .. } => {
+                let direction = if resync { "copying to" } else { "being copied from" };
+                format!("connected, {direction} {}: {}", self.settings.peer, why.as_str())
+            }
+            _ => format!("connected to {}, in sync", self.settings.peer),
+        };
+        self.log(Level::Info, &text, actions);
+    }
+
+    pub(super) fn on_session_failed(&mut self, text: &str, actions: &mut Vec<Action>) {
+        if self.pending.take().is_some() {
+            self.handshake_over(actions);
+        }
+        self.log(Level::Info, &format!("no session with {}: {text}", self.settings.peer), actions);
+    }
+
+    /// Closes a connection that waits for the peer's `Ready`.
+    pub(super) fn abandon_handshake(&mut self, actions: &mut Vec<Action>) {
+        if self.pending.take().is_some() {
+            actions.push(Action::CloseLink);
+            self.handshake_over(actions);
+        }
+    }
+
+    fn handshake_over(&mut self, actions: &mut Vec<Action>) {
+        self.set_connection(Connection::Connecting);
+        if std::mem::take(&mut self.need_alone) {
+            self.on_need_alone(actions);
+        }
+    }
+
+    pub(super) fn on_link_down(&mut self, reason: &str, undurable: bool, actions: &mut Vec<Action>) {
+        if self.peer.take().is_none() {
+            return;
+        }
+        if let Some(promotion) = self.promotion.take() {
+            self.set_role(Role::Standby);
+            let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
+            self.reply(promotion.id, Err(text), actions);
+        }
+        self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
+        self.settling = self.superblock.applying;
+        let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        if serves && undurable {
+            match self.settings.on_peer_loss {
+                OnPeerLoss::Continue => self.go_alone(actions),
+                OnPeerLoss::Freeze => self.undurable = true,
+            }
+        }
+        if self.shutdown_deadline.is_some() {
+            if !serves && !self.settling {
+                self.undurable |= undurable && self.superblock.primary;
+                self.rest(actions);
+            }
+            return;
+        }
+        match self.connection {
+            // An operator disconnected, or has said `connect` again since; that one dials already.
+            Connection::Standalone | Connection::Connecting => {}
+            _ => {
+                self.set_connection(Connection::Connecting);
+                self.dial(actions);
+            }
+        }
+    }
+
+    pub(super) fn on_settled(&mut self, actions: &mut Vec<Action>) {
+        if !std::mem::take(&mut self.settling) || self.peer.is_some() {
+            return;
+        }
+        if std::mem::take(&mut self.superblock.applying) {
+            self.store(actions);
+        }
+        if self.shutdown_deadline.is_some() {
+            self.rest(actions);
+        }
+    }
+
+    pub(super) fn on_need_alone(&mut self, actions: &mut Vec<Action>) {
+        if self.peer.is_some() || !matches!(self.role, Role::Primary | Role::Demoting) {
+            return;
+        }
+        match self.settings.on_peer_loss {
+            // The peer may be about to start a session on the strength of our hello.
+            OnPeerLoss::Continue if self.pending.is_some() => self.need_alone = true,
+            OnPeerLoss::Continue => self.go_alone(actions),
+            OnPeerLoss::Freeze => {
+                let text = format!("writes wait for {} (on_peer_loss = \"freeze\")", self.settings.peer);
+                self.log(Level::Warn, &text, actions);
+            }
+        }
+    }
+
+    fn go_alone(&mut self, actions: &mut Vec<Action>) {
+        if self.superblock.peer_has_current {
+            self.advance_generation();
+            self.store(actions);
+        }
+        self.undurable = false;
+        if !std::mem::replace(&mut self.alone, true) {
+            self.log(Level::Warn, &format!("going on without {}", self.settings.peer), actions);
+        }
+        actions.push(Action::GoAlone);
+    }
+
+    pub(super) fn on_resync_done(&mut self, actions: &mut Vec<Action>) {
+        if !self.in_session() || self.connection != Connection::SyncSource {
+            return;
+        }
+        self.superblock.peer_has_current = true;
+        self.store(actions);
+        let arg = self.superblock.generations.current.0;
+        actions.push(Action::SendPeer { code: code::RESYNC_FINISH, arg });
+    }
+
+    pub(super) fn on_peer_message(&mut self, code: u64, arg: u64, actions: &mut Vec<Action>) {
+        if !self.in_session() {
+            return;
+        }
+        match code {
+            code::PROMOTE_REQUEST => self.on_promote_request(arg, actions),
+            code::PROMOTE_GRANT => self.on_promote_grant(arg, actions),
+            code::PROMOTE_DENY => self.on_promote_deny(arg, actions),
+            code::DEMOTED => self.on_peer_demoted(actions),
+            code::RESYNC_FINISH => self.on_resync_finish(arg, actions),
+            code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
+            _ => {
+                self.log(
+                    Level::Warn,
+                    &format!("{} sent unknown message {code}", self.settings.peer),
+                    actions,
+                );
+            }
+        }
+    }
+
+    fn on_promote_request(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        let free = match self.role {
+            Role::Standby => true,
+            // Both ask: the smaller name wins.
+            Role::Promoting => self.settings.peer < self.settings.node,
+            Role::Primary | Role::Demoting => false,
+        };
+        let newer = arg > self.superblock.epoch.0 && arg <= EPOCH_MAX;
+        let sound = matches!(self.connection, Connection::Connected | Connection::SyncTarget);
+        if !(free && newer && sound) || self.shutdown_deadline.is_some() {
+            let arg = self.superblock.epoch.0;
+            actions.push(Action::SendPeer { code: code::PROMOTE_DENY, arg });
+            return;
+        }
+        if let Some(promotion) = self.promotion.take() {
+            self.set_role(Role::Standby);
+            let text = format!("{} is being promoted at this moment", self.settings.peer);
+            self.reply(promotion.id, Err(text), actions);
+        }
+        self.superblock.epoch = Epoch(arg);
+        self.superblock.primary = false;
+        self.superblock.clean = false;
+        self.superblock.applying = true;
+        self.store(actions);
+        actions.push(Action::AdoptEpoch(Epoch(arg)));
+        actions.push(Action::SendPeer { code: code::PROMOTE_GRANT, arg });
+        self.set_peer_primary(true);
+        self.log(Level::Info, &format!("{} becomes primary", self.settings.peer), actions);
+    }
+
+    fn on_promote_grant(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        let due = self.promotion.take_if(|promotion| promotion.epoch.0 == arg);
+        let Some(promotion) = due else {
+            // An answer that came too late: the peer expects us to serve, which we do not.
+            self.raise_epoch(arg, actions);
+            if self.role == Role::Standby && !self.superblock.applying {
+                actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+            }
+            return;
+        };
+        self.superblock.epoch = promotion.epoch;
+        self.superblock.primary = true;
+        self.superblock.clean = false;
+        self.superblock.applying = false;
+        self.store(actions);
+        self.set_role(Role::Primary);
+        self.set_peer_primary(false);
+        actions.push(Action::Serve { epoch: promotion.epoch });
+        self.reply(promotion.id, Ok(format!("{} is primary", self.settings.node)), actions);
+    }
+
+    fn on_promote_deny(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        self.raise_epoch(arg, actions);
+        if let Some(promotion) = self.promotion.take() {
+            self.set_role(Role::Standby);
+            let text = format!("{} did not consent; try again, or demote it there first", self.settings.peer);
+            self.reply(promotion.id, Err(text), actions);
+        }
+    }
+
+    fn raise_epoch(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        // A serving primary's epoch is its own promotion's; no answer to an earlier question changes it.
+        if self.role != Role::Primary && arg > self.superblock.epoch.0 && arg <= EPOCH_MAX {
+            self.superblock.epoch = Epoch(arg);
+            self.store(actions);
+            actions.push(Action::AdoptEpoch(Epoch(arg)));
+        }
+    }
+
+    fn on_peer_demoted(&mut self, actions: &mut Vec<Action>) {
+        self.set_peer_primary(false);
+        if std::mem::take(&mut self.superblock.applying) {
+            self.store(actions);
+        }
+        self.log(Level::Info, &format!("{} is not primary any more", self.settings.peer), actions);
+    }
+
+    fn set_peer_primary(&mut self, primary: bool) {
+        if let Some(peer) = &mut self.peer {
+            peer.primary = primary;
+        }
+    }
+
+    fn on_resync_finish(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        let Some(peer) = self.peer.as_ref().filter(|_| self.connection == Connection::SyncTarget && arg != 0)
+        else {
+            let text = format!("{} ended a copy that never was: closing the link", self.settings.peer);
+            actions.push(Action::CloseLink);
+            return self.log(Level::Error, &text, actions);
+        };
+        let history = peer.view.generations.history;
+        self.superblock.generations =
+            Generations { current: Generation(arg), base: Generation::ZERO, history };
+        self.superblock.disk_state = DiskState::UpToDate;
+        self.superblock.peer_has_current = true;
+        self.store(actions);
+        self.set_connection(Connection::Connected);
+        actions.push(Action::SendPeer { code: code::RESYNC_FINISHED, arg });
+        self.log(Level::Info, &format!("up to date with {}", self.settings.peer), actions);
+    }
+
+    fn on_resync_finished(&mut self, arg: u64, actions: &mut Vec<Action>) {
+        let due = self.connection == Connection::SyncSource && self.superblock.peer_has_current;
+        if !due || arg != self.superblock.generations.current.0 {
+            let text = format!("{} finished a copy that never was: closing the link", self.settings.peer);
+            actions.push(Action::CloseLink);
+            return self.log(Level::Error, &text, actions);
+        }
+        self.superblock.generations.base = Generation::ZERO;
+        self.undurable = false;
+        self.store(actions);
+        self.set_connection(Connection::Connected);
+        if matches!(self.role, Role::Standby | Role::Promoting) {
+            // A node that only copied was the session's source until now.
+            actions.push(Action::StopServing);
+        }
+        self.log(Level::Info, &format!("{} is up to date", self.settings.peer), actions);
+    }
+}
+
+fn explain(
+    verdict: Verdict,
+    mine: &crate::generation::View,
+    theirs: &crate::generation::View,
+    peer: &str,
+) -> String {
+    let both = || format!("here {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
+    match verdict {
+        Verdict::SizeDiffers => {
+            format!("{} bytes here, {} on {peer}: not the same volume", mine.size, theirs.size)
+        }
+        Verdict::SplitBrain => format!(
+            "split brain: both nodes went on without the other ({}); nothing was changed. Where the data is not wanted, \
+             `costandby create --force` makes a new disk; then `costandby connect` on both",
+            both()
+        ),
+        _ => format!("the disk here and the one on {peer} have no common past ({})", both()),
+    }
+}
+
+fn history(generations: &Generations) -> String {
+    let mut text = format!("{:016x}", generations.current.0);
+    let past = [generations.base].into_iter().chain(generations.history);
+    for generation in past.filter(|&generation| generation != Generation::ZERO) {
+        text.push_str(&format!(" ← {:016x}", generation.0));
+    }
+    text
+}

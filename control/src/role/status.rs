@@ -1,0 +1,121 @@
+//! What the controller tells an operator about its volume.
+
+use super::{Connection, Role, VolumeController};
+use costandby_datapath::disk::superblock::DiskState;
+use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+
+/// A volume as its controller sees it; the datapath's counters are added by the node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Status {
+    /// Who serves, as far as this node goes.
+    pub role: Role,
+    /// What the local disk may be used for. A fresh disk shows as `Inconsistent`: nobody said yet that its content counts.
+    pub disk_state: DiskState,
+    /// The peer's disk, `None` while there is no session.
+    pub peer_state: Option<DiskState>,
+    /// Whether the connected peer serves, `None` while there is no session.
+    pub peer_primary: Option<bool>,
+    /// How this node stands to its peer.
+    pub connection: Connection,
+    /// The highest fencing number agreed to.
+    pub epoch: Epoch,
+    /// The data's generation.
+    pub generation: Generation,
+    /// Serving without the peer, on record.
+    pub alone: bool,
+    /// Serving, without the peer, and not allowed to acknowledge writes.
+    pub frozen: bool,
+    /// What an operator may want to know or type.
+    pub advice: Option<String>,
+}
+
+impl Role {
+    /// As `status` prints it: what matters outside is whether the node serves.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Standby | Self::Promoting => "standby",
+            Self::Primary | Self::Demoting => "primary",
+        }
+    }
+}
+
+impl Connection {
+    /// As `status` prints it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Standalone => "standalone",
+            Self::Connecting => "connecting",
+            Self::Handshaking => "handshaking",
+            Self::Connected => "connected",
+            Self::SyncSource => "sync-source",
+            Self::SyncTarget => "sync-target",
+        }
+    }
+}
+
+impl VolumeController {
+    /// The volume now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let frozen = self.role == Role::Primary
+            && !self.in_session()
+            && !self.alone
+            && self.settings.on_peer_loss == OnPeerLoss::Freeze;
+        let session = self.peer.as_ref().filter(|_| self.in_session());
+        Status {
+            role: self.role,
+            disk_state: self.shown_disk_state(),
+            peer_state: session.map(|_| match self.connection {
+                Connection::SyncSource => DiskState::Inconsistent,
+                _ => DiskState::UpToDate,
+            }),
+            peer_primary: session.map(|peer| peer.primary),
+            connection: self.connection,
+            epoch: self.superblock.epoch,
+            generation: self.superblock.generations.current,
+            alone: self.alone,
+            frozen,
+            advice: self.advice(frozen),
+        }
+    }
+
+    pub(super) fn shown_disk_state(&self) -> DiskState {
+        match self.superblock.disk_state {
+            DiskState::UpToDate if !self.is_usable() => DiskState::Inconsistent,
+            state => state,
+        }
+    }
+
+    pub(super) fn in_session(&self) -> bool {
+        let connected = matches!(
+            self.connection,
+            Connection::Connected | Connection::SyncSource | Connection::SyncTarget
+        );
+        connected && self.peer.is_some()
+    }
+
+    fn advice(&self, frozen: bool) -> Option<String> {
+        if let Some(refusal) = &self.refusal {
+            return Some(refusal.clone());
+        }
+        let (volume, peer) = (&self.settings.volume, &self.settings.peer);
+        let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        Some(match self.connection {
+            Connection::Standalone => {
+                format!("disconnected from {peer}; `costandby connect {volume}` to look for it")
+            }
+            Connection::Connecting if frozen => format!("writes wait for {peer} to return"),
+            Connection::Connecting if serves => format!("serving without {peer}, which will be resynced"),
+            Connection::Connecting if self.is_usable() => {
+                format!("waiting for {peer}; `costandby promote {volume}` to serve without it")
+            }
+            Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
+                format!("no node serves; `costandby promote {volume}` on the one that should")
+            }
+            _ => return None,
+        })
+    }
+}

@@ -1,0 +1,664 @@
+//! The superblock: what a disk knows about itself across a crash, in two checksummed copies.
+//!
+//! It stands beside the disk (`<disk>.meta`) or in the last MiB of a block device. Layout of the metadata area, offsets
+//! from its start: copy 0 at 0, copy 1 at 4096, the rest up to 64 KiB reserved; the dirty bitmap and the activity
+//! log follow from 64 KiB on once a release has them.
+//!
+//! ```text
+//! 0       4096    8192                65536
+//! │ copy 0 │ copy 1 │ reserved, zeros   │ (bitmap, activity log) …
+//! ```
+//!
+//! Invariants: a store writes the copy that is *not* the newest and returns only when it is on stable storage, so the
+//! newest good copy is never at risk; every copy carries a sequence number and a CRC-32C in its last four bytes,
+//! whatever its version; one open [`MetaStore`] holds an exclusive lock, so two daemons never share a disk.
+//!
+//! Survives: power loss during a store (the older copy is read), one damaged copy (reported), garbage, truncation, a
+//! foreign volume's file, a newer release's format (each its own error). After a failed store nothing more is stored:
+//! a second `fdatasync` may claim success for data the first one lost.
+//!
+//! Everything here blocks; never call it from the reactor's thread.
+
+use crate::limits::GENERATION_HISTORY_LEN;
+use crate::units::{Epoch, Generation};
+use rustix::fs::FlockOperation;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+#[cfg(test)]
+mod tests;
+
+/// Bytes of one superblock copy: the smallest unit that any current disk writes at once.
+pub const SUPERBLOCK_LEN: usize = 4096;
+
+/// Bytes of the metadata area that belong to the superblock copies and what may join them.
+pub const AREA_LEN: u64 = 64 << 10;
+
+/// Bytes at the end of a block device that belong to metadata, beyond the volume's own.
+pub const DEVICE_METADATA_LEN: u64 = 1 << 20;
+
+/// First bytes of every superblock copy.
+pub const MAGIC: [u8; 8] = *b"costndSB";
+
+/// Version of the format written here.
+pub const VERSION: u32 = 1;
+
+/// Bytes of a volume's or node's name: what a file name may have on any common file system.
+pub const NAME_LEN_MAX: usize = 255;
+
+const COPIES: [u64; 2] = [0, SUPERBLOCK_LEN as u64];
+const CHECKED_LEN: usize = SUPERBLOCK_LEN - 4;
+
+/// What the disk's content is worth.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskState {
+    /// A complete, point-in-time consistent copy of its generation. On a fresh disk: content is whatever it is.
+    UpToDate,
+    /// In the middle of being overwritten by a resync: a mixture that must never serve.
+    Inconsistent,
+    /// Complete, but known to be behind the peer.
+    Outdated,
+    /// The medium reported an error.
+    Failed,
+    /// There is no disk. Never stored.
+    Diskless,
+}
+
+impl DiskState {
+    /// DRBD's word for it, as `status` prints it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::UpToDate => "UpToDate",
+            Self::Inconsistent => "Inconsistent",
+            Self::Outdated => "Outdated",
+            Self::Failed => "Failed",
+            Self::Diskless => "Diskless",
+        }
+    }
+
+    fn to_stored(self) -> u8 {
+        match self {
+            Self::UpToDate => 1,
+            Self::Inconsistent => 2,
+            Self::Outdated => 3,
+            Self::Failed => 4,
+            Self::Diskless => panic!("Diskless is the absence of a disk and never stored on one"),
+        }
+    }
+
+    fn from_stored(value: u8) -> Option<Self> {
+        [Self::UpToDate, Self::Inconsistent, Self::Outdated, Self::Failed]
+            .into_iter()
+            .find(|state| state.to_stored() == value)
+    }
+}
+
+/// The data lineage of a disk; modelled on DRBD's current / bitmap / history identifiers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Generations {
+    /// Names the data on this disk. 0: fresh, never was in contact with a peer nor promoted.
+    pub current: Generation,
+    /// What the peer had when this disk went on without it. 0: the peer is not behind.
+    pub base: Generation,
+    /// Earlier generations, newest first, 0 where there are none.
+    pub history: [Generation; GENERATION_HISTORY_LEN],
+}
+
+impl Generations {
+    /// Starts a new generation; the one before becomes history and, when `peer_has_current`, the peer's base.
+    ///
+    /// # Panics
+    /// When `next` is 0 or the current one: the giver of random numbers is broken.
+    pub fn advance(&mut self, next: Generation, peer_has_current: bool) {
+        assert!(next != Generation::ZERO && next != self.current, "a new generation must be new");
+        if self.current != Generation::ZERO {
+            self.history.copy_within(..GENERATION_HISTORY_LEN - 1, 1);
+            self.history[0] = self.current;
+            if peer_has_current {
+                self.base = self.current;
+            }
+        }
+        self.current = next;
+    }
+
+    /// Whether `generation` is one this disk's data descends from.
+    #[must_use]
+    pub fn descends_from(&self, generation: Generation) -> bool {
+        generation != Generation::ZERO && (self.base == generation || self.history.contains(&generation))
+    }
+}
+
+/// Everything a superblock says, decoded.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Superblock {
+    /// The volume's identity, picked at its first handshake; zeros: not known yet.
+    pub volume_id: [u8; 16],
+    /// The volume's name in the configuration; at most [`NAME_LEN_MAX`] bytes.
+    pub volume: String,
+    /// The node this disk belongs to; at most [`NAME_LEN_MAX`] bytes.
+    pub node: String,
+    /// Bytes of the volume.
+    pub size: u64,
+    /// The highest fencing number this node has agreed to.
+    pub epoch: Epoch,
+    /// The data lineage.
+    pub generations: Generations,
+    /// What the content is worth. Never [`DiskState::Diskless`].
+    pub disk_state: DiskState,
+    /// Created by us as all zeros and not written since: two such disks are equal without a copy.
+    pub zeroed: bool,
+    /// This node was primary. Cleared durably on demotion.
+    pub primary: bool,
+    /// Nothing is in flight: shut down cleanly, quiesced, or never served. Cleared durably before serving starts.
+    pub clean: bool,
+    /// A standby whose primary may be in mid-write. Cleared once all that arrived is applied and flushed.
+    pub applying: bool,
+    /// The peer may hold the current generation as `UpToDate`, so going on without it needs a new one.
+    pub peer_has_current: bool,
+}
+
+impl Superblock {
+    /// The superblock of a disk just made, which has met no peer.
+    #[must_use]
+    pub fn fresh(volume: &str, node: &str, size: u64, zeroed: bool) -> Self {
+        Self {
+            volume_id: [0; 16],
+            volume: volume.to_owned(),
+            node: node.to_owned(),
+            size,
+            epoch: Epoch::ZERO,
+            generations: Generations::default(),
+            disk_state: DiskState::UpToDate,
+            zeroed,
+            primary: false,
+            clean: true,
+            applying: false,
+            peer_has_current: false,
+        }
+    }
+
+    /// Whether the disk never was in contact with a peer nor promoted.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.generations.current == Generation::ZERO
+    }
+
+    /// The block as it is stored, under `sequence`.
+    ///
+    /// # Panics
+    /// When a name is longer than [`NAME_LEN_MAX`] or the disk state is `Diskless`.
+    #[must_use]
+    pub fn encode(&self, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
+        let flags = [
+            (self.primary, flag::PRIMARY),
+            (self.clean, flag::CLEAN),
+            (self.applying, flag::APPLYING),
+            (self.peer_has_current, flag::PEER_HAS_CURRENT),
+            (self.zeroed, flag::ZEROED),
+        ];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, bit)| flags | bit);
+        let (volume_len, volume) = stored_name(&self.volume);
+        let (node_len, node) = stored_name(&self.node);
+        let mut raw = RawSuperblock {
+            magic: MAGIC,
+            version: VERSION.into(),
+            flags: flags.into(),
+            sequence: sequence.into(),
+            volume_id: self.volume_id,
+            size: self.size.into(),
+            epoch: self.epoch.0.into(),
+            current: self.generations.current.0.into(),
+            base: self.generations.base.0.into(),
+            history: self.generations.history.map(|generation| generation.0.into()),
+            disk_state: self.disk_state.to_stored(),
+            volume_len,
+            node_len,
+            volume,
+            node,
+            reserved: [0; RESERVED_LEN],
+            crc: 0.into(),
+        };
+        raw.crc = crc32c::crc32c(&raw.as_bytes()[..CHECKED_LEN]).into();
+        zerocopy::transmute!(raw)
+    }
+
+    /// Reads one copy and its sequence number.
+    ///
+    /// # Errors
+    /// Names what is wrong with the copy. The checksum comes before the version, so a newer format is told from damage.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, u64), CopyError> {
+        let raw =
+            RawSuperblock::read_from_bytes(bytes).map_err(|_| CopyError::Length { found: bytes.len() })?;
+        if raw.magic != MAGIC {
+            return Err(CopyError::Magic { found: raw.magic });
+        }
+        let computed = crc32c::crc32c(&bytes[..CHECKED_LEN]);
+        if raw.crc.get() != computed {
+            return Err(CopyError::Checksum { found: raw.crc.get(), computed });
+        }
+        if raw.version.get() != VERSION {
+            return Err(CopyError::Version { found: raw.version.get() });
+        }
+        let flags = raw.flags.get();
+        if flags & !flag::ALL != 0 {
+            return Err(CopyError::Field { field: "flags" });
+        }
+        let superblock = Self {
+            volume_id: raw.volume_id,
+            volume: loaded_name(raw.volume_len, &raw.volume)
+                .ok_or(CopyError::Field { field: "volume name" })?,
+            node: loaded_name(raw.node_len, &raw.node).ok_or(CopyError::Field { field: "node name" })?,
+            size: raw.size.get(),
+            epoch: Epoch(raw.epoch.get()),
+            generations: Generations {
+                current: Generation(raw.current.get()),
+                base: Generation(raw.base.get()),
+                history: raw.history.map(|generation| Generation(generation.get())),
+            },
+            disk_state: DiskState::from_stored(raw.disk_state)
+                .ok_or(CopyError::Field { field: "disk state" })?,
+            zeroed: flags & flag::ZEROED != 0,
+            primary: flags & flag::PRIMARY != 0,
+            clean: flags & flag::CLEAN != 0,
+            applying: flags & flag::APPLYING != 0,
+            peer_has_current: flags & flag::PEER_HAS_CURRENT != 0,
+        };
+        Ok((superblock, raw.sequence.get()))
+    }
+}
+
+mod flag {
+    pub(super) const PRIMARY: u32 = 1;
+    pub(super) const CLEAN: u32 = 2;
+    pub(super) const APPLYING: u32 = 4;
+    pub(super) const PEER_HAS_CURRENT: u32 = 8;
+    pub(super) const ZEROED: u32 = 16;
+    pub(super) const ALL: u32 = 31;
+}
+
+const NAME_FIELD_LEN: usize = NAME_LEN_MAX + 1;
+const FIXED_LEN: usize =
+    8 + 4 + 4 + 8 + 16 + 8 + 8 + 8 + 8 + 8 * GENERATION_HISTORY_LEN + 3 + 2 * NAME_FIELD_LEN + 4;
+const RESERVED_LEN: usize = SUPERBLOCK_LEN - FIXED_LEN;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawSuperblock {
+    magic: [u8; 8],
+    version: U32,
+    flags: U32,
+    sequence: U64,
+    volume_id: [u8; 16],
+    size: U64,
+    epoch: U64,
+    current: U64,
+    base: U64,
+    history: [U64; GENERATION_HISTORY_LEN],
+    disk_state: u8,
+    volume_len: u8,
+    node_len: u8,
+    volume: [u8; NAME_FIELD_LEN],
+    node: [u8; NAME_FIELD_LEN],
+    reserved: [u8; RESERVED_LEN],
+    crc: U32,
+}
+
+const _: () = assert!(size_of::<RawSuperblock>() == SUPERBLOCK_LEN);
+
+fn stored_name(name: &str) -> (u8, [u8; NAME_FIELD_LEN]) {
+    let mut field = [0; NAME_FIELD_LEN];
+    let len = u8::try_from(name.len()).expect("the configuration bounds names to 255 bytes");
+    field[..name.len()].copy_from_slice(name.as_bytes());
+    (len, field)
+}
+
+fn loaded_name(len: u8, field: &[u8; NAME_FIELD_LEN]) -> Option<String> {
+    let name = &field[..usize::from(len)];
+    std::str::from_utf8(name).ok().filter(|name| !name.is_empty()).map(str::to_owned)
+}
+
+/// What is wrong with one copy of a superblock.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CopyError {
+    /// Not a whole block.
+    #[error("{found} bytes long instead of {SUPERBLOCK_LEN}")]
+    Length {
+        /// Bytes given.
+        found: usize,
+    },
+    /// Not a superblock.
+    #[error("starts with {found:02x?} instead of costandby's mark")]
+    Magic {
+        /// As stored.
+        found: [u8; 8],
+    },
+    /// Damaged, or torn by a power loss.
+    #[error("checksum is {found:#010x}, computed {computed:#010x}")]
+    Checksum {
+        /// As stored.
+        found: u32,
+        /// As computed.
+        computed: u32,
+    },
+    /// Whole, but of another format.
+    #[error("format version {found}, this program reads {VERSION}")]
+    Version {
+        /// As stored.
+        found: u32,
+    },
+    /// Whole, of our version, but with a value that means nothing.
+    #[error("unknown value in field {field}")]
+    Field {
+        /// Which.
+        field: &'static str,
+    },
+}
+
+/// Why metadata cannot be created, read or stored.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperblockError {
+    /// The operating system refused.
+    #[error("{doing} metadata {path}: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Its words.
+        source: io::Error,
+    },
+    /// There is no such file.
+    #[error("no metadata at {path}: make the disk with `costandby create`")]
+    Missing {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// `create` over something that is there.
+    #[error(
+        "metadata {path} is already there: remove it, or give `create --force` to start over (the volume's history is lost)"
+    )]
+    Exists {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// Another process has it open.
+    #[error("metadata {path} is in use: another costandby runs with this disk; stop it first")]
+    Locked {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// Shorter than any metadata we ever wrote.
+    #[error(
+        "metadata {path} is cut short: {found} bytes where {AREA_LEN} belong; restore it, or `costandby create --force` and resync from the peer"
+    )]
+    Truncated {
+        /// Which file.
+        path: PathBuf,
+        /// Bytes from the area's start to the end of file or device.
+        found: u64,
+    },
+    /// Neither copy is good.
+    #[error(
+        "metadata {path} is unreadable: copy 0 {first}; copy 1 {second}; `costandby create --force` starts over and resyncs from the peer"
+    )]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Of the first copy.
+        first: CopyError,
+        /// Of the second copy.
+        second: CopyError,
+    },
+    /// Written by a release that knows more.
+    #[error(
+        "metadata {path} has format version {found}, this program reads {VERSION}: run the release that wrote it"
+    )]
+    Newer {
+        /// Which file.
+        path: PathBuf,
+        /// As stored.
+        found: u32,
+    },
+    /// The disk of another volume, node or size than configured.
+    #[error(
+        "metadata {path} belongs to {what} {found}, the configuration says {expected}: correct the disk's path or the configuration"
+    )]
+    Foreign {
+        /// Which file.
+        path: PathBuf,
+        /// `"volume"`, `"node"` or `"a volume of size"`.
+        what: &'static str,
+        /// As stored.
+        found: String,
+        /// As configured.
+        expected: String,
+    },
+    /// An earlier store failed; what is on the medium is not known any more.
+    #[error("metadata {path} failed to be stored before: check the medium, then restart the daemon")]
+    FailedBefore {
+        /// Which file.
+        path: PathBuf,
+    },
+}
+
+/// Where a disk's metadata lives.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Location {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Where the metadata area starts in it.
+    pub offset: u64,
+}
+
+impl Location {
+    /// `<disk>.meta`, for a disk that is a file.
+    #[must_use]
+    pub fn beside(disk: &Path) -> Self {
+        let mut name = disk.as_os_str().to_owned();
+        name.push(".meta");
+        Self { path: name.into(), offset: 0 }
+    }
+
+    /// The last [`DEVICE_METADATA_LEN`] bytes of a block device of `device_len` bytes, or `None` where it is smaller.
+    #[must_use]
+    pub fn at_end_of(device: &Path, device_len: u64) -> Option<Self> {
+        let offset = device_len.checked_sub(DEVICE_METADATA_LEN)? & !(SUPERBLOCK_LEN as u64 - 1);
+        Some(Self { path: device.to_owned(), offset })
+    }
+}
+
+/// What [`MetaStore::open`] found.
+#[derive(Debug)]
+pub struct Opened {
+    /// The store, locked.
+    pub store: MetaStore,
+    /// The newest good copy.
+    pub superblock: Superblock,
+    /// Why the other copy could not be used, for the log. The next store replaces it.
+    pub damaged: Option<(usize, CopyError)>,
+}
+
+/// An open, locked metadata area. Blocking; not for the reactor's thread.
+#[derive(Debug)]
+pub struct MetaStore {
+    file: File,
+    location: Location,
+    /// Index of the copy that holds the newest superblock.
+    newest: usize,
+    sequence: u64,
+    failed: bool,
+}
+
+impl MetaStore {
+    /// Makes the metadata of a new disk, both copies, durably. The store is dropped and so unlocked when this returns.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Exists`] when there is a file, or on a device a readable superblock, and not `force`;
+    /// [`SuperblockError::Locked`] when a daemon has it; [`SuperblockError::Io`].
+    pub fn create(location: &Location, superblock: &Superblock, force: bool) -> Result<(), SuperblockError> {
+        let path = &location.path;
+        let io = |doing| move |source| SuperblockError::Io { doing, path: path.clone(), source };
+        let device = is_block_device(path);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(!device)
+            .create_new(!device && !force)
+            .truncate(false)
+            .open(path)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => SuperblockError::Exists { path: path.clone() },
+                _ => io("creating")(source),
+            })?;
+        lock(&file, path)?;
+        let area_end = location.offset + AREA_LEN;
+        if device {
+            let mut copy = [0; SUPERBLOCK_LEN];
+            for at in COPIES {
+                file.read_exact_at(&mut copy, location.offset + at).map_err(io("reading"))?;
+                if copy[..MAGIC.len()] == MAGIC && !force {
+                    return Err(SuperblockError::Exists { path: path.clone() });
+                }
+            }
+        } else if file.metadata().map_err(io("reading"))?.len() < area_end {
+            file.set_len(area_end).map_err(io("creating"))?;
+        }
+        for (sequence, at) in (1..).zip(COPIES) {
+            file.write_all_at(&superblock.encode(sequence), location.offset + at).map_err(io("writing"))?;
+        }
+        file.sync_all().map_err(io("flushing"))?;
+        if !device {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            File::open(parent.unwrap_or(Path::new(".")))
+                .and_then(|dir| dir.sync_all())
+                .map_err(io("creating"))?;
+        }
+        Ok(())
+    }
+
+    /// Locks the metadata at `location` and reads the newest good copy.
+    ///
+    /// # Errors
+    /// Every kind of [`SuperblockError`] but `Exists`, `Foreign` and `FailedBefore`.
+    pub fn open(location: &Location) -> Result<Opened, SuperblockError> {
+        let path = &location.path;
+        let io = |doing| move |source| SuperblockError::Io { doing, path: path.clone(), source };
+        let file =
+            OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => SuperblockError::Missing { path: path.clone() },
+                _ => io("opening")(source),
+            })?;
+        lock(&file, path)?;
+        // Seeking gives a block device's size too, which its inode does not.
+        let end =
+            rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| io("opening")(e.into()))?;
+        let found = end.saturating_sub(location.offset);
+        if found < AREA_LEN {
+            return Err(SuperblockError::Truncated { path: path.clone(), found });
+        }
+        let mut copies = Vec::with_capacity(COPIES.len());
+        for at in COPIES {
+            let mut copy = [0; SUPERBLOCK_LEN];
+            file.read_exact_at(&mut copy, location.offset + at).map_err(io("reading"))?;
+            copies.push(Superblock::decode(&copy));
+        }
+        let [first, second] = <[_; 2]>::try_from(copies).expect("two copies were read");
+        let (newest, superblock, sequence, damaged) = pick(first, second, path)?;
+        let store = Self { file, location: location.clone(), newest, sequence, failed: false };
+        Ok(Opened { store, superblock, damaged })
+    }
+
+    /// [`MetaStore::open`], and refuses metadata of another volume, node or size than `volume`, `node` and `size`.
+    ///
+    /// # Errors
+    /// As [`MetaStore::open`], and [`SuperblockError::Foreign`].
+    pub fn open_for(
+        location: &Location,
+        volume: &str,
+        node: &str,
+        size: u64,
+    ) -> Result<Opened, SuperblockError> {
+        let opened = Self::open(location)?;
+        let found = &opened.superblock;
+        let differs = if found.volume != volume {
+            Some(("volume", found.volume.clone(), volume.to_owned()))
+        } else if found.node != node {
+            Some(("node", found.node.clone(), node.to_owned()))
+        } else if found.size != size {
+            Some(("a volume of size", found.size.to_string(), size.to_string()))
+        } else {
+            None
+        };
+        match differs {
+            None => Ok(opened),
+            Some((what, found, expected)) => {
+                Err(SuperblockError::Foreign { path: location.path.clone(), what, found, expected })
+            }
+        }
+    }
+
+    /// Replaces the older copy. When this returns `Ok`, `superblock` is on stable storage and is what a restart reads.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Io`] once, then [`SuperblockError::FailedBefore`]: the disk must be taken as failed.
+    pub fn store(&mut self, superblock: &Superblock) -> Result<(), SuperblockError> {
+        let path = &self.location.path;
+        if self.failed {
+            return Err(SuperblockError::FailedBefore { path: path.clone() });
+        }
+        let older = 1 - self.newest;
+        let sequence = self.sequence + 1;
+        let written = self
+            .file
+            .write_all_at(&superblock.encode(sequence), self.location.offset + COPIES[older])
+            .and_then(|()| self.file.sync_data());
+        if let Err(source) = written {
+            self.failed = true;
+            return Err(SuperblockError::Io { doing: "storing", path: path.clone(), source });
+        }
+        self.newest = older;
+        self.sequence = sequence;
+        Ok(())
+    }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+fn lock(file: &File, path: &Path) -> Result<(), SuperblockError> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
+        if errno == rustix::io::Errno::WOULDBLOCK {
+            SuperblockError::Locked { path: path.to_owned() }
+        } else {
+            SuperblockError::Io { doing: "locking", path: path.to_owned(), source: errno.into() }
+        }
+    })
+}
+
+type Decoded = Result<(Superblock, u64), CopyError>;
+type Picked = (usize, Superblock, u64, Option<(usize, CopyError)>);
+
+fn pick(first: Decoded, second: Decoded, path: &Path) -> Result<Picked, SuperblockError> {
+    // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
+    // falling back to it would undo promotions and resyncs.
+    for copy in [&first, &second] {
+        if let Err(CopyError::Version { found }) = copy {
+            return Err(SuperblockError::Newer { path: path.to_owned(), found: *found });
+        }
+    }
+    match (first, second) {
+        (Ok(first), Ok(second)) if second.1 > first.1 => Ok((1, second.0, second.1, None)),
+        (Ok(first), Ok(_)) => Ok((0, first.0, first.1, None)),
+        (Ok(first), Err(error)) => Ok((0, first.0, first.1, Some((1, error)))),
+        (Err(error), Ok(second)) => Ok((1, second.0, second.1, Some((0, error)))),
+        (Err(first), Err(second)) => {
+            Err(SuperblockError::Unreadable { path: path.to_owned(), first, second })
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and
+//! how long it gets, and that the specification names tests which exist.
+//!
+//! Reads the sources of the workspace this test was built from, and nothing else. Each rule is a function from text to
+//! complaints, so that the rule itself is tested on text that breaks it.
+
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Lines after which a file needs splitting.
+const FILE_LINES_MAX: usize = 800;
+
+/// Promises the specification makes.
+const PROMISES: usize = 12;
+
+/// Which crates of this workspace each may depend on, tests and benches included.
+const IMPORTS: [(&str, &[&str]); 5] = [
+    ("costandby-ffi", &[]),
+    ("costandby-datapath", &["costandby-ffi"]),
+    ("costandby-control", &["costandby-ffi", "costandby-datapath"]),
+    ("costandby-bench", &["costandby-ffi", "costandby-datapath", "costandby-control"]),
+    ("costandby-tests", &["costandby-ffi", "costandby-datapath", "costandby-control"]),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace is above").to_path_buf()
+}
+
+/// Every Rust file of the workspace, by its path from the root.
+fn sources() -> BTreeMap<String, String> {
+    fn visit(dir: &Path, root: &Path, found: &mut BTreeMap<String, String>) {
+        for entry in fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())) {
+            let path = entry.expect("directory entry").path();
+            if path.is_dir() {
+                if path.file_name().is_some_and(|name| name != "target") {
+                    visit(&path, root, found);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(root).expect("below the root").to_string_lossy().into_owned();
+                let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{name}: {error}"));
+                found.insert(name, text);
+            }
+        }
+    }
+    let root = root();
+    let mut found = BTreeMap::new();
+    for room in ["ffi", "datapath", "control", "bench", "tests"] {
+        visit(&root.join(room), &root, &mut found);
+    }
+    assert!(found.len() > 10, "found only {} sources below {}", found.len(), root.display());
+    found
+}
+
+/// `text` with comments, strings and character literals blanked, so that what is left is code. Lines stay lines.
+fn code_of(text: &str) -> String {
+    let mut code = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let after_word = code.ends_with(|last: char| last.is_alphanumeric() || last == '_');
+        let skipped = match first {
+            '/' if rest.starts_with("//") => rest.find('\n').unwrap_or(rest.len()),
+            '/' if rest.starts_with("/*") => block_comment_len(rest),
+            '"' => string_len(rest),
+            'r' if !after_word => raw_string_len(rest, 1),
+            'b' if !after_word && rest.starts_with("br") => raw_string_len(rest, 2),
+            '\'' => char_literal_len(rest),
+            _ => 0,
+        };
+        if skipped == 0 {
+            code.push(first);
+            rest = &rest[first.len_utf8()..];
+        } else {
+            code.extend(rest[..skipped].chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+            rest = &rest[skipped..];
+        }
+    }
+    code
+}
+
+fn block_comment_len(text: &str) -> usize {
+    let mut depth = 0_usize;
+    let mut at = 0;
+    while at < text.len() {
+        let (step, change): (usize, isize) = match &text.as_bytes()[at..] {
+            [b'/', b'*', ..] => (2, 1),
+            [b'*', b'/', ..] => (2, -1),
+            _ => (1, 0),
+        };
+        at += step;
+        depth = depth.saturating_add_signed(change);
+        if depth == 0 {
+            return at;
+        }
+    }
+    text.len()
+}
+
+fn string_len(text: &str) -> usize {
+    let mut escaped = false;
+    for (at, byte) in text.bytes().enumerate().skip(1) {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// Length of the raw string at the start of `text`, after a prefix (`r`, `br`) of `prefix` bytes; 0 if there is none.
+fn raw_string_len(text: &str, prefix: usize) -> usize {
+    let hashes = text[prefix..].bytes().take_while(|&byte| byte == b'#').count();
+    let body = prefix + hashes + 1;
+    if text.as_bytes().get(body - 1) != Some(&b'"') {
+        return 0;
+    }
+    let end = format!("\"{}", "#".repeat(hashes));
+    text[body..].find(&end).map_or(text.len(), |at| body + at + end.len())
+}
+
+/// Length of the character literal at the start of `text`; 0 for a lifetime.
+fn char_literal_len(text: &str) -> usize {
+    let mut chars = text.char_indices().skip(1);
+    match chars.next() {
+        Some((_, '\\')) => {
+            chars.next();
+            chars.find(|&(_, c)| c == '\'').map_or(0, |(at, _)| at + 1)
+        }
+        Some(_) => chars.next().filter(|&(_, c)| c == '\'').map_or(0, |(at, _)| at + 1),
+        None => 0,
+    }
+}
+
+fn has_word(line: &str, word: &str) -> bool {
+    line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|found| found == word)
+}
+
+/// What is wrong with one file.
+fn complaints(name: &str, text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    if !text.starts_with("//!") {
+        found.push(format!("{name}: does not begin with //! and what it is for"));
+    }
+    let lines = text.lines().count();
+    if lines > FILE_LINES_MAX {
+        found.push(format!("{name}: {lines} lines, the limit is {FILE_LINES_MAX}"));
+    }
+    let code = code_of(text);
+    for (number, line) in (1..).zip(code.lines()) {
+        for unfinished in ["todo!", "unimplemented!"] {
+            if line.contains(unfinished) {
+                found.push(format!("{name}:{number}: {unfinished}"));
+            }
+        }
+        if !name.starts_with("ffi/") && has_word(line, "unsafe") {
+            found.push(format!("{name}:{number}: unsafe outside ffi"));
+        }
+    }
+    let is_root = ["/src/lib.rs", "/src/main.rs"].iter().any(|root| name.ends_with(root));
+    if is_root && !name.starts_with("ffi/") && !code.contains("#![forbid(unsafe_code)]") {
+        found.push(format!("{name}: the crate does not forbid unsafe_code"));
+    }
+    found
+}
+
+/// What is wrong with who depends on whom, by the output of `cargo metadata`.
+fn import_complaints(metadata: &serde_json::Value) -> Vec<String> {
+    let allowed: BTreeMap<_, _> = IMPORTS.into_iter().collect();
+    let mut found = Vec::new();
+    for package in metadata["packages"].as_array().expect("a list of packages") {
+        let name = package["name"].as_str().expect("a package has a name");
+        let Some(allowed) = allowed.get(name) else {
+            found.push(format!("{name}: say in tests/tests/house.rs what this new crate may import"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().expect("a list of dependencies") {
+            let dependency = dependency["name"].as_str().expect("a dependency has a name");
+            if dependency.starts_with("costandby") && !allowed.contains(&dependency) {
+                found.push(format!(
+                    "{name} imports {dependency}, against ffi <- datapath <- control <- bench, tests"
+                ));
+            }
+        }
+    }
+    found
+}
+
+/// Files where `room::module::…` may be written.
+fn files_of(room: &str, modules: &[&str]) -> Vec<String> {
+    if modules.is_empty() {
+        return ["lib.rs", "main.rs", "tests.rs"].iter().map(|file| format!("{room}/src/{file}")).collect();
+    }
+    let path = modules.join("/");
+    let dir = format!("{room}/src/{path}");
+    vec![
+        format!("{dir}.rs"),
+        format!("{dir}/mod.rs"),
+        format!("{dir}/tests.rs"),
+        format!("{room}/tests/{path}.rs"),
+    ]
+}
+
+/// Whether `test` (`room::module::name`, the room being the crate's directory) is a test function in `sources`, or
+/// (`fuzz::name`) a fuzz target.
+fn test_exists(sources: &BTreeMap<String, String>, test: &str) -> bool {
+    let parts: Vec<&str> = test.split("::").collect();
+    if let ["fuzz", target] = parts.as_slice() {
+        return sources.contains_key(&format!("tests/fuzz/src/bin/{target}.rs"));
+    }
+    let [room, modules @ .., function] = parts.as_slice() else { return false };
+    let modules = modules.strip_suffix(&["tests"]).unwrap_or(modules);
+    let declaration = format!("fn {function}(");
+    files_of(room, modules).iter().filter_map(|file| sources.get(file)).any(|text| {
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        lines.iter().enumerate().filter(|(_, line)| line.contains(&declaration)).any(|(at, _)| {
+            let attributes = lines[..at].iter().rev().take_while(|above| above.starts_with(['#', '/']));
+            attributes
+                .into_iter()
+                .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"))
+        })
+    })
+}
+
+/// What is wrong with the specification: promises without a "Held by:", and tests named there that do not exist.
+fn specification_complaints(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    let promises: Vec<&str> =
+        text.split("\n## ").skip(1).filter(|part| part.starts_with(char::is_numeric)).collect();
+    let numbers: Vec<&str> = promises.iter().filter_map(|part| Some(part.split_once('.')?.0)).collect();
+    let expected: Vec<String> = (1..=PROMISES).map(|number| number.to_string()).collect();
+    if numbers != expected {
+        found.push(format!("the promises are numbered {numbers:?}, not 1 to {PROMISES}"));
+    }
+    for promise in promises {
+        let title = promise.lines().next().unwrap_or_default();
+        let Some((_, held_by)) = promise.split_once("**Held by:**") else {
+            found.push(format!("\"{title}\" does not say what holds it"));
+            continue;
+        };
+        let named: BTreeSet<&str> = held_by.split('`').skip(1).step_by(2).collect();
+        if named.is_empty() && !has_word(held_by, "pending") {
+            found.push(format!("\"{title}\" names no test and does not say pending"));
+        }
+        for test in named.into_iter().filter(|test| !exists(test)) {
+            found.push(format!("\"{title}\" names {test}, which is no test"));
+        }
+    }
+    found
+}
+
+fn assert_none(complaints: &[String]) {
+    assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
+}
+
+#[test]
+fn every_source_keeps_the_rules_of_the_house() {
+    let all: Vec<String> = sources().iter().flat_map(|(name, text)| complaints(name, text)).collect();
+    assert_none(&all);
+}
+
+#[test]
+fn imports_go_one_way() {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--offline", "--format-version", "1", "--manifest-path"])
+        .arg(root().join("Cargo.toml"))
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata = serde_json::from_slice(&output.stdout).expect("cargo metadata writes JSON");
+    assert_none(&import_complaints(&metadata));
+}
+
+#[test]
+fn the_specification_names_tests_that_exist() {
+    let text = fs::read_to_string(root().join("docs/SPECIFICATION.md")).expect("docs/SPECIFICATION.md");
+    let sources = sources();
+    assert_none(&specification_complaints(&text, |test| test_exists(&sources, test)));
+}
+
+#[test]
+fn code_is_told_from_comments_strings_and_characters() {
+    let text = r##"a /* x /* y */ z */ b "q\"r" c r#"s"t"# d '\'' e 'f' <'g> // h"##;
+    let code = code_of(text);
+    let words: Vec<&str> = code.split_whitespace().collect();
+    assert_eq!(words, ["a", "b", "c", "d", "e", "<'g>"]);
+}
+
+#[test]
+fn each_broken_rule_is_found() {
+    let broken = |name, text: &str| complaints(name, text).len();
+    assert_eq!(broken("datapath/src/x.rs", "//! unsafe\nfn f() { \"todo!() unsafe\"; }\n"), 0);
+    assert_eq!(broken("datapath/src/x.rs", "fn f() {}\n"), 1, "no //!");
+    assert_eq!(broken("datapath/src/x.rs", "//! x\nfn f() { unsafe { g() } }\n"), 1, "unsafe");
+    assert_eq!(broken("ffi/src/x.rs", "//! x\nfn f() { unsafe { g() } }\n"), 0, "ffi may");
+    assert_eq!(broken("datapath/src/x.rs", "//! x\nfn f() { todo!() }\n"), 1, "unfinished");
+    assert_eq!(broken("datapath/src/lib.rs", "//! x\n"), 1, "root without forbid");
+    let long = "//! x\n".repeat(FILE_LINES_MAX + 1);
+    assert_eq!(broken("datapath/src/x.rs", &long), 1, "too long");
+}
+
+#[test]
+fn an_import_against_the_stream_is_found() {
+    let package = |name: &str, dependency: &str| {
+        let dependencies = [serde_json::json!({ "name": dependency })];
+        serde_json::json!({ "packages": [{ "name": name, "dependencies": dependencies }] })
+    };
+    assert_eq!(import_complaints(&package("costandby-control", "costandby-datapath")).len(), 0);
+    assert_eq!(import_complaints(&package("costandby-datapath", "costandby-control")).len(), 1);
+    assert_eq!(import_complaints(&package("costandby-new", "libc")).len(), 1);
+}
+
+#[test]
+fn a_promise_that_names_no_real_test_is_found() {
+    let promises = |last: &str| {
+        let kept: String =
+            (1..PROMISES).map(|n| format!("\n## {n}. Kept\n**Held by:** pending.\n")).collect();
+        format!("{kept}\n## {PROMISES}. Last\n{last}\n")
+    };
+    let check = |text: &str| specification_complaints(text, |test| test == "a::b").len();
+    assert_eq!(check(&promises("**Held by:** `a::b`")), 0);
+    assert_eq!(check(&promises("**Held by:** `a::c`")), 1, "no such test");
+    assert_eq!(check(&promises("**Held by:** hope")), 1, "neither test nor pending");
+    assert_eq!(check(&promises("")), 1, "not said");
+    assert_eq!(check("\n## 1. Alone\n**Held by:** pending\n"), 1, "promises missing");
+}
+
+#[test]
+fn a_test_is_told_from_another_function() {
+    let text = "#[test]\nfn real() {}\nfn helper() {}\n".to_owned();
+    let sources = BTreeMap::from([("datapath/src/a.rs".to_owned(), text)]);
+    assert!(test_exists(&sources, "datapath::a::tests::real"));
+    assert!(!test_exists(&sources, "datapath::a::tests::helper"), "a function, but no test");
+    assert!(!test_exists(&sources, "datapath::b::real"), "no such file");
+    assert!(!test_exists(&sources, "fuzz::a"), "no such fuzz target");
+}

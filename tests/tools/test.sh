@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything a change must pass, cheapest first, each step with the time it took. Stops at the first failure.
+#
+# One profile (dev, with opt-level 1) serves the build and the tests, so nothing is compiled twice: the integration
+# tests find the `costandby` program where the build step has put it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PATH=$PATH:/usr/sbin:/sbin
+if [ "${CI:-}" = true ]; then
+    export CARGO_TERM_PROGRESS_WHEN=never CARGO_TERM_COLOR=never NEXTEST_SHOW_PROGRESS=none
+fi
+fuzz_seconds=${FUZZ_SECONDS:-10}
+taken=()
+
+step() {
+    local name=$1 start=$SECONDS
+    shift
+    echo "== $name"
+    "$@"
+    taken+=("$(printf '%6d s  %s' $((SECONDS - start)) "$name")")
+}
+
+# The database of known vulnerabilities lives on another host than the crates, and not every machine reaches it.
+dependencies() {
+    cargo deny --log-level error check licenses bans sources
+    if timeout 60 cargo deny --log-level off fetch db >/dev/null 2>&1; then
+        cargo deny --log-level error check advisories
+    else
+        echo "SKIPPED: advisories, for their database cannot be fetched from here"
+        skipped=" (advisories SKIPPED)"
+    fi
+}
+skipped=
+
+documents() {
+    RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps
+}
+
+step "formatting" cargo fmt --all --check
+step "formatting of the fuzz targets" cargo fmt --all --check --manifest-path tests/fuzz/Cargo.toml
+step "licences, duplicates, sources, advisories" dependencies
+step "clippy" cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+step "build" cargo build --quiet --locked --workspace --bins
+step "fuzzing, ${fuzz_seconds} s a target" tests/fuzz/run.sh "$fuzz_seconds"
+step "documentation" documents
+step "tests" cargo nextest run --locked --workspace
+
+echo
+printf '%s\n' "${taken[@]}"
+printf '%6d s  in all%s\n' "$SECONDS" "$skipped"
