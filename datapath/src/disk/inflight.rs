@@ -185,7 +185,11 @@ mod tests {
         let mut table = Inflight::new(8, 8);
         assert_eq!(table.request(Token(1), range(0, 4096), Access::Change), Admission::Granted);
         assert_eq!(table.request(Token(2), range(4095, 2), Access::Change), Admission::Waits);
-        assert_eq!(table.request(Token(3), range(4096, 10), Access::Change), Admission::Waits, "behind the waiter");
+        assert_eq!(
+            table.request(Token(3), range(4096, 10), Access::Change),
+            Admission::Waits,
+            "behind the waiter"
+        );
         assert_eq!(table.request(Token(4), range(9000, 10), Access::Change), Admission::Granted);
         assert_eq!(table.request(Token(5), range(0, 1), Access::Read), Admission::Waits);
         let mut granted = Vec::new();

@@ -288,8 +288,11 @@ impl Pipeline {
             return Err(Violation::AckFromTheFuture { found: durable, sent: applied });
         }
         if applied < self.peer_applied || durable < self.peer_durable {
-            let (found, before) =
-                if applied < self.peer_applied { (applied, self.peer_applied) } else { (durable, self.peer_durable) };
+            let (found, before) = if applied < self.peer_applied {
+                (applied, self.peer_applied)
+            } else {
+                (durable, self.peer_durable)
+            };
             return Err(Violation::AckWentBack { found, before });
         }
         self.peer_applied = applied;

@@ -199,7 +199,10 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
-            if self.link_ready[volume] || self.volumes[volume].expects_link() || self.volumes[volume].has_backlog() {
+            if self.link_ready[volume]
+                || self.volumes[volume].expects_link()
+                || self.volumes[volume].has_backlog()
+            {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
                 any |= busy;
@@ -246,7 +249,10 @@ impl Reactor {
             self.next_stall_check = now + STALL_CHECK;
             for index in 0..self.connections.len() {
                 if self.connections[index].as_ref().is_some_and(|c| c.is_stalled(now)) {
-                    self.end_connection(index, &ConnectionEnd::Protocol("the client stalled in mid-message".into()));
+                    self.end_connection(
+                        index,
+                        &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
+                    );
                 }
             }
         }
@@ -278,7 +284,8 @@ impl Reactor {
         };
         let any = !events.is_empty();
         for event in events.iter() {
-            let (kind, index) = (event.data.u64() >> 32, usize::try_from(event.data.u64() & 0xffff_ffff).expect("64-bit"));
+            let (kind, index) =
+                (event.data.u64() >> 32, usize::try_from(event.data.u64() & 0xffff_ffff).expect("64-bit"));
             let flags = event.flags;
             match kind {
                 KIND_LISTENER => self.accept(index, now),
@@ -525,4 +532,3 @@ impl ExportDirectory for Directory<'_> {
         served.map(|v| ListedExport { name: v.name().to_owned(), description: String::new() }).collect()
     }
 }
-

@@ -173,7 +173,10 @@ impl Volume {
         let size = spec.disk.size();
         Self {
             index,
-            refusal: format!("volume {}: this node has not agreed with its peer yet who serves it", spec.name),
+            refusal: format!(
+                "volume {}: this node has not agreed with its peer yet who serves it",
+                spec.name
+            ),
             name: spec.name,
             disk: spec.disk,
             disk_failure_told: false,
@@ -308,14 +311,20 @@ impl Volume {
         self.step_resync();
         self.end_quiesce();
         if self.disk.is_failed() {
-            self.disk_failed("a page could not be read or written (truncated file, I/O error or full file system)");
+            self.disk_failed(
+                "a page could not be read or written (truncated file, I/O error or full file system)",
+            );
         }
         self.pump_link(now);
         self.publish();
     }
 
     fn end_quiesce(&mut self) {
-        if self.quiescing && self.receiving == 0 && self.pipeline.in_flight() == 0 && self.inflight.waiting_len() == 0 {
+        if self.quiescing
+            && self.receiving == 0
+            && self.pipeline.in_flight() == 0
+            && self.inflight.waiting_len() == 0
+        {
             // Said once: the flush itself is now under way and counts as such.
             self.quiescing = false;
             self.serving = false;
@@ -351,7 +360,9 @@ impl Volume {
             match action {
                 Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
                 Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
-                Action::FlushLocal => self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH }),
+                Action::FlushLocal => {
+                    self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH })
+                }
                 Action::Release(change) => self.released(change),
                 Action::Complete(token) => self.completed(token),
                 Action::MarkDirty(range) => self.bitmap.set(range),
@@ -397,7 +408,9 @@ impl Volume {
             Origin::Resync { .. } | Origin::Nobody => {}
             Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
-            Origin::Nbd { .. } | Origin::Queue { .. } => self.notices.push(Notice::Done { origin, result: Ok(()) }),
+            Origin::Nbd { .. } | Origin::Queue { .. } => {
+                self.notices.push(Notice::Done { origin, result: Ok(()) })
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use super::{Notice, Origin, Request, Volume};
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
+use crate::limits::RESYNC_READ_AHEAD_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
 use crate::units::{ByteRange, Token};
@@ -218,6 +219,10 @@ impl Volume {
             let extent = self.disk.extent_at(dirty.start, dirty.end());
             let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
             resync.took(range);
+            if kind == Kind::Write {
+                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
+                self.disk.read_ahead(ahead);
+            }
             let origin = Origin::Resync { serial: self.resync_serial };
             let token = self.add_request(Request {
                 origin,
@@ -273,10 +278,18 @@ mod tests {
         let dirty = ByteRange::new(G, 100 * G);
         assert_eq!(plan_step(dirty, 100 * G, true, true), (Kind::Trim, dirty));
         assert_eq!(plan_step(dirty, 2 * G + 1, true, false), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
-        assert_eq!(plan_step(dirty, G - 1, true, true), (Kind::Write, ByteRange::new(G, G)), "less than a grain");
+        assert_eq!(
+            plan_step(dirty, G - 1, true, true),
+            (Kind::Write, ByteRange::new(G, G)),
+            "less than a grain"
+        );
         assert_eq!(plan_step(dirty, 1, false, true), (Kind::Write, ByteRange::new(G, G)));
         assert_eq!(plan_step(dirty, 50 * G, false, true), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
         let tail = ByteRange::new(G, 100);
-        assert_eq!(plan_step(tail, 100, true, true), (Kind::Trim, tail), "the disk's end need not fill a grain");
+        assert_eq!(
+            plan_step(tail, 100, true, true),
+            (Kind::Trim, tail),
+            "the disk's end need not fill a grain"
+        );
     }
 }

@@ -105,11 +105,12 @@ impl Volume {
         let mut events = std::mem::take(&mut self.link_events);
         link.poll(&mut events);
         let heard = link.received_bytes();
+        let mut any = !events.is_empty();
         if heard != self.heard_bytes {
             self.heard_bytes = heard;
             self.last_heard = now;
+            any = true;
         }
-        let any = !events.is_empty();
         for event in events.drain(..) {
             self.link_event(event);
         }
@@ -122,6 +123,10 @@ impl Volume {
         let epoch = self.epoch;
         let link = self.link.as_mut()?;
         let interval = timeout / 4;
+        if link.arm().is_some_and(|(_, interest)| !interest.readable) {
+            // It is we who do not listen: our ring is full.
+            self.last_heard = now;
+        }
         let silent = now.duration_since(self.last_heard);
         if silent >= timeout {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
