@@ -185,7 +185,8 @@ impl Connection {
     /// Edges from the reactor's poller.
     pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool) {
         self.readable |= readable || hung_up;
-        self.writable |= writable;
+        // On a dead connection the next send says so.
+        self.writable |= writable || hung_up;
         self.hung_up |= hung_up;
     }
 
