@@ -148,6 +148,8 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
+    /// The peer broke the protocol; the link's end is on its way.
+    link_distrusted: bool,
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
@@ -194,6 +196,7 @@ impl Volume {
             session_serial: 0,
             link: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
+            link_distrusted: false,
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,

@@ -25,6 +25,7 @@ impl Volume {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
         self.link = Some(link);
+        self.link_distrusted = false;
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;
@@ -111,7 +112,10 @@ impl Volume {
         }
         let any = !events.is_empty();
         for event in events.drain(..) {
-            self.link_event(event);
+            // After a violation nothing more is believed; what the same poll brought along is dropped with it.
+            if !self.link_distrusted || matches!(event, LinkEvent::Down(_)) {
+                self.link_event(event);
+            }
         }
         self.link_events = events;
         any
@@ -149,8 +153,15 @@ impl Volume {
             }
         };
         if let Err(violation) = outcome {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
+    }
+
+    /// The peer broke the protocol: its frames end here, those that wait for the disk included.
+    fn distrust_link(&mut self, violation: Violation) {
+        self.link_distrusted = true;
+        self.arrived.clear();
+        self.close_link(DownReason::Protocol(violation));
     }
 
     fn message(&mut self, header: &Header) -> Result<(), Violation> {
@@ -239,7 +250,7 @@ impl Volume {
         }
         self.change_applied(slot);
         if let Err(violation) = self.apply_arrived() {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
     }
 
