@@ -166,7 +166,7 @@ impl Volume {
 
     fn message(&mut self, header: &Header) -> Result<(), Violation> {
         match header.kind {
-            Kind::Ack if self.source => {
+            Kind::Ack if self.source && header.epoch == self.epoch => {
                 let event = PipelineEvent::Ack { applied: header.seq, durable: Seq(header.aux) };
                 let outcome = self.pipeline.handle(event, &mut self.actions);
                 self.perform();
