@@ -268,12 +268,14 @@ impl Volume {
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
-        if std::mem::take(&mut self.source) {
-            self.pipeline_event(PipelineEvent::SessionDown);
-        }
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
+        }
+        // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
+        // pipeline wishes once.
+        if std::mem::take(&mut self.source) {
+            self.pipeline_event(PipelineEvent::SessionDown);
         }
     }
 
