@@ -61,8 +61,11 @@ pub enum Origin {
         /// Tells its steps from an earlier copy's.
         serial: u64,
     },
-    /// The flush that ends a background copy.
-    ResyncFlush,
+    /// The flush that ends the background copy number `serial`.
+    ResyncFlush {
+        /// Tells it from an earlier copy's, which must not vouch for this one.
+        serial: u64,
+    },
     /// The flush that ends a quiesce.
     Quiesce,
     /// A client that is gone.
@@ -266,6 +269,8 @@ impl Volume {
 
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
+        // Until here a lost link left the peer behind.
+        self.resync = None;
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -398,7 +403,11 @@ impl Volume {
         }
         match origin {
             Origin::Resync { .. } | Origin::Nobody => {}
-            Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
+            Origin::ResyncFlush { serial } => {
+                if self.resync.is_some() && serial == self.resync_serial {
+                    self.events.push(Event::ResyncDone { volume: self.index });
+                }
+            }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
             Origin::Nbd { .. } | Origin::Queue { .. } => self.notices.push(Notice::Done { origin, result: Ok(()) }),
         }

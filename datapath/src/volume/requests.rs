@@ -243,7 +243,7 @@ impl Volume {
         if let Some(resync) = &mut self.resync
             && resync.take_flush(&self.bitmap)
         {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush));
+            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
