@@ -53,6 +53,11 @@ impl Volume {
         if self.link.is_none() {
             return;
         }
+        if self.disk.is_failed() {
+            // Nothing of it may be sent, and nothing that arrives be acknowledged; its end was told once already.
+            self.close_link(DownReason::Local("the local disk failed"));
+            return;
+        }
         match direction {
             Direction::Source { resync } => {
                 self.source = true;
@@ -364,6 +369,12 @@ fn post(
     let span = (change.kind == Kind::Write).then(|| disk.span(change.range));
     if let Some(span) = &span {
         header.payload_crc = span.crc32c();
+    }
+    if disk.is_failed() {
+        // The sum is of zeroes that stand in for a lost page; they must not reach the good disk. The link takes the
+        // permit with it.
+        link.close(DownReason::Medium);
+        return false;
     }
     link.post(permit, header, span, Token(seq.0));
     true
