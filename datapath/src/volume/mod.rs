@@ -381,7 +381,7 @@ impl Volume {
                 resync.applied(change.range, &mut self.bitmap);
             }
             // A step that a session's end cut off is never completed.
-            if !completed && self.link.is_none() {
+            if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
                 return;
             }
@@ -428,9 +428,14 @@ impl Volume {
     /// ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
+        if self.source && self.pipeline.in_flight() > 0 {
+            // Numbers were given out that will never be posted, and the copy counts on steps that never end.
+            self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
+        }
         self.pipeline.abandon(&mut tokens, &mut locked);
-        self.outbox.clear();
+        self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
+            self.bitmap.set(change.range);
             self.inflight.release(change.token, change.range.start, &mut self.granted);
             self.request_mut(change.token).locked = false;
             if self.request_mut(change.token).completed {
@@ -496,3 +501,6 @@ impl Request {
         Change { token, kind, range: self.range, flags: self.flags }
     }
 }
+
+#[cfg(test)]
+mod tests;
