@@ -43,11 +43,21 @@ impl Volume {
             // Numbering goes on: the peer was told of no change.
             return;
         }
+        if self.access.is_some() && (self.access_job.is_some() || !self.arrived.is_empty()) {
+            // They belong to the role that ends and must not reach the disk under the new one.
+            self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
+            return;
+        }
         self.epoch = epoch;
         self.access = None;
         if self.source {
             self.source = false;
             self.resync = None;
+            // Numbers of the session that ends; what must go again comes again under new ones.
+            self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
+            self.pipeline_event(PipelineEvent::SessionDown);
+        } else if !matches!(direction, Direction::Source { .. }) {
+            // A record of the peer's absence is void once the peer may serve.
             self.pipeline_event(PipelineEvent::SessionDown);
         }
         if self.link.is_none() {
