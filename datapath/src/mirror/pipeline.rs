@@ -40,7 +40,7 @@ pub enum Event {
         /// The peer is UpToDate.
         in_sync: bool,
     },
-    /// The session ended; whatever the peer has not acknowledged, it may lack.
+    /// The session ended; whatever the peer has not acknowledged, it may lack. A record of its absence is void as well.
     SessionDown,
     /// The peer's absence is on durable record: complete without it.
     GoAlone,
@@ -344,7 +344,7 @@ impl Pipeline {
     }
 
     fn session_down(&mut self, actions: &mut Vec<Action>) {
-        if self.peer != Peer::Live {
+        if self.peer == Peer::Absent {
             return;
         }
         self.peer = Peer::Absent;

@@ -61,8 +61,11 @@ pub enum Origin {
         /// Tells its steps from an earlier copy's.
         serial: u64,
     },
-    /// The flush that ends a background copy.
-    ResyncFlush,
+    /// The flush that ends the background copy number `serial`.
+    ResyncFlush {
+        /// Tells it from an earlier copy's, which must not vouch for this one.
+        serial: u64,
+    },
     /// The flush that ends a quiesce.
     Quiesce,
     /// A client that is gone.
@@ -148,6 +151,8 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
+    /// The peer broke the protocol; the link's end is on its way.
+    link_distrusted: bool,
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
@@ -197,6 +202,7 @@ impl Volume {
             session_serial: 0,
             link: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
+            link_distrusted: false,
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,
@@ -266,6 +272,8 @@ impl Volume {
 
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
+        // Until here a lost link left the peer behind.
+        self.resync = None;
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -384,7 +392,7 @@ impl Volume {
                 resync.applied(change.range, &mut self.bitmap);
             }
             // A step that a session's end cut off is never completed.
-            if !completed && self.link.is_none() {
+            if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
                 return;
             }
@@ -406,7 +414,11 @@ impl Volume {
         }
         match origin {
             Origin::Resync { .. } | Origin::Nobody => {}
-            Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
+            Origin::ResyncFlush { serial } => {
+                if self.resync.is_some() && serial == self.resync_serial {
+                    self.events.push(Event::ResyncDone { volume: self.index });
+                }
+            }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
             Origin::Nbd { .. } | Origin::Queue { .. } => {
                 self.notices.push(Notice::Done { origin, result: Ok(()) })
@@ -429,9 +441,14 @@ impl Volume {
     /// ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
+        if self.source && self.pipeline.in_flight() > 0 {
+            // Numbers were given out that will never be posted, and the copy counts on steps that never end.
+            self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
+        }
         self.pipeline.abandon(&mut tokens, &mut locked);
-        self.outbox.clear();
+        self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
+            self.bitmap.set(change.range);
             self.inflight.release(change.token, change.range.start, &mut self.granted);
             self.request_mut(change.token).locked = false;
             if self.request_mut(change.token).completed {
@@ -497,3 +514,6 @@ impl Request {
         Change { token, kind, range: self.range, flags: self.flags }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -192,7 +192,7 @@ impl Volume {
             for token in granted.drain(..) {
                 let request = *self.request_mut(token);
                 if let Origin::Resync { serial } = request.origin
-                    && (serial != self.resync_serial || self.resync.is_none())
+                    && !self.resync_step_holds(serial, &request)
                 {
                     self.inflight.release(token, request.range.start, &mut self.granted);
                     self.drop_request(token);
@@ -210,6 +210,22 @@ impl Volume {
                 return;
             }
         }
+    }
+
+    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
+    /// is still one. A client may have written there while the step waited; the step is then planned anew.
+    fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
+        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return false };
+        let range = request.range;
+        if request.op == Op::Change(Kind::Write) {
+            return true;
+        }
+        let extent = self.disk.extent_at(range.start, range.end());
+        let holds = extent.hole && extent.range.len == range.len;
+        if !holds {
+            resync.untake(range);
+        }
+        holds
     }
 
     pub(super) fn step_resync(&mut self) {
@@ -248,7 +264,7 @@ impl Volume {
         if let Some(resync) = &mut self.resync
             && resync.take_flush(&self.bitmap)
         {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush));
+            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }

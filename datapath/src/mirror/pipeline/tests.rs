@@ -302,6 +302,14 @@ fn a_lost_session_asks_once_and_marks_what_was_on_its_way() {
 }
 
 #[test]
+fn a_record_of_the_peers_absence_is_void_once_a_session_without_us_as_source_ended() {
+    let mut rig = Rig::new(AckLevel::Memory, OnPeerLoss::Continue);
+    rig.on(Event::GoAlone);
+    assert_eq!(rig.on(Event::SessionDown), []);
+    assert_eq!(rig.land(1), [Action::AskAlone]);
+}
+
+#[test]
 fn a_session_lost_while_idle_asks_nothing_until_something_waits() {
     let mut rig = Rig::live(AckLevel::Memory);
     assert_eq!(rig.on(Event::SessionDown), []);
