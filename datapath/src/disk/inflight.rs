@@ -154,13 +154,13 @@ impl Inflight {
         let mut at = 0;
         while at < self.waiting.len() {
             let waiter = self.waiting[at];
-            let behind_earlier = self
-                .waiting
-                .iter()
-                .take(at)
-                .any(|w| w.access == Access::Change && w.range.overlaps(waiter.range));
             let no_lock_left = waiter.access == Access::Change && self.locked.len() == self.locked_max;
-            if behind_earlier || no_lock_left || self.conflicts(waiter.range, waiter.access) {
+            let behind_earlier = || {
+                let earlier = self.waiting.iter().take(at);
+                earlier.filter(|w| w.access == Access::Change).any(|w| w.range.overlaps(waiter.range))
+            };
+            // The cheap questions first: a crowd that waits for one block or for a lock must not cost its square.
+            if no_lock_left || self.conflicts(waiter.range, waiter.access) || behind_earlier() {
                 at += 1;
                 continue;
             }
