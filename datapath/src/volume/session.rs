@@ -177,10 +177,9 @@ impl Volume {
         }
     }
 
-    /// The peer broke the protocol: its frames end here, those that wait for the disk included.
+    /// The peer broke the protocol: its frames end here.
     fn distrust_link(&mut self, violation: Violation) {
         self.link_distrusted = true;
-        self.arrived.clear();
         self.close_link(DownReason::Protocol(violation));
     }
 

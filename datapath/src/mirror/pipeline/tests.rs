@@ -138,6 +138,21 @@ fn fua_makes_one_write_durable_and_holds_up_no_other() {
 }
 
 #[test]
+fn what_was_answered_behind_a_slow_flush_is_forgotten_at_once() {
+    for ack_level in [AckLevel::Async, AckLevel::Memory] {
+        let mut rig = Rig::live(ack_level);
+        rig.on(Event::Landed(change(1, flags::FUA)));
+        for token in 2..=5000 {
+            rig.land(token);
+            rig.ack(token, 0);
+            assert_eq!(rig.pipeline.in_flight(), 1, "only the write that waits for the disk");
+        }
+        rig.ack(5000, 1);
+        assert_eq!(rig.on(Event::FlushedLocal), [complete(1)]);
+    }
+}
+
+#[test]
 fn a_local_flush_that_began_before_a_write_does_not_cover_it() {
     let mut rig = Rig::live(AckLevel::Memory);
     rig.on(Event::Landed(change(1, flags::FUA)));
