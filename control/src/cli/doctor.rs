@@ -194,7 +194,8 @@ fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<
                 display_size(volume.size)
             );
             checks.push(Check::warn(&what, text));
-            checks.extend(machine::memory_for(&what, volume.size));
+            // A running daemon has taken its memory already.
+            checks.extend(machine::memory_for(&what, volume.size).filter(|_| !running));
         }
         Disk::Path(path) => checks.push(path_check(&what, node, volume, path, running)),
     }
@@ -229,13 +230,17 @@ fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bo
         );
         return Check::fail(what, text);
     };
+    let place = if metadata.is_file() {
+        format!("on {}", machine::file_system(path))
+    } else {
+        "a block device".to_owned()
+    };
     match MetaStore::open_for(&location, volume.name.as_str(), node.name.as_str(), volume.size) {
         Ok(Opened { superblock, damaged, .. }) => {
             let text = format!(
-                "{shown}, {}, {}, on {}",
+                "{shown}, {}, {}, {place}",
                 display_size(volume.size),
-                superblock.disk_state.as_str(),
-                machine::file_system(path)
+                superblock.disk_state.as_str()
             );
             match damaged {
                 None => Check::ok(what, text),

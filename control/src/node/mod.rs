@@ -305,6 +305,7 @@ fn forward_events(events: crossbeam_channel::Receiver<ReactorEvent>, registry: &
         for event in events {
             let volume = match &event {
                 ReactorEvent::LinkDown { volume, .. }
+                | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::PeerMessage { volume, .. }

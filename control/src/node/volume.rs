@@ -173,6 +173,7 @@ impl VolumeTask {
                 self.pause_dialling(false);
                 Event::LinkDown { reason, undurable }
             }
+            ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
@@ -344,7 +345,8 @@ impl VolumeTask {
             }
             Action::StopServing => {
                 self.send(Command::StopServing { volume });
-                if self.link_up {
+                // A copy under way goes on without clients.
+                if self.link_up && self.controller.status().connection != Connection::SyncSource {
                     self.send(Command::Direct { volume, direction: Direction::Target, epoch: self.epoch });
                 }
             }

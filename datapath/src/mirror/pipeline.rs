@@ -288,7 +288,9 @@ impl Pipeline {
             return Err(Violation::AckFromTheFuture { found: durable, sent: applied });
         }
         if applied < self.peer_applied || durable < self.peer_durable {
-            return Err(Violation::AckWentBack { found: applied.min(durable), before: self.peer_applied });
+            let (found, before) =
+                if applied < self.peer_applied { (applied, self.peer_applied) } else { (durable, self.peer_durable) };
+            return Err(Violation::AckWentBack { found, before });
         }
         self.peer_applied = applied;
         self.peer_durable = durable;
@@ -426,7 +428,9 @@ impl Pipeline {
         let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer == Peer::Live);
         let running_clean = self.local_flush.is_none();
         self.flushes.retain(|flush| {
-            let here = local >= flush.landing && (flush.landing > 0 || running_clean);
+            // Before the first landing `local` cannot tell a flush from none: the one under way must end, or a later
+            // one have covered a landing.
+            let here = local >= flush.landing && (local > 0 || running_clean);
             let done = here && (!held || flush.background) && (!live || peer >= flush.seq);
             if done {
                 actions.push(Action::Complete(flush.token));

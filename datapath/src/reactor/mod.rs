@@ -22,6 +22,7 @@ use queues::Queue;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::SocketFlags;
 use spin::SpinBudget;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -78,6 +79,9 @@ const STALL_CHECK: Duration = Duration::from_secs(1);
 /// Turns between looks at the poller while nothing but links and queues is busy: a turn is about a microsecond.
 const POLLER_TURNS: u32 = 16;
 
+/// Events taken from the poller at a time; more wait for the next look.
+const POLLER_EVENTS_MAX: usize = 64;
+
 const KIND_WAKER: u64 = 0;
 const KIND_LISTENER: u64 = 1;
 const KIND_CONNECTION: u64 = 2;
@@ -92,7 +96,6 @@ pub struct Reactor {
     poll_mode: PollMode,
     peer_timeout: Duration,
     poller: OwnedFd,
-    poller_events: Vec<epoll::Event>,
     turns_since_poller: u32,
     waker: Waker,
     commands: Receiver<Command>,
@@ -141,7 +144,6 @@ impl Reactor {
             poll_mode: config.poll,
             peer_timeout: config.peer_timeout,
             poller,
-            poller_events: Vec::with_capacity(64),
             turns_since_poller: 0,
             waker: waker.clone(),
             commands,
@@ -267,14 +269,15 @@ impl Reactor {
 
     fn look_at_poller(&mut self, timeout: Option<Duration>, now: Instant) -> bool {
         self.turns_since_poller = 0;
-        let mut events = std::mem::take(&mut self.poller_events);
-        events.clear();
-        // Round up to the next millisecond where there is one at all, or the last one is spent spinning.
+        let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; POLLER_EVENTS_MAX];
         let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
-        // EINTR: the next look tells.
-        let _ = epoll::wait(&self.poller, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+        let events = match epoll::wait(&self.poller, &mut room, timeout.as_ref()) {
+            Ok((events, _)) => events,
+            // Interrupted: the next look tells.
+            Err(_) => return false,
+        };
         let any = !events.is_empty();
-        for event in &events {
+        for event in events.iter() {
             let (kind, index) = (event.data.u64() >> 32, usize::try_from(event.data.u64() & 0xffff_ffff).expect("64-bit"));
             let flags = event.flags;
             match kind {
@@ -292,7 +295,6 @@ impl Reactor {
                 _ => {}
             }
         }
-        self.poller_events = events;
         any
     }
 

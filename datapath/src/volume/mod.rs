@@ -30,8 +30,8 @@ pub use requests::{Begin, NewRequest, Op};
 
 /// Token of the flush the pipeline asked for.
 const PIPELINE_FLUSH: Token = Token(u64::MAX);
-/// Token of the flush that ends a target's session.
-const SETTLE_FLUSH: Token = Token(u64::MAX - 3);
+/// The same for the flush after a target's session.
+const SETTLE_FLUSH_BASE: u64 = 1 << 61;
 /// Tokens of flushes the access side asked for: this plus the session's serial, so that one of an ended session is known.
 const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 /// Token of the change the access side waits for.
@@ -113,6 +113,14 @@ enum Outgoing {
     Control { code: u64, arg: u64 },
 }
 
+/// How a session ended.
+#[derive(Debug)]
+struct LinkEnd {
+    reason: String,
+    undurable: bool,
+    was_target: bool,
+}
+
 /// A volume.
 pub struct Volume {
     index: usize,
@@ -145,8 +153,8 @@ pub struct Volume {
     access: Option<Access>,
     arrived: VecDeque<Slot>,
     access_job: Option<Slot>,
-    /// A target's session ended for this reason, and what arrived is being flushed.
-    down_deferred: Option<String>,
+    /// A session ended; control hears of it once nothing is being applied any more.
+    down_deferred: Option<LinkEnd>,
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,
@@ -268,7 +276,11 @@ impl Volume {
             PIPELINE_FLUSH if !failed => self.pipeline_event(crate::mirror::pipeline::Event::FlushedLocal),
             ACCESS_CHANGE => self.access_job_done(failed),
             PIPELINE_FLUSH => {}
-            SETTLE_FLUSH => self.settled_target(),
+            Token(token) if (SETTLE_FLUSH_BASE..ACCESS_FLUSH_BASE).contains(&token) => {
+                if !failed {
+                    self.settled(token - SETTLE_FLUSH_BASE);
+                }
+            }
             Token(token) if token >= ACCESS_FLUSH_BASE => {
                 if let Some(access) = &mut self.access
                     && token == ACCESS_FLUSH_BASE + self.session_serial

@@ -1,6 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, SETTLE_FLUSH, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
@@ -33,6 +33,15 @@ impl Volume {
 
     /// The roles over the live session are now these.
     pub fn direct(&mut self, direction: Direction, epoch: Epoch) {
+        let same = match direction {
+            Direction::Source { .. } => self.source,
+            Direction::Target => self.access.is_some(),
+            Direction::Idle => false,
+        };
+        if same && epoch == self.epoch {
+            // Numbering goes on: the peer was told of no change.
+            return;
+        }
         self.epoch = epoch;
         self.access = None;
         if self.source {
@@ -222,7 +231,7 @@ impl Volume {
     pub(super) fn access_job_done(&mut self, failed: bool) {
         let slot = self.access_job.take().expect("a job was under way");
         if self.link.is_none() {
-            self.settle_target();
+            self.report_link_end();
             return;
         }
         if failed {
@@ -251,25 +260,27 @@ impl Volume {
         if std::mem::take(&mut self.source) {
             self.pipeline_event(PipelineEvent::SessionDown);
         }
-        if was_target && !self.disk.is_failed() {
-            self.down_deferred = Some(reason.to_string());
-            if self.access_job.is_none() {
-                self.settle_target();
-            }
-        } else {
-            self.events.push(Event::LinkDown { volume: self.index, reason: reason.to_string(), undurable });
+        self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
+        if self.access_job.is_none() {
+            self.report_link_end();
         }
     }
 
-    /// A target's session ended and nothing is being applied any more: bring what arrived to stable storage, so that
-    /// control may note down that this disk is a clean prefix. The flush's end reports the session's.
-    fn settle_target(&mut self) {
-        self.workers.submit(Job { kind: JobKind::Flush, token: SETTLE_FLUSH });
+    /// The session is over and nothing is being applied any more. A target's disk is then brought to stable storage, so
+    /// that control may note down that it is a clean prefix even after a loss of power; nobody waits for that.
+    fn report_link_end(&mut self) {
+        let LinkEnd { reason, undurable, was_target } = self.down_deferred.take().expect("a session ended");
+        if was_target && !self.disk.is_failed() {
+            let token = Token(SETTLE_FLUSH_BASE + self.session_serial);
+            self.workers.submit(Job { kind: JobKind::Flush, token });
+        }
+        self.events.push(Event::LinkDown { volume: self.index, reason, undurable });
     }
 
-    pub(super) fn settled_target(&mut self) {
-        let reason = self.down_deferred.take().expect("a target's session ended");
-        self.events.push(Event::LinkDown { volume: self.index, reason, undurable: false });
+    pub(super) fn settled(&mut self, session_serial: u64) {
+        if session_serial == self.session_serial && self.access.is_none() {
+            self.events.push(Event::Settled { volume: self.index });
+        }
     }
 
     /// Sends what waits for credit, the ack that is due, and rings the link's doorbell.
