@@ -105,9 +105,8 @@ impl Access {
 
     /// Whether to start a flush of the disk now: one is wanted, none is under way, and what it must cover is applied.
     pub fn take_flush(&mut self) -> bool {
-        let due = self.flush_running.is_none()
-            && self.flush_due > self.durable
-            && self.applied >= self.flush_due;
+        let due =
+            self.flush_running.is_none() && self.flush_due > self.durable && self.applied >= self.flush_due;
         if due {
             self.flush_running = Some(self.applied);
         }
@@ -248,6 +247,10 @@ mod tests {
                 answered += 1;
             }
         }
-        assert_eq!((answered, access.take_ack()), (2, Some((Seq(20), Seq(20)))), "at 11, and all the rest at 20");
+        assert_eq!(
+            (answered, access.take_ack()),
+            (2, Some((Seq(20), Seq(20)))),
+            "at 11, and all the rest at 20"
+        );
     }
 }

@@ -277,11 +277,8 @@ impl Reactor {
         self.turns_since_poller = 0;
         let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; POLLER_EVENTS_MAX];
         let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
-        let events = match epoll::wait(&self.poller, &mut room, timeout.as_ref()) {
-            Ok((events, _)) => events,
-            // Interrupted: the next look tells.
-            Err(_) => return false,
-        };
+        // Interrupted: the next look tells.
+        let Ok((events, _)) = epoll::wait(&self.poller, &mut room, timeout.as_ref()) else { return false };
         let any = !events.is_empty();
         for event in events.iter() {
             let (kind, index) =

@@ -369,7 +369,7 @@ impl Volume {
                 Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
                 Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
                 Action::FlushLocal => {
-                    self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH })
+                    self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH });
                 }
                 Action::Release(change) => self.released(change),
                 Action::Complete(token) => self.completed(token),
@@ -421,7 +421,7 @@ impl Volume {
             }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
             Origin::Nbd { .. } | Origin::Queue { .. } => {
-                self.notices.push(Notice::Done { origin, result: Ok(()) })
+                self.notices.push(Notice::Done { origin, result: Ok(()) });
             }
         }
     }

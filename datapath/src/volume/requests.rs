@@ -215,7 +215,9 @@ impl Volume {
     /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
     /// is still one. A client may have written there while the step waited; the step is then planned anew.
     fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
-        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return false };
+        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
+            return false;
+        };
         let range = request.range;
         if request.op == Op::Change(Kind::Write) {
             return true;

@@ -56,7 +56,7 @@ impl Node {
         for notice in self.volume.notices.drain(..) {
             match notice {
                 Notice::Granted { origin: Origin::Queue { slot, .. }, token } => {
-                    self.granted.push((slot, token))
+                    self.granted.push((slot, token));
                 }
                 Notice::Done { origin: Origin::Queue { slot, .. }, result } => {
                     self.told.entry(slot).or_default().push(result);

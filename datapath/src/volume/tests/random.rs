@@ -91,7 +91,7 @@ impl Run {
                 );
             }
             Step::Read { range } => {
-                self.ask(Asked { op: Op::Read, range, byte: 0, breaks_off: false }, false)
+                self.ask(Asked { op: Op::Read, range, byte: 0, breaks_off: false }, false);
             }
             Step::Flush => {
                 self.ask(
