@@ -45,6 +45,7 @@ impl Volume {
         }
         if self.access.is_some() && (self.access_job.is_some() || !self.arrived.is_empty()) {
             // They belong to the role that ends and must not reach the disk under the new one.
+            self.arrived.clear();
             self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
             return;
         }
