@@ -260,11 +260,18 @@ mod tests {
 
     #[test]
     fn every_mode_and_depth_gets_answers() {
-        for (wait, depth, payload_len) in
-            [(Wait::Busy, 1, 4096), (Wait::Sleep, 1, 4096), (Wait::Sleep, 32, 4096), (Wait::Sleep, 4, 1 << 20)]
-        {
-            let summary = run(Load { wait, depth, payload_len, time: Duration::from_millis(30) }).expect("loopback");
-            assert!(summary.requests > 0 && summary.p50_us > 0.0, "{wait:?} {depth} {payload_len}: {summary:?}");
+        for (wait, depth, payload_len) in [
+            (Wait::Busy, 1, 4096),
+            (Wait::Sleep, 1, 4096),
+            (Wait::Sleep, 32, 4096),
+            (Wait::Sleep, 4, 1 << 20),
+        ] {
+            let summary =
+                run(Load { wait, depth, payload_len, time: Duration::from_millis(30) }).expect("loopback");
+            assert!(
+                summary.requests > 0 && summary.p50_us > 0.0,
+                "{wait:?} {depth} {payload_len}: {summary:?}"
+            );
         }
     }
 }

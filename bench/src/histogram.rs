@@ -56,7 +56,13 @@ impl Recorder {
         let requests = self.latencies.len();
         let us = |quantile| self.latencies.value_at_quantile(quantile) as f64 / 1e3;
         let iops = requests as f64 / seconds;
-        Summary { requests, p50_us: us(0.5), p99_us: us(0.99), iops, mb_s: iops * self.payload_len as f64 / 1e6 }
+        Summary {
+            requests,
+            p50_us: us(0.5),
+            p99_us: us(0.99),
+            iops,
+            mb_s: iops * self.payload_len as f64 / 1e6,
+        }
     }
 }
 

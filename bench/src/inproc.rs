@@ -261,14 +261,8 @@ impl Client {
         self.last[usize::try_from(block)?] = self.number;
         let len = self.payload_len as u64;
         self.began[usize::try_from(slot)?] = Instant::now();
-        let operation = Operation {
-            tag: slot,
-            kind: OperationKind::Write,
-            offset: block * len,
-            len,
-            fua: false,
-            buffer,
-        };
+        let operation =
+            Operation { tag: slot, kind: OperationKind::Write, offset: block * len, len, fua: false, buffer };
         pair.queue.submit(operation).map_err(|full| full.to_string().into())
     }
 
@@ -299,7 +293,9 @@ impl Client {
                 return Err(format!("the disks differ in bytes {range}").into());
             }
             if blocks[0][..8] != number.to_le_bytes() {
-                return Err(format!("bytes {range} do not hold write {number}, the last one made to them").into());
+                return Err(
+                    format!("bytes {range} do not hold write {number}, the last one made to them").into()
+                );
             }
         }
         Ok(())

@@ -30,8 +30,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Measure everything and print a table.
-    #[command(after_help = "Examples:\n  costandby-bench run\n  costandby-bench run --seconds 10 --json bench.json\n  \
-        costandby-bench run --only floor,inproc --rounds 9\n  costandby-bench run --quick")]
+    #[command(
+        after_help = "Examples:\n  costandby-bench run\n  costandby-bench run --seconds 10 --json bench.json\n  \
+        costandby-bench run --only floor,inproc --rounds 9\n  costandby-bench run --quick"
+    )]
     Run(RunArgs),
 }
 

@@ -71,7 +71,14 @@ impl Plan {
         }
     }
 
-    fn add_floor(&mut self, id: &'static str, title: &'static str, wait: Wait, depth: usize, payload_len: usize) {
+    fn add_floor(
+        &mut self,
+        id: &'static str,
+        title: &'static str,
+        wait: Wait,
+        depth: usize,
+        payload_len: usize,
+    ) {
         self.add(id, title, None, move |time| floor::run(floor::Load { wait, depth, payload_len, time }));
     }
 
@@ -101,16 +108,27 @@ impl Plan {
     }
 
     fn add_sleeping(&mut self) {
-        let adaptive = Inproc { poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
+        let adaptive =
+            Inproc { poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
         let event = Inproc { poll: PollMode::Event, ..adaptive };
         let latency = || Against { ids: vec!["floor-sleep-4k-1"], measure: Measure::P50, target: None };
         let rate = || Against { ids: vec!["floor-sleep-4k-32"], measure: Measure::Iops, target: None };
         self.add_floor("floor-sleep-4k-1", "floor 4 KiB x1, sleeping", Wait::Sleep, 1, SMALL);
-        self.add_inproc("inproc-adaptive-4k-1", "in process 4 KiB x1, adaptive, 3 threads", latency(), adaptive);
+        self.add_inproc(
+            "inproc-adaptive-4k-1",
+            "in process 4 KiB x1, adaptive, 3 threads",
+            latency(),
+            adaptive,
+        );
         self.add_inproc("inproc-event-4k-1", "in process 4 KiB x1, event, 3 threads", latency(), event);
         self.add_floor("floor-sleep-4k-32", "floor 4 KiB x32, sleeping", Wait::Sleep, 32, SMALL);
         let deep = |load| Inproc { depth: 32, ..load };
-        self.add_inproc("inproc-adaptive-4k-32", "in process 4 KiB x32, adaptive, 3 threads", rate(), deep(adaptive));
+        self.add_inproc(
+            "inproc-adaptive-4k-32",
+            "in process 4 KiB x32, adaptive, 3 threads",
+            rate(),
+            deep(adaptive),
+        );
         self.add_inproc("inproc-event-4k-32", "in process 4 KiB x32, event, 3 threads", rate(), deep(event));
     }
 
@@ -126,7 +144,8 @@ impl Plan {
         });
         self.add_floor("floor-busy-1m-8", "floor 1 MiB x8, busy", Wait::Busy, STREAM_DEPTH, LARGE);
         let rate = Against { ids: vec!["floor-busy-1m-8"], measure: Measure::Rate, target: Some(0.9) };
-        let large = Inproc { poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
+        let large =
+            Inproc { poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
         self.add_inproc("inproc-busy-1m-8", "in process 1 MiB x8 sequential, busy, memory", rate, large);
     }
 

@@ -92,7 +92,8 @@ impl Machine {
         let git = Command::new("git")
             .args(["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"])
             .output();
-        let commit = git.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let commit =
+            git.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         Self {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             cpu: or_unknown(model.unwrap_or_default()),
@@ -143,7 +144,9 @@ impl Report {
             return None;
         }
         let value = median(values);
-        let met = against.target.map(|target| if measure == Measure::P50 { value <= target } else { value >= target });
+        let met = against
+            .target
+            .map(|target| if measure == Measure::P50 { value <= target } else { value >= target });
         let to = others.iter().map(|other| other.title).collect::<Vec<_>>().join(" | ");
         Some(Ratio { to, measure, value, target: against.target, met })
     }
@@ -157,7 +160,11 @@ impl Report {
             self.machine.kernel,
             self.machine.commit,
             self.machine.load_average,
-            if self.machine.optimised { "" } else { "\nNOT AN OPTIMISED BUILD: only the shape means anything" },
+            if self.machine.optimised {
+                ""
+            } else {
+                "\nNOT AN OPTIMISED BUILD: only the shape means anything"
+            },
         );
         let _ = writeln!(
             text,

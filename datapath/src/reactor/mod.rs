@@ -217,7 +217,7 @@ impl Reactor {
         any |= self.deliver_notices();
         any |= self.report();
         if now >= self.next_deadline {
-            self.keep_time(now);
+            any |= self.keep_time(now);
         }
         any
     }
@@ -234,14 +234,16 @@ impl Reactor {
         any
     }
 
-    fn keep_time(&mut self, now: Instant) {
+    /// Does what time alone makes due. Returns whether another turn should follow at once.
+    fn keep_time(&mut self, now: Instant) -> bool {
+        let mut any = false;
         let mut next = now + STALL_CHECK;
         for volume in &mut self.volumes {
             if let Some(at) = volume.keep_alive(now, self.peer_timeout) {
                 next = next.min(at);
                 // A link closed for silence reports its end at the next poll.
                 if at <= now {
-                    volume.poll(now);
+                    any |= volume.poll(now);
                 }
             }
         }
