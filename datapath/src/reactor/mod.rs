@@ -255,10 +255,16 @@ impl Reactor {
                         index,
                         &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
                     );
+                    any = true;
                 }
+            }
+            // Clients that could not be accepted for want of descriptors: no edge will announce them again.
+            for listener in 0..self.listeners.len() {
+                self.accept(listener, now);
             }
         }
         self.next_deadline = next;
+        any
     }
 
     /// Sleeps until something happens or time is due.
