@@ -61,8 +61,11 @@ pub enum Origin {
         /// Tells its steps from an earlier copy's.
         serial: u64,
     },
-    /// The flush that ends a background copy.
-    ResyncFlush,
+    /// The flush that ends the background copy number `serial`.
+    ResyncFlush {
+        /// Tells it from an earlier copy's, which must not vouch for this one.
+        serial: u64,
+    },
     /// The flush that ends a quiesce.
     Quiesce,
     /// A client that is gone.
@@ -148,6 +151,8 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
+    /// The peer broke the protocol; the link's end is on its way.
+    link_distrusted: bool,
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
@@ -173,7 +178,10 @@ impl Volume {
         let size = spec.disk.size();
         Self {
             index,
-            refusal: format!("volume {}: this node has not agreed with its peer yet who serves it", spec.name),
+            refusal: format!(
+                "volume {}: this node has not agreed with its peer yet who serves it",
+                spec.name
+            ),
             name: spec.name,
             disk: spec.disk,
             disk_failure_told: false,
@@ -194,6 +202,7 @@ impl Volume {
             session_serial: 0,
             link: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
+            link_distrusted: false,
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,
@@ -263,6 +272,8 @@ impl Volume {
 
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
+        // Until here a lost link left the peer behind.
+        self.resync = None;
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -308,14 +319,20 @@ impl Volume {
         self.step_resync();
         self.end_quiesce();
         if self.disk.is_failed() {
-            self.disk_failed("a page could not be read or written (truncated file, I/O error or full file system)");
+            self.disk_failed(
+                "a page could not be read or written (truncated file, I/O error or full file system)",
+            );
         }
         self.pump_link(now);
         self.publish();
     }
 
     fn end_quiesce(&mut self) {
-        if self.quiescing && self.receiving == 0 && self.pipeline.in_flight() == 0 && self.inflight.waiting_len() == 0 {
+        if self.quiescing
+            && self.receiving == 0
+            && self.pipeline.in_flight() == 0
+            && self.inflight.waiting_len() == 0
+        {
             // Said once: the flush itself is now under way and counts as such.
             self.quiescing = false;
             self.serving = false;
@@ -351,7 +368,9 @@ impl Volume {
             match action {
                 Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
                 Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
-                Action::FlushLocal => self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH }),
+                Action::FlushLocal => {
+                    self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH });
+                }
                 Action::Release(change) => self.released(change),
                 Action::Complete(token) => self.completed(token),
                 Action::MarkDirty(range) => self.bitmap.set(range),
@@ -373,7 +392,7 @@ impl Volume {
                 resync.applied(change.range, &mut self.bitmap);
             }
             // A step that a session's end cut off is never completed.
-            if !completed && self.link.is_none() {
+            if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
                 return;
             }
@@ -395,9 +414,15 @@ impl Volume {
         }
         match origin {
             Origin::Resync { .. } | Origin::Nobody => {}
-            Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
+            Origin::ResyncFlush { serial } => {
+                if self.resync.is_some() && serial == self.resync_serial {
+                    self.events.push(Event::ResyncDone { volume: self.index });
+                }
+            }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
-            Origin::Nbd { .. } | Origin::Queue { .. } => self.notices.push(Notice::Done { origin, result: Ok(()) }),
+            Origin::Nbd { .. } | Origin::Queue { .. } => {
+                self.notices.push(Notice::Done { origin, result: Ok(()) });
+            }
         }
     }
 
@@ -416,9 +441,14 @@ impl Volume {
     /// ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
+        if self.source && self.pipeline.in_flight() > 0 {
+            // Numbers were given out that will never be posted, and the copy counts on steps that never end.
+            self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
+        }
         self.pipeline.abandon(&mut tokens, &mut locked);
-        self.outbox.clear();
+        self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
+            self.bitmap.set(change.range);
             self.inflight.release(change.token, change.range.start, &mut self.granted);
             self.request_mut(change.token).locked = false;
             if self.request_mut(change.token).completed {
@@ -484,3 +514,6 @@ impl Request {
         Change { token, kind, range: self.range, flags: self.flags }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,6 +25,7 @@ impl Volume {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
         self.link = Some(link);
+        self.link_distrusted = false;
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;
@@ -42,14 +43,30 @@ impl Volume {
             // Numbering goes on: the peer was told of no change.
             return;
         }
+        if self.access.is_some() && (self.access_job.is_some() || !self.arrived.is_empty()) {
+            // They belong to the role that ends and must not reach the disk under the new one.
+            self.arrived.clear();
+            self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
+            return;
+        }
         self.epoch = epoch;
         self.access = None;
         if self.source {
             self.source = false;
             self.resync = None;
+            // Numbers of the session that ends; what must go again comes again under new ones.
+            self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
+            self.pipeline_event(PipelineEvent::SessionDown);
+        } else if !matches!(direction, Direction::Source { .. }) {
+            // A record of the peer's absence is void once the peer may serve.
             self.pipeline_event(PipelineEvent::SessionDown);
         }
         if self.link.is_none() {
+            return;
+        }
+        if self.disk.is_failed() {
+            // Nothing of it may be sent, and nothing that arrives be acknowledged; its end was told once already.
+            self.close_link(DownReason::Local("the local disk failed"));
             return;
         }
         match direction {
@@ -105,13 +122,17 @@ impl Volume {
         let mut events = std::mem::take(&mut self.link_events);
         link.poll(&mut events);
         let heard = link.received_bytes();
+        let mut any = !events.is_empty();
         if heard != self.heard_bytes {
             self.heard_bytes = heard;
             self.last_heard = now;
+            any = true;
         }
-        let any = !events.is_empty();
         for event in events.drain(..) {
-            self.link_event(event);
+            // After a violation nothing more is believed; what the same poll brought along is dropped with it.
+            if !self.link_distrusted || matches!(event, LinkEvent::Down(_)) {
+                self.link_event(event);
+            }
         }
         self.link_events = events;
         any
@@ -122,6 +143,10 @@ impl Volume {
         let epoch = self.epoch;
         let link = self.link.as_mut()?;
         let interval = timeout / 4;
+        if link.arm().is_some_and(|(_, interest)| !interest.readable) {
+            // It is we who do not listen: our ring is full.
+            self.last_heard = now;
+        }
         let silent = now.duration_since(self.last_heard);
         if silent >= timeout {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
@@ -149,13 +174,19 @@ impl Volume {
             }
         };
         if let Err(violation) = outcome {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
+    }
+
+    /// The peer broke the protocol: its frames end here.
+    fn distrust_link(&mut self, violation: Violation) {
+        self.link_distrusted = true;
+        self.close_link(DownReason::Protocol(violation));
     }
 
     fn message(&mut self, header: &Header) -> Result<(), Violation> {
         match header.kind {
-            Kind::Ack if self.source => {
+            Kind::Ack if self.source && header.epoch == self.epoch => {
                 let event = PipelineEvent::Ack { applied: header.seq, durable: Seq(header.aux) };
                 let outcome = self.pipeline.handle(event, &mut self.actions);
                 self.perform();
@@ -239,7 +270,7 @@ impl Volume {
         }
         self.change_applied(slot);
         if let Err(violation) = self.apply_arrived() {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
     }
 
@@ -257,12 +288,14 @@ impl Volume {
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
-        if std::mem::take(&mut self.source) {
-            self.pipeline_event(PipelineEvent::SessionDown);
-        }
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
+        }
+        // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
+        // pipeline wishes once.
+        if std::mem::take(&mut self.source) {
+            self.pipeline_event(PipelineEvent::SessionDown);
         }
     }
 
@@ -351,6 +384,12 @@ fn post(
     let span = (change.kind == Kind::Write).then(|| disk.span(change.range));
     if let Some(span) = &span {
         header.payload_crc = span.crc32c();
+    }
+    if disk.is_failed() {
+        // The sum is of zeroes that stand in for a lost page; they must not reach the good disk. The link takes the
+        // permit with it.
+        link.close(DownReason::Medium);
+        return false;
     }
     link.post(permit, header, span, Token(seq.0));
     true

@@ -11,10 +11,14 @@
 //! Survives: any bytes, disconnection at any point, a medium that fails under a transfer (`EIO`, the stream stays in step).
 
 use super::handshake::{ExportDirectory, Handshake, Outcome};
-use super::proto::{AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request};
+use super::proto::{
+    AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
+};
 use super::reply::{BlockStatus, Finality, error_reply, read_header, simple_reply};
 use crate::error::IoError;
-use crate::limits::{CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX};
+use crate::limits::{
+    CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX, RECEIVE_LEN_MAX, TURN_MS_MAX,
+};
 use crate::units::{ByteRange, Token};
 use crate::volume::{Begin, NewRequest, Op, Origin, Volume};
 use crate::wire::Kind;
@@ -40,12 +44,27 @@ const OUT_LEN_SOON: usize = 32 << 10;
 enum Input {
     Header,
     /// A write whose range is not ours yet.
-    AwaitsLock { token: Token, cookie: u64, range: ByteRange },
-    Payload { token: Token, cookie: u64, range: ByteRange, span: Span, received: usize },
+    AwaitsLock {
+        token: Token,
+        cookie: u64,
+        range: ByteRange,
+    },
+    Payload {
+        token: Token,
+        cookie: u64,
+        range: ByteRange,
+        span: Span,
+        received: usize,
+    },
     /// A refused write's payload.
-    Drain { left: usize },
+    Drain {
+        left: usize,
+    },
     /// A request there was no room for.
-    Refused { new: NewRequest, cookie: u64 },
+    Refused {
+        new: NewRequest,
+        cookie: u64,
+    },
     /// The client said goodbye (or must be left): answer what is open, then close.
     Ended,
 }
@@ -166,7 +185,8 @@ impl Connection {
     /// Edges from the reactor's poller.
     pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool) {
         self.readable |= readable || hung_up;
-        self.writable |= writable;
+        // On a dead connection the next send says so.
+        self.writable |= writable || hung_up;
         self.hung_up |= hung_up;
     }
 
@@ -210,14 +230,22 @@ impl Connection {
     ///
     /// # Errors
     /// [`ConnectionEnd`].
-    pub fn negotiate(&mut self, directory: &dyn ExportDirectory, now: Instant) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
+    pub fn negotiate(
+        &mut self,
+        directory: &dyn ExportDirectory,
+        now: Instant,
+    ) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
         self.send_out()?;
         while self.readable {
             let State::Handshake(handshake) = &mut self.state else { return Ok(None) };
             // Only as much as surely belongs to the handshake is taken from the socket, the rest looked at: the first
             // request, and a payload behind it, must stay there.
             let mut peeked = [0; 4096];
-            let n = match rustix::net::recv(&self.socket, &mut peeked[..], rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT) {
+            let n = match rustix::net::recv(
+                &self.socket,
+                &mut peeked[..],
+                rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT,
+            ) {
                 Ok((_, 0)) => return Err(ConnectionEnd::Gone),
                 Ok((_, n)) => n,
                 Err(Errno::AGAIN) => {
@@ -228,7 +256,9 @@ impl Connection {
                 Err(e) => return Err(ConnectionEnd::Io(e.into())),
             };
             self.last_input = now;
-            let step = handshake.feed(&peeked[..n], &mut self.out, directory).map_err(|e| ConnectionEnd::Protocol(e.to_string()));
+            let step = handshake
+                .feed(&peeked[..n], &mut self.out, directory)
+                .map_err(|e| ConnectionEnd::Protocol(e.to_string()));
             let consumed = step.as_ref().map_or(n, |s| s.consumed);
             rustix::net::recv(&self.socket, &mut peeked[..consumed], rustix::net::RecvFlags::DONTWAIT)
                 .map_err(|e| ConnectionEnd::Io(e.into()))?;
@@ -259,7 +289,7 @@ impl Connection {
         let mut any = self.send_out()?;
         self.finish_stuck(volume);
         let mut budget = TURN_REQUESTS_MAX;
-        while self.wants_service() && budget > 0 {
+        while self.wants_service() && budget > 0 && now.elapsed() < Duration::from_millis(TURN_MS_MAX) {
             budget -= 1;
             if self.out.len() >= OUT_LEN_SOON {
                 any |= self.send_out()?;
@@ -278,7 +308,8 @@ impl Connection {
         }
         any |= self.send_out()?;
         self.finish_stuck(volume);
-        if matches!(self.input, Input::Ended) && self.open == 0 && self.out.is_empty() && self.stuck.is_none() {
+        if matches!(self.input, Input::Ended) && self.open == 0 && self.out.is_empty() && self.stuck.is_none()
+        {
             return Err(ConnectionEnd::Gone);
         }
         Ok(any)
@@ -468,6 +499,7 @@ impl Connection {
         };
         let left = span.len() - received;
         let available = rustix::io::ioctl_fionread(&self.socket).map_err(|e| ConnectionEnd::Io(e.into()))?;
+        let available = available.min(RECEIVE_LEN_MAX as u64);
         let take = if available >= left as u64 {
             left
         } else {
@@ -506,7 +538,8 @@ impl Connection {
             return Ok(true);
         }
         if take < left {
-            self.input = Input::Payload { token, cookie, range, span: span.clone(), received: received + take };
+            self.input =
+                Input::Payload { token, cookie, range, span: span.clone(), received: received + take };
             return Ok(true);
         }
         self.input = Input::Header;
@@ -530,7 +563,9 @@ impl Connection {
                 self.reply_error(request.cookie, rejection.errno, rejection.reason);
                 self.input = match rejection.after {
                     AfterRejection::Continue => Input::Header,
-                    AfterRejection::Drain { len } => Input::Drain { left: usize::try_from(len).expect("64-bit") },
+                    AfterRejection::Drain { len } => {
+                        Input::Drain { left: usize::try_from(len).expect("64-bit") }
+                    }
                     AfterRejection::Close => Input::Ended,
                 };
                 return Ok(());
@@ -543,7 +578,9 @@ impl Connection {
             Operation::Read { range } => (Op::Read, range, false),
             Operation::Write { range, fua } => (Op::Change(Kind::Write), range, fua),
             Operation::Trim { range, fua } => (Op::Change(Kind::Trim), range, fua),
-            Operation::WriteZeroes { range, fua, no_hole: true } => (Op::Change(Kind::WriteZeroes), range, fua),
+            Operation::WriteZeroes { range, fua, no_hole: true } => {
+                (Op::Change(Kind::WriteZeroes), range, fua)
+            }
             Operation::WriteZeroes { range, fua, no_hole: false } => (Op::Change(zeroes), range, fua),
             Operation::Flush => (Op::Flush, ByteRange::new(0, 0), false),
             // The mapping is the page cache: whatever is read stays there as the kernel sees fit.

@@ -138,6 +138,21 @@ fn fua_makes_one_write_durable_and_holds_up_no_other() {
 }
 
 #[test]
+fn what_was_answered_behind_a_slow_flush_is_forgotten_at_once() {
+    for ack_level in [AckLevel::Async, AckLevel::Memory] {
+        let mut rig = Rig::live(ack_level);
+        rig.on(Event::Landed(change(1, flags::FUA)));
+        for token in 2..=5000 {
+            rig.land(token);
+            rig.ack(token, 0);
+            assert_eq!(rig.pipeline.in_flight(), 1, "only the write that waits for the disk");
+        }
+        rig.ack(5000, 1);
+        assert_eq!(rig.on(Event::FlushedLocal), [complete(1)]);
+    }
+}
+
+#[test]
 fn a_local_flush_that_began_before_a_write_does_not_cover_it() {
     let mut rig = Rig::live(AckLevel::Memory);
     rig.on(Event::Landed(change(1, flags::FUA)));
@@ -299,6 +314,14 @@ fn a_lost_session_asks_once_and_marks_what_was_on_its_way() {
         [complete(2), complete(3)]
     );
     assert_eq!(rig.pipeline.in_flight(), 0);
+}
+
+#[test]
+fn a_record_of_the_peers_absence_is_void_once_a_session_without_us_as_source_ended() {
+    let mut rig = Rig::new(AckLevel::Memory, OnPeerLoss::Continue);
+    rig.on(Event::GoAlone);
+    assert_eq!(rig.on(Event::SessionDown), []);
+    assert_eq!(rig.land(1), [Action::AskAlone]);
 }
 
 #[test]

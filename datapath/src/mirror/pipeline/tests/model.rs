@@ -234,13 +234,18 @@ impl World {
 
     fn session_down(&mut self) -> Result<(), TestCaseError> {
         let was_live = std::mem::take(&mut self.live);
-        self.in_sync = false;
+        (self.in_sync, self.on_record) = (false, false);
         for landed in &mut self.changes {
             landed.posted = None;
         }
         self.event(Event::SessionDown)?;
         if was_live {
             for landed in &self.changes {
+                prop_assert!(
+                    landed.released > 0 || !landed.is_copy(),
+                    "a step outlived its session: {:?}",
+                    landed
+                );
                 prop_assert!(
                     landed.released > 0 || self.dirty.contains(&landed.change.range),
                     "the peer may lack {:?}",
