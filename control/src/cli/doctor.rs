@@ -86,6 +86,11 @@ fn render(checks: &[Check], colours: bool) -> String {
 fn configuration(place: &Place, checks: &mut Vec<Check>) {
     let config = match Config::load(&place.file) {
         Ok(config) => config,
+        Err(_) if place.file == Path::new(CONFIG_DEFAULT) && !place.file.exists() => {
+            let text = format!("none at {CONFIG_DEFAULT}: name yours with --config FILE or COSTANDBY_CONFIG");
+            checks.push(Check::warn("configuration", text));
+            return;
+        }
         Err(error) => {
             checks.push(Check::fail("configuration", error.to_string()));
             return;
