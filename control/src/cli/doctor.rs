@@ -5,7 +5,7 @@
 //!
 //! Survives: a machine without /proc or a configuration, which are findings like any other.
 
-use super::{CliError, Colour, Place, colours_wanted, print};
+use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
 use crate::config::{Config, Disk, Endpoint, LinkKind, Node, Volume};
 use costandby_datapath::disk::superblock::{
