@@ -190,7 +190,8 @@ impl Reactor {
         let now = Instant::now();
         let mut any = false;
         self.turns_since_poller += 1;
-        if self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS {
+        let looked = self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS;
+        if looked {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
         any |= self.take_commands(now);
@@ -199,8 +200,9 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
+            // A link that is about to answer is asked directly, unless the poller has just spoken for it.
             if self.link_ready[volume]
-                || self.volumes[volume].expects_link()
+                || (!looked && self.volumes[volume].expects_link())
                 || self.volumes[volume].has_backlog()
             {
                 let busy = self.volumes[volume].poll(now);
@@ -255,10 +257,16 @@ impl Reactor {
                         index,
                         &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
                     );
+                    any = true;
                 }
+            }
+            // Clients that could not be accepted for want of descriptors: no edge will announce them again.
+            for listener in 0..self.listeners.len() {
+                self.accept(listener, now);
             }
         }
         self.next_deadline = next;
+        any
     }
 
     /// Sleeps until something happens or time is due.

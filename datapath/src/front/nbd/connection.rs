@@ -554,6 +554,10 @@ impl Connection {
         }
         self.input = Input::Header;
         self.header_len = n - take;
+        if self.header_len < REQUEST_LEN && !self.hung_up {
+            // Less than was asked for: the socket is empty, and what comes next is a new edge.
+            self.readable = false;
+        }
         volume.landed(token);
         if self.header_len == REQUEST_LEN {
             self.header_len = 0;
@@ -614,7 +618,6 @@ impl Connection {
         };
         let cookie = checked.cookie;
         let origin = Origin::Nbd { connection: self.index, serial: self.serial, cookie };
-        let zeroes = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
         let (op, range, fua) = match checked.operation {
             Operation::Read { range } => (Op::Read, range, false),
             Operation::Write { range, fua } => (Op::Change(Kind::Write), range, fua),
@@ -622,7 +625,10 @@ impl Connection {
             Operation::WriteZeroes { range, fua, no_hole: true } => {
                 (Op::Change(Kind::WriteZeroes), range, fua)
             }
-            Operation::WriteZeroes { range, fua, no_hole: false } => (Op::Change(zeroes), range, fua),
+            Operation::WriteZeroes { range, fua, no_hole: false } => {
+                let kind = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
+                (Op::Change(kind), range, fua)
+            }
             Operation::Flush => (Op::Flush, ByteRange::new(0, 0), false),
             // The mapping is the page cache: whatever is read stays there as the kernel sees fit.
             Operation::Cache { .. } => {
