@@ -38,11 +38,12 @@ use writer::{DEPTH, Phase, Writer, WriterError, Written};
 /// The volumes, in order, and who serves them first.
 const VOLUMES: [(&str, Side); 2] = [("one", Side::Alpha), ("two", Side::Beta)];
 
-/// Bytes of a volume where there is room for four disks of it: more than any cache hides, little enough to read back.
-const VOLUME_LEN: u64 = 256 << 20;
+/// Bytes of a volume where there is room for four disks of it: thousands of blocks to go wrong, and yet copied, compared
+/// and removed again within seconds on a file system that discards what is removed (four times as much took a minute).
+const VOLUME_LEN: u64 = 64 << 20;
 
 /// Bytes of a volume where there is not.
-const VOLUME_LEN_SMALL: u64 = 32 << 20;
+const VOLUME_LEN_SMALL: u64 = 16 << 20;
 
 /// Room beyond the disks, for logs and metadata.
 const ROOM_LEN: u64 = 64 << 20;
