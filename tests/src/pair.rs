@@ -149,7 +149,7 @@ impl Pair {
             if pair.settings.sparse {
                 create.arg("--sparse");
             }
-            let _ = run(&mut create).ok();
+            run(&mut create).ok();
         }
         pair
     }
@@ -253,7 +253,9 @@ impl Pair {
     }
 
     /// Runs the command line on a node and expects success; its standard output.
-    #[must_use]
+    ///
+    /// # Panics
+    /// When it fails.
     pub fn cli_ok(&self, node: usize, args: &[&str]) -> String {
         self.cli(node, args).ok().stdout
     }
