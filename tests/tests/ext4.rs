@@ -48,17 +48,17 @@ impl Stack {
         std::fs::create_dir_all(at).expect("a directory");
         let device = self.device.as_ref().expect("attached before it is mounted");
         let mut mount = system_command("mount");
-        let _ = run(mount.args(["-t", "ext4", "-o", options, device]).arg(at)).ok();
+        run(mount.args(["-t", "ext4", "-o", options, device]).arg(at)).ok();
         self.mounted = Some(at.to_owned());
     }
 
     /// Takes the mount and the device away; the file stays.
     fn detach(&mut self) {
         if let Some(at) = self.mounted.take() {
-            let _ = run(system_command("umount").arg(at)).ok();
+            run(system_command("umount").arg(at)).ok();
         }
         if let Some(device) = self.device.take() {
-            let _ = run(system_command("losetup").args(["-d", &device])).ok();
+            run(system_command("losetup").args(["-d", &device])).ok();
         }
     }
 
@@ -69,7 +69,7 @@ impl Stack {
 
     fn take_down(mut self) {
         self.detach();
-        let _ = run(system_command("umount").arg(&self.shown)).ok();
+        run(system_command("umount").arg(&self.shown)).ok();
         let ended = self.nbdfuse.wait(LIMIT);
         assert!(ended.is_some_and(|status| status.success()), "nbdfuse ended with {ended:?}");
     }
@@ -79,7 +79,7 @@ impl Drop for Stack {
     fn drop(&mut self) {
         // After a failure any of these may be gone already; lazily, because a test that failed may hold files open.
         if let Some(at) = self.mounted.take() {
-            let _ = run(system_command("umount").arg("-l").arg(at));
+            run(system_command("umount").arg("-l").arg(at));
         }
         if let Some(device) = self.device.take() {
             let _ = run(system_command("losetup").args(["-d", &device]));
@@ -150,10 +150,10 @@ fn ext4_survives_a_handover() {
 
     let mut stack = Stack::new(&pair.uri(ALPHA, "db"), &fuse);
     let device = stack.attach().to_owned();
-    let _ = run(system_command("mkfs.ext4").args(["-q", "-F", &device])).ok();
+    run(system_command("mkfs.ext4").args(["-q", "-F", &device])).ok();
     stack.mount(&mount, "discard");
     let expected = fill(&mount, &mut Rng::new(4));
-    let _ = run(&mut Command::new("sync")).ok();
+    run(&mut Command::new("sync")).ok();
     assert_holds(&mount, &expected);
     stack.detach();
     stack.fsck();

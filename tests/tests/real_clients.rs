@@ -108,9 +108,9 @@ fn nbdcopy_in_and_out() {
     let pair = pair(64);
     let source = source_file(&pair, 64 * MIB, 1);
     let uri = pair.uri(ALPHA, "db").to_string();
-    let _ = program("nbdcopy", &["--flush", "--connections=4", source.to_str().expect("text"), &uri]).ok();
+    program("nbdcopy", &["--flush", "--connections=4", source.to_str().expect("text"), &uri]).ok();
     let back = pair.path("back.raw");
-    let _ = program("nbdcopy", &["--connections=4", &uri, back.to_str().expect("text")]).ok();
+    program("nbdcopy", &["--connections=4", &uri, back.to_str().expect("text")]).ok();
     assert_same_bytes(&source, &back);
     pair.settle_and_compare("db");
     assert_same_bytes(&source, &pair.disk(BETA, "db"));
@@ -165,13 +165,13 @@ fn qemu_img_converts_and_compares() {
     let source = source_file(&pair, 32 * MIB, 2);
     let source = source.to_str().expect("text");
     let (uri, tcp) = (pair.uri(ALPHA, "db").to_string(), pair.uri_tcp(ALPHA, "db").to_string());
-    let _ = program("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", "-W", source, &uri]).ok();
+    program("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", "-W", source, &uri]).ok();
     let compared = program("qemu-img", &["compare", "-f", "raw", "-F", "raw", source, &tcp]).ok();
     assert!(compared.stdout.contains("identical"), "{}", compared.stdout);
     let copy = pair.path("copy.qcow2");
     let copy = copy.to_str().expect("text");
-    let _ = program("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &tcp, copy]).ok();
-    let _ = program("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", copy, source]).ok();
+    program("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &tcp, copy]).ok();
+    program("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", copy, source]).ok();
     pair.settle_and_compare("db");
 
     pair.client(ALPHA, "db").write(5 << 20, b"different", false).expect("a write");
