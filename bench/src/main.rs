@@ -1,3 +1,97 @@
-//! The `costandby-bench` program.
+//! `costandby-bench`: what a mirrored write costs, next to the floor and to a peer, measured in one run.
+//!
+//! `run` goes through every case once a round, so that cases which are compared run next to each other, and reports
+//! medians over the rounds. Every case checks its result; a run with a wrong byte fails instead of reporting.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod floor;
+mod histogram;
+mod inproc;
+mod plan;
+mod report;
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use plan::Plan;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Errors go to a person: text will do.
+type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+#[derive(Parser)]
+#[command(name = "costandby-bench", version, about = "Measures mirrored writes against the floor and a peer")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Measure everything and print a table.
+    #[command(
+        after_help = "Examples:\n  costandby-bench run\n  costandby-bench run --seconds 10 --json bench.json\n  \
+        costandby-bench run --only floor,inproc --rounds 9\n  costandby-bench run --quick"
+    )]
+    Run(RunArgs),
+}
+
+/// How to run.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RunArgs {
+    /// Seconds each case is measured for, all rounds together.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// Rounds the cases are gone through; medians are over rounds.
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// Also write a JSON record here.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Everything tiny: shows that the benchmark works, not how fast anything is.
+    #[arg(long)]
+    quick: bool,
+    /// Only cases whose id begins with one of these, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "ID")]
+    only: Vec<String>,
+    /// Directory for disk files, on the file system to be measured.
+    #[arg(long, default_value_os_t = std::env::temp_dir(), value_name = "DIR")]
+    dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let Task::Run(args) = Cli::parse().command;
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("costandby-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &RunArgs) -> Outcome<()> {
+    let (seconds, rounds) = if args.quick { (0.05, 1) } else { (args.seconds, args.rounds.max(1)) };
+    let time = Duration::try_from_secs_f64(seconds / f64::from(rounds))?;
+    let machine = report::Machine::here();
+    let mut plan = Plan::new(args)?;
+    let steps = u64::from(rounds) * plan.cases.len() as u64;
+    // Draws nothing where standard error is no terminal.
+    let bar = ProgressBar::new(steps).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
+    for _ in 0..rounds {
+        for case in &mut plan.cases {
+            bar.set_message(case.row.title);
+            let summary = (case.run)(time).map_err(|error| format!("{}: {error}", case.row.title))?;
+            case.row.rounds.push(summary);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    let report = plan.finish(machine)?;
+    print!("{}", report.table());
+    if let Some(path) = &args.json {
+        report.write_json(path)?;
+    }
+    Ok(())
+}

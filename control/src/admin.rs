@@ -27,6 +27,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of a request's body: the longest legitimate one is `{"force":false}`.
 const BODY_LEN_MAX: usize = 4 << 10;
 

@@ -14,7 +14,7 @@
 //! link's first frame.
 
 use crate::generation::{Agreement, Lineage, ServingRole, View};
-use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
 use costandby_datapath::limits::{self, GENERATION_HISTORY_LEN};
 use costandby_datapath::units::{Epoch, Generation};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,9 @@ pub const VERSION: u8 = 1;
 
 /// Highest epoch a peer may claim: no cluster reaches it by promotions, and counting on from it cannot overflow.
 pub const EPOCH_MAX: u64 = 1 << 62;
+
+/// Link kinds one hello may offer: three exist.
+const LINKS_MAX: usize = 16;
 
 /// Bytes before the JSON.
 pub const ENVELOPE_LEN: usize = 17;
@@ -181,8 +184,23 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message, usize)>, HelloError> {
     if computed != announced {
         return Err(HelloError::Checksum { found: announced, computed });
     }
-    let message = serde_json::from_slice(body).map_err(|source| HelloError::Body { source })?;
+    let message =
+        serde_json::from_slice(body).and_then(checked).map_err(|source| HelloError::Body { source })?;
     Ok(Some((message, ENVELOPE_LEN + len)))
+}
+
+/// Bounds what a peer may name: names come back in our refusals, which are bounded too.
+fn checked(message: Message) -> Result<Message, serde_json::Error> {
+    if let Message::Hello(hello) = &message {
+        let long = [&hello.node, &hello.volume]
+            .into_iter()
+            .chain(&hello.links)
+            .any(|name| name.len() > NAME_LEN_MAX);
+        if long || hello.links.len() > LINKS_MAX {
+            return Err(serde::de::Error::custom("a name or the list of links is too long"));
+        }
+    }
+    Ok(message)
 }
 
 fn sizes(envelope: &[u8; ENVELOPE_LEN]) -> Result<(usize, u32), HelloError> {
@@ -405,6 +423,18 @@ mod tests {
         assert!(matches!(with(12, 1), HelloError::Length { .. }));
         assert!(matches!(with(20, b'?'), HelloError::Checksum { .. }));
         assert!(matches!(decode(&envelope(b"{\"howdy\":{}}")), Err(HelloError::Body { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn names_over_the_bound_are_refused(message in any_message(), excess in 0usize..3, links in 15usize..18) {
+            if let Message::Hello(mut hello) = message {
+                hello.volume = "v".repeat(NAME_LEN_MAX - 1 + excess);
+                hello.links = vec!["tcp".to_owned(); links];
+                let decoded = decode(&encode(&Message::Hello(hello)));
+                prop_assert_eq!(decoded.is_ok(), excess < 2 && links <= LINKS_MAX);
+            }
+        }
     }
 
     #[test]

@@ -151,21 +151,26 @@ pub enum Event {
     Start,
     /// The peer's hello was read on a new connection, on which [`VolumeController::hello`]'s was sent before.
     HelloReceived(Box<Hello>),
-    /// The peer's `Ready` was read on the connection that carried ours.
+    /// The peer's `Ready` was read on the connection that carried ours. Without an [`Action::StartSession`] in answer the
+    /// connection is closed.
     SessionReady(Ready),
-    /// A connection ended before it became a session: refused, timed out, broken.
+    /// A connection ended before it became a session: refused, timed out, broken. Not reported, like anything else of
+    /// that connection, after [`Action::Refuse`] or [`Action::CloseLink`] ended it here.
     SessionFailed {
         /// Why, for the operator.
         text: String,
     },
     /// The session's link is gone, once for each [`Action::StartSession`], also after [`Action::CloseLink`]. On a target:
-    /// everything that arrived whole has been applied and is on stable storage.
+    /// everything that arrived whole has been applied; [`Event::Settled`] follows.
     LinkDown {
         /// Why, for the operator.
         reason: String,
         /// Some write is in flight, or not confirmed durable by the peer.
         undurable: bool,
     },
+    /// What a target had applied when its session ended is on stable storage. It may take as long as a flush does, and
+    /// a promotion does not wait for it: until then the disk is a clean prefix unless this node loses power.
+    Settled,
     /// A write came, there is no peer, and we have not gone alone on record.
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
@@ -343,6 +348,8 @@ pub struct VolumeController {
     alone: bool,
     /// A frozen primary's disk holds writes the peer may lack.
     undurable: bool,
+    /// A target's session ended, and what it had applied is being flushed.
+    settling: bool,
     /// A write waits to go alone until the handshake under way has ended.
     need_alone: bool,
     promotion: Option<Promotion>,
@@ -370,6 +377,7 @@ impl VolumeController {
             served: false,
             alone: false,
             undurable: false,
+            settling: false,
             need_alone: false,
             promotion: None,
             demotion: None,
@@ -401,6 +409,7 @@ impl VolumeController {
             Event::SessionReady(ready) => self.on_ready(ready, actions),
             Event::SessionFailed { text } => self.on_session_failed(&text, actions),
             Event::LinkDown { reason, undurable } => self.on_link_down(&reason, undurable, actions),
+            Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
             Event::PeerMessage { code, arg } => self.on_peer_message(code, arg, actions),
@@ -438,9 +447,9 @@ impl VolumeController {
         }
     }
 
-    /// The daemon before this one stopped while applying: `applying` is cleared whenever a session ends in order.
+    /// The daemon before this one stopped while applying, or before what it had applied was durable.
     fn is_torn(&self) -> bool {
-        self.superblock.applying && self.peer.is_none()
+        self.superblock.applying && self.peer.is_none() && !self.settling
     }
 
     fn is_usable(&self) -> bool {

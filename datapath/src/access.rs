@@ -18,6 +18,9 @@ pub struct Access {
     admitted: Seq,
     applied: Seq,
     durable: Seq,
+    /// Start a flush as soon as this much is applied; what was asked for later waits in `flush_wanted`, so that a peer
+    /// that keeps asking does not put off its first question.
+    flush_due: Seq,
     flush_wanted: Seq,
     flush_running: Option<Seq>,
     acked: (Seq, Seq),
@@ -33,6 +36,7 @@ impl Access {
             admitted: Seq::ZERO,
             applied: Seq::ZERO,
             durable: Seq::ZERO,
+            flush_due: Seq::ZERO,
             flush_wanted: Seq::ZERO,
             flush_running: None,
             acked: (Seq::ZERO, Seq::ZERO),
@@ -75,7 +79,7 @@ impl Access {
         assert_eq!(header.seq, self.applied.next(), "changes are applied in order");
         self.applied = header.seq;
         if header.flags & flags::FUA != 0 {
-            self.flush_wanted = header.seq;
+            self.want_flush(header.seq);
         }
     }
 
@@ -88,15 +92,21 @@ impl Access {
         if header.seq > self.admitted {
             return Err(Violation::SeqOrder { found: header.seq, expected: self.admitted });
         }
-        self.flush_wanted = self.flush_wanted.max(header.seq);
+        self.want_flush(header.seq);
         Ok(())
+    }
+
+    fn want_flush(&mut self, upto: Seq) {
+        self.flush_wanted = self.flush_wanted.max(upto);
+        if self.flush_due <= self.durable {
+            self.flush_due = self.flush_wanted;
+        }
     }
 
     /// Whether to start a flush of the disk now: one is wanted, none is under way, and what it must cover is applied.
     pub fn take_flush(&mut self) -> bool {
-        let due = self.flush_running.is_none()
-            && self.flush_wanted > self.durable
-            && self.applied >= self.flush_wanted;
+        let due =
+            self.flush_running.is_none() && self.flush_due > self.durable && self.applied >= self.flush_due;
         if due {
             self.flush_running = Some(self.applied);
         }
@@ -109,6 +119,7 @@ impl Access {
     /// When none was under way.
     pub fn flushed(&mut self) {
         self.durable = self.flush_running.take().expect("a flush was under way");
+        self.flush_due = self.flush_wanted;
     }
 
     /// The ack to send, if there is news: applied and durable, both cumulative.
@@ -192,5 +203,54 @@ mod tests {
         access.admit(&fua).expect("in order");
         access.applied(&fua);
         assert!(access.take_flush(), "FUA flushes unasked");
+    }
+
+    #[test]
+    fn a_fua_write_applied_later_does_not_swallow_a_flush_asked_for_before() {
+        let mut access = Access::new(Epoch(3), 4096);
+        let mut fua = change(1);
+        fua.flags = flags::FUA;
+        access.admit(&fua).expect("in order");
+        access.admit(&change(2)).expect("in order");
+        let mut flush = Header::new(Kind::Flush, Epoch(3));
+        flush.seq = Seq(2);
+        access.flush_asked(&flush).expect("sent before");
+        access.applied(&fua);
+        if access.take_flush() {
+            access.flushed();
+        }
+        access.applied(&change(2));
+        assert!(access.take_flush());
+        access.flushed();
+        assert_eq!(access.take_ack(), Some((Seq(2), Seq(2))));
+        assert!(!access.take_flush(), "nothing is left");
+    }
+
+    #[test]
+    fn a_peer_that_keeps_asking_still_gets_its_first_answer() {
+        let mut access = Access::new(Epoch(3), 4096);
+        for seq in 1..=20 {
+            access.admit(&change(seq)).expect("in order");
+        }
+        let mut flush = Header::new(Kind::Flush, Epoch(3));
+        let mut answered = 0;
+        for seq in 1..=10 {
+            // Always asked for ten changes ahead of what is applied.
+            flush.seq = Seq(seq + 10);
+            access.flush_asked(&flush).expect("sent before");
+            access.applied(&change(seq));
+        }
+        for seq in 11..=20 {
+            access.applied(&change(seq));
+            if access.take_flush() {
+                access.flushed();
+                answered += 1;
+            }
+        }
+        assert_eq!(
+            (answered, access.take_ack()),
+            (2, Some((Seq(20), Seq(20)))),
+            "at 11, and all the rest at 20"
+        );
     }
 }

@@ -46,7 +46,9 @@ pub enum Violation {
         size: u64,
     },
     /// The payload does not match its checksum.
-    #[error("payload of seq {seq} has checksum {computed:#010x}, the header says {announced:#010x}: damaged in transit")]
+    #[error(
+        "payload of seq {seq} has checksum {computed:#010x}, the header says {announced:#010x}: damaged in transit"
+    )]
     PayloadChecksum {
         /// Of the frame.
         seq: Seq,
@@ -64,7 +66,9 @@ pub enum Violation {
         role: &'static str,
     },
     /// More ring space returned than was ever used, or less than before.
-    #[error("peer returned {found} bytes of ring space in all, {sent} were used and {before} returned before")]
+    #[error(
+        "peer returned {found} bytes of ring space in all, {sent} were used and {before} returned before"
+    )]
     RingReturned {
         /// As sent.
         found: u64,

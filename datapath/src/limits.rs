@@ -83,6 +83,16 @@ pub const DISK_WORKERS: usize = 2;
 /// switch in it; the spin shrinks to nothing when it keeps finding nothing.
 pub const SPIN_US_MAX: u64 = 50;
 
+/// Bytes of payload taken from a client in one call. A page fault on a mapping may be held up by the kernel's dirty-page
+/// throttling every few dozen pages, for up to 200 ms; with this many pages a call ends well within the peer timeout.
+pub const RECEIVE_LEN_MAX: usize = 256 << 10;
+
+/// Milliseconds one connection may keep the reactor in one turn, throttling included: a fraction of the peer timeout.
+pub const TURN_MS_MAX: u64 = 20;
+
+/// Bytes the background copy asks the kernel to read ahead of itself.
+pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
+
 /// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
 /// for any live client, short enough that a hung one does not hold a range for good.
 pub const PAYLOAD_STALL_S_MAX: u64 = 30;

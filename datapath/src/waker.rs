@@ -35,7 +35,8 @@ impl Waker {
     pub fn wake(&self) {
         // Pairs with the fence in `prepare_sleep`: either we see `sleeping`, or the sleeper sees what we queued.
         fence(Ordering::SeqCst);
-        if self.shared.sleeping.load(Ordering::Relaxed) && self.shared.sleeping.swap(false, Ordering::AcqRel) {
+        if self.shared.sleeping.load(Ordering::Relaxed) && self.shared.sleeping.swap(false, Ordering::AcqRel)
+        {
             // It can only fail when the counter is full, and then the bell is already ringing.
             let _ = rustix::io::write(&self.shared.event, &1u64.to_ne_bytes());
         }

@@ -215,7 +215,9 @@ const _: () = assert!(size_of::<RawHeader>() == HEADER_LEN);
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum WireError {
     /// Not a frame at all.
-    #[error("frame starts with {found:02x?}, not with costandby's {MAGIC:02x?}: is the peer's port another program's?")]
+    #[error(
+        "frame starts with {found:02x?}, not with costandby's {MAGIC:02x?}: is the peer's port another program's?"
+    )]
     Magic {
         /// The bytes where the magic number belongs.
         found: [u8; 2],
@@ -241,7 +243,9 @@ pub enum WireError {
         found: u8,
     },
     /// Bits set that mean nothing in this version.
-    #[error("frame has unknown flags {found:#04x} or non-zero reserved bytes: run the same release on both nodes")]
+    #[error(
+        "frame has unknown flags {found:#04x} or non-zero reserved bytes: run the same release on both nodes"
+    )]
     Flags {
         /// As sent.
         found: u8,

@@ -1,28 +1,86 @@
-//! Integration tests of costandby: what they share.
+//! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
+//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), and programs run with a limit ([`process`]).
 //!
-//! Stands outside everything that is tested. Survives being run without a build of the whole workspace before.
+//! Invariants: every wait is bounded, every process is ended by its own id when its guard is dropped, and every file
+//! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
-use std::process::Command;
+pub mod ledger;
+pub mod pair;
+pub mod process;
+pub mod proxy;
 
-/// The `costandby` program of the build this test belongs to; built now where it is not there.
+use std::time::{Duration, Instant};
+
+/// Pause between two looks at a condition: well below every limit, and cheap on two cores.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Looks until `look` gives something.
 ///
 /// # Panics
-/// When it cannot be built.
-#[must_use]
-pub fn costandby_binary() -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a file");
-    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests lie in PROFILE/deps");
-    let program = profile.join("costandby");
-    if !program.exists() {
-        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.args(["build", "--quiet", "--package", "costandby-control", "--bin", "costandby", "--profile"]);
-        let name = profile.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        build.arg(if name == "debug" { "dev" } else { name });
-        build.arg("--target-dir").arg(profile.parent().expect("profiles lie in the target directory"));
-        let status = build.status().expect("cargo runs");
-        assert!(status.success() && program.exists(), "building {}: {status}", program.display());
+/// When `limit` is over; the message names `what`.
+pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(started.elapsed() < limit, "waited {limit:?} in vain until {what}");
+        std::thread::sleep(LOOK_INTERVAL);
     }
-    program
+}
+
+/// The seed of a test that chooses at random: `COSTANDBY_TEST_SEED`, or the time. Printed, so that a failure can be had
+/// again.
+///
+/// # Panics
+/// When the variable holds no number.
+#[must_use]
+pub fn seed() -> u64 {
+    let seed = std::env::var("COSTANDBY_TEST_SEED").map_or_else(
+        |_| {
+            std::time::UNIX_EPOCH
+                .elapsed()
+                .map_or(1, |since| u64::from(since.subsec_nanos()) ^ since.as_secs())
+        },
+        |text| text.parse().expect("COSTANDBY_TEST_SEED is a number"),
+    );
+    println!("COSTANDBY_TEST_SEED={seed}");
+    seed
+}
+
+/// Reproducible random numbers (xorshift64*).
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// From a seed, any.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next number.
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        (self.next_u64() >> 11) % bound
+    }
+
+    /// Bytes without a pattern.
+    #[must_use]
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(len + 8);
+        while bytes.len() < len {
+            bytes.extend_from_slice(&self.next_u64().to_le_bytes());
+        }
+        bytes.truncate(len);
+        bytes
+    }
 }

@@ -26,7 +26,7 @@ struct Run {
 impl Run {
     fn start() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let child = Command::new(costandby_tests::costandby_binary())
+        let child = Command::new(costandby_tests::process::costandby_binary())
             .args(["demo", "--seconds", "1", "--json"])
             .env("TMPDIR", dir.path())
             .stdin(Stdio::null())

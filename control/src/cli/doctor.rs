@@ -5,7 +5,7 @@
 //!
 //! Survives: a machine without /proc or a configuration, which are findings like any other.
 
-use super::{CliError, Colour, Place, colours_wanted, print};
+use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
 use crate::config::{Config, Disk, Endpoint, LinkKind, Node, Volume};
 use costandby_datapath::disk::superblock::{
@@ -86,6 +86,11 @@ fn render(checks: &[Check], colours: bool) -> String {
 fn configuration(place: &Place, checks: &mut Vec<Check>) {
     let config = match Config::load(&place.file) {
         Ok(config) => config,
+        Err(_) if place.file == Path::new(CONFIG_DEFAULT) && !place.file.exists() => {
+            let text = format!("none at {CONFIG_DEFAULT}: name yours with --config FILE or COSTANDBY_CONFIG");
+            checks.push(Check::warn("configuration", text));
+            return;
+        }
         Err(error) => {
             checks.push(Check::fail("configuration", error.to_string()));
             return;
@@ -194,7 +199,8 @@ fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<
                 display_size(volume.size)
             );
             checks.push(Check::warn(&what, text));
-            checks.extend(machine::memory_for(&what, volume.size));
+            // A running daemon has taken its memory already.
+            checks.extend(machine::memory_for(&what, volume.size).filter(|_| !running));
         }
         Disk::Path(path) => checks.push(path_check(&what, node, volume, path, running)),
     }
@@ -229,13 +235,17 @@ fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bo
         );
         return Check::fail(what, text);
     };
+    let place = if metadata.is_file() {
+        format!("on {}", machine::file_system(path))
+    } else {
+        "a block device".to_owned()
+    };
     match MetaStore::open_for(&location, volume.name.as_str(), node.name.as_str(), volume.size) {
         Ok(Opened { superblock, damaged, .. }) => {
             let text = format!(
-                "{shown}, {}, {}, on {}",
+                "{shown}, {}, {}, {place}",
                 display_size(volume.size),
-                superblock.disk_state.as_str(),
-                machine::file_system(path)
+                superblock.disk_state.as_str()
             );
             match damaged {
                 None => Check::ok(what, text),

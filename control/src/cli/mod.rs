@@ -321,7 +321,8 @@ impl Place {
 
     /// The node that `--node` names, or else the one called like this host, with or without its domain.
     fn node<'a>(&self, config: &'a Config) -> Result<&'a Node, CliError> {
-        if let Some(name) = &self.node {
+        // An environment file may well set COSTANDBY_NODE to nothing.
+        if let Some(name) = self.node.as_ref().filter(|name| !name.is_empty()) {
             return Ok(config.node(name)?);
         }
         let host = host_name();

@@ -96,15 +96,19 @@ fn disk_colour(state: &str) -> Colour {
     }
 }
 
+/// How far the standby is, with one decimal, rounded down: 99.97 must not read as done.
+pub(super) fn percent(volume: &VolumeStatus) -> String {
+    let percent = (volume.resync_percent.clamp(0.0, 100.0) * 10.0).floor() / 10.0;
+    format!("{percent:.1}")
+}
+
 fn behind(volume: &VolumeStatus) -> Cell {
     if volume.dirty_bytes == 0 && volume.resync_percent >= 100.0 {
         return ("-".to_owned(), Colour::Plain);
     }
     let mut text = display_size(volume.dirty_bytes);
     if volume.connection == CONNECTED && volume.resync_percent < 100.0 {
-        // Rounded down: 99.97 must not read as done.
-        let percent = (volume.resync_percent.max(0.0) * 10.0).floor() / 10.0;
-        text = format!("{text} ({percent:.1}% in sync)");
+        text = format!("{text} ({}% in sync)", percent(volume));
     }
     (text, Colour::Attention)
 }

@@ -1,1 +1,361 @@
-//! Tests of the command line.
+//! Tests of the command line: what parses, what each subcommand prints and makes, and its exit status.
+
+use super::*;
+use crate::admin::{
+    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, Status, UP_TO_DATE,
+    VolumeStatus,
+};
+use costandby_datapath::disk::superblock::{Location, MetaStore};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from([&["costandby"], args].concat())
+}
+
+#[test]
+fn the_fixed_command_lines_parse() {
+    Cli::command().debug_assert();
+    let cli = parse(&["-c", "/x", "--node", "beta", "promote", "db", "--force"]).expect("good");
+    assert_eq!((cli.config.to_str(), cli.node.as_deref()), (Some("/x"), Some("beta")));
+    assert!(matches!(cli.command, Command::Promote { volume, force: true } if volume.as_str() == "db"));
+    let cli = parse(&["wait-sync", "db", "--timeout", "30s", "--config", "/y"]).expect("globals go anywhere");
+    assert_eq!(cli.config, Path::new("/y"));
+    assert!(
+        matches!(cli.command, Command::WaitSync { timeout: Some(t), .. } if t == Duration::from_secs(30))
+    );
+    let cli = parse(&["create", "db", "web", "--sparse"]).expect("good");
+    assert!(
+        matches!(cli.command, Command::Create(args) if args.volumes.len() == 2 && args.sparse && !args.force)
+    );
+    let cli = parse(&["demo", "--seconds", "3", "--link", "tcp", "--json"]).expect("good");
+    assert!(
+        matches!(cli.command, Command::Demo(args) if args.seconds == 3 && args.link == LinkArg::Tcp && args.json)
+    );
+    for args in [
+        &["up"][..],
+        &["status", "--json"],
+        &["demote", "db"],
+        &["connect", "db"],
+        &["disconnect", "db"],
+        &["wait-sync", "db"],
+        &["doctor"],
+        &["completions", "bash"],
+    ] {
+        parse(args).unwrap_or_else(|error| panic!("{args:?}: {error}"));
+    }
+}
+
+#[test]
+fn wrong_usage_is_told_from_help() {
+    for args in [
+        &["promote"][..],
+        &["promote", "a/b"],
+        &["wait-sync", "db", "--timeout", "30"],
+        &["demo", "--seconds", "0"],
+        &["explode"],
+        &["status", "--yaml"],
+    ] {
+        let error = parse(args).expect_err("wrong");
+        assert!(error.use_stderr(), "{args:?} would exit 0");
+    }
+    let help = parse(&["--help"]).expect_err("help");
+    assert!(!help.use_stderr());
+    for later in ["verify", "invalidate", "attach", "events", "top"] {
+        assert!(parse(&[later, "db"]).is_err(), "{later} is not there yet");
+    }
+}
+
+#[test]
+fn every_subcommand_shows_an_example() {
+    for subcommand in Cli::command().get_subcommands() {
+        let help = subcommand.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let name = subcommand.get_name();
+        assert!(help.contains("Example") && help.contains(name), "{name}: {help:?}");
+    }
+}
+
+#[test]
+fn colours_mark_and_one_line_is_one() {
+    assert_eq!(Colour::Bad.paint("x", false), "x");
+    assert_eq!(Colour::Bad.paint("x", true), "\x1b[31mx\x1b[0m");
+    assert!(!colours_wanted(false));
+    assert_eq!(one_line("a\n  b\n\nc"), "a; b; c");
+}
+
+fn db() -> VolumeStatus {
+    VolumeStatus {
+        name: "db".into(),
+        role: "primary".into(),
+        disk_state: UP_TO_DATE.into(),
+        peer_state: UP_TO_DATE.into(),
+        link: "tcp".into(),
+        ack: "memory".into(),
+        epoch: 3,
+        generation: "f00dfacecafebeef".into(),
+        size: 64 << 30,
+        dirty_bytes: 0,
+        resync_percent: 100.0,
+        connection: CONNECTED.into(),
+        peer: "beta".into(),
+        advice: None,
+        in_flight: 0,
+        frozen: false,
+    }
+}
+
+fn catching_up() -> VolumeStatus {
+    VolumeStatus {
+        name: "archive".into(),
+        peer_state: "Inconsistent".into(),
+        dirty_bytes: 3 << 29,
+        resync_percent: 97.69,
+        advice: Some("give it time".into()),
+        ack: "durable".into(),
+        ..db()
+    }
+}
+
+fn alone() -> VolumeStatus {
+    VolumeStatus {
+        name: "web".into(),
+        role: "standby".into(),
+        peer_state: "Unknown".into(),
+        connection: "connecting".into(),
+        advice: Some("waiting for beta; `costandby promote web` to serve without it".into()),
+        frozen: true,
+        ..db()
+    }
+}
+
+#[test]
+fn status_is_a_table_read_at_a_glance() {
+    let status = Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()] };
+    let expected = "\
+node alpha
+VOLUME   ROLE              DISK      PEER               LINK            ACK      EPOCH  SIZE    BEHIND
+archive  primary           UpToDate  beta Inconsistent  tcp connected   durable  3      64 GiB  1.5 GiB (97.6% in sync)
+  -> give it time
+db       primary           UpToDate  beta UpToDate      tcp connected   memory   3      64 GiB  -
+web      standby (frozen)  UpToDate  beta Unknown       tcp connecting  memory   3      64 GiB  -
+  -> waiting for beta; `costandby promote web` to serve without it
+";
+    assert_eq!(status::render(&status, false), expected);
+    let coloured = status::render(&status, true);
+    let mut plain = coloured.clone();
+    for code in ["\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"] {
+        assert!(coloured.contains(code), "no {code:?}");
+        plain = plain.replace(code, "");
+    }
+    assert_eq!(plain, expected, "colours must not move a column");
+}
+
+#[test]
+fn status_without_volumes_says_so() {
+    let text = status::render(&Status { node: "alpha".into(), volumes: vec![] }, true);
+    assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
+}
+
+#[test]
+fn status_json_has_the_fixed_keys() {
+    let value =
+        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()] }).expect("serializes");
+    assert_eq!(value["node"], "alpha");
+    let volume = value["volumes"][0].as_object().expect("an object");
+    for key in [
+        "name",
+        "role",
+        "disk_state",
+        "peer_state",
+        "link",
+        "ack",
+        "epoch",
+        "generation",
+        "size",
+        "dirty_bytes",
+        "resync_percent",
+        "connection",
+        "peer",
+        "advice",
+        "in_flight",
+        "frozen",
+    ] {
+        assert!(volume.contains_key(key), "{key}");
+    }
+    assert_eq!(volume.len(), 16, "a new key belongs in the list above");
+}
+
+/// A configuration of nodes alpha and beta in a directory of its own.
+struct Bench {
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(size: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = directory.path().display();
+        let text = format!(
+            r#"
+            nodes.alpha = {{ listen = "127.0.0.1:7790", admin = "{at}/alpha.sock" }}
+            nodes.beta = {{ listen = "127.0.0.1:7791", admin = "{at}/beta.sock" }}
+            nodes.gamma = {{ listen = "127.0.0.1:7792", admin = "{at}/gamma.sock" }}
+            volumes.db = {{ size = {size}, primary = "alpha", disk.alpha = "{at}/a.img", disk.beta = "{at}/b/b.img" }}
+            volumes.scratch = {{ size = 4096, primary = "alpha", disk.alpha = "memory:", disk.gamma = "memory:" }}
+            "#
+        );
+        std::fs::write(directory.path().join("c.toml"), text).expect("written");
+        Self { directory }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn run(&self, node: &str, args: &[&str]) -> Result<(), CliError> {
+        let file = self.path("c.toml");
+        let file = file.to_str().expect("a text path");
+        run(parse(&[&["--config", file, "--node", node], args].concat()).expect("parses"))
+    }
+
+    fn complaint(&self, node: &str, args: &[&str]) -> String {
+        self.run(node, args).expect_err("must fail").to_string()
+    }
+
+    fn superblock(&self) -> costandby_datapath::disk::superblock::Superblock {
+        MetaStore::open(&Location::beside(&self.path("a.img"))).expect("metadata").superblock
+    }
+}
+
+#[test]
+fn create_makes_a_reserved_disk_and_its_metadata() {
+    let bench = Bench::new("1048576");
+    bench.run("alpha", &["create"]).expect("made");
+    let metadata = std::fs::metadata(bench.path("a.img")).expect("there");
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!((metadata.len(), metadata.mode() & 0o777), (1 << 20, 0o600));
+    assert!(metadata.blocks() * 512 >= 1 << 20, "space is not reserved");
+    let superblock = bench.superblock();
+    assert_eq!((superblock.volume.as_str(), superblock.node.as_str()), ("db", "alpha"));
+    assert_eq!((superblock.size, superblock.zeroed, superblock.is_fresh()), (1 << 20, true, true));
+}
+
+#[test]
+fn create_sparse_reserves_nothing() {
+    let bench = Bench::new("\"64GiB\"");
+    bench.run("alpha", &["create", "db", "--sparse"]).expect("made");
+    let metadata = std::fs::metadata(bench.path("a.img")).expect("there");
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!((metadata.len(), metadata.blocks()), (64 << 30, 0));
+    assert!(bench.superblock().zeroed);
+}
+
+#[test]
+fn create_touches_nothing_that_is_there() {
+    let bench = Bench::new("1048576");
+    std::fs::write(bench.path("a.img"), "precious").expect("written");
+    let complaint = bench.complaint("alpha", &["create", "db"]);
+    assert!(complaint.contains("a.img is already there, without metadata; --force"), "{complaint}");
+    assert_eq!(std::fs::read(bench.path("a.img")).expect("there"), b"precious");
+    assert!(!bench.path("a.img.meta").exists());
+
+    bench.run("alpha", &["create", "db", "--force"]).expect("taken over");
+    let content = std::fs::read(bench.path("a.img")).expect("there");
+    assert_eq!((content.len(), &content[..8]), (1 << 20, &b"precious"[..]));
+    assert!(!bench.superblock().zeroed, "a disk with content must be copied whole");
+    let complaint = bench.complaint("alpha", &["create", "db"]);
+    assert!(complaint.contains("already there, with its metadata"), "{complaint}");
+}
+
+#[test]
+fn create_refuses_a_disk_in_use_metadata_without_disk_and_a_longer_file() {
+    let bench = Bench::new("1048576");
+    bench.run("alpha", &["create", "db"]).expect("made");
+    let daemon = MetaStore::open(&Location::beside(&bench.path("a.img"))).expect("opened");
+    assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("in use"));
+    drop(daemon);
+
+    std::fs::remove_file(bench.path("a.img")).expect("removed");
+    let complaint = bench.complaint("alpha", &["create", "db"]);
+    assert!(complaint.contains("a.img.meta is already there, metadata without its disk"), "{complaint}");
+
+    std::fs::write(bench.path("a.img"), vec![1; (1 << 20) + 1]).expect("written");
+    assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("more than the volume's"));
+    assert_eq!(std::fs::metadata(bench.path("a.img")).expect("there").len(), (1 << 20) + 1);
+}
+
+#[test]
+fn create_says_what_is_missing() {
+    let bench = Bench::new("\"1PiB\"");
+    let complaint = bench.complaint("alpha", &["create"]);
+    assert!(complaint.contains("no space for") && complaint.contains("1 PiB wanted"), "{complaint}");
+    assert!(!bench.path("a.img").exists() && !bench.path("a.img.meta").exists());
+    let complaint = bench.complaint("beta", &["create"]);
+    assert!(complaint.contains("/b: make it, or mount"), "{complaint}");
+    let complaint = bench.complaint("gamma", &["create", "db"]);
+    assert!(complaint.contains("no disk on node gamma: its disks are on alpha and beta"), "{complaint}");
+    let complaint = bench.complaint("alpha", &["create", "bd"]);
+    assert!(complaint.contains("no volume \"bd\": did you mean \"db\"?"), "{complaint}");
+    let complaint = bench.complaint("alhpa", &["create"]);
+    assert!(complaint.contains("no node \"alhpa\": did you mean \"alpha\"?"), "{complaint}");
+}
+
+#[test]
+fn a_file_that_cannot_be_completed_is_removed() {
+    let bench = Bench::new("1048576");
+    // A directory where the metadata belongs lets the disk be made and its metadata fail.
+    std::fs::create_dir(bench.path("a.img.meta")).expect("made");
+    bench.run("alpha", &["create", "db", "--force"]).expect_err("no metadata");
+    assert!(!bench.path("a.img").exists());
+}
+
+/// A daemon whose volume `db` is in sync from the `after`th look on.
+struct CatchingUp {
+    looks: AtomicU32,
+    after: u32,
+}
+
+impl AdminBackend for CatchingUp {
+    fn status(&self) -> Answer<'_, Status> {
+        let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
+        let volume = if done { db() } else { VolumeStatus { name: "db".into(), ..catching_up() } };
+        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume] } })
+    }
+
+    fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {
+        Box::pin(async { Err(CommandError::NoSuchVolume { node: "alpha".into(), volume }) })
+    }
+}
+
+/// Serves on `socket` from a thread of its own, which ends with the test's process.
+fn daemon(socket: PathBuf, delay: Duration, after: u32) {
+    std::thread::spawn(move || {
+        std::thread::sleep(delay);
+        let server = AdminServer::bind(&socket).expect("bound");
+        let backend = Arc::new(CatchingUp { looks: AtomicU32::new(0), after });
+        block_on(async {
+            server.serve(backend, std::future::pending()).await.map_err(|error| panic!("{error}"))
+        })
+    });
+}
+
+#[test]
+fn wait_sync_waits_for_the_daemon_and_for_the_disks() {
+    let bench = Bench::new("1048576");
+    daemon(bench.path("alpha.sock"), Duration::from_millis(300), 3);
+    bench.run("alpha", &["wait-sync", "db", "--timeout", "30s"]).expect("in sync at the third look");
+    let complaint = bench.complaint("alpha", &["wait-sync", "dc"]);
+    assert!(complaint.contains("node alpha has no volume dc: there are db"), "{complaint}");
+}
+
+#[test]
+fn wait_sync_says_where_it_stood() {
+    let bench = Bench::new("1048576");
+    daemon(bench.path("alpha.sock"), Duration::ZERO, u32::MAX);
+    let complaint = bench.complaint("alpha", &["wait-sync", "db", "--timeout", "700ms"]);
+    let stood = "volume db is not in sync after 700ms: role primary, disk UpToDate, peer beta Inconsistent, \
+                 connected, 97.6% in sync; give it time";
+    assert_eq!(complaint, stood);
+    let complaint = bench.complaint("beta", &["wait-sync", "db", "--timeout", "200ms"]);
+    assert!(complaint.contains("start it with `costandby --node beta up`"), "{complaint}");
+}

@@ -1,8 +1,9 @@
 //! `costandby wait-sync`: polls the daemon until a volume is connected and both disks are `UpToDate`.
 //!
-//! Time comes from the runtime's clock, so tests run it in virtual time. A daemon that is just starting is given a few
-//! seconds to open its socket, because scripts start it in the background and wait right away.
+//! Survives a daemon that is just starting: it is given a few seconds to open its socket, because scripts start it in the
+//! background and wait right away. A daemon that answered once and then is gone is an error at once.
 
+use super::status::percent;
 use super::{CliError, block_on, print};
 use crate::admin::{Status, VolumeStatus};
 use crate::admin_client::{AdminClient, ClientError};
@@ -104,14 +105,14 @@ fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitEr
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Clamped to 0..=1000.
 fn show(bar: &ProgressBar, volume: &VolumeStatus) {
     bar.set_position((volume.resync_percent * 10.0).clamp(0.0, 1000.0) as u64);
-    let percent = volume.resync_percent;
-    bar.set_message(format!("{percent:.1}% {}, peer {}", volume.connection, volume.peer_state));
+    bar.set_message(format!("{}% {}, peer {}", percent(volume), volume.connection, volume.peer_state));
 }
 
 fn stood(volume: &VolumeStatus) -> String {
-    let VolumeStatus { role, disk_state, peer, peer_state, connection, resync_percent, advice, .. } = volume;
+    let VolumeStatus { role, disk_state, peer, peer_state, connection, advice, .. } = volume;
+    let percent = percent(volume);
     let advice = advice.as_ref().map(|advice| format!("; {advice}")).unwrap_or_default();
     format!(
-        "role {role}, disk {disk_state}, peer {peer} {peer_state}, {connection}, {resync_percent:.1}% in sync{advice}"
+        "role {role}, disk {disk_state}, peer {peer} {peer_state}, {connection}, {percent}% in sync{advice}"
     )
 }

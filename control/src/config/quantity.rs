@@ -40,7 +40,7 @@ pub enum QuantityError {
         example: &'static str,
     },
     /// A unit that is not one of ours.
-    #[error("{text:?} has an unknown unit: use one of {units}")]
+    #[error("{text:?} needs one of the units {units}")]
     Unit {
         /// As written.
         text: String,

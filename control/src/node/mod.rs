@@ -140,7 +140,8 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
         .enable_all()
         .build()
         .map_err(system("the control runtime"))?;
-    let served = runtime.block_on(serve(config, &this.name, opened, handle.clone(), events, admin, peer_listener));
+    let served =
+        runtime.block_on(serve(config, &this.name, opened, handle.clone(), events, admin, peer_listener));
     handle.send(Command::Shutdown);
     // A reactor that panicked has ended the process already.
     let _ = reactor_thread.join();
@@ -207,7 +208,9 @@ fn end_on_panic() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         default(info);
-        eprintln!("costandby: internal error, the daemon ends (a restart is safe); please report the lines above");
+        eprintln!(
+            "costandby: internal error, the daemon ends (a restart is safe); please report the lines above"
+        );
         std::process::abort();
     }));
 }
@@ -233,7 +236,11 @@ async fn serve(
             configured_primary: open.config.primary == *node,
             on_peer_loss: open.config.on_peer_loss,
         };
-        let controller = VolumeController::new(settings, open.superblock, random_source().map_err(system("/dev/urandom"))?);
+        let controller = VolumeController::new(
+            settings,
+            open.superblock,
+            random_source().map_err(system("/dev/urandom"))?,
+        );
         let (inbox, queue) = mpsc::unbounded_channel();
         let entry = Arc::new(Shared {
             status: Mutex::new(controller.status()),
@@ -242,7 +249,15 @@ async fn serve(
             inbox,
         });
         let peer_address = config.node(peer.as_str())?.listen;
-        tasks.push(VolumeTask::new(index, Arc::clone(&entry), controller, open.store, reactor.clone(), queue, peer_address));
+        tasks.push(VolumeTask::new(
+            index,
+            Arc::clone(&entry),
+            controller,
+            open.store,
+            reactor.clone(),
+            queue,
+            peer_address,
+        ));
         shared.push(entry);
     }
     let registry = Arc::new(Registry { node: node.clone(), reactor: reactor.clone(), volumes: shared });
@@ -299,12 +314,16 @@ fn random_source() -> io::Result<crate::role::Random> {
 }
 
 /// Carries the reactor's events to the volumes' tasks.
-fn forward_events(events: crossbeam_channel::Receiver<ReactorEvent>, registry: &Arc<Registry>) -> io::Result<()> {
+fn forward_events(
+    events: crossbeam_channel::Receiver<ReactorEvent>,
+    registry: &Arc<Registry>,
+) -> io::Result<()> {
     let inboxes: Vec<_> = registry.volumes.iter().map(|v| v.inbox.clone()).collect();
     std::thread::Builder::new().name("events".into()).spawn(move || {
         for event in events {
             let volume = match &event {
                 ReactorEvent::LinkDown { volume, .. }
+                | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::PeerMessage { volume, .. }

@@ -88,7 +88,12 @@ pub(super) fn dial(address: SocketAddr, inbox: mpsc::UnboundedSender<Input>) {
 }
 
 /// Says `ours`, listens for the answer, and gives both connection and answer to the volume's task.
-pub(super) fn converse(serial: u64, mut stream: TcpStream, ours: Message, inbox: mpsc::UnboundedSender<Input>) {
+pub(super) fn converse(
+    serial: u64,
+    mut stream: TcpStream,
+    ours: Message,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
     tokio::spawn(async move {
         let heard = match say(&mut stream, &ours).await {
             Ok(()) => listen(&mut stream).await,

@@ -173,6 +173,7 @@ impl VolumeTask {
                 self.pause_dialling(false);
                 Event::LinkDown { reason, undurable }
             }
+            ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
@@ -217,7 +218,8 @@ impl VolumeTask {
     async fn heard(&mut self, stream: TcpStream, heard: Heard) {
         let event = match heard {
             Ok(Message::Hello(hello)) => {
-                let fits = usize::try_from(hello.ring_len).is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
+                let fits = usize::try_from(hello.ring_len)
+                    .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
                     && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
                 if fits {
                     let conversation = self.conversation.as_mut().expect("the caller looked");
@@ -226,7 +228,8 @@ impl VolumeTask {
                     Event::HelloReceived(hello)
                 } else {
                     self.conversation = None;
-                    let text = format!("it announces a ring of {} bytes, which cannot be used", hello.ring_len);
+                    let text =
+                        format!("it announces a ring of {} bytes, which cannot be used", hello.ring_len);
                     Event::SessionFailed { text }
                 }
             }
@@ -292,7 +295,9 @@ impl VolumeTask {
         let text = match (status.role, status.peer_primary) {
             (Role::Primary, _) => return,
             (Role::Demoting, _) => format!("volume {volume} is being handed over: try {peer} in a moment"),
-            (_, Some(true)) => format!("volume {volume} is served by {peer}: this node is its standby, connect there"),
+            (_, Some(true)) => {
+                format!("volume {volume} is served by {peer}: this node is its standby, connect there")
+            }
             (_, _) => format!(
                 "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, run \
                  `costandby promote {volume}` on the node that shall"
@@ -344,7 +349,8 @@ impl VolumeTask {
             }
             Action::StopServing => {
                 self.send(Command::StopServing { volume });
-                if self.link_up {
+                // A copy under way goes on without clients.
+                if self.link_up && self.controller.status().connection != Connection::SyncSource {
                     self.send(Command::Direct { volume, direction: Direction::Target, epoch: self.epoch });
                 }
             }

@@ -4,7 +4,7 @@ use super::{
     Action, Command, Connection, Demotion, GRANT_TIMEOUT, Level, Promotion, QUIESCE_TIMEOUT, ReplyId, Role,
     VolumeController, code,
 };
-use costandby_datapath::disk::superblock::DiskState;
+use costandby_datapath::disk::superblock::{DiskState, Generations};
 use std::time::Duration;
 
 impl VolumeController {
@@ -98,6 +98,11 @@ impl VolumeController {
         }
         if self.superblock.volume_id == [0; 16] {
             self.superblock.volume_id = self.proposed.volume_id;
+        }
+        if matches!(self.superblock.disk_state, DiskState::Inconsistent | DiskState::Failed) {
+            // What such a disk holds is no continuation of any generation. Claiming one would let it overwrite a peer
+            // that went on under the same generation while this disk was its target.
+            self.superblock.generations = Generations::default();
         }
         self.advance_generation();
         let superblock = &mut self.superblock;

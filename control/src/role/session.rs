@@ -115,6 +115,7 @@ impl VolumeController {
         let serve = agreement.primary == Some(Side::Mine);
         let peer_serves = agreement.primary == Some(Side::Theirs);
         let superblock = &mut self.superblock;
+        self.settling = false;
         superblock.clean = false;
         superblock.applying = peer_serves;
         let (connection, resync) = match agreement.verdict {
@@ -178,9 +179,7 @@ impl VolumeController {
             self.reply(promotion.id, Err(text), actions);
         }
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
-        if std::mem::take(&mut self.superblock.applying) {
-            self.store(actions);
-        }
+        self.settling = self.superblock.applying;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         if serves && undurable {
             match self.settings.on_peer_loss {
@@ -189,7 +188,7 @@ impl VolumeController {
             }
         }
         if self.shutdown_deadline.is_some() {
-            if !serves {
+            if !serves && !self.settling {
                 self.undurable |= undurable && self.superblock.primary;
                 self.rest(actions);
             }
@@ -202,6 +201,18 @@ impl VolumeController {
                 self.set_connection(Connection::Connecting);
                 self.dial(actions);
             }
+        }
+    }
+
+    pub(super) fn on_settled(&mut self, actions: &mut Vec<Action>) {
+        if !std::mem::take(&mut self.settling) || self.peer.is_some() {
+            return;
+        }
+        if std::mem::take(&mut self.superblock.applying) {
+            self.store(actions);
+        }
+        if self.shutdown_deadline.is_some() {
+            self.rest(actions);
         }
     }
 

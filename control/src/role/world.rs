@@ -368,6 +368,9 @@ impl World {
             (node.link, node.side) = (None, None);
             node.inbox.clear();
             self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable });
+            if !self.chance(4) {
+                self.event(at, Event::Settled);
+            }
         }
     }
 

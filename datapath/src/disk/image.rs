@@ -8,9 +8,10 @@
 
 use crate::units::ByteRange;
 use costandby_ffi::mapping::{Mapping, Span};
-use rustix::fs::{FallocateFlags, FileType, SeekFrom};
+use rustix::fs::{Advice, FallocateFlags, FileType, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,7 +46,9 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// The file is shorter than the volume.
-    #[error("disk {path} has {found} bytes, its volume needs {needed}: was it truncated, or is `size` in the configuration wrong?")]
+    #[error(
+        "disk {path} has {found} bytes, its volume needs {needed}: was it truncated, or is `size` in the configuration wrong?"
+    )]
     TooSmall {
         /// The disk.
         path: PathBuf,
@@ -65,7 +68,9 @@ pub enum DiskError {
         source: std::io::Error,
     },
     /// A page could not be read or written.
-    #[error("disk {path} failed: a page of it could not be read or written (truncated file, I/O error or full file system)")]
+    #[error(
+        "disk {path} failed: a page of it could not be read or written (truncated file, I/O error or full file system)"
+    )]
     Poisoned {
         /// The disk.
         path: PathBuf,
@@ -113,9 +118,10 @@ impl DiskImage {
         let stat = rustix::fs::fstat(&file).map_err(|e| open_error(e.into()))?;
         let (backing, found) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => (Backing::File, u64::try_from(stat.st_size).unwrap_or(0)),
-            FileType::BlockDevice => {
-                (Backing::BlockDevice, rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| open_error(e.into()))?)
-            }
+            FileType::BlockDevice => (
+                Backing::BlockDevice,
+                rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| open_error(e.into()))?,
+            ),
             _ => return Err(DiskError::WrongType { path: path.into() }),
         };
         if found < size {
@@ -141,8 +147,11 @@ impl DiskImage {
 
     fn map(path: PathBuf, file: OwnedFd, size: u64, backing: Backing) -> Result<Arc<Self>, DiskError> {
         let len = usize::try_from(size).expect("64-bit");
-        let mapping = Mapping::map_file(&file, 0, len)
-            .map_err(|source| DiskError::Map { path: path.clone(), len: size, source })?;
+        let mapping = Mapping::map_file(&file, 0, len).map_err(|source| DiskError::Map {
+            path: path.clone(),
+            len: size,
+            source,
+        })?;
         Ok(Arc::new(Self { path, file, mapping, size, backing, failed: AtomicBool::new(false) }))
     }
 
@@ -247,6 +256,14 @@ impl DiskImage {
         }
     }
 
+    /// Asks the kernel to read `range` into memory in the background. Does not wait for it.
+    pub fn read_ahead(&self, range: ByteRange) {
+        // Advice only: where it is not taken, the pages are read when they are touched.
+        if let Some(len) = NonZeroU64::new(range.end().min(self.size).saturating_sub(range.start)) {
+            let _ = rustix::fs::fadvise(&self.file, range.start, Some(len), Advice::WillNeed);
+        }
+    }
+
     /// Whether the backing has holes: fewer blocks than bytes.
     #[must_use]
     pub fn is_sparse(&self) -> bool {
@@ -265,8 +282,12 @@ impl DiskImage {
             return allocated(end);
         }
         match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(data) if data > from => Extent { range: ByteRange::new(from, data.min(end) - from), hole: true },
-            Ok(_) => allocated(rustix::fs::seek(&self.file, SeekFrom::Hole(from)).map_or(end, |hole| hole.max(from + 1))),
+            Ok(data) if data > from => {
+                Extent { range: ByteRange::new(from, data.min(end) - from), hole: true }
+            }
+            Ok(_) => allocated(
+                rustix::fs::seek(&self.file, SeekFrom::Hole(from)).map_or(end, |hole| hole.max(from + 1)),
+            ),
             // ENXIO: no data from here to the end of the file.
             Err(Errno::NXIO) => Extent { range: ByteRange::new(from, end - from), hole: true },
             Err(_) => allocated(end),
@@ -313,7 +334,10 @@ mod tests {
         assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 1 << 20), hole: false });
         disk.punch(ByteRange::new(65536, 65536)).expect("punch");
         assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 65536), hole: false });
-        assert_eq!(disk.extent_at(65536, 1 << 20), Extent { range: ByteRange::new(65536, 65536), hole: true });
+        assert_eq!(
+            disk.extent_at(65536, 1 << 20),
+            Extent { range: ByteRange::new(65536, 65536), hole: true }
+        );
         disk.zero(ByteRange::new(0, 4096)).expect("zero (filled: memory files cannot ZERO_RANGE)");
         assert!(disk.span(ByteRange::new(0, 4096)).is_zero());
         assert!(!disk.span(ByteRange::new(4096, 4096)).is_zero());

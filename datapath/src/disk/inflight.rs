@@ -154,13 +154,13 @@ impl Inflight {
         let mut at = 0;
         while at < self.waiting.len() {
             let waiter = self.waiting[at];
-            let behind_earlier = self
-                .waiting
-                .iter()
-                .take(at)
-                .any(|w| w.access == Access::Change && w.range.overlaps(waiter.range));
             let no_lock_left = waiter.access == Access::Change && self.locked.len() == self.locked_max;
-            if behind_earlier || no_lock_left || self.conflicts(waiter.range, waiter.access) {
+            let behind_earlier = || {
+                let earlier = self.waiting.iter().take(at);
+                earlier.filter(|w| w.access == Access::Change).any(|w| w.range.overlaps(waiter.range))
+            };
+            // The cheap questions first: a crowd that waits for one block or for a lock must not cost its square.
+            if no_lock_left || self.conflicts(waiter.range, waiter.access) || behind_earlier() {
                 at += 1;
                 continue;
             }
@@ -185,7 +185,11 @@ mod tests {
         let mut table = Inflight::new(8, 8);
         assert_eq!(table.request(Token(1), range(0, 4096), Access::Change), Admission::Granted);
         assert_eq!(table.request(Token(2), range(4095, 2), Access::Change), Admission::Waits);
-        assert_eq!(table.request(Token(3), range(4096, 10), Access::Change), Admission::Waits, "behind the waiter");
+        assert_eq!(
+            table.request(Token(3), range(4096, 10), Access::Change),
+            Admission::Waits,
+            "behind the waiter"
+        );
         assert_eq!(table.request(Token(4), range(9000, 10), Access::Change), Admission::Granted);
         assert_eq!(table.request(Token(5), range(0, 1), Access::Read), Admission::Waits);
         let mut granted = Vec::new();

@@ -40,7 +40,7 @@ pub enum Event {
         /// The peer is UpToDate.
         in_sync: bool,
     },
-    /// The session ended; whatever the peer has not acknowledged, it may lack.
+    /// The session ended; whatever the peer has not acknowledged, it may lack. A record of its absence is void as well.
     SessionDown,
     /// The peer's absence is on durable record: complete without it.
     GoAlone,
@@ -87,7 +87,6 @@ struct Entry {
     seq: Seq,
     /// Count of landings, this one included, over the pipeline's life.
     landing: u64,
-    released: bool,
     completed: bool,
 }
 
@@ -117,9 +116,11 @@ pub struct Pipeline {
     peer: Peer,
     peer_in_sync: bool,
     alone_asked: bool,
+    /// Not released yet, in landing order.
     window: VecDeque<Entry>,
-    /// Entries at the window's front that are released.
-    released_len: usize,
+    /// Released and not completed, in landing order: they wait for durability or for the end of a freeze. Apart from
+    /// the window, so that one slow flush does not make every ack walk over all that was answered since.
+    waiting: Vec<Entry>,
     flushes: Vec<PendingFlush>,
     landings: u64,
     next_seq: Seq,
@@ -141,8 +142,8 @@ impl Pipeline {
             peer: Peer::Absent,
             peer_in_sync: false,
             alone_asked: false,
-            window: VecDeque::with_capacity(2 * WINDOW_LEN),
-            released_len: 0,
+            window: VecDeque::with_capacity(WINDOW_LEN),
+            waiting: Vec::with_capacity(WINDOW_LEN),
             flushes: Vec::with_capacity(64),
             landings: 0,
             next_seq: Seq(1),
@@ -171,6 +172,7 @@ impl Pipeline {
             Event::GoAlone => self.go_alone(actions),
             Event::PeerInSync => {
                 self.peer_in_sync = true;
+                self.complete_async(actions);
                 self.settle(actions);
             }
         }
@@ -180,7 +182,7 @@ impl Pipeline {
     /// Changes not yet both released and completed, plus flushes under way.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.window.len() + self.flushes.len()
+        self.window.len() + self.waiting.len() + self.flushes.len()
     }
 
     /// Whether completions wait for a peer that is away or not in sync.
@@ -201,8 +203,7 @@ impl Pipeline {
 
     fn landed(&mut self, change: Change, actions: &mut Vec<Action>) {
         self.landings += 1;
-        let mut entry =
-            Entry { change, seq: Seq::ZERO, landing: self.landings, released: false, completed: false };
+        let mut entry = Entry { change, seq: Seq::ZERO, landing: self.landings, completed: false };
         match self.peer {
             Peer::Live => entry.seq = self.post(change, actions),
             Peer::Alone => {}
@@ -212,14 +213,16 @@ impl Pipeline {
                 actions.push(Action::AskAlone);
             }
         }
+        if self.may_complete_async(&entry) {
+            entry.completed = true;
+            actions.push(Action::Complete(change.token));
+        }
         self.window.push_back(entry);
         if self.wants_durability(change) {
             self.want_local_flush(self.landings, actions);
         }
         if self.peer == Peer::Alone {
             self.release_all(actions);
-        }
-        if self.peer == Peer::Alone || self.ack == AckLevel::Async {
             self.settle(actions);
         }
     }
@@ -288,17 +291,21 @@ impl Pipeline {
             return Err(Violation::AckFromTheFuture { found: durable, sent: applied });
         }
         if applied < self.peer_applied || durable < self.peer_durable {
-            return Err(Violation::AckWentBack { found: applied.min(durable), before: self.peer_applied });
+            let (found, before) = if applied < self.peer_applied {
+                (applied, self.peer_applied)
+            } else {
+                (durable, self.peer_durable)
+            };
+            return Err(Violation::AckWentBack { found, before });
         }
         self.peer_applied = applied;
         self.peer_durable = durable;
-        while let Some(entry) = self.window.get_mut(self.released_len) {
-            if entry.seq > applied || entry.seq == Seq::ZERO {
-                break;
-            }
-            entry.released = true;
-            self.released_len += 1;
+        while let Some(&entry) = self.window.front().filter(|entry| entry.seq <= applied) {
+            self.window.pop_front();
             actions.push(Action::Release(entry.change));
+            if !entry.completed {
+                self.waiting.push(entry);
+            }
         }
         self.settle(actions);
         Ok(())
@@ -313,7 +320,7 @@ impl Pipeline {
         self.peer_applied = Seq::ZERO;
         self.peer_durable = Seq::ZERO;
         self.peer_flush_asked = Seq::ZERO;
-        for at in self.released_len..self.window.len() {
+        for at in 0..self.window.len() {
             let change = self.window[at].change;
             self.window[at].seq = self.post(change, actions);
         }
@@ -324,22 +331,24 @@ impl Pipeline {
         if !self.flushes.is_empty() {
             self.want_peer_flush(last, actions);
         }
+        self.complete_async(actions);
         self.settle(actions);
     }
 
     /// Forgets everything under way: the volume stops serving or its disk failed. Gives back the requests that were
     /// never completed and the ranges that are still locked. The session, if one is up, must end as well.
     pub fn abandon(&mut self, uncompleted: &mut Vec<Token>, locked: &mut Vec<Change>) {
-        uncompleted.extend(self.window.iter().filter(|e| !e.completed).map(|e| e.change.token));
+        let uncompleted_here = self.waiting.iter().chain(self.window.iter().filter(|e| !e.completed));
+        uncompleted.extend(uncompleted_here.map(|e| e.change.token));
         uncompleted.extend(self.flushes.iter().map(|flush| flush.token));
-        locked.extend(self.window.iter().filter(|e| !e.released).map(|e| e.change));
+        locked.extend(self.window.iter().map(|e| e.change));
         self.window.clear();
+        self.waiting.clear();
         self.flushes.clear();
-        self.released_len = 0;
     }
 
     fn session_down(&mut self, actions: &mut Vec<Action>) {
-        if self.peer != Peer::Live {
+        if self.peer == Peer::Absent {
             return;
         }
         self.peer = Peer::Absent;
@@ -347,10 +356,10 @@ impl Pipeline {
         for flush in &mut self.flushes {
             flush.seq = Seq::ZERO;
         }
-        let mut waits = !self.flushes.is_empty();
+        let mut waits = !self.flushes.is_empty() || !self.waiting.is_empty();
         // Steps of the background copy end with their session: the next copy sends them anew.
         self.window.retain(|entry| {
-            let dropped = !entry.released && entry.change.flags & flags::RESYNC != 0;
+            let dropped = entry.change.flags & flags::RESYNC != 0;
             if dropped {
                 actions.push(Action::Release(entry.change));
             }
@@ -360,9 +369,10 @@ impl Pipeline {
             // A peer that is gone makes nothing durable: what it had applied, the record of its absence covers.
             entry.seq = Seq::ZERO;
             waits |= !entry.completed;
-            if !entry.released {
-                actions.push(Action::MarkDirty(entry.change.range));
-            }
+            actions.push(Action::MarkDirty(entry.change.range));
+        }
+        for entry in &mut self.waiting {
+            entry.seq = Seq::ZERO;
         }
         if waits {
             self.alone_asked = true;
@@ -382,51 +392,68 @@ impl Pipeline {
     }
 
     fn release_all(&mut self, actions: &mut Vec<Action>) {
-        for entry in self.window.iter_mut().skip(self.released_len) {
-            entry.released = true;
+        for entry in self.window.drain(..) {
             actions.push(Action::MarkDirty(entry.change.range));
             actions.push(Action::Release(entry.change));
+            if !entry.completed {
+                self.waiting.push(entry);
+            }
         }
-        self.released_len = self.window.len();
     }
 
-    /// Completes whatever may complete by now, and forgets what is done with.
-    fn settle(&mut self, actions: &mut Vec<Action>) {
-        if self.peer != Peer::Absent {
-            let held = self.is_held();
-            // Beyond the released front only `async` may complete anything.
-            let reach = if self.ack == AckLevel::Async { self.window.len() } else { self.released_len };
-            for at in 0..reach {
-                let entry = self.window[at];
-                let background = entry.change.flags & flags::RESYNC != 0;
-                if entry.completed || (held && !background) || !self.may_complete(&entry) {
-                    continue;
-                }
+    /// With `async` a change need not wait for its release.
+    fn may_complete_async(&self, entry: &Entry) -> bool {
+        let background = entry.change.flags & flags::RESYNC != 0;
+        self.ack == AckLevel::Async
+            && self.peer == Peer::Live
+            && (background || !self.is_held())
+            && !self.wants_durability(entry.change)
+    }
+
+    /// Completes what `async` held back while the peer was absent or not in sync.
+    fn complete_async(&mut self, actions: &mut Vec<Action>) {
+        for at in 0..self.window.len() {
+            let entry = self.window[at];
+            if !entry.completed && self.may_complete_async(&entry) {
                 self.window[at].completed = true;
                 actions.push(Action::Complete(entry.change.token));
             }
-            while self.window.front().is_some_and(|e| e.released && e.completed) {
-                self.window.pop_front();
-                self.released_len -= 1;
-            }
-            self.settle_flushes(held, actions);
         }
     }
 
-    fn may_complete(&self, entry: &Entry) -> bool {
-        if !self.wants_durability(entry.change) {
-            return entry.released || self.ack == AckLevel::Async;
+    /// Completes whatever may complete by now, and forgets it.
+    fn settle(&mut self, actions: &mut Vec<Action>) {
+        if self.peer == Peer::Absent {
+            return;
         }
-        entry.released
-            && self.local_durable >= entry.landing
-            && (self.peer != Peer::Live || self.peer_durable >= entry.seq)
+        let held = self.is_held();
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.retain(|entry| {
+            let background = entry.change.flags & flags::RESYNC != 0;
+            let done = (background || !held) && self.may_complete(entry);
+            if done {
+                actions.push(Action::Complete(entry.change.token));
+            }
+            !done
+        });
+        self.waiting = waiting;
+        self.settle_flushes(held, actions);
+    }
+
+    /// Of a released change.
+    fn may_complete(&self, entry: &Entry) -> bool {
+        !self.wants_durability(entry.change)
+            || (self.local_durable >= entry.landing
+                && (self.peer != Peer::Live || self.peer_durable >= entry.seq))
     }
 
     fn settle_flushes(&mut self, held: bool, actions: &mut Vec<Action>) {
         let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer == Peer::Live);
         let running_clean = self.local_flush.is_none();
         self.flushes.retain(|flush| {
-            let here = local >= flush.landing && (flush.landing > 0 || running_clean);
+            // Before the first landing `local` cannot tell a flush from none: the one under way must end, or a later
+            // one have covered a landing.
+            let here = local >= flush.landing && (local > 0 || running_clean);
             let done = here && (!held || flush.background) && (!live || peer >= flush.seq);
             if done {
                 actions.push(Action::Complete(flush.token));

@@ -50,9 +50,10 @@ impl Resync {
         self.steps_in_flight += 1;
     }
 
-    /// The step last taken could not start: it comes again.
+    /// A step that was taken could not start: it comes again. So may those taken after it, unless they are applied by
+    /// then; that costs their bytes once more and nothing else.
     pub fn untake(&mut self, range: ByteRange) {
-        self.cursor = range.start;
+        self.cursor = self.cursor.min(range.start);
         self.steps_in_flight -= 1;
     }
 

@@ -130,6 +130,11 @@ pub enum Event {
         /// We were the source, and the peer had not confirmed everything as durable.
         undurable: bool,
     },
+    /// What was applied in a target's session that has ended is on stable storage.
+    Settled {
+        /// Index of the volume.
+        volume: usize,
+    },
     /// A change waits and there is no peer.
     AskAlone {
         /// Index of the volume.

@@ -190,7 +190,8 @@ impl Reactor {
         let now = Instant::now();
         let mut any = false;
         self.turns_since_poller += 1;
-        if self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS {
+        let looked = self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS;
+        if looked {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
         any |= self.take_commands(now);
@@ -199,7 +200,11 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
-            if self.link_ready[volume] || self.volumes[volume].expects_link() || self.volumes[volume].has_backlog() {
+            // A link that is about to answer is asked directly, unless the poller has just spoken for it.
+            if self.link_ready[volume]
+                || (!looked && self.volumes[volume].expects_link())
+                || self.volumes[volume].has_backlog()
+            {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
                 any |= busy;
@@ -214,7 +219,7 @@ impl Reactor {
         any |= self.deliver_notices();
         any |= self.report();
         if now >= self.next_deadline {
-            self.keep_time(now);
+            any |= self.keep_time(now);
         }
         any
     }
@@ -231,14 +236,16 @@ impl Reactor {
         any
     }
 
-    fn keep_time(&mut self, now: Instant) {
+    /// Does what time alone makes due. Returns whether another turn should follow at once.
+    fn keep_time(&mut self, now: Instant) -> bool {
+        let mut any = false;
         let mut next = now + STALL_CHECK;
         for volume in &mut self.volumes {
             if let Some(at) = volume.keep_alive(now, self.peer_timeout) {
                 next = next.min(at);
                 // A link closed for silence reports its end at the next poll.
                 if at <= now {
-                    volume.poll(now);
+                    any |= volume.poll(now);
                 }
             }
         }
@@ -246,11 +253,20 @@ impl Reactor {
             self.next_stall_check = now + STALL_CHECK;
             for index in 0..self.connections.len() {
                 if self.connections[index].as_ref().is_some_and(|c| c.is_stalled(now)) {
-                    self.end_connection(index, &ConnectionEnd::Protocol("the client stalled in mid-message".into()));
+                    self.end_connection(
+                        index,
+                        &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
+                    );
+                    any = true;
                 }
+            }
+            // Clients that could not be accepted for want of descriptors: no edge will announce them again.
+            for listener in 0..self.listeners.len() {
+                self.accept(listener, now);
             }
         }
         self.next_deadline = next;
+        any
     }
 
     /// Sleeps until something happens or time is due.
@@ -271,14 +287,12 @@ impl Reactor {
         self.turns_since_poller = 0;
         let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; POLLER_EVENTS_MAX];
         let timeout = timeout.and_then(|t| rustix::event::Timespec::try_from(t).ok());
-        let events = match epoll::wait(&self.poller, &mut room, timeout.as_ref()) {
-            Ok((events, _)) => events,
-            // Interrupted: the next look tells.
-            Err(_) => return false,
-        };
+        // Interrupted: the next look tells.
+        let Ok((events, _)) = epoll::wait(&self.poller, &mut room, timeout.as_ref()) else { return false };
         let any = !events.is_empty();
         for event in events.iter() {
-            let (kind, index) = (event.data.u64() >> 32, usize::try_from(event.data.u64() & 0xffff_ffff).expect("64-bit"));
+            let (kind, index) =
+                (event.data.u64() >> 32, usize::try_from(event.data.u64() & 0xffff_ffff).expect("64-bit"));
             let flags = event.flags;
             match kind {
                 KIND_LISTENER => self.accept(index, now),
@@ -525,4 +539,3 @@ impl ExportDirectory for Directory<'_> {
         served.map(|v| ListedExport { name: v.name().to_owned(), description: String::new() }).collect()
     }
 }
-

@@ -19,6 +19,7 @@ use costandby_ffi::mapping::Span;
 use std::os::fd::BorrowedFd;
 
 mod credit;
+pub mod fault;
 #[doc(hidden)]
 pub mod laws;
 pub mod loopback;

@@ -46,6 +46,8 @@ pub struct TcpLink {
     stream: TcpStream,
     state: State,
     outbox: Outbox,
+    /// The socket took less than it was offered since the last poll: until then only poll tries again.
+    full: bool,
     peer: PeerRing,
     /// Tokens of frames wholly out that were not reported yet.
     sent: VecDeque<Token>,
@@ -85,6 +87,7 @@ impl TcpLink {
             stream,
             state: State::Open,
             outbox: Outbox::new(),
+            full: false,
             peer: PeerRing::new(peer_ring_len),
             sent: VecDeque::with_capacity(WINDOW_LEN),
             own: OwnRing::new(local_ring_len),
@@ -131,15 +134,14 @@ impl TcpLink {
 
     /// Sends until all is out or the socket is full.
     fn flush(&mut self) {
-        while self.state.is_open() {
+        while self.state.is_open() && !self.full {
             self.tell();
             if self.outbox.is_empty() {
                 return;
             }
             match self.send_once() {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(took_all) => self.full = !took_all,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.full = true,
                 Err(error) if error.raw_os_error() == Some(Errno::FAULT.raw_os_error()) => {
                     if let Some(span) = self.outbox.first_span() {
                         span.mapping().poison();
@@ -308,6 +310,7 @@ impl Link for TcpLink {
     fn poll(&mut self, events: &mut Vec<LinkEvent>) -> bool {
         let before = events.len();
         let limit = before + LINK_EVENTS_MAX;
+        self.full = false;
         if !self.outbox.is_empty() {
             self.flush();
         }

@@ -30,8 +30,8 @@ pub use requests::{Begin, NewRequest, Op};
 
 /// Token of the flush the pipeline asked for.
 const PIPELINE_FLUSH: Token = Token(u64::MAX);
-/// Token of the flush that ends a target's session.
-const SETTLE_FLUSH: Token = Token(u64::MAX - 3);
+/// The same for the flush after a target's session.
+const SETTLE_FLUSH_BASE: u64 = 1 << 61;
 /// Tokens of flushes the access side asked for: this plus the session's serial, so that one of an ended session is known.
 const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 /// Token of the change the access side waits for.
@@ -61,8 +61,11 @@ pub enum Origin {
         /// Tells its steps from an earlier copy's.
         serial: u64,
     },
-    /// The flush that ends a background copy.
-    ResyncFlush,
+    /// The flush that ends the background copy number `serial`.
+    ResyncFlush {
+        /// Tells it from an earlier copy's, which must not vouch for this one.
+        serial: u64,
+    },
     /// The flush that ends a quiesce.
     Quiesce,
     /// A client that is gone.
@@ -113,6 +116,14 @@ enum Outgoing {
     Control { code: u64, arg: u64 },
 }
 
+/// How a session ended.
+#[derive(Debug)]
+struct LinkEnd {
+    reason: String,
+    undurable: bool,
+    was_target: bool,
+}
+
 /// A volume.
 pub struct Volume {
     index: usize,
@@ -140,13 +151,15 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
+    /// The peer broke the protocol; the link's end is on its way.
+    link_distrusted: bool,
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
     arrived: VecDeque<Slot>,
     access_job: Option<Slot>,
-    /// A target's session ended for this reason, and what arrived is being flushed.
-    down_deferred: Option<String>,
+    /// A session ended; control hears of it once nothing is being applied any more.
+    down_deferred: Option<LinkEnd>,
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,
@@ -165,7 +178,10 @@ impl Volume {
         let size = spec.disk.size();
         Self {
             index,
-            refusal: format!("volume {}: this node has not agreed with its peer yet who serves it", spec.name),
+            refusal: format!(
+                "volume {}: this node has not agreed with its peer yet who serves it",
+                spec.name
+            ),
             name: spec.name,
             disk: spec.disk,
             disk_failure_told: false,
@@ -186,6 +202,7 @@ impl Volume {
             session_serial: 0,
             link: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
+            link_distrusted: false,
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,
@@ -255,6 +272,8 @@ impl Volume {
 
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
+        // Until here a lost link left the peer behind.
+        self.resync = None;
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -268,7 +287,11 @@ impl Volume {
             PIPELINE_FLUSH if !failed => self.pipeline_event(crate::mirror::pipeline::Event::FlushedLocal),
             ACCESS_CHANGE => self.access_job_done(failed),
             PIPELINE_FLUSH => {}
-            SETTLE_FLUSH => self.settled_target(),
+            Token(token) if (SETTLE_FLUSH_BASE..ACCESS_FLUSH_BASE).contains(&token) => {
+                if !failed {
+                    self.settled(token - SETTLE_FLUSH_BASE);
+                }
+            }
             Token(token) if token >= ACCESS_FLUSH_BASE => {
                 if let Some(access) = &mut self.access
                     && token == ACCESS_FLUSH_BASE + self.session_serial
@@ -296,14 +319,20 @@ impl Volume {
         self.step_resync();
         self.end_quiesce();
         if self.disk.is_failed() {
-            self.disk_failed("a page could not be read or written (truncated file, I/O error or full file system)");
+            self.disk_failed(
+                "a page could not be read or written (truncated file, I/O error or full file system)",
+            );
         }
         self.pump_link(now);
         self.publish();
     }
 
     fn end_quiesce(&mut self) {
-        if self.quiescing && self.receiving == 0 && self.pipeline.in_flight() == 0 && self.inflight.waiting_len() == 0 {
+        if self.quiescing
+            && self.receiving == 0
+            && self.pipeline.in_flight() == 0
+            && self.inflight.waiting_len() == 0
+        {
             // Said once: the flush itself is now under way and counts as such.
             self.quiescing = false;
             self.serving = false;
@@ -339,7 +368,9 @@ impl Volume {
             match action {
                 Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
                 Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
-                Action::FlushLocal => self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH }),
+                Action::FlushLocal => {
+                    self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH });
+                }
                 Action::Release(change) => self.released(change),
                 Action::Complete(token) => self.completed(token),
                 Action::MarkDirty(range) => self.bitmap.set(range),
@@ -361,7 +392,7 @@ impl Volume {
                 resync.applied(change.range, &mut self.bitmap);
             }
             // A step that a session's end cut off is never completed.
-            if !completed && self.link.is_none() {
+            if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
                 return;
             }
@@ -383,9 +414,15 @@ impl Volume {
         }
         match origin {
             Origin::Resync { .. } | Origin::Nobody => {}
-            Origin::ResyncFlush => self.events.push(Event::ResyncDone { volume: self.index }),
+            Origin::ResyncFlush { serial } => {
+                if self.resync.is_some() && serial == self.resync_serial {
+                    self.events.push(Event::ResyncDone { volume: self.index });
+                }
+            }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
-            Origin::Nbd { .. } | Origin::Queue { .. } => self.notices.push(Notice::Done { origin, result: Ok(()) }),
+            Origin::Nbd { .. } | Origin::Queue { .. } => {
+                self.notices.push(Notice::Done { origin, result: Ok(()) });
+            }
         }
     }
 
@@ -404,9 +441,14 @@ impl Volume {
     /// ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
+        if self.source && self.pipeline.in_flight() > 0 {
+            // Numbers were given out that will never be posted, and the copy counts on steps that never end.
+            self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
+        }
         self.pipeline.abandon(&mut tokens, &mut locked);
-        self.outbox.clear();
+        self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
+            self.bitmap.set(change.range);
             self.inflight.release(change.token, change.range.start, &mut self.granted);
             self.request_mut(change.token).locked = false;
             if self.request_mut(change.token).completed {
@@ -472,3 +514,6 @@ impl Request {
         Change { token, kind, range: self.range, flags: self.flags }
     }
 }
+
+#[cfg(test)]
+mod tests;

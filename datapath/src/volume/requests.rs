@@ -4,6 +4,7 @@ use super::{Notice, Origin, Request, Volume};
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
+use crate::limits::RESYNC_READ_AHEAD_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
 use crate::units::{ByteRange, Token};
@@ -191,7 +192,7 @@ impl Volume {
             for token in granted.drain(..) {
                 let request = *self.request_mut(token);
                 if let Origin::Resync { serial } = request.origin
-                    && (serial != self.resync_serial || self.resync.is_none())
+                    && !self.resync_step_holds(serial, &request)
                 {
                     self.inflight.release(token, request.range.start, &mut self.granted);
                     self.drop_request(token);
@@ -211,6 +212,24 @@ impl Volume {
         }
     }
 
+    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
+    /// is still one. A client may have written there while the step waited; the step is then planned anew.
+    fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
+        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
+            return false;
+        };
+        let range = request.range;
+        if request.op == Op::Change(Kind::Write) {
+            return true;
+        }
+        let extent = self.disk.extent_at(range.start, range.end());
+        let holds = extent.hole && extent.range.len == range.len;
+        if !holds {
+            resync.untake(range);
+        }
+        holds
+    }
+
     pub(super) fn step_resync(&mut self) {
         loop {
             let Some(resync) = &mut self.resync else { return };
@@ -218,6 +237,10 @@ impl Volume {
             let extent = self.disk.extent_at(dirty.start, dirty.end());
             let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
             resync.took(range);
+            if kind == Kind::Write {
+                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
+                self.disk.read_ahead(ahead);
+            }
             let origin = Origin::Resync { serial: self.resync_serial };
             let token = self.add_request(Request {
                 origin,
@@ -243,7 +266,7 @@ impl Volume {
         if let Some(resync) = &mut self.resync
             && resync.take_flush(&self.bitmap)
         {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush));
+            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
@@ -273,10 +296,18 @@ mod tests {
         let dirty = ByteRange::new(G, 100 * G);
         assert_eq!(plan_step(dirty, 100 * G, true, true), (Kind::Trim, dirty));
         assert_eq!(plan_step(dirty, 2 * G + 1, true, false), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
-        assert_eq!(plan_step(dirty, G - 1, true, true), (Kind::Write, ByteRange::new(G, G)), "less than a grain");
+        assert_eq!(
+            plan_step(dirty, G - 1, true, true),
+            (Kind::Write, ByteRange::new(G, G)),
+            "less than a grain"
+        );
         assert_eq!(plan_step(dirty, 1, false, true), (Kind::Write, ByteRange::new(G, G)));
         assert_eq!(plan_step(dirty, 50 * G, false, true), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
         let tail = ByteRange::new(G, 100);
-        assert_eq!(plan_step(tail, 100, true, true), (Kind::Trim, tail), "the disk's end need not fill a grain");
+        assert_eq!(
+            plan_step(tail, 100, true, true),
+            (Kind::Trim, tail),
+            "the disk's end need not fill a grain"
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, SETTLE_FLUSH, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
@@ -25,6 +25,7 @@ impl Volume {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
         self.link = Some(link);
+        self.link_distrusted = false;
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;
@@ -33,14 +34,39 @@ impl Volume {
 
     /// The roles over the live session are now these.
     pub fn direct(&mut self, direction: Direction, epoch: Epoch) {
+        let same = match direction {
+            Direction::Source { .. } => self.source,
+            Direction::Target => self.access.is_some(),
+            Direction::Idle => false,
+        };
+        if same && epoch == self.epoch {
+            // Numbering goes on: the peer was told of no change.
+            return;
+        }
+        if self.access.is_some() && (self.access_job.is_some() || !self.arrived.is_empty()) {
+            // They belong to the role that ends and must not reach the disk under the new one.
+            self.arrived.clear();
+            self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
+            return;
+        }
         self.epoch = epoch;
         self.access = None;
         if self.source {
             self.source = false;
             self.resync = None;
+            // Numbers of the session that ends; what must go again comes again under new ones.
+            self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
+            self.pipeline_event(PipelineEvent::SessionDown);
+        } else if !matches!(direction, Direction::Source { .. }) {
+            // A record of the peer's absence is void once the peer may serve.
             self.pipeline_event(PipelineEvent::SessionDown);
         }
         if self.link.is_none() {
+            return;
+        }
+        if self.disk.is_failed() {
+            // Nothing of it may be sent, and nothing that arrives be acknowledged; its end was told once already.
+            self.close_link(DownReason::Local("the local disk failed"));
             return;
         }
         match direction {
@@ -96,13 +122,17 @@ impl Volume {
         let mut events = std::mem::take(&mut self.link_events);
         link.poll(&mut events);
         let heard = link.received_bytes();
+        let mut any = !events.is_empty();
         if heard != self.heard_bytes {
             self.heard_bytes = heard;
             self.last_heard = now;
+            any = true;
         }
-        let any = !events.is_empty();
         for event in events.drain(..) {
-            self.link_event(event);
+            // After a violation nothing more is believed; what the same poll brought along is dropped with it.
+            if !self.link_distrusted || matches!(event, LinkEvent::Down(_)) {
+                self.link_event(event);
+            }
         }
         self.link_events = events;
         any
@@ -113,6 +143,10 @@ impl Volume {
         let epoch = self.epoch;
         let link = self.link.as_mut()?;
         let interval = timeout / 4;
+        if link.arm().is_some_and(|(_, interest)| !interest.readable) {
+            // It is we who do not listen: our ring is full.
+            self.last_heard = now;
+        }
         let silent = now.duration_since(self.last_heard);
         if silent >= timeout {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
@@ -140,13 +174,19 @@ impl Volume {
             }
         };
         if let Err(violation) = outcome {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
+    }
+
+    /// The peer broke the protocol: its frames end here.
+    fn distrust_link(&mut self, violation: Violation) {
+        self.link_distrusted = true;
+        self.close_link(DownReason::Protocol(violation));
     }
 
     fn message(&mut self, header: &Header) -> Result<(), Violation> {
         match header.kind {
-            Kind::Ack if self.source => {
+            Kind::Ack if self.source && header.epoch == self.epoch => {
                 let event = PipelineEvent::Ack { applied: header.seq, durable: Seq(header.aux) };
                 let outcome = self.pipeline.handle(event, &mut self.actions);
                 self.perform();
@@ -222,7 +262,7 @@ impl Volume {
     pub(super) fn access_job_done(&mut self, failed: bool) {
         let slot = self.access_job.take().expect("a job was under way");
         if self.link.is_none() {
-            self.settle_target();
+            self.report_link_end();
             return;
         }
         if failed {
@@ -230,7 +270,7 @@ impl Volume {
         }
         self.change_applied(slot);
         if let Err(violation) = self.apply_arrived() {
-            self.close_link(DownReason::Protocol(violation));
+            self.distrust_link(violation);
         }
     }
 
@@ -248,28 +288,32 @@ impl Volume {
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
+        self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
+        if self.access_job.is_none() {
+            self.report_link_end();
+        }
+        // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
+        // pipeline wishes once.
         if std::mem::take(&mut self.source) {
             self.pipeline_event(PipelineEvent::SessionDown);
         }
+    }
+
+    /// The session is over and nothing is being applied any more. A target's disk is then brought to stable storage, so
+    /// that control may note down that it is a clean prefix even after a loss of power; nobody waits for that.
+    fn report_link_end(&mut self) {
+        let LinkEnd { reason, undurable, was_target } = self.down_deferred.take().expect("a session ended");
         if was_target && !self.disk.is_failed() {
-            self.down_deferred = Some(reason.to_string());
-            if self.access_job.is_none() {
-                self.settle_target();
-            }
-        } else {
-            self.events.push(Event::LinkDown { volume: self.index, reason: reason.to_string(), undurable });
+            let token = Token(SETTLE_FLUSH_BASE + self.session_serial);
+            self.workers.submit(Job { kind: JobKind::Flush, token });
         }
+        self.events.push(Event::LinkDown { volume: self.index, reason, undurable });
     }
 
-    /// A target's session ended and nothing is being applied any more: bring what arrived to stable storage, so that
-    /// control may note down that this disk is a clean prefix. The flush's end reports the session's.
-    fn settle_target(&mut self) {
-        self.workers.submit(Job { kind: JobKind::Flush, token: SETTLE_FLUSH });
-    }
-
-    pub(super) fn settled_target(&mut self) {
-        let reason = self.down_deferred.take().expect("a target's session ended");
-        self.events.push(Event::LinkDown { volume: self.index, reason, undurable: false });
+    pub(super) fn settled(&mut self, session_serial: u64) {
+        if session_serial == self.session_serial && self.access.is_none() {
+            self.events.push(Event::Settled { volume: self.index });
+        }
     }
 
     /// Sends what waits for credit, the ack that is due, and rings the link's doorbell.
@@ -340,6 +384,12 @@ fn post(
     let span = (change.kind == Kind::Write).then(|| disk.span(change.range));
     if let Some(span) = &span {
         header.payload_crc = span.crc32c();
+    }
+    if disk.is_failed() {
+        // The sum is of zeroes that stand in for a lost page; they must not reach the good disk. The link takes the
+        // permit with it.
+        link.close(DownReason::Medium);
+        return false;
     }
     link.post(permit, header, span, Token(seq.0));
     true

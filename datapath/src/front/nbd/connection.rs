@@ -3,18 +3,24 @@
 //! Payloads go straight from the socket into the mapped disk, and replies to reads straight from it. Rules that keep
 //! that safe:
 //! - A write's payload is received only once its range is locked; until then the connection is not read.
-//! - Bytes are taken from the socket in whole sectors (of [`SECTOR_LEN`] bytes), so that a client that dies in
-//!   mid-payload leaves no torn sector. The part it did send is mirrored like a write, unacknowledged.
+//! - Bytes reach the disk in whole sectors (of [`SECTOR_LEN`] bytes), so that a client that dies in mid-payload leaves
+//!   no torn sector. The part it did send is mirrored like a write, unacknowledged. What is there of a sector whose
+//!   rest is still on its way is taken aside: left in the socket, it can keep the buffer of 64 KiB that it came in, the
+//!   TCP window closed, and the rest away for good.
 //! - While output is stuck no further request is taken, so one client costs a bounded amount of memory. A reply stuck
 //!   half-way pins its range; when a change wants it, the rest is copied out ([`Connection::unpin`]).
 //!
 //! Survives: any bytes, disconnection at any point, a medium that fails under a transfer (`EIO`, the stream stays in step).
 
 use super::handshake::{ExportDirectory, Handshake, Outcome};
-use super::proto::{AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request};
+use super::proto::{
+    AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
+};
 use super::reply::{BlockStatus, Finality, error_reply, read_header, simple_reply};
 use crate::error::IoError;
-use crate::limits::{CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX};
+use crate::limits::{
+    CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX, RECEIVE_LEN_MAX, TURN_MS_MAX,
+};
 use crate::units::{ByteRange, Token};
 use crate::volume::{Begin, NewRequest, Op, Origin, Volume};
 use crate::wire::Kind;
@@ -27,7 +33,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Unit in which payloads are taken from the socket.
-const SECTOR_LEN: u64 = 512;
+const SECTOR_LEN: usize = 512;
 
 /// Requests one connection is served in a turn before the next one's.
 const TURN_REQUESTS_MAX: usize = 64;
@@ -40,12 +46,27 @@ const OUT_LEN_SOON: usize = 32 << 10;
 enum Input {
     Header,
     /// A write whose range is not ours yet.
-    AwaitsLock { token: Token, cookie: u64, range: ByteRange },
-    Payload { token: Token, cookie: u64, range: ByteRange, span: Span, received: usize },
+    AwaitsLock {
+        token: Token,
+        cookie: u64,
+        range: ByteRange,
+    },
+    Payload {
+        token: Token,
+        cookie: u64,
+        range: ByteRange,
+        span: Span,
+        received: usize,
+    },
     /// A refused write's payload.
-    Drain { left: usize },
+    Drain {
+        left: usize,
+    },
     /// A request there was no room for.
-    Refused { new: NewRequest, cookie: u64 },
+    Refused {
+        new: NewRequest,
+        cookie: u64,
+    },
     /// The client said goodbye (or must be left): answer what is open, then close.
     Ended,
 }
@@ -81,6 +102,9 @@ pub struct Connection {
     input: Input,
     header: [u8; REQUEST_LEN],
     header_len: usize,
+    /// The beginning of the payload's next sector.
+    fragment: [u8; SECTOR_LEN],
+    fragment_len: usize,
     /// Replies ahead of [`Self::stuck`].
     out: Vec<u8>,
     out_sent: usize,
@@ -128,6 +152,8 @@ impl Connection {
             input: Input::Header,
             header: [0; REQUEST_LEN],
             header_len: 0,
+            fragment: [0; SECTOR_LEN],
+            fragment_len: 0,
             out,
             out_sent: 0,
             stuck: None,
@@ -166,7 +192,8 @@ impl Connection {
     /// Edges from the reactor's poller.
     pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool) {
         self.readable |= readable || hung_up;
-        self.writable |= writable;
+        // On a dead connection the next send says so.
+        self.writable |= writable || hung_up;
         self.hung_up |= hung_up;
     }
 
@@ -210,14 +237,22 @@ impl Connection {
     ///
     /// # Errors
     /// [`ConnectionEnd`].
-    pub fn negotiate(&mut self, directory: &dyn ExportDirectory, now: Instant) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
+    pub fn negotiate(
+        &mut self,
+        directory: &dyn ExportDirectory,
+        now: Instant,
+    ) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
         self.send_out()?;
         while self.readable {
             let State::Handshake(handshake) = &mut self.state else { return Ok(None) };
             // Only as much as surely belongs to the handshake is taken from the socket, the rest looked at: the first
             // request, and a payload behind it, must stay there.
             let mut peeked = [0; 4096];
-            let n = match rustix::net::recv(&self.socket, &mut peeked[..], rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT) {
+            let n = match rustix::net::recv(
+                &self.socket,
+                &mut peeked[..],
+                rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT,
+            ) {
                 Ok((_, 0)) => return Err(ConnectionEnd::Gone),
                 Ok((_, n)) => n,
                 Err(Errno::AGAIN) => {
@@ -228,7 +263,9 @@ impl Connection {
                 Err(e) => return Err(ConnectionEnd::Io(e.into())),
             };
             self.last_input = now;
-            let step = handshake.feed(&peeked[..n], &mut self.out, directory).map_err(|e| ConnectionEnd::Protocol(e.to_string()));
+            let step = handshake
+                .feed(&peeked[..n], &mut self.out, directory)
+                .map_err(|e| ConnectionEnd::Protocol(e.to_string()));
             let consumed = step.as_ref().map_or(n, |s| s.consumed);
             rustix::net::recv(&self.socket, &mut peeked[..consumed], rustix::net::RecvFlags::DONTWAIT)
                 .map_err(|e| ConnectionEnd::Io(e.into()))?;
@@ -259,7 +296,7 @@ impl Connection {
         let mut any = self.send_out()?;
         self.finish_stuck(volume);
         let mut budget = TURN_REQUESTS_MAX;
-        while self.wants_service() && budget > 0 {
+        while self.wants_service() && budget > 0 && now.elapsed() < Duration::from_millis(TURN_MS_MAX) {
             budget -= 1;
             if self.out.len() >= OUT_LEN_SOON {
                 any |= self.send_out()?;
@@ -278,7 +315,8 @@ impl Connection {
         }
         any |= self.send_out()?;
         self.finish_stuck(volume);
-        if matches!(self.input, Input::Ended) && self.open == 0 && self.out.is_empty() && self.stuck.is_none() {
+        if matches!(self.input, Input::Ended) && self.open == 0 && self.out.is_empty() && self.stuck.is_none()
+        {
             return Err(ConnectionEnd::Gone);
         }
         Ok(any)
@@ -468,13 +506,17 @@ impl Connection {
         };
         let left = span.len() - received;
         let available = rustix::io::ioctl_fionread(&self.socket).map_err(|e| ConnectionEnd::Io(e.into()))?;
+        let available = available.min(RECEIVE_LEN_MAX as u64);
         let take = if available >= left as u64 {
             left
         } else {
             let position = range.start + received as u64;
-            let sectors_end = (position + available) / SECTOR_LEN * SECTOR_LEN;
+            let sectors_end = (position + available) / SECTOR_LEN as u64 * SECTOR_LEN as u64;
             usize::try_from(sectors_end.saturating_sub(position)).expect("64-bit")
         };
+        if self.fragment_len > 0 || (take == 0 && available > 0) {
+            return self.take_fragment(volume, now);
+        }
         if take == 0 {
             if self.hung_up {
                 return Err(ConnectionEnd::Gone);
@@ -506,15 +548,51 @@ impl Connection {
             return Ok(true);
         }
         if take < left {
-            self.input = Input::Payload { token, cookie, range, span: span.clone(), received: received + take };
+            self.input =
+                Input::Payload { token, cookie, range, span: span.clone(), received: received + take };
             return Ok(true);
         }
         self.input = Input::Header;
         self.header_len = n - take;
+        if self.header_len < REQUEST_LEN && !self.hung_up {
+            // Less than was asked for: the socket is empty, and what comes next is a new edge.
+            self.readable = false;
+        }
         volume.landed(token);
         if self.header_len == REQUEST_LEN {
             self.header_len = 0;
             self.request(volume)?;
+        }
+        Ok(true)
+    }
+
+    /// Takes what is there of the next sector aside, and puts it in its place once all of it is there.
+    fn take_fragment(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
+        let Input::Payload { token, range, ref span, ref mut received, .. } = self.input else {
+            panic!("only in mid-payload")
+        };
+        let left = span.len() - *received;
+        let position = range.start + *received as u64;
+        let to_boundary = SECTOR_LEN - usize::try_from(position % SECTOR_LEN as u64).expect("under a sector");
+        let len = to_boundary.min(left);
+        let n = receive(&self.socket, &mut self.fragment[self.fragment_len..len], &mut self.readable)?;
+        if n == 0 {
+            return Ok(false);
+        }
+        self.last_input = now;
+        self.fragment_len += n;
+        if self.fragment_len < len {
+            return Ok(true);
+        }
+        self.fragment_len = 0;
+        span.sub(*received, len).write_from(&self.fragment[..len]);
+        *received += len;
+        if len == left {
+            self.input = Input::Header;
+            volume.landed(token);
+        } else if volume.disk().is_failed() {
+            self.input = Input::Drain { left: left - len };
+            volume.landed(token);
         }
         Ok(true)
     }
@@ -530,7 +608,9 @@ impl Connection {
                 self.reply_error(request.cookie, rejection.errno, rejection.reason);
                 self.input = match rejection.after {
                     AfterRejection::Continue => Input::Header,
-                    AfterRejection::Drain { len } => Input::Drain { left: usize::try_from(len).expect("64-bit") },
+                    AfterRejection::Drain { len } => {
+                        Input::Drain { left: usize::try_from(len).expect("64-bit") }
+                    }
                     AfterRejection::Close => Input::Ended,
                 };
                 return Ok(());
@@ -538,13 +618,17 @@ impl Connection {
         };
         let cookie = checked.cookie;
         let origin = Origin::Nbd { connection: self.index, serial: self.serial, cookie };
-        let zeroes = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
         let (op, range, fua) = match checked.operation {
             Operation::Read { range } => (Op::Read, range, false),
             Operation::Write { range, fua } => (Op::Change(Kind::Write), range, fua),
             Operation::Trim { range, fua } => (Op::Change(Kind::Trim), range, fua),
-            Operation::WriteZeroes { range, fua, no_hole: true } => (Op::Change(Kind::WriteZeroes), range, fua),
-            Operation::WriteZeroes { range, fua, no_hole: false } => (Op::Change(zeroes), range, fua),
+            Operation::WriteZeroes { range, fua, no_hole: true } => {
+                (Op::Change(Kind::WriteZeroes), range, fua)
+            }
+            Operation::WriteZeroes { range, fua, no_hole: false } => {
+                let kind = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
+                (Op::Change(kind), range, fua)
+            }
             Operation::Flush => (Op::Flush, ByteRange::new(0, 0), false),
             // The mapping is the page cache: whatever is read stays there as the kernel sees fit.
             Operation::Cache { .. } => {

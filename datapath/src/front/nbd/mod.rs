@@ -5,8 +5,8 @@
 //! client sends. Names of constants are those of the protocol's document (`doc/proto.md` of NetworkBlockDevice/nbd), so
 //! that they can be looked up there. All integers on the wire are big-endian.
 
-pub mod handshake;
 pub mod connection;
+pub mod handshake;
 mod option;
 pub mod proto;
 pub mod reply;

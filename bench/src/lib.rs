@@ -1,2 +1,0 @@
-//! Benchmarks of costandby.
-#![forbid(unsafe_code)]

@@ -1,0 +1,167 @@
+//! Which cases a run goes through, in which order, and what each is held against.
+//!
+//! Ids are stable: records of different commits are compared by them.
+
+use crate::floor::{self, Wait};
+use crate::histogram::Summary;
+use crate::inproc::{self, Backing};
+use crate::report::{Against, Idle, Machine, Measure, Report, Row};
+use crate::{Outcome, RunArgs};
+use costandby_datapath::units::PollMode;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Bytes of the small payload: the block size of most databases and file systems.
+const SMALL: usize = 4096;
+const MIDDLE: usize = 64 << 10;
+const LARGE: usize = 1 << 20;
+
+/// Large writes under way at a time: enough to keep a link busy while one is being acknowledged.
+const STREAM_DEPTH: usize = 8;
+
+/// One case.
+pub(crate) struct Case {
+    pub(crate) row: Row,
+    /// Measures for this long.
+    pub(crate) run: Box<dyn FnMut(Duration) -> Outcome<Summary>>,
+}
+
+/// All cases of a run and what they share.
+pub(crate) struct Plan {
+    pub(crate) cases: Vec<Case>,
+    idle: Vec<Idle>,
+    skipped: Vec<String>,
+    only: Vec<String>,
+    disk_len: u64,
+    directory: TempDir,
+}
+
+impl Plan {
+    /// Sets everything up.
+    pub(crate) fn new(args: &RunArgs) -> Outcome<Self> {
+        let directory = tempfile::Builder::new().prefix("costandby-bench").tempdir_in(&args.dir)?;
+        let mut plan = Self {
+            cases: Vec::new(),
+            idle: Vec::new(),
+            skipped: Vec::new(),
+            only: args.only.clone(),
+            disk_len: if args.quick { 8 << 20 } else { 256 << 20 },
+            directory,
+        };
+        plan.add_busy();
+        plan.add_sleeping();
+        plan.add_streams();
+        Ok(plan)
+    }
+
+    fn wanted(&self, id: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|prefix| id.starts_with(prefix.as_str()))
+    }
+
+    fn add(
+        &mut self,
+        id: &'static str,
+        title: &'static str,
+        against: Option<Against>,
+        run: impl FnMut(Duration) -> Outcome<Summary> + 'static,
+    ) {
+        if self.wanted(id) {
+            let row = Row { id, title, against, rounds: Vec::new() };
+            self.cases.push(Case { row, run: Box::new(run) });
+        }
+    }
+
+    fn add_floor(
+        &mut self,
+        id: &'static str,
+        title: &'static str,
+        wait: Wait,
+        depth: usize,
+        payload_len: usize,
+    ) {
+        self.add(id, title, None, move |time| floor::run(floor::Load { wait, depth, payload_len, time }));
+    }
+
+    fn add_inproc(&mut self, id: &'static str, title: &'static str, against: Against, load: Inproc) {
+        let backing = if load.files { Backing::Files(self.directory.path().into()) } else { Backing::Memory };
+        let disk_len = self.disk_len;
+        let Inproc { poll, depth, payload_len, random, .. } = load;
+        self.add(id, title, Some(against), move |time| {
+            let backing = backing.clone();
+            inproc::run(&inproc::Load { poll, depth, payload_len, random, backing, disk_len, time })
+        });
+    }
+
+    fn add_busy(&mut self) {
+        let small = Inproc { poll: PollMode::Busy, depth: 1, payload_len: SMALL, random: true, files: false };
+        let deep = Inproc { depth: 32, ..small };
+        let latency = |target| Against { ids: vec!["floor-busy-4k-1"], measure: Measure::P50, target };
+        let rate = || Against { ids: vec!["floor-busy-4k-32"], measure: Measure::Iops, target: None };
+        self.add_floor("floor-busy-4k-1", "floor 4 KiB x1, busy", Wait::Busy, 1, SMALL);
+        self.add_inproc("inproc-busy-4k-1", "in process 4 KiB x1, busy, memory", latency(Some(1.2)), small);
+        let files = Inproc { files: true, ..small };
+        self.add_inproc("inproc-busy-4k-1-file", "in process 4 KiB x1, busy, files", latency(None), files);
+        self.add_floor("floor-busy-4k-32", "floor 4 KiB x32, busy", Wait::Busy, 32, SMALL);
+        self.add_inproc("inproc-busy-4k-32", "in process 4 KiB x32, busy, memory", rate(), deep);
+        let files = Inproc { files: true, ..deep };
+        self.add_inproc("inproc-busy-4k-32-file", "in process 4 KiB x32, busy, files", rate(), files);
+    }
+
+    fn add_sleeping(&mut self) {
+        let adaptive =
+            Inproc { poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
+        let event = Inproc { poll: PollMode::Event, ..adaptive };
+        let latency = || Against { ids: vec!["floor-sleep-4k-1"], measure: Measure::P50, target: None };
+        let rate = || Against { ids: vec!["floor-sleep-4k-32"], measure: Measure::Iops, target: None };
+        self.add_floor("floor-sleep-4k-1", "floor 4 KiB x1, sleeping", Wait::Sleep, 1, SMALL);
+        self.add_inproc(
+            "inproc-adaptive-4k-1",
+            "in process 4 KiB x1, adaptive, 3 threads",
+            latency(),
+            adaptive,
+        );
+        self.add_inproc("inproc-event-4k-1", "in process 4 KiB x1, event, 3 threads", latency(), event);
+        self.add_floor("floor-sleep-4k-32", "floor 4 KiB x32, sleeping", Wait::Sleep, 32, SMALL);
+        let deep = |load| Inproc { depth: 32, ..load };
+        self.add_inproc(
+            "inproc-adaptive-4k-32",
+            "in process 4 KiB x32, adaptive, 3 threads",
+            rate(),
+            deep(adaptive),
+        );
+        self.add_inproc("inproc-event-4k-32", "in process 4 KiB x32, event, 3 threads", rate(), deep(event));
+    }
+
+    fn add_streams(&mut self) {
+        let busy = PollMode::Busy;
+        let middle = Inproc { poll: busy, depth: 1, payload_len: MIDDLE, random: true, files: false };
+        let latency = Against { ids: vec!["floor-busy-64k-1"], measure: Measure::P50, target: None };
+        self.add_floor("floor-busy-64k-1", "floor 64 KiB x1, busy", Wait::Busy, 1, MIDDLE);
+        self.add_inproc("inproc-busy-64k-1", "in process 64 KiB x1, busy, memory", latency, middle);
+        let disk_len = usize::try_from(self.disk_len).expect("64-bit");
+        self.add("floor-copy-1m", "floor: copying 1 MiB pieces in memory", None, move |time| {
+            Ok(floor::memory_copy(LARGE, disk_len, time))
+        });
+        self.add_floor("floor-busy-1m-8", "floor 1 MiB x8, busy", Wait::Busy, STREAM_DEPTH, LARGE);
+        let rate = Against { ids: vec!["floor-busy-1m-8"], measure: Measure::Rate, target: Some(0.9) };
+        let large =
+            Inproc { poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
+        self.add_inproc("inproc-busy-1m-8", "in process 1 MiB x8 sequential, busy, memory", rate, large);
+    }
+
+    /// Ends what was set up.
+    pub(crate) fn finish(self, machine: Machine) -> Outcome<Report> {
+        let rows = self.cases.into_iter().map(|case| case.row).collect();
+        Ok(Report { machine, rows, idle: self.idle, skipped: self.skipped })
+    }
+}
+
+/// What tells the in-process cases apart.
+#[derive(Clone, Copy)]
+struct Inproc {
+    poll: PollMode,
+    depth: usize,
+    payload_len: usize,
+    random: bool,
+    files: bool,
+}

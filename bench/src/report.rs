@@ -1,0 +1,274 @@
+//! The report: a table for people, a record for machines.
+//!
+//! Cases come as [`Row`]s of the same run. A ratio is taken round by round, since the two cases of one round ran next to
+//! each other, and then the median over the rounds: noise of a shared machine falls on both alike.
+
+use crate::Outcome;
+use crate::histogram::{Summary, joined, median};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+/// What two cases are compared by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Measure {
+    /// Median latency: lower is better.
+    P50,
+    /// Requests a second: higher is better.
+    Iops,
+    /// Bytes a second: higher is better.
+    Rate,
+}
+
+/// What a case is held against.
+#[derive(Clone, Debug)]
+pub(crate) struct Against {
+    /// Ids of the cases it is compared with; the best of them counts in each round.
+    pub(crate) ids: Vec<&'static str>,
+    pub(crate) measure: Measure,
+    /// The ratio aimed at: an upper bound for [`Measure::P50`], a lower bound for the others. `None`: for information.
+    pub(crate) target: Option<f64>,
+}
+
+/// One case, measured.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) id: &'static str,
+    pub(crate) title: &'static str,
+    pub(crate) against: Option<Against>,
+    pub(crate) rounds: Vec<Summary>,
+}
+
+/// A ratio and whether it is as wanted.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Ratio {
+    to: String,
+    measure: Measure,
+    value: f64,
+    target: Option<f64>,
+    met: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+struct Case<'a> {
+    id: &'a str,
+    title: &'a str,
+    #[serde(flatten)]
+    median: Summary,
+    ratio: Option<Ratio>,
+    rounds: &'a [Summary],
+}
+
+/// What the idle check found.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Idle {
+    pub(crate) title: String,
+    pub(crate) own_mib: f64,
+    pub(crate) own_mib_max: f64,
+    pub(crate) cpu_percent: f64,
+    pub(crate) cpu_percent_max: f64,
+}
+
+/// Where and of what the numbers are.
+#[derive(Debug, Serialize)]
+pub(crate) struct Machine {
+    cores: usize,
+    cpu: String,
+    kernel: String,
+    load_average: String,
+    commit: String,
+    optimised: bool,
+}
+
+impl Machine {
+    /// Looks around. What cannot be learnt says `unknown`.
+    pub(crate) fn here() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let or_unknown = |text: &str| if text.is_empty() { "unknown".into() } else { text.trim().to_owned() };
+        let cpu_info = read("/proc/cpuinfo");
+        let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split(':').nth(1));
+        let git = Command::new("git")
+            .args(["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty", "--abbrev=12"])
+            .output();
+        let commit =
+            git.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        Self {
+            cores: std::thread::available_parallelism().map_or(0, usize::from),
+            cpu: or_unknown(model.unwrap_or_default()),
+            kernel: or_unknown(&read("/proc/sys/kernel/osrelease")),
+            load_average: or_unknown(&read("/proc/loadavg")),
+            commit: or_unknown(&commit),
+            optimised: !cfg!(debug_assertions),
+        }
+    }
+}
+
+/// The whole of a run.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) machine: Machine,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) idle: Vec<Idle>,
+    /// What was left out, and why.
+    pub(crate) skipped: Vec<String>,
+}
+
+impl Measure {
+    fn of(self, summary: &Summary) -> f64 {
+        match self {
+            Self::P50 => summary.p50_us,
+            Self::Iops => summary.iops,
+            Self::Rate => summary.mb_s,
+        }
+    }
+
+    /// The better of two values.
+    fn best(self, a: f64, b: f64) -> f64 {
+        if self == Self::P50 { a.min(b) } else { a.max(b) }
+    }
+}
+
+impl Report {
+    fn ratio(&self, row: &Row) -> Option<Ratio> {
+        let against = row.against.as_ref()?;
+        let measure = against.measure;
+        let others: Vec<&Row> = self.rows.iter().filter(|other| against.ids.contains(&other.id)).collect();
+        let of_round = |(round, ours): (usize, &Summary)| {
+            let theirs = others.iter().filter_map(|other| other.rounds.get(round)).map(|s| measure.of(s));
+            theirs.reduce(|a, b| measure.best(a, b)).map(|theirs| measure.of(ours) / theirs)
+        };
+        let values: Vec<f64> = row.rounds.iter().enumerate().filter_map(of_round).collect();
+        if values.is_empty() {
+            return None;
+        }
+        let value = median(values);
+        let met = against
+            .target
+            .map(|target| if measure == Measure::P50 { value <= target } else { value >= target });
+        let to = others.iter().map(|other| other.title).collect::<Vec<_>>().join(" | ");
+        Some(Ratio { to, measure, value, target: against.target, met })
+    }
+
+    /// The table.
+    pub(crate) fn table(&self) -> String {
+        let mut text = format!(
+            "{} cores, {}, Linux {}, commit {}, load {}{}\n\n",
+            self.machine.cores,
+            self.machine.cpu,
+            self.machine.kernel,
+            self.machine.commit,
+            self.machine.load_average,
+            if self.machine.optimised {
+                ""
+            } else {
+                "\nNOT AN OPTIMISED BUILD: only the shape means anything"
+            },
+        );
+        let _ = writeln!(
+            text,
+            "{:<54} {:>10} {:>10} {:>10} {:>10}  ratio",
+            "", "p50 µs", "p99 µs", "IOPS", "MB/s"
+        );
+        for row in &self.rows {
+            let all = joined(&row.rounds);
+            let ratio = self.ratio(row).map(|ratio| describe(&ratio)).unwrap_or_default();
+            let _ = writeln!(
+                text,
+                "{:<54} {:>10.1} {:>10.1} {:>10.0} {:>10.1}  {ratio}",
+                row.title, all.p50_us, all.p99_us, all.iops, all.mb_s
+            );
+        }
+        for idle in &self.idle {
+            let _ = writeln!(
+                text,
+                "\n{}: {:.1} MiB of its own (at most {}), {:.2}% of a core (at most {})",
+                idle.title, idle.own_mib, idle.own_mib_max, idle.cpu_percent, idle.cpu_percent_max
+            );
+        }
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "\nleft out: {skipped}");
+        }
+        text
+    }
+
+    /// Writes the record.
+    pub(crate) fn write_json(&self, path: &Path) -> Outcome<()> {
+        let case = |row: &'_ Row| {
+            serde_json::to_value(Case {
+                id: row.id,
+                title: row.title,
+                median: joined(&row.rounds),
+                ratio: self.ratio(row),
+                rounds: &row.rounds,
+            })
+        };
+        let cases = self.rows.iter().map(case).collect::<Result<Vec<_>, _>>()?;
+        let record = serde_json::json!({
+            "machine": self.machine, "cases": cases, "idle": self.idle, "skipped": self.skipped,
+        });
+        let mut text = serde_json::to_string_pretty(&record)?;
+        text.push('\n');
+        std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()).into())
+    }
+}
+
+fn describe(ratio: &Ratio) -> String {
+    let what = match ratio.measure {
+        Measure::P50 => "p50 of",
+        Measure::Iops => "IOPS of",
+        Measure::Rate => "rate of",
+    };
+    let wanted = match (ratio.target, ratio.met) {
+        (Some(target), Some(met)) => {
+            let sign = if ratio.measure == Measure::P50 { '≤' } else { '≥' };
+            format!(" (aim {sign} {target}: {})", if met { "met" } else { "MISSED" })
+        }
+        _ => String::new(),
+    };
+    format!("{:.2} × {what} {}{wanted}", ratio.value, ratio.to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn summary(p50_us: f64, iops: f64) -> Summary {
+        Summary { requests: 1, p50_us, p99_us: p50_us, iops, mb_s: iops }
+    }
+
+    #[test]
+    fn ratios_pair_the_rounds_and_take_the_best_rival() {
+        let row = |id, against, rounds| Row { id, title: id, against, rounds };
+        let against = |measure, target| Some(Against { ids: vec!["a", "b"], measure, target: Some(target) });
+        let report = Report {
+            machine: Machine::here(),
+            rows: vec![
+                row("a", None, vec![summary(10.0, 100.0), summary(100.0, 10.0), summary(10.0, 100.0)]),
+                row("b", None, vec![summary(20.0, 50.0), summary(50.0, 20.0), summary(20.0, 50.0)]),
+                row(
+                    "ours",
+                    against(Measure::P50, 1.2),
+                    vec![summary(11.0, 300.0), summary(55.0, 60.0), summary(30.0, 300.0)],
+                ),
+                row("rate", against(Measure::Iops, 3.5), vec![summary(11.0, 300.0), summary(55.0, 60.0)]),
+            ],
+            idle: Vec::new(),
+            skipped: vec!["nothing".into()],
+        };
+        let ratio = report.ratio(&report.rows[2]).expect("rivals ran");
+        assert!((ratio.value - 1.1).abs() < 1e-9, "the median of 1.1, 1.1 and 3.0: {ratio:?}");
+        assert_eq!(ratio.met, Some(true));
+        let rate = report.ratio(&report.rows[3]).expect("rivals ran");
+        assert!((rate.value - 3.0).abs() < 1e-9 && rate.met == Some(false), "{rate:?}");
+        assert!(report.ratio(&report.rows[0]).is_none());
+        assert!(report.table().contains("MISSED") && report.table().contains("left out: nothing"));
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        report.write_json(file.path()).expect("written");
+        let record: serde_json::Value =
+            serde_json::from_reader(std::fs::File::open(file.path()).expect("open")).expect("JSON");
+        assert_eq!(record["cases"][2]["ratio"]["met"], true);
+        assert_eq!(record["cases"][0]["rounds"].as_array().map(Vec::len), Some(3));
+    }
+}

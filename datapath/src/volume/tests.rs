@@ -1,0 +1,354 @@
+//! Two volumes joined by a loopback link in one thread: what clients are told, what both disks hold, and that nothing
+//! is left behind. Random runs are in `tests/random.rs`.
+
+use super::*;
+use crate::limits::RING_LEN_MIN;
+use crate::reactor::command::Direction;
+use crate::transport::loopback;
+use crate::transport::{DownReason, Link};
+use crate::units::{AckLevel, OnPeerLoss};
+use crate::waker::Waker;
+use crate::wire::Header;
+use crossbeam_channel::Receiver;
+use std::collections::HashMap;
+use std::time::Duration;
+
+mod faults;
+mod random;
+
+/// Not a whole number of grains, and room for the copy to have several steps.
+const SIZE: u64 = 24 * crate::limits::DIRTY_GRAIN_LEN + 4096;
+const RING_LEN: usize = 4 * RING_LEN_MIN;
+/// Longest a test waits for something that must come.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A volume with its worker threads, played by hand.
+struct Node {
+    volume: Volume,
+    jobs: Receiver<JobDone>,
+    /// Results told, by the slot of the request's origin.
+    told: HashMap<u32, Vec<Result<(), IoError>>>,
+    granted: Vec<(u32, Token)>,
+    events: Vec<Event>,
+}
+
+impl Node {
+    fn new(ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
+        Self::with_disk(DiskImage::memory("test", SIZE).expect("memory"), ack, on_peer_loss)
+    }
+
+    fn with_disk(disk: Arc<DiskImage>, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
+        let (done, jobs) = crossbeam_channel::unbounded();
+        let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
+        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss };
+        let volume = Volume::new(0, spec, workers, Instant::now());
+        Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
+    }
+
+    /// One turn of the loop, as the reactor makes it.
+    fn turn(&mut self) {
+        let now = Instant::now();
+        while let Ok(done) = self.jobs.try_recv() {
+            self.volume.job_done(done);
+        }
+        self.volume.poll(now);
+        self.volume.pump(now);
+        for notice in self.volume.notices.drain(..) {
+            match notice {
+                Notice::Granted { origin: Origin::Queue { slot, .. }, token } => {
+                    self.granted.push((slot, token));
+                }
+                Notice::Done { origin: Origin::Queue { slot, .. }, result } => {
+                    self.told.entry(slot).or_default().push(result);
+                }
+                other => panic!("a notice for nobody: {other:?}"),
+            }
+        }
+        self.events.append(&mut self.volume.events);
+    }
+
+    fn begin(&mut self, slot: u32, op: Op, range: ByteRange, fua: bool) -> Begin {
+        self.volume.begin(NewRequest { origin: Origin::Queue { queue: 0, slot }, op, range, fua })
+    }
+
+    /// Begins a write on a free range and lands it.
+    fn write(&mut self, slot: u32, range: ByteRange, byte: u8) {
+        let Begin::Go(token) = self.begin(slot, Op::Change(Kind::Write), range, false) else {
+            panic!("{range} is not free")
+        };
+        self.fill(range, byte);
+        self.volume.landed(token);
+    }
+
+    fn fill(&self, range: ByteRange, byte: u8) {
+        let len = usize::try_from(range.len).expect("64-bit");
+        self.volume.disk.span(range).write_from(&vec![byte; len]);
+    }
+
+    fn told(&self, slot: u32) -> &[Result<(), IoError>] {
+        self.told.get(&slot).map_or(&[], Vec::as_slice)
+    }
+
+    fn content(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(SIZE).expect("64-bit")];
+        self.volume.disk.span(ByteRange::new(0, SIZE)).read_into(&mut bytes);
+        bytes
+    }
+
+    fn saw(&mut self, wanted: impl Fn(&Event) -> bool) -> bool {
+        let before = self.events.len();
+        self.events.retain(|event| !wanted(event));
+        self.events.len() < before
+    }
+
+    fn assert_nothing_left(&self) {
+        let v = &self.volume;
+        let open: Vec<_> = v.requests.iter().flatten().collect();
+        assert!(open.is_empty(), "requests left: {open:?}");
+        assert_eq!(v.requests_free.len(), v.requests.len(), "a place was freed twice or never");
+        assert_eq!((v.inflight.locked_len(), v.inflight.waiting_len(), v.granted.len()), (0, 0, 0));
+        assert_eq!((v.pipeline.in_flight(), v.receiving, v.outbox.len()), (0, 0, 0));
+        assert!(v.access_job.is_none() && v.arrived.is_empty());
+    }
+}
+
+/// Two nodes; `a` serves, `b` stands by.
+struct Pair {
+    a: Node,
+    b: Node,
+    epoch: Epoch,
+}
+
+impl Pair {
+    fn new(ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
+        let mut a = Node::new(ack, on_peer_loss);
+        a.volume.serve();
+        Self { a, b: Node::new(ack, on_peer_loss), epoch: Epoch(1) }
+    }
+
+    /// With a session and equal disks.
+    fn in_sync(ack: AckLevel) -> Self {
+        let mut pair = Self::new(ack, OnPeerLoss::Continue);
+        pair.connect(false);
+        pair
+    }
+
+    fn connect(&mut self, resync: bool) {
+        let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
+        let now = Instant::now();
+        self.a.volume.attach(Box::new(here), Direction::Source { resync }, self.epoch, now);
+        self.b.volume.attach(Box::new(there), Direction::Target, self.epoch, now);
+    }
+
+    fn turn(&mut self) {
+        self.a.turn();
+        self.b.turn();
+    }
+
+    /// Turns until `done`; fails the test when that does not come.
+    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let began = Instant::now();
+        while !done(self) {
+            self.turn();
+            std::thread::yield_now();
+            assert!(began.elapsed() < PATIENCE, "{what} never came; in flight {:?}", self.a.volume.pipeline);
+        }
+    }
+
+    fn until_told(&mut self, slot: u32) {
+        self.until("an answer", |pair| !pair.a.told(slot).is_empty());
+    }
+
+    fn until_quiet(&mut self) {
+        self.until("quiet", |pair| {
+            let v = &pair.a.volume;
+            v.requests.iter().all(Option::is_none) && v.inflight.locked_len() == 0
+        });
+    }
+
+    /// Cuts the link and waits until both know. Returns what the source says of the peer's lag.
+    fn cut(&mut self) -> bool {
+        self.a.volume.close_link(DownReason::Local("cut by the test"));
+        let (mut undurable, mut told) = (None, false);
+        self.until("the end of the session", |pair| {
+            let down = |e: &Event| matches!(e, Event::LinkDown { .. });
+            if let Some(Event::LinkDown { undurable: lags, .. }) = pair.a.events.iter().find(|e| down(e)) {
+                undurable = Some(*lags);
+            }
+            told |= pair.b.saw(down);
+            undurable.is_some() && told
+        });
+        self.a.saw(|e| matches!(e, Event::LinkDown { .. }));
+        undurable.expect("reported")
+    }
+
+    fn assert_equal_and_clean(&self) {
+        let (a, b) = (self.a.content(), self.b.content());
+        if let Some(at) = (0..a.len()).find(|&at| a[at] != b[at]) {
+            panic!("byte {at} is {} here and {} there", a[at], b[at]);
+        }
+        self.a.assert_nothing_left();
+        self.b.assert_nothing_left();
+    }
+}
+
+fn grains(first: u64, count: u64) -> ByteRange {
+    ByteRange::new(first * crate::limits::DIRTY_GRAIN_LEN, count * crate::limits::DIRTY_GRAIN_LEN)
+}
+
+#[test]
+fn a_write_is_answered_when_the_peer_holds_it() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    let range = ByteRange::new(1000, 5000);
+    pair.a.write(1, range, 7);
+    pair.a.turn();
+    pair.a.turn();
+    assert_eq!(pair.a.told(1), [], "the peer has not moved yet");
+    pair.until_told(1);
+    assert_eq!(pair.a.told(1), [Ok(())]);
+    let mut there = vec![0; 5000];
+    pair.b.volume.disk.span(range).read_into(&mut there);
+    assert!(there.iter().all(|b| *b == 7));
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+}
+
+#[test]
+fn an_overlapping_request_waits_for_the_peers_word() {
+    let mut pair = Pair::in_sync(AckLevel::Async);
+    pair.a.write(1, ByteRange::new(0, 4096), 1);
+    assert!(matches!(pair.a.begin(2, Op::Read, ByteRange::new(4000, 10), false), Begin::Waits(_)));
+    assert!(matches!(
+        pair.a.begin(3, Op::Change(Kind::Write), ByteRange::new(4000, 1000), false),
+        Begin::Waits(_)
+    ));
+    pair.until("both grants", |pair| pair.a.granted.len() == 2);
+    let granted = std::mem::take(&mut pair.a.granted);
+    assert_eq!(granted.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), [2, 3]);
+    pair.a.volume.read_done(granted[0].1);
+    pair.a.fill(ByteRange::new(4000, 1000), 3);
+    pair.a.volume.landed(granted[1].1);
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+}
+
+#[test]
+fn a_payload_that_broke_off_is_mirrored_as_far_as_it_came_and_answered_to_nobody() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    let range = ByteRange::new(8192, 8192);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+    pair.a.fill(ByteRange::new(8192, 3000), 9);
+    pair.a.volume.landed_in_part(token);
+    pair.until_quiet();
+    assert_eq!(pair.a.told(1), []);
+    pair.assert_equal_and_clean();
+    assert_eq!(pair.b.content()[8192 + 2999], 9);
+}
+
+#[test]
+fn a_flush_and_zeroes_and_trims_of_any_length_reach_both_disks() {
+    let mut pair = Pair::in_sync(AckLevel::Durable);
+    pair.a.write(1, grains(0, 3), 1);
+    pair.until_told(1);
+    let small = ByteRange::new(100, 5000);
+    pair.a.begin(2, Op::Change(Kind::WriteZeroes), small, false);
+    pair.a.begin(3, Op::Change(Kind::WriteZeroes), grains(1, 2), true);
+    pair.a.begin(4, Op::Change(Kind::Trim), grains(0, 2), false);
+    pair.a.begin(5, Op::Flush, ByteRange::new(0, 0), false);
+    for slot in 2..=5 {
+        pair.until_told(slot);
+        assert_eq!(pair.a.told(slot), [Ok(())]);
+    }
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+    assert!(pair.b.volume.disk.span(grains(0, 3)).is_zero());
+}
+
+#[test]
+fn the_copy_makes_a_foreign_disk_equal_says_so_once_and_then_no_more() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Freeze);
+    pair.a.fill(grains(5, 3), 5);
+    pair.a.fill(ByteRange::new(SIZE - 10, 10), 6);
+    pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
+    pair.connect(true);
+    pair.a.write(1, grains(20, 1), 8);
+    pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
+    assert_eq!(pair.a.told(1), [], "frozen until the peer is in sync on record");
+    pair.a.volume.peer_in_sync();
+    pair.until_told(1);
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 0);
+    assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "once");
+    pair.until("its last word as durable", |pair| {
+        if !pair.a.volume.pipeline.peer_lags_durably() {
+            return true;
+        }
+        let slot = u32::try_from(pair.a.told.len()).expect("few") + 100;
+        pair.a.begin(slot, Op::Flush, ByteRange::new(0, 0), false);
+        pair.until_told(slot);
+        false
+    });
+    assert!(!pair.cut(), "a peer in sync and flushed is not behind");
+}
+
+#[test]
+fn a_cut_copy_leaves_no_trace_and_does_not_vouch_for_the_next() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
+    pair.a.fill(ByteRange::new(0, SIZE), 3);
+    pair.connect(true);
+    // Up to the copy's last flush, which the peer never gets to answer.
+    let mut turns = 0;
+    while !pair.a.volume.requests.iter().flatten().any(|r| matches!(r.origin, Origin::ResyncFlush { .. })) {
+        pair.turn();
+        turns += 1;
+        assert!(turns < 1_000_000, "the copy never ends");
+    }
+    pair.a.volume.close_link(DownReason::Local("cut by the test"));
+    assert!(pair.cut(), "behind");
+    pair.a.volume.go_alone();
+    pair.until_quiet();
+    pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
+    assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "of a copy that was cut off");
+    pair.connect(true);
+    pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+}
+
+#[test]
+fn a_hole_that_a_client_fills_while_the_copy_waits_for_it_is_not_punched_on_the_peer() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
+    // The whole disk is a hole; a client is about to write into it when the copy begins.
+    let range = ByteRange::new(70_000, 5000);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+    pair.connect(true);
+    pair.turn();
+    assert_eq!(pair.a.volume.inflight.waiting_len(), 1, "the copy's step over the hole waits");
+    pair.a.fill(range, 4);
+    pair.a.volume.landed(token);
+    pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
+    pair.until_quiet();
+    assert_eq!(pair.a.told(1), [Ok(())]);
+    pair.assert_equal_and_clean();
+    assert_eq!(pair.b.content()[70_000], 4);
+}
+
+#[test]
+fn quiescing_waits_for_what_is_under_way_and_flushes() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    let range = ByteRange::new(0, 4096);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+    pair.a.volume.quiesce();
+    assert_eq!(pair.a.begin(2, Op::Read, range, false), Begin::Failed(IoError::NotPrimary));
+    for _ in 0..10 {
+        pair.turn();
+    }
+    assert!(!pair.a.saw(|e| matches!(e, Event::Quiesced { .. })), "a payload is still arriving");
+    pair.a.fill(range, 2);
+    pair.a.volume.landed(token);
+    pair.until("the quiesce", |pair| pair.a.saw(|e| matches!(e, Event::Quiesced { .. })));
+    assert_eq!(pair.a.told(1), [Ok(())]);
+    assert!(!pair.a.volume.pipeline.peer_lags_durably());
+    pair.assert_equal_and_clean();
+}
