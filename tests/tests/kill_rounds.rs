@@ -4,8 +4,8 @@
 //! The seed is printed; `COSTANDBY_TEST_SEED` repeats a run as far as two processes and a scheduler can be repeated.
 
 use costandby_control::admin::Command;
-use costandby_tests::ledger::Ledger;
-use costandby_tests::pair::{ALPHA, BETA, NODES, Pair, Settings, VolumeSettings};
+use costandby_tests::ledger::{Ledger, Writing};
+use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::{Rng, seed, wait_for};
 use std::time::{Duration, Instant};
 
@@ -119,4 +119,56 @@ fn no_acknowledged_write_is_lost_in_24_kills() {
         rounds.pair.assert_alive(BETA);
     }
     println!("killed: primary {}, standby {}, both {}", kinds[0], kinds[1], kinds[2]);
+}
+
+/// A pair with writers at work whose wire has just come to a standstill: the writers' last writes are in the primary's
+/// disk, are not in the standby's, and must not be acknowledged.
+fn stand_still() -> (Pair, Writing) {
+    let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
+    settings.proxied = true;
+    settings.peer_timeout = "20s";
+    let pair = Pair::start(settings);
+    let writing = Ledger::new(SIZE_MIB << 20).write(&pair.uri(ALPHA, "db"), 9);
+    wait_for("a start", LIMIT, || (writing.acked() > 100).then_some(()));
+    pair.proxy().stall(true);
+    pair.wait_status(ALPHA, "db", "writes on their way", |status| status.in_flight > 0);
+    // Long enough for hundreds of writes, if they were acknowledged without the peer.
+    std::thread::sleep(Duration::from_millis(500));
+    (pair, writing)
+}
+
+#[test]
+fn what_the_standby_has_not_got_is_not_acknowledged() {
+    let (mut pair, writing) = stand_still();
+    let before = writing.acked();
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(writing.acked(), before, "writes acknowledged without the standby");
+    pair.kill(ALPHA);
+    pair.proxy().cut();
+    let (mut ledger, error) = writing.finish();
+    assert!(error.is_some(), "the writers noticed that the primary died");
+    wait_for("the survivor may be promoted", TAKEOVER_LIMIT, || {
+        pair.tell(BETA, "db", Command::Promote { force: false }).ok()
+    });
+    ledger.check(&mut pair.client(BETA, "db")).unwrap_or_else(|lost| panic!("on the survivor: {lost}"));
+    pair.proxy().stall(false);
+    pair.up(ALPHA);
+    pair.wait_in_sync("db");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn what_was_on_its_way_when_both_died_is_on_both_or_on_neither() {
+    let (mut pair, writing) = stand_still();
+    pair.kill(ALPHA);
+    pair.kill(BETA);
+    pair.proxy().cut();
+    pair.proxy().stall(false);
+    let (mut ledger, _) = writing.finish();
+    pair.up(BETA);
+    pair.up(ALPHA);
+    pair.wait_in_sync("db");
+    let primary = pair.primary("db");
+    ledger.check(&mut pair.client(primary, "db")).unwrap_or_else(|lost| panic!("{lost}"));
+    pair.settle_and_compare("db");
 }
