@@ -385,8 +385,8 @@ impl Reactor {
         let Some(connection) = self.connections[index].take() else { return };
         self.connections_len -= 1;
         match end {
-            ConnectionEnd::Gone => tracing::debug!(%end, "NBD client"),
-            _ => tracing::info!(%end, "NBD client disconnected"),
+            ConnectionEnd::Gone | ConnectionEnd::Io(_) => tracing::debug!(%end, "NBD client"),
+            ConnectionEnd::Protocol(_) => tracing::info!(%end, "NBD client disconnected"),
         }
         let volume = connection.volume();
         connection.close(volume.map(|v| &mut self.volumes[v]));
