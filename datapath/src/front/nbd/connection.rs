@@ -33,7 +33,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Unit in which payloads are taken from the socket.
-const SECTOR_LEN: u64 = 512;
+const SECTOR_LEN: usize = 512;
 
 /// Requests one connection is served in a turn before the next one's.
 const TURN_REQUESTS_MAX: usize = 64;
@@ -103,7 +103,7 @@ pub struct Connection {
     header: [u8; REQUEST_LEN],
     header_len: usize,
     /// The beginning of the payload's next sector.
-    fragment: [u8; SECTOR_LEN as usize],
+    fragment: [u8; SECTOR_LEN],
     fragment_len: usize,
     /// Replies ahead of [`Self::stuck`].
     out: Vec<u8>,
@@ -152,7 +152,7 @@ impl Connection {
             input: Input::Header,
             header: [0; REQUEST_LEN],
             header_len: 0,
-            fragment: [0; SECTOR_LEN as usize],
+            fragment: [0; SECTOR_LEN],
             fragment_len: 0,
             out,
             out_sent: 0,
@@ -511,7 +511,7 @@ impl Connection {
             left
         } else {
             let position = range.start + received as u64;
-            let sectors_end = (position + available) / SECTOR_LEN * SECTOR_LEN;
+            let sectors_end = (position + available) / SECTOR_LEN as u64 * SECTOR_LEN as u64;
             usize::try_from(sectors_end.saturating_sub(position)).expect("64-bit")
         };
         if self.fragment_len > 0 || (take == 0 && available > 0) {
@@ -573,7 +573,7 @@ impl Connection {
         };
         let left = span.len() - *received;
         let position = range.start + *received as u64;
-        let to_boundary = usize::try_from(SECTOR_LEN - position % SECTOR_LEN).expect("at most a sector");
+        let to_boundary = SECTOR_LEN - usize::try_from(position % SECTOR_LEN as u64).expect("under a sector");
         let len = to_boundary.min(left);
         let n = receive(&self.socket, &mut self.fragment[self.fragment_len..len], &mut self.readable)?;
         if n == 0 {
