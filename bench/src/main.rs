@@ -6,8 +6,12 @@
 
 mod floor;
 mod histogram;
+mod idle;
 mod inproc;
+mod nbd;
 mod plan;
+mod process;
+mod qemu;
 mod report;
 
 use clap::{Args, Parser, Subcommand};
@@ -24,7 +28,10 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 #[command(name = "costandby-bench", version, about = "Measures mirrored writes against the floor and a peer")]
 struct Cli {
     #[command(subcommand)]
-    command: Task,
+    command: Option<Task>,
+    /// Without a subcommand: run.
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 #[derive(Subcommand)]
@@ -52,6 +59,9 @@ pub(crate) struct RunArgs {
     /// Everything tiny: shows that the benchmark works, not how fast anything is.
     #[arg(long)]
     quick: bool,
+    /// Size of each disk in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    disk_mib: u64,
     /// Only cases whose id begins with one of these, separated by commas.
     #[arg(long, value_delimiter = ',', value_name = "ID")]
     only: Vec<String>,
@@ -61,7 +71,11 @@ pub(crate) struct RunArgs {
 }
 
 fn main() -> ExitCode {
-    let Task::Run(args) = Cli::parse().command;
+    if std::env::args_os().nth(1).is_some_and(|first| first == nbd::DAEMON) {
+        return nbd::daemon_main();
+    }
+    let cli = Cli::parse();
+    let args = cli.command.map_or(cli.run, |Task::Run(args)| args);
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -87,8 +101,9 @@ fn run(args: &RunArgs) -> Outcome<()> {
             bar.inc(1);
         }
     }
-    bar.finish_and_clear();
+    bar.set_message("checking the disks");
     let report = plan.finish(machine)?;
+    bar.finish_and_clear();
     print!("{}", report.table());
     if let Some(path) = &args.json {
         report.write_json(path)?;

@@ -4,10 +4,14 @@
 
 use crate::floor::{self, Wait};
 use crate::histogram::Summary;
+use crate::idle;
 use crate::inproc::{self, Backing};
+use crate::nbd::{self, Mirror};
+use crate::qemu::{self, Hop, Quorum};
 use crate::report::{Against, Idle, Machine, Measure, Report, Row};
 use crate::{Outcome, RunArgs};
 use costandby_datapath::units::PollMode;
+use std::rc::Rc;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -18,6 +22,51 @@ const LARGE: usize = 1 << 20;
 
 /// Large writes under way at a time: enough to keep a link busy while one is being acknowledged.
 const STREAM_DEPTH: usize = 8;
+
+/// Bytes of the volume of the idle check.
+const IDLE_DISK_LEN: u64 = 64 << 30;
+
+/// The ways qemu can do it: by hop and file access, ids and titles at 1 and at 32.
+const QUORUMS: [(Hop, &str, [&str; 2], [&str; 2]); 4] = [
+    (
+        Hop::Unix,
+        "threads",
+        ["qemu-unix-threads-4k-1", "qemu-unix-threads-4k-32"],
+        ["qemu quorum 4 KiB x1, unix, threads", "qemu quorum 4 KiB x32, unix, threads"],
+    ),
+    (
+        Hop::Tcp,
+        "threads",
+        ["qemu-tcp-threads-4k-1", "qemu-tcp-threads-4k-32"],
+        ["qemu quorum 4 KiB x1, TCP, threads", "qemu quorum 4 KiB x32, TCP, threads"],
+    ),
+    (
+        Hop::Unix,
+        "io_uring",
+        ["qemu-unix-uring-4k-1", "qemu-unix-uring-4k-32"],
+        ["qemu quorum 4 KiB x1, unix, io_uring", "qemu quorum 4 KiB x32, unix, io_uring"],
+    ),
+    (
+        Hop::Tcp,
+        "io_uring",
+        ["qemu-tcp-uring-4k-1", "qemu-tcp-uring-4k-32"],
+        ["qemu quorum 4 KiB x1, TCP, io_uring", "qemu quorum 4 KiB x32, TCP, io_uring"],
+    ),
+];
+
+/// Our daemons: by poll mode, ids and titles at 1 and at 32.
+const MIRRORS: [(&str, [&str; 2], [&str; 2]); 2] = [
+    (
+        "adaptive",
+        ["nbd-adaptive-4k-1", "nbd-adaptive-4k-32"],
+        ["costandby NBD 4 KiB x1, TCP, adaptive", "costandby NBD 4 KiB x32, TCP, adaptive"],
+    ),
+    (
+        "event",
+        ["nbd-event-4k-1", "nbd-event-4k-32"],
+        ["costandby NBD 4 KiB x1, TCP, event", "costandby NBD 4 KiB x32, TCP, event"],
+    ),
+];
 
 /// One case.
 pub(crate) struct Case {
@@ -31,8 +80,11 @@ pub(crate) struct Plan {
     pub(crate) cases: Vec<Case>,
     idle: Vec<Idle>,
     skipped: Vec<String>,
+    mirrors: Vec<Rc<Mirror>>,
+    quorums: Vec<Rc<Quorum>>,
     only: Vec<String>,
     disk_len: u64,
+    idle_time: Duration,
     directory: TempDir,
 }
 
@@ -44,13 +96,20 @@ impl Plan {
             cases: Vec::new(),
             idle: Vec::new(),
             skipped: Vec::new(),
+            mirrors: Vec::new(),
+            quorums: Vec::new(),
             only: args.only.clone(),
-            disk_len: if args.quick { 8 << 20 } else { 256 << 20 },
+            disk_len: if args.quick { 8 << 20 } else { args.disk_mib << 20 },
+            idle_time: Duration::from_millis(if args.quick { 200 } else { 5000 }),
             directory,
         };
         plan.add_busy();
         plan.add_sleeping();
         plan.add_streams();
+        match nbd::fio_missing() {
+            Some(missing) => plan.skipped.push(missing),
+            None => plan.add_nbd(args.quick)?,
+        }
         Ok(plan)
     }
 
@@ -149,8 +208,84 @@ impl Plan {
         self.add_inproc("inproc-busy-1m-8", "in process 1 MiB x8 sequential, busy, memory", rate, large);
     }
 
-    /// Ends what was set up.
-    pub(crate) fn finish(self, machine: Machine) -> Outcome<Report> {
+    fn add_nbd(&mut self, quick: bool) -> Outcome<()> {
+        let mut rivals: [Vec<&'static str>; 2] = [Vec::new(), Vec::new()];
+        if let Some(missing) = qemu::missing() {
+            self.skipped.push(missing);
+        } else {
+            for (hop, aio, ids, titles) in QUORUMS.into_iter().take(if quick { 1 } else { QUORUMS.len() }) {
+                self.add_quorum(hop, aio, ids, titles)?;
+                rivals[0].push(ids[0]);
+                rivals[1].push(ids[1]);
+            }
+        }
+        for (poll, ids, titles) in MIRRORS {
+            if !ids.iter().any(|id| self.wanted(id)) {
+                continue;
+            }
+            let directory = self.directory.path().join(poll);
+            let mirror = Rc::new(Mirror::start(&directory, poll, self.disk_len, false)?);
+            self.mirrors.push(Rc::clone(&mirror));
+            let target = (poll == "adaptive").then_some(3.0);
+            for (at, depth) in [1, 32].into_iter().enumerate() {
+                let against = Against { ids: rivals[at].clone(), measure: Measure::Iops, target };
+                let mirror = Rc::clone(&mirror);
+                self.add(ids[at], titles[at], Some(against), move |time| {
+                    nbd::random_writes(&mirror.uri, depth, time)
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn add_quorum(
+        &mut self,
+        hop: Hop,
+        aio: &str,
+        ids: [&'static str; 2],
+        titles: [&'static str; 2],
+    ) -> Outcome<()> {
+        if !ids.iter().any(|id| self.wanted(id)) {
+            return Ok(());
+        }
+        let directory = self.directory.path().join(ids[0]);
+        let quorum = Rc::new(Quorum::start(&directory, hop, aio, self.disk_len)?);
+        self.quorums.push(Rc::clone(&quorum));
+        for (at, depth) in [1, 32].into_iter().enumerate() {
+            let quorum = Rc::clone(&quorum);
+            self.add(ids[at], titles[at], None, move |time| nbd::random_writes(&quorum.uri, depth, time));
+        }
+        Ok(())
+    }
+
+    /// The idle check, with everything else ended.
+    fn look_at_idle(&mut self) -> Outcome<()> {
+        if !self.wanted("idle") {
+            return Ok(());
+        }
+        let mirror = Mirror::start(&self.directory.path().join("idle"), "adaptive", IDLE_DISK_LEN, true)?;
+        for (daemon, role) in mirror.daemons.iter().zip(["primary", "standby"]) {
+            let title = format!("idle 64 GiB volume, adaptive, {role}");
+            self.idle.push(idle::look(&title, daemon, self.idle_time)?);
+        }
+        Ok(())
+    }
+
+    /// Checks the disks, ends what was set up, looks at an idle daemon.
+    pub(crate) fn finish(mut self, machine: Machine) -> Outcome<Report> {
+        for mirror in &self.mirrors {
+            mirror.check()?;
+        }
+        for quorum in &self.quorums {
+            quorum.check()?;
+        }
+        // The cases hold on to the processes too.
+        for case in &mut self.cases {
+            case.run = Box::new(|_| Err("the run is over".into()));
+        }
+        self.mirrors.clear();
+        self.quorums.clear();
+        self.look_at_idle()?;
         let rows = self.cases.into_iter().map(|case| case.row).collect();
         Ok(Report { machine, rows, idle: self.idle, skipped: self.skipped })
     }

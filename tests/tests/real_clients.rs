@@ -3,7 +3,7 @@
 //! Debian's nbdinfo, nbdcopy, qemu-io, qemu-img and fio, as a user would run them. After each, the volume is flushed, and
 //! once it is quiet the disks of both nodes are compared byte for byte.
 
-use costandby_control::nbd_client::{NbdClient, NbdUri, Options};
+use costandby_control::nbd_client::{NbdClient, NbdUri, NoReads, Options};
 use costandby_tests::Rng;
 use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{Ran, run, run_within};
@@ -213,25 +213,46 @@ fn fio_verifies_32_deep_on_four_connections() {
     fio(&pair, &pair.uri_tcp(ALPHA, "db"), 32, "512-64k");
 }
 
-/// A TCP client whose payloads begin and end anywhere: what lies in the socket of a sector whose rest is still on its way
+/// Writes `data` to `offset` on, in pieces of any size, 32 of them under way at a time.
+fn write_odd_pieces(uri: &NbdUri, offset: u64, data: &[u8], mut rng: Rng) {
+    let options = Options { timeout: Duration::from_secs(10), ..Options::default() };
+    let (mut sender, mut receiver) = NbdClient::connect(uri, &options).expect("a connection").split();
+    let (permits, sent) = std::sync::mpsc::sync_channel(32);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for () in sent {
+                let reply = receiver.receive(&mut NoReads).expect("a reply");
+                reply.result.expect("a write that succeeded");
+            }
+        });
+        let mut at = 0;
+        while at < data.len() {
+            let len = usize::try_from(1 + rng.below(64 << 10)).expect("small").min(data.len() - at);
+            let place = offset + at as u64;
+            sender.send_write(place, place, &data[at..at + len], false).expect("a write is sent");
+            permits.send(()).expect("the receiver runs");
+            at += len;
+        }
+        drop(permits);
+    });
+}
+
+/// TCP clients whose payloads begin and end anywhere: what lies in the socket of a sector whose rest is still on its way
 /// must not keep that rest away.
 #[test]
 fn writes_of_odd_sizes_do_not_stall_over_tcp() {
     let pair = pair(64);
-    let options = Options { timeout: Duration::from_secs(10), ..Options::default() };
-    let mut rng = Rng::new(5);
-    let mut client = NbdClient::connect(&pair.uri_tcp(ALPHA, "db"), &options).expect("a connection");
-    let mut expected = vec![0; 64 << 20];
-    for _ in 0..200 {
-        let at = usize::try_from(rng.below(40 << 20)).expect("small");
-        let len = usize::try_from(1 + rng.below(1 << 20)).expect("small");
-        let data = rng.bytes(len);
-        client.write(at as u64, &data, false).expect("a write");
-        expected[at..at + len].copy_from_slice(&data);
-    }
-    let mut found = vec![0; expected.len()];
-    client.read(0, &mut found).expect("a read");
-    assert!(found == expected, "the volume holds what was written");
+    let data = Rng::new(5).bytes(64 << 20);
+    let uri = pair.uri_tcp(ALPHA, "db");
+    std::thread::scope(|scope| {
+        for (n, part) in (0_u64..).zip(data.chunks(16 << 20)) {
+            let uri = &uri;
+            scope.spawn(move || write_odd_pieces(uri, n * (16 << 20), part, Rng::new(n)));
+        }
+    });
+    let mut found = vec![0; data.len()];
+    pair.client(ALPHA, "db").read(0, &mut found).expect("a read");
+    assert!(found == data, "the volume holds what was written");
     pair.settle_and_compare("db");
 }
 

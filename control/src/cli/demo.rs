@@ -48,10 +48,6 @@ const VOLUME_LEN_SMALL: u64 = 16 << 20;
 /// Room beyond the disks, for logs and metadata.
 const ROOM_LEN: u64 = 64 << 20;
 
-/// Two nodes, two clients and four disks share this one machine, which may be busy with other things as well: a daemon
-/// that waits for the file system is not dead. A killed one is noticed by its closed sockets, whatever stands here.
-const PREAMBLE: &str = "peer_timeout = \"5s\"";
-
 /// Between two looks at the writers.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -161,7 +157,7 @@ fn demonstrate(
     let spec = PairSpec {
         program,
         dir: dir.to_owned(),
-        preamble: PREAMBLE.to_owned(),
+        preamble: String::new(),
         volumes: volumes.into(),
         interrupt: Arc::clone(&interrupt),
     };

@@ -200,8 +200,10 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
-            // A link that is about to answer is asked directly, unless the poller has just spoken for it.
-            if self.link_ready[volume]
+            // Busy turns look at every link, which the poller does not watch for them. Otherwise a link that is about to
+            // answer is asked directly, unless the poller has just spoken for it.
+            if self.poll_mode == PollMode::Busy
+                || self.link_ready[volume]
                 || (!looked && self.volumes[volume].expects_link())
                 || self.volumes[volume].has_backlog()
             {
@@ -461,7 +463,9 @@ impl Reactor {
         match command {
             Command::Session { volume, mut link, direction, epoch } => {
                 let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                if let Some((socket, _)) = link.arm()
+                // Busy turns look at every link anyway, and a watched socket costs the sender of each packet a wake-up.
+                if self.poll_mode != PollMode::Busy
+                    && let Some((socket, _)) = link.arm()
                     && let Err(error) = epoll::add(&self.poller, socket, key(KIND_LINK, volume), watch)
                 {
                     link.close(DownReason::Io(error.into()));
