@@ -14,7 +14,8 @@ use std::hint::black_box;
 const LENS: [usize; 3] = [4 << 10, 64 << 10, 1 << 20];
 
 fn spans(c: &mut Criterion) {
-    let (from, to) = (Mapping::anonymous(1 << 20).expect("memory"), Mapping::anonymous(1 << 20).expect("memory"));
+    let (from, to) =
+        (Mapping::anonymous(1 << 20).expect("memory"), Mapping::anonymous(1 << 20).expect("memory"));
     let mut group = c.benchmark_group("span");
     for len in LENS {
         let (source, target, bytes) = (from.span(0, len), to.span(0, len), vec![7; len]);
@@ -65,8 +66,7 @@ fn pipeline(c: &mut Criterion) {
         pipeline.handle(Event::SessionUp { in_sync: true }, &mut actions).expect("not an ack");
         (pipeline, actions)
     };
-    let change =
-        Change { token: Token(1), kind: Kind::Write, range: ByteRange::new(4096, 4096), flags: 0 };
+    let change = Change { token: Token(1), kind: Kind::Write, range: ByteRange::new(4096, 4096), flags: 0 };
     c.bench_function("pipeline/32_landed_acked_one_by_one", |b| {
         b.iter_batched_ref(
             session,

@@ -32,7 +32,8 @@ pub(crate) fn look(title: &str, daemon: &Process, time: Duration) -> Outcome<Idl
 
 fn own_mib(status: &str) -> Outcome<f64> {
     let kib = |name: &str| -> Outcome<f64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).ok_or_else(|| format!("no {name}"))?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(name)).ok_or_else(|| format!("no {name}"))?;
         let number = line.split_whitespace().next().ok_or_else(|| format!("{name} has no value"))?;
         Ok(number.parse::<f64>()?)
     };

@@ -124,7 +124,7 @@ impl Node {
         }
         // The end of the session is expected now; anything else means that the run measured something else.
         for event in self.events.try_iter() {
-            if !matches!(event, Event::Stopped | Event::LinkDown { .. }) {
+            if !matches!(event, Event::Stopped | Event::LinkDown { .. } | Event::Settled { .. }) {
                 return Err(format!("during the run a node said {event:?}").into());
             }
         }

@@ -74,7 +74,12 @@ impl Mirror {
             let path = self.config.with_file_name(socket);
             self.daemons[daemon].wait_until(&format!("{} appeared", path.display()), || path.exists())?;
         }
-        run_to_end(costandby(&self.config, "alpha")?.args(["wait-sync", "bench", "--timeout", SYNC_TIMEOUT]))?;
+        run_to_end(costandby(&self.config, "alpha")?.args([
+            "wait-sync",
+            "bench",
+            "--timeout",
+            SYNC_TIMEOUT,
+        ]))?;
         Ok(())
     }
 
@@ -92,7 +97,8 @@ fn configuration(directory: &Path, poll: &str, disk_len: u64, disks: &[PathBuf; 
         text += &format!("[nodes.{node}]\nlisten = \"127.0.0.1:{port}\"\nadmin = \"{admin}\"\n");
         text += &format!("nbd = [\"unix:{nbd}\"]\npoll = \"{poll}\"\n\n");
     }
-    text += &format!("[volumes.bench]\nsize = \"{}MiB\"\nprimary = \"alpha\"\nlink = \"tcp\"\n", disk_len >> 20);
+    text +=
+        &format!("[volumes.bench]\nsize = \"{}MiB\"\nprimary = \"alpha\"\nlink = \"tcp\"\n", disk_len >> 20);
     text += &format!("disk.alpha = \"{}\"\ndisk.beta = \"{}\"\n", disks[0].display(), disks[1].display());
     Ok(text)
 }
@@ -111,8 +117,10 @@ pub(crate) fn free_port() -> Outcome<u16> {
 /// Whether fio or its nbd engine is missing, and if so what to do.
 pub(crate) fn fio_missing() -> Option<String> {
     let engines = Command::new("fio").arg("--enghelp").output();
-    let found = engines.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).lines().any(|l| l.trim() == "nbd"));
-    (!found).then(|| "NBD and qemu: there is no fio with the nbd engine (Debian: apt-get install fio)".to_owned())
+    let found = engines
+        .is_ok_and(|output| String::from_utf8_lossy(&output.stdout).lines().any(|l| l.trim() == "nbd"));
+    (!found)
+        .then(|| "NBD and qemu: there is no fio with the nbd engine (Debian: apt-get install fio)".to_owned())
 }
 
 fn fio(uri: &str, more: &[String]) -> Outcome<Value> {
@@ -122,7 +130,8 @@ fn fio(uri: &str, more: &[String]) -> Outcome<Value> {
     let output = run_to_end(&mut command)?;
     // Notes to people may stand before the JSON.
     let json = output.find('{').map_or("", |start| &output[start..]);
-    let report: Value = serde_json::from_str(json).map_err(|error| format!("fio's report: {error}: {output}"))?;
+    let report: Value =
+        serde_json::from_str(json).map_err(|error| format!("fio's report: {error}: {output}"))?;
     let job = &report["jobs"][0];
     if job["error"] != 0 {
         return Err(format!("fio reports error {}", job["error"]).into());
@@ -154,7 +163,8 @@ pub(crate) fn random_writes(uri: &str, depth: usize, time: Duration) -> Outcome<
 
 /// fio's figures as ours. Latency is from submission to completion.
 fn summary(write: &Value) -> Outcome<Summary> {
-    let number = |value: &Value, what: &str| value.as_f64().ok_or_else(|| format!("fio's report has no {what}"));
+    let number =
+        |value: &Value, what: &str| value.as_f64().ok_or_else(|| format!("fio's report has no {what}"));
     let percentiles = &write["clat_ns"]["percentile"];
     let iops = number(&write["iops"], "iops")?;
     Ok(Summary {

@@ -46,7 +46,9 @@ impl Process {
         let start = Instant::now();
         while !ready() {
             if let Some(status) = self.child.try_wait()? {
-                return Err(format!("a process ended with {status} before {what}; {}", self.last_words()).into());
+                return Err(
+                    format!("a process ended with {status} before {what}; {}", self.last_words()).into()
+                );
             }
             if start.elapsed() > READY_TIMEOUT {
                 return Err(format!("waited {READY_TIMEOUT:?} for {what}; {}", self.last_words()).into());
@@ -84,7 +86,8 @@ impl Drop for Process {
 /// Runs `command` to its end. Returns its standard output.
 pub(crate) fn run_to_end(command: &mut Command) -> Outcome<String> {
     let name = command.get_program().display().to_string();
-    let output = command.stdin(Stdio::null()).output().map_err(|error| format!("cannot start {name}: {error}"))?;
+    let output =
+        command.stdin(Stdio::null()).output().map_err(|error| format!("cannot start {name}: {error}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("{name} ended with {}: {}", output.status, said.trim()).into());

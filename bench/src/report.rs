@@ -134,7 +134,8 @@ impl Report {
     fn ratio(&self, row: &Row) -> Option<Ratio> {
         let against = row.against.as_ref()?;
         let measure = against.measure;
-        let others = self.rows.iter().filter(|other| against.ids.contains(&other.id) && !other.rounds.is_empty());
+        let others =
+            self.rows.iter().filter(|other| against.ids.contains(&other.id) && !other.rounds.is_empty());
         let of = |row: &Row| measure.of(&joined(&row.rounds));
         let best = others.reduce(|a, b| if measure.is_better(of(b), of(a)) { b } else { a })?;
         let rounds = row.rounds.iter().zip(&best.rounds);

@@ -18,7 +18,8 @@ fn the_whole_benchmark_runs_and_leaves_nothing_behind() {
         .expect("the program starts");
     let (table, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{said}{table}");
-    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(&record).expect("a record")).expect("JSON");
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&record).expect("a record")).expect("JSON");
     assert!(record["machine"]["cores"].as_u64() >= Some(1), "{}", record["machine"]);
     let cases = record["cases"].as_array().expect("a list of cases");
     let mut wanted = vec!["floor-busy-4k-1", "inproc-busy-4k-1", "inproc-adaptive-4k-32", "inproc-busy-1m-8"];
@@ -46,7 +47,8 @@ fn the_whole_benchmark_runs_and_leaves_nothing_behind() {
 #[test]
 fn wrong_usage_is_told_apart_from_failure() {
     let run = |args: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_costandby-bench")).args(args).output().expect("it starts");
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_costandby-bench")).args(args).output().expect("it starts");
         output.status.code()
     };
     assert_eq!(run(&["run", "--nonsense"]), Some(2));

@@ -67,6 +67,12 @@ pub const LINK_EVENTS_MAX: usize = 64;
 /// foreground write to the same range waits well under a millisecond on a 10 Gbit/s link.
 pub const RESYNC_CHUNK_LEN: u64 = 256 << 10;
 
+/// Background copy steps in flight while clients are busy: what a client's write has to wait behind.
+pub const RESYNC_CHUNKS_WITH_CLIENTS: usize = 1;
+
+/// Milliseconds for which clients count as busy after a request.
+pub const CLIENTS_BUSY_MS: u64 = 20;
+
 /// Background copy steps in flight: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
 pub const RESYNC_CHUNKS_IN_FLIGHT: usize = 8;
 
@@ -92,6 +98,10 @@ pub const TURN_MS_MAX: u64 = 20;
 
 /// Bytes the background copy asks the kernel to read ahead of itself.
 pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
+
+/// Peer timeouts that a peer may be silent for while its host still answers: a program held up by its disk (a mapped
+/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk.
+pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 
 /// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
 /// for any live client, short enough that a hung one does not hold a range for good.

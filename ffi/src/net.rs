@@ -122,6 +122,28 @@ pub fn recv_pieces(fd: BorrowedFd<'_>, span: &Span, then: &mut [u8]) -> io::Resu
     })
 }
 
+/// Milliseconds since the other end's kernel last acknowledged anything on this TCP connection: whether the *host* is
+/// there, even while the program on it is not getting to its socket. One system call.
+///
+/// # Errors
+/// As getsockopt(2) says; `EOPNOTSUPP` on sockets that are not TCP.
+pub fn ack_age_ms(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: `tcp_info` is plain integers, for which all zeros is a value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).expect("a small struct");
+    // SAFETY: `info` is `len` bytes of ours and the kernel writes at most that many during the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(info.tcpi_last_ack_recv) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The call again while a signal interrupts it.
 fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {

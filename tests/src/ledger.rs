@@ -83,6 +83,20 @@ impl Ledger {
         Writing { threads, stop, acked }
     }
 
+    /// Looks at a disk that may be behind: every block must be whole and of a version that was sent.
+    ///
+    /// # Errors
+    /// What is torn, in a sentence.
+    pub fn check_whole(&self, disk: &[u8]) -> Result<(), String> {
+        for part in &self.parts {
+            for (block, entry) in (part.first..).zip(&part.entries) {
+                let at = usize::try_from(block).expect("a small volume") * BLOCK_LEN;
+                check_block(block, Entry { acked: 0, gone: 0, sent: entry.sent }, &disk[at..at + BLOCK_LEN])?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads every block and takes what is there as the new state of the ones not acknowledged.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -149,7 +149,7 @@ impl Pair {
             if pair.settings.sparse {
                 create.arg("--sparse");
             }
-            let _ = run(&mut create).ok();
+            run(&mut create).ok();
         }
         pair
     }
@@ -253,7 +253,9 @@ impl Pair {
     }
 
     /// Runs the command line on a node and expects success; its standard output.
-    #[must_use]
+    ///
+    /// # Panics
+    /// When it fails.
     pub fn cli_ok(&self, node: usize, args: &[&str]) -> String {
         self.cli(node, args).ok().stdout
     }
@@ -432,6 +434,14 @@ impl Pair {
         self.volume(volume).dirs[node].as_ref().unwrap_or(&own).join(format!("{volume}.{}.img", NODES[node]))
     }
 
+    /// The metadata beside a volume's disk on a node.
+    #[must_use]
+    pub fn metadata(&self, node: usize, volume: &str) -> PathBuf {
+        let mut path = self.disk(node, volume).into_os_string();
+        path.push(".meta");
+        path.into()
+    }
+
     /// A path in the pair's own directory.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
@@ -546,10 +556,4 @@ pub fn free_addresses<const N: usize>() -> [SocketAddr; N] {
     let ip = std::net::Ipv4Addr::new(127, process[0] | 1, process[1], pair);
     let sockets = [(); N].map(|()| std::net::TcpListener::bind((ip, 0)).expect("a free port"));
     sockets.map(|socket| socket.local_addr().expect("a bound socket's address"))
-}
-
-/// Whether `path` is a file of exactly `len` bytes.
-#[must_use]
-pub fn has_len(path: &Path, len: u64) -> bool {
-    fs::metadata(path).is_ok_and(|found| found.len() == len)
 }

@@ -93,7 +93,6 @@ impl Ran {
     ///
     /// # Panics
     /// When it did not, with all it said.
-    #[must_use]
     pub fn ok(self) -> Self {
         assert!(
             self.status.success(),
@@ -163,7 +162,7 @@ pub fn costandby_binary() -> &'static Path {
             let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
             build.args(["build", "--quiet", "--package", "costandby-control", "--target-dir"]).arg(target);
             build.current_dir(env!("CARGO_MANIFEST_DIR"));
-            let _ = run_within(&mut build, Duration::from_secs(600)).ok();
+            run_within(&mut build, Duration::from_secs(600)).ok();
         }
         assert!(binary.exists(), "{} is missing: `cargo build -p costandby-control`", binary.display());
         binary

@@ -23,6 +23,7 @@ use crate::admin_client::ClientError;
 use crate::cluster::{ClusterError, Pair, PairSpec, PairVolume, Side};
 use crate::nbd_client::NbdError;
 use block::{BLOCK_LEN_U64, Random};
+use hdrhistogram::Histogram;
 use ledger::Ledger;
 use progress::Progress;
 use report::{Report, VolumeReport};
@@ -37,11 +38,12 @@ use writer::{DEPTH, Phase, Writer, WriterError, Written};
 /// The volumes, in order, and who serves them first.
 const VOLUMES: [(&str, Side); 2] = [("one", Side::Alpha), ("two", Side::Beta)];
 
-/// Bytes of a volume where there is room for four disks of it: more than any cache hides, little enough to read back.
-const VOLUME_LEN: u64 = 256 << 20;
+/// Bytes of a volume where there is room for four disks of it: thousands of blocks to go wrong, and yet copied, compared
+/// and removed again within seconds on a file system that discards what is removed (four times as much took a minute).
+const VOLUME_LEN: u64 = 64 << 20;
 
 /// Bytes of a volume where there is not.
-const VOLUME_LEN_SMALL: u64 = 32 << 20;
+const VOLUME_LEN_SMALL: u64 = 16 << 20;
 
 /// Room beyond the disks, for logs and metadata.
 const ROOM_LEN: u64 = 64 << 20;
@@ -63,6 +65,9 @@ const FIRST_SYNC_MAX: Duration = Duration::from_secs(30);
 
 /// How long catching up may take: a full copy of both volumes under load, on a slow machine.
 const CATCH_UP_MAX: Duration = Duration::from_secs(300);
+
+/// How long writing goes on at most while the dead node catches up: on a busy machine clients leave the copy little.
+const CATCH_UP_WRITE_MAX: Duration = Duration::from_secs(5);
 
 /// How long what is in flight may take once the writers have flushed.
 const QUIET_MAX: Duration = Duration::from_secs(30);
@@ -229,8 +234,8 @@ impl Demo {
             volume.acked_writes = written.ledger.acked_writes();
             volume.stall_ms = ms(written.stall_max[Phase::Alone as usize]);
         }
-        let mut latency_us = written[0].latency_us[Phase::Mirrored as usize].clone();
-        latency_us += &written[1].latency_us[Phase::Mirrored as usize];
+        let latency_us = merged_latency_us(&written, Phase::Mirrored);
+        let resync_latency_us = merged_latency_us(&written, Phase::CatchingUp);
         Ok(Report {
             link: "tcp",
             ack: "memory",
@@ -246,6 +251,8 @@ impl Demo {
             requests_in_flight: DEPTH,
             unacked_at_kill,
             resync_seconds: (resync.as_secs_f64() * 1000.0).round() / 1000.0,
+            resync_write_p50_us: resync_latency_us.value_at_quantile(0.5),
+            resync_write_p99_us: resync_latency_us.value_at_quantile(0.99),
             volumes,
         })
     }
@@ -381,11 +388,13 @@ impl Demo {
             });
             let share = percents.sum::<f64>() / 100.0 / VOLUMES.len() as f64;
             progress.show_share(share, "alpha catches up");
+            if started.elapsed() >= CATCH_UP_WRITE_MAX {
+                writers.iter().for_each(Writer::ask_to_stop);
+            }
         })?;
         let resync = started.elapsed();
         self.progress.say(&format!("alpha caught up in {:.1} s", resync.as_secs_f64()));
         self.watch(&writers, WRITE_MIN.saturating_sub(resync), "mirrored again")?;
-        self.look(&writers)?;
         let written = self.finish(writers)?;
         for side in Side::BOTH {
             let quiet = |status: &crate::admin::Status| {
@@ -445,6 +454,13 @@ impl Demo {
 
 fn acked(writers: &Writers) -> u64 {
     writers.iter().map(|writer| writer.live().acked()).sum()
+}
+
+fn merged_latency_us(written: &AllWritten, phase: Phase) -> Histogram<u64> {
+    let [one, two] = written;
+    let mut merged = one.latency_us[phase as usize].clone();
+    merged += &two.latency_us[phase as usize];
+    merged
 }
 
 /// Milliseconds, to the microsecond.

@@ -5,7 +5,7 @@
 //!
 //! Survives: a machine without /proc or a configuration, which are findings like any other.
 
-use super::{CliError, Colour, Place, colours_wanted, print};
+use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
 use crate::config::{Config, Disk, Endpoint, LinkKind, Node, Volume};
 use costandby_datapath::disk::superblock::{
@@ -86,6 +86,11 @@ fn render(checks: &[Check], colours: bool) -> String {
 fn configuration(place: &Place, checks: &mut Vec<Check>) {
     let config = match Config::load(&place.file) {
         Ok(config) => config,
+        Err(_) if place.file == Path::new(CONFIG_DEFAULT) && !place.file.exists() => {
+            let text = format!("none at {CONFIG_DEFAULT}: name yours with --config FILE or COSTANDBY_CONFIG");
+            checks.push(Check::warn("configuration", text));
+            return;
+        }
         Err(error) => {
             checks.push(Check::fail("configuration", error.to_string()));
             return;

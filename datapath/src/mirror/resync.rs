@@ -6,7 +6,7 @@
 //! differs only has to set fewer bits.
 
 use crate::disk::bitmap::Bitmap;
-use crate::limits::{DIRTY_GRAIN_LEN, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT};
+use crate::limits::{DIRTY_GRAIN_LEN, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT, RESYNC_CHUNKS_WITH_CLIENTS};
 use crate::units::ByteRange;
 
 /// Where a copy stands.
@@ -37,8 +37,9 @@ impl Resync {
     /// The next dirty range to copy, or `None` while enough is under way or nothing is left. The caller says with
     /// [`Resync::took`] how much of it the step covers.
     #[must_use]
-    pub fn next(&self, bitmap: &Bitmap) -> Option<ByteRange> {
-        if self.stage != Stage::Copying || self.steps_in_flight >= RESYNC_CHUNKS_IN_FLIGHT {
+    pub fn next(&self, bitmap: &Bitmap, clients_busy: bool) -> Option<ByteRange> {
+        let steps_max = if clients_busy { RESYNC_CHUNKS_WITH_CLIENTS } else { RESYNC_CHUNKS_IN_FLIGHT };
+        if self.stage != Stage::Copying || self.steps_in_flight >= steps_max {
             return None;
         }
         bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)
@@ -100,15 +101,22 @@ mod tests {
         bitmap.set_all();
         let mut resync = Resync::new(&bitmap);
         let mut under_way = std::collections::VecDeque::new();
+        // Clients come when a third is copied and stay.
+        let clients_busy = |copied: u64| copied > size / 3;
         let mut copied = 0;
         while !resync.take_flush(&bitmap) {
-            while let Some(dirty) = resync.next(&bitmap) {
+            while let Some(dirty) = resync.next(&bitmap, clients_busy(copied)) {
                 let step = Resync::chunk(dirty);
                 assert_eq!(step.start, copied, "in order, without gaps");
                 resync.took(step);
                 copied = step.end();
                 under_way.push_back(step);
-                assert!(under_way.len() <= RESYNC_CHUNKS_IN_FLIGHT);
+                let bound = if clients_busy(step.start) {
+                    RESYNC_CHUNKS_WITH_CLIENTS
+                } else {
+                    RESYNC_CHUNKS_IN_FLIGHT
+                };
+                assert!(under_way.len() <= bound, "{} steps", under_way.len());
             }
             resync.applied(under_way.pop_front().expect("steps under way until done"), &mut bitmap);
         }

@@ -198,7 +198,8 @@ impl Reactor {
             }
         }
         self.turns_since_poller += 1;
-        if self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS {
+        let looked = self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS;
+        if looked {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
         while let Ok(done) = self.jobs_done.try_recv() {
@@ -206,9 +207,11 @@ impl Reactor {
             any = true;
         }
         for volume in 0..self.volumes.len() {
+            // Busy turns look at every link, which the poller does not watch for them. Otherwise a link that is about to
+            // answer is asked directly, unless the poller has just spoken for it.
             if self.poll_mode == PollMode::Busy
                 || self.link_ready[volume]
-                || self.volumes[volume].expects_link()
+                || (!looked && self.volumes[volume].expects_link())
                 || self.volumes[volume].has_backlog()
             {
                 let busy = self.volumes[volume].poll(now);
@@ -390,8 +393,8 @@ impl Reactor {
         let Some(connection) = self.connections[index].take() else { return };
         self.connections_len -= 1;
         match end {
-            ConnectionEnd::Gone => tracing::debug!(%end, "NBD client"),
-            _ => tracing::info!(%end, "NBD client disconnected"),
+            ConnectionEnd::Gone | ConnectionEnd::Io(_) => tracing::debug!(%end, "NBD client"),
+            ConnectionEnd::Protocol(_) => tracing::info!(%end, "NBD client disconnected"),
         }
         let volume = connection.volume();
         connection.close(volume.map(|v| &mut self.volumes[v]));

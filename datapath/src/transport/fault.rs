@@ -135,6 +135,10 @@ impl<L: Link> Link for FaultLink<L> {
         self.inner.received_bytes()
     }
 
+    fn host_silence(&self) -> Option<std::time::Duration> {
+        self.inner.host_silence()
+    }
+
     fn release(&mut self, slot: Slot) {
         self.inner.release(slot);
     }

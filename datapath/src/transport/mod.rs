@@ -17,6 +17,7 @@ use crate::units::Token;
 use crate::wire::Header;
 use costandby_ffi::mapping::Span;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 mod credit;
 pub mod fault;
@@ -143,6 +144,13 @@ pub trait Link: Send {
     /// Bytes received since the link came up, to tell silence by: it grows with every sign of life, even while a frame
     /// is only partly here. Grows in `poll` only, so a reader that is held back by its own full ring hears nothing.
     fn received_bytes(&self) -> u64;
+
+    /// How long the peer's *host* has been silent, as the transport itself can tell (TCP: the age of its kernel's last
+    /// acknowledgement), or `None` where it cannot. A short one with a silent peer means a program that is held up, by
+    /// its disk for one, and not a dead host. May cost a system call; asked only of a silent peer.
+    fn host_silence(&self) -> Option<Duration> {
+        None
+    }
 
     /// Gives a slot's space back to the peer, which is told with the next header out, or soon by a sign of life of the
     /// transport's own. Costs no system call; `kick` (or a later `poll`) sends.

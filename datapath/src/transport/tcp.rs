@@ -33,6 +33,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 /// Pieces one frame takes in a gather call: header, payload, padding.
 const FRAME_PIECES_MAX: usize = 3;
@@ -334,6 +335,11 @@ impl Link for TcpLink {
 
     fn received_bytes(&self) -> u64 {
         self.received
+    }
+
+    fn host_silence(&self) -> Option<Duration> {
+        let age_ms = costandby_ffi::net::ack_age_ms(self.stream.as_fd()).ok()?;
+        Some(Duration::from_millis(age_ms.into()))
     }
 
     fn release(&mut self, slot: Slot) {

@@ -11,7 +11,7 @@ use crate::disk::image::DiskImage;
 use crate::disk::inflight::Inflight;
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
-use crate::limits::{WAITERS_LEN, WINDOW_LEN};
+use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
@@ -21,7 +21,7 @@ use crate::wire::Kind;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 mod requests;
 mod session;
@@ -145,6 +145,10 @@ pub struct Volume {
     bitmap: Bitmap,
     resync: Option<Resync>,
     resync_serial: u64,
+    /// A request came since the last turn's end; when the last one came; whether that is recent.
+    client_came: bool,
+    last_client: Option<Instant>,
+    clients_busy: bool,
 
     epoch: Epoch,
     /// Counts the access side's lives.
@@ -198,6 +202,9 @@ impl Volume {
             bitmap: Bitmap::new(size),
             resync: None,
             resync_serial: 0,
+            client_came: false,
+            last_client: None,
+            clients_busy: false,
             epoch: Epoch::ZERO,
             session_serial: 0,
             link: None,
@@ -316,6 +323,11 @@ impl Volume {
         if let Some(token) = self.inflight.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
         }
+        if std::mem::take(&mut self.client_came) {
+            self.last_client = Some(now);
+        }
+        let busy = Duration::from_millis(CLIENTS_BUSY_MS);
+        self.clients_busy = self.last_client.is_some_and(|at| now.duration_since(at) < busy);
         self.step_resync();
         self.end_quiesce();
         if self.disk.is_failed() {

@@ -61,6 +61,7 @@ impl Volume {
         if self.disk.is_failed() {
             return Begin::Failed(IoError::DiskFailed);
         }
+        self.client_came = true;
         if new.op == Op::Flush {
             let token = self.add_request(Request::flush(new.origin));
             self.pipeline_event(PipelineEvent::Flush(token));
@@ -233,7 +234,7 @@ impl Volume {
     pub(super) fn step_resync(&mut self) {
         loop {
             let Some(resync) = &mut self.resync else { return };
-            let Some(dirty) = resync.next(&self.bitmap) else { break };
+            let Some(dirty) = resync.next(&self.bitmap, self.clients_busy) else { break };
             let extent = self.disk.extent_at(dirty.start, dirty.end());
             let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
             resync.took(range);

@@ -4,6 +4,7 @@ use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BA
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
+use crate::limits::STALLED_PEER_TIMEOUTS;
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
@@ -148,7 +149,8 @@ impl Volume {
             self.last_heard = now;
         }
         let silent = now.duration_since(self.last_heard);
-        if silent >= timeout {
+        let host_answers = || link.host_silence().is_some_and(|host| host < timeout);
+        if silent >= timeout * STALLED_PEER_TIMEOUTS || (silent >= timeout && !host_answers()) {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
@@ -159,7 +161,12 @@ impl Volume {
             link.kick();
             self.last_sent = now;
         }
-        Some((self.last_sent + interval).min(self.last_heard + timeout))
+        let patience_ends = self.last_heard + timeout;
+        Some((self.last_sent + interval).min(if patience_ends > now {
+            patience_ends
+        } else {
+            now + interval
+        }))
     }
 
     fn link_event(&mut self, event: LinkEvent) {

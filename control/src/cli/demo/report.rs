@@ -37,6 +37,10 @@ pub(super) struct Report {
     pub unacked_at_kill: usize,
     /// Start of the dead node to both volumes in sync, under load.
     pub resync_seconds: f64,
+    /// Median latency while the node that returned was caught up and after.
+    pub resync_write_p50_us: u64,
+    /// 99th percentile of the same.
+    pub resync_write_p99_us: u64,
     /// The volumes.
     pub volumes: Vec<VolumeReport>,
 }
@@ -168,6 +172,8 @@ mod tests {
             requests_in_flight: 8,
             unacked_at_kill: 3,
             resync_seconds: 0.5,
+            resync_write_p50_us: 200,
+            resync_write_p99_us: 900,
             volumes: vec![volume],
         }
     }

@@ -3,8 +3,10 @@
 //! Payloads go straight from the socket into the mapped disk, and replies to reads straight from it. Rules that keep
 //! that safe:
 //! - A write's payload is received only once its range is locked; until then the connection is not read.
-//! - Bytes are taken from the socket in whole sectors (of [`SECTOR_LEN`] bytes), so that a client that dies in
-//!   mid-payload leaves no torn sector. The part it did send is mirrored like a write, unacknowledged.
+//! - Bytes reach the disk in whole sectors (of [`SECTOR_LEN`] bytes), so that a client that dies in mid-payload leaves
+//!   no torn sector. The part it did send is mirrored like a write, unacknowledged. What is there of a sector whose
+//!   rest is still on its way is taken aside: left in the socket, it can keep the buffer of 64 KiB that it came in, the
+//!   TCP window closed, and the rest away for good.
 //! - While output is stuck no further request is taken, so one client costs a bounded amount of memory. A reply stuck
 //!   half-way pins its range; when a change wants it, the rest is copied out ([`Connection::unpin`]).
 //!
@@ -31,7 +33,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Unit in which payloads are taken from the socket.
-const SECTOR_LEN: u64 = 512;
+const SECTOR_LEN: usize = 512;
 
 /// Requests one connection is served in a turn before the next one's.
 const TURN_REQUESTS_MAX: usize = 64;
@@ -100,6 +102,9 @@ pub struct Connection {
     input: Input,
     header: [u8; REQUEST_LEN],
     header_len: usize,
+    /// The beginning of the payload's next sector.
+    fragment: [u8; SECTOR_LEN],
+    fragment_len: usize,
     /// Replies ahead of [`Self::stuck`].
     out: Vec<u8>,
     out_sent: usize,
@@ -147,6 +152,8 @@ impl Connection {
             input: Input::Header,
             header: [0; REQUEST_LEN],
             header_len: 0,
+            fragment: [0; SECTOR_LEN],
+            fragment_len: 0,
             out,
             out_sent: 0,
             stuck: None,
@@ -504,9 +511,12 @@ impl Connection {
             left
         } else {
             let position = range.start + received as u64;
-            let sectors_end = (position + available) / SECTOR_LEN * SECTOR_LEN;
+            let sectors_end = (position + available) / SECTOR_LEN as u64 * SECTOR_LEN as u64;
             usize::try_from(sectors_end.saturating_sub(position)).expect("64-bit")
         };
+        if self.fragment_len > 0 || (take == 0 && available > 0) {
+            return self.take_fragment(volume, now);
+        }
         if take == 0 {
             if self.hung_up {
                 return Err(ConnectionEnd::Gone);
@@ -544,10 +554,45 @@ impl Connection {
         }
         self.input = Input::Header;
         self.header_len = n - take;
+        if self.header_len < REQUEST_LEN && !self.hung_up {
+            // Less than was asked for: the socket is empty, and what comes next is a new edge.
+            self.readable = false;
+        }
         volume.landed(token);
         if self.header_len == REQUEST_LEN {
             self.header_len = 0;
             self.request(volume)?;
+        }
+        Ok(true)
+    }
+
+    /// Takes what is there of the next sector aside, and puts it in its place once all of it is there.
+    fn take_fragment(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
+        let Input::Payload { token, range, ref span, ref mut received, .. } = self.input else {
+            panic!("only in mid-payload")
+        };
+        let left = span.len() - *received;
+        let position = range.start + *received as u64;
+        let to_boundary = SECTOR_LEN - usize::try_from(position % SECTOR_LEN as u64).expect("under a sector");
+        let len = to_boundary.min(left);
+        let n = receive(&self.socket, &mut self.fragment[self.fragment_len..len], &mut self.readable)?;
+        if n == 0 {
+            return Ok(false);
+        }
+        self.last_input = now;
+        self.fragment_len += n;
+        if self.fragment_len < len {
+            return Ok(true);
+        }
+        self.fragment_len = 0;
+        span.sub(*received, len).write_from(&self.fragment[..len]);
+        *received += len;
+        if len == left {
+            self.input = Input::Header;
+            volume.landed(token);
+        } else if volume.disk().is_failed() {
+            self.input = Input::Drain { left: left - len };
+            volume.landed(token);
         }
         Ok(true)
     }
@@ -573,7 +618,6 @@ impl Connection {
         };
         let cookie = checked.cookie;
         let origin = Origin::Nbd { connection: self.index, serial: self.serial, cookie };
-        let zeroes = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
         let (op, range, fua) = match checked.operation {
             Operation::Read { range } => (Op::Read, range, false),
             Operation::Write { range, fua } => (Op::Change(Kind::Write), range, fua),
@@ -581,7 +625,10 @@ impl Connection {
             Operation::WriteZeroes { range, fua, no_hole: true } => {
                 (Op::Change(Kind::WriteZeroes), range, fua)
             }
-            Operation::WriteZeroes { range, fua, no_hole: false } => (Op::Change(zeroes), range, fua),
+            Operation::WriteZeroes { range, fua, no_hole: false } => {
+                let kind = if volume.disk().is_sparse() { Kind::Trim } else { Kind::WriteZeroes };
+                (Op::Change(kind), range, fua)
+            }
             Operation::Flush => (Op::Flush, ByteRange::new(0, 0), false),
             // The mapping is the page cache: whatever is read stays there as the kernel sees fit.
             Operation::Cache { .. } => {

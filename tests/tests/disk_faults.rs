@@ -1,0 +1,170 @@
+//! A disk that fails under a running daemon: truncated, or on a file system that is full. It ends as an I/O error and a
+//! Failed disk, never as a dead daemon; the other volume does not notice, and the peer has the data.
+
+use costandby_control::nbd_client::NbdError;
+use costandby_datapath::front::nbd::proto::NbdErrno;
+use costandby_tests::ledger::Ledger;
+use costandby_tests::pair::{ALPHA, BETA, LIMIT, Pair, Settings, VolumeSettings};
+use costandby_tests::process::{run, system_command};
+use costandby_tests::wait_for;
+use std::path::{Path, PathBuf};
+
+const SIZE_MIB: u64 = 16;
+
+fn truncate(pair: &Pair, node: usize, volume: &str) {
+    let disk = pair.disk(node, volume);
+    let file = std::fs::File::options().write(true).open(disk).expect("a disk");
+    file.set_len(1 << 20).expect("a disk can be cut short");
+}
+
+fn two_volumes() -> Pair {
+    Pair::start(Settings::new(&[VolumeSettings::new("db", SIZE_MIB), VolumeSettings::new("web", SIZE_MIB)]))
+}
+
+/// Ends when the volume's disk is seen to have failed, which must end its clients with EIO, or with the connection.
+fn assert_failed_under(error: Option<NbdError>) {
+    let error = error.expect("the writers met the failed disk");
+    let told = error.errno().is_some_and(|errno| matches!(errno, NbdErrno::Io | NbdErrno::Shutdown));
+    assert!(told || matches!(error, NbdError::Io { .. }), "{error}");
+}
+
+fn assert_other_volume_works(pair: &Pair) {
+    let mut client = pair.client(ALPHA, "web");
+    client.write(3 << 20, &[0x77; 1 << 20], true).expect("the other volume takes writes");
+    pair.settle_and_compare("web");
+}
+
+#[test]
+fn a_primary_whose_disk_is_truncated_fails_it_and_lives() {
+    let mut pair = two_volumes();
+    let mut client = pair.client(ALPHA, "db");
+    client.write(8 << 20, &[0x55; 1 << 20], false).expect("a write before");
+    let writing = Ledger::new(SIZE_MIB << 20).write(&pair.uri(ALPHA, "web"), 1);
+    truncate(&pair, ALPHA, "db");
+    let error = client.write(9 << 20, &[0x66; 4096], false).expect_err("a write beyond the file's end");
+    assert_eq!(error.errno(), Some(NbdErrno::Io), "{error}");
+    let status = pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+    assert_eq!(status.role, "standby", "a failed disk is not served");
+    assert!(status.advice.is_some_and(|advice| advice.contains("disk failed")), "the status says so");
+    pair.assert_alive(ALPHA);
+    let before = writing.acked();
+    wait_for("the other volume's writers go on", LIMIT, || (writing.acked() > before + 100).then_some(()));
+    let _ = writing.finish_ok();
+    assert_other_volume_works(&pair);
+
+    pair.wait_status(BETA, "db", "apart", |status| status.peer_state == "Unknown");
+    pair.promote(BETA, "db");
+    let mut found = vec![0; 1 << 20];
+    pair.client(BETA, "db").read(8 << 20, &mut found).expect("a read from the survivor");
+    assert!(found == [0x55; 1 << 20], "what was acknowledged is on the survivor");
+}
+
+#[test]
+fn a_read_of_a_truncated_disk_is_an_io_error() {
+    let mut pair = two_volumes();
+    let mut client = pair.client(ALPHA, "db");
+    truncate(&pair, ALPHA, "db");
+    let error = client.read(9 << 20, &mut [0; 8192]).expect_err("a read beyond the file's end");
+    assert!(
+        error.errno() == Some(NbdErrno::Io) || matches!(error, NbdError::Io { .. }),
+        "an I/O error, or the connection's end: {error}"
+    );
+    pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+    pair.assert_alive(ALPHA);
+    assert_other_volume_works(&pair);
+}
+
+#[test]
+fn a_standby_whose_disk_is_truncated_leaves_the_primary_alone() {
+    let mut pair = two_volumes();
+    let writing = Ledger::new(SIZE_MIB << 20).write(&pair.uri(ALPHA, "db"), 2);
+    wait_for("a start", LIMIT, || (writing.acked() > 20).then_some(()));
+    truncate(&pair, BETA, "db");
+    pair.wait_status(BETA, "db", "failed", |status| status.disk_state == "Failed");
+    let before = writing.acked();
+    wait_for("the primary goes on", LIMIT, || (writing.acked() > before + 100).then_some(()));
+    let mut ledger = writing.finish_ok();
+    ledger.check(&mut pair.client(ALPHA, "db")).unwrap_or_else(|lost| panic!("{lost}"));
+    let status = pair.status(ALPHA, "db").expect("a status");
+    assert!(!status.in_sync() && status.role == "primary", "{status:?}");
+    pair.assert_alive(BETA);
+    assert!(pair.tell(BETA, "db", costandby_control::admin::Command::Promote { force: false }).is_err());
+    assert_other_volume_works(&pair);
+}
+
+/// A file system of its own, small enough to fill.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &Path, mib: u64) -> Self {
+        std::fs::create_dir_all(at).expect("a directory");
+        let mut mount = system_command("mount");
+        let _ =
+            run(mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "costandby-test"]).arg(at)).ok();
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: the daemon may still have the disk open.
+        let _ = run(system_command("umount").arg("-l").arg(&self.0));
+    }
+}
+
+/// Whether a file system can be mounted here; says so where not.
+fn may_mount(test: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("SKIPPED: {test}, because only root may mount");
+        eprintln!("SKIPPED: {test}, because only root may mount");
+    }
+    root
+}
+
+/// A pair whose `db` lies sparse on a file system with half its room, on one node.
+fn cramped(node: usize) -> (Pair, Tmpfs, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let tmpfs = Tmpfs::mount(&dir.path().join("small"), SIZE_MIB / 2);
+    let mut db = VolumeSettings::new("db", SIZE_MIB);
+    db.dirs[node] = Some(tmpfs.0.clone());
+    let mut settings = Settings::new(&[db, VolumeSettings::new("web", SIZE_MIB)]);
+    settings.sparse = true;
+    (Pair::start(settings), tmpfs, dir)
+}
+
+#[test]
+fn a_primary_on_a_full_file_system_fails_its_disk_and_lives() {
+    if !may_mount("a_primary_on_a_full_file_system_fails_its_disk_and_lives") {
+        return;
+    }
+    let (mut pair, _tmpfs, _dir) = cramped(ALPHA);
+    let (ledger, error) = {
+        let writing = Ledger::new(SIZE_MIB << 20).write(&pair.uri(ALPHA, "db"), 3);
+        pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+        writing.finish()
+    };
+    assert_failed_under(error);
+    pair.assert_alive(ALPHA);
+    assert_other_volume_works(&pair);
+    pair.wait_status(BETA, "db", "apart", |status| status.peer_state == "Unknown");
+    pair.promote(BETA, "db");
+    let mut ledger = ledger;
+    ledger.check(&mut pair.client(BETA, "db")).unwrap_or_else(|lost| panic!("on the survivor: {lost}"));
+}
+
+#[test]
+fn a_standby_on_a_full_file_system_leaves_the_primary_alone() {
+    if !may_mount("a_standby_on_a_full_file_system_leaves_the_primary_alone") {
+        return;
+    }
+    let (mut pair, _tmpfs, _dir) = cramped(BETA);
+    let writing = Ledger::new(SIZE_MIB << 20).write(&pair.uri(ALPHA, "db"), 4);
+    pair.wait_status(BETA, "db", "failed", |status| status.disk_state == "Failed");
+    let before = writing.acked();
+    wait_for("the primary goes on", LIMIT, || (writing.acked() > before + 100).then_some(()));
+    let mut ledger = writing.finish_ok();
+    ledger.check(&mut pair.client(ALPHA, "db")).unwrap_or_else(|lost| panic!("{lost}"));
+    pair.assert_alive(BETA);
+    assert_other_volume_works(&pair);
+}

@@ -1,0 +1,229 @@
+//! Roles and what operators do with them, at two running daemons: refusals, handovers, freezing, going on alone, split
+//! brain, and what the command line says of it all.
+
+use costandby_control::admin::Command;
+use costandby_control::nbd_client::NbdError;
+use costandby_tests::Rng;
+use costandby_tests::ledger::Ledger;
+use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const SIZE_MIB: u64 = 8;
+
+fn settings() -> Settings {
+    Settings::new(&[VolumeSettings::new("db", SIZE_MIB)])
+}
+
+/// The one line a failed command writes to stderr.
+fn refusal(pair: &Pair, node: usize, args: &[&str]) -> String {
+    let ran = pair.cli(node, args);
+    assert_eq!(ran.status.code(), Some(1), "{args:?}: {}{}", ran.stdout, ran.stderr);
+    let lines: Vec<_> = ran.stderr.lines().collect();
+    assert_eq!(lines.len(), 1, "{args:?} writes one line: {lines:?}");
+    assert!(lines[0].starts_with("costandby: "), "{lines:?}");
+    lines[0].to_owned()
+}
+
+#[test]
+fn promotion_is_refused_while_the_connected_peer_is_primary() {
+    let pair = Pair::start(settings());
+    let said = refusal(&pair, BETA, &["promote", "db"]);
+    assert!(said.contains("alpha is primary") && said.contains("demote"), "{said}");
+    let said = refusal(&pair, BETA, &["promote", "db", "--force"]);
+    assert!(said.contains("demote"), "force does not help against a living primary: {said}");
+    assert_eq!(pair.primary("db"), ALPHA);
+    pair.client(ALPHA, "db").write(0, b"still served", false).expect("a write");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn a_handover_under_an_open_client_loses_nothing() {
+    let pair = Pair::start(settings());
+    let mut ledger = Ledger::new(SIZE_MIB << 20);
+    let mut from = ALPHA;
+    for round in 0..4 {
+        let writing = ledger.write(&pair.uri(from, "db"), round);
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(writing.acked() > 0, "the client was at work");
+        pair.cli_ok(from, &["demote", "db"]);
+        pair.cli_ok(1 - from, &["promote", "db"]);
+        let (after, error) = writing.finish();
+        assert!(error.is_some(), "the old primary's clients are told");
+        ledger = after;
+        let refused = pair.connect(from, "db").expect_err("the new standby serves nobody");
+        assert!(matches!(refused, NbdError::Refused { .. }), "{refused}");
+        from = 1 - from;
+        assert_eq!(pair.primary("db"), from);
+        ledger.check(&mut pair.client(from, "db")).unwrap_or_else(|lost| panic!("round {round}: {lost}"));
+        pair.settle_and_compare("db");
+    }
+    let epoch = pair.status(ALPHA, "db").expect("a status").epoch;
+    assert!(epoch >= 5, "each promotion raised the epoch: {epoch}");
+}
+
+#[test]
+fn freeze_holds_writes_until_the_peer_is_back() {
+    let mut settings = settings();
+    settings.volumes[0].on_peer_loss = "freeze";
+    let mut pair = Pair::start(settings);
+    let mut client = pair.client(ALPHA, "db");
+    client.write(0, &[1; 4096], false).expect("a write");
+    pair.kill(BETA);
+
+    let (done, outcome) = mpsc::channel();
+    let writer = std::thread::spawn(move || {
+        let result = client.write(4096, &[2; 4096], false);
+        done.send(result.map_err(|error| error.to_string())).expect("the test listens");
+        client
+    });
+    pair.wait_status(ALPHA, "db", "frozen", |status| status.frozen);
+    let early = outcome.recv_timeout(Duration::from_secs(2));
+    assert!(early.is_err(), "a write was answered without the peer: {early:?}");
+
+    pair.up(BETA);
+    outcome.recv_timeout(Duration::from_secs(8)).expect("an answer").expect("a write that was held");
+    pair.wait_in_sync("db");
+    let mut client = writer.join().expect("a writer");
+    let mut found = [0; 8192];
+    client.read(0, &mut found).expect("a read");
+    assert!(found[..4096] == [1; 4096] && found[4096..] == [2; 4096]);
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn continue_counts_what_the_peer_lacks() {
+    let mut pair = Pair::start(settings());
+    let mut client = pair.client(ALPHA, "db");
+    pair.kill(BETA);
+    let data = Rng::new(1).bytes(1 << 20);
+    for at in [0, 3 << 20, 6 << 20] {
+        client.write(at, &data, false).expect("a write without the peer");
+    }
+    let status = pair.wait_status(ALPHA, "db", "going on alone", |status| status.dirty_bytes >= 3 << 20);
+    assert_eq!((status.role.as_str(), status.peer_state.as_str()), ("primary", "Unknown"));
+    assert!(status.dirty_bytes <= SIZE_MIB << 20, "{} bytes dirty", status.dirty_bytes);
+    pair.up(BETA);
+    pair.wait_in_sync("db");
+    pair.wait_status(ALPHA, "db", "nothing dirty", |status| status.dirty_bytes == 0);
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn disconnect_stays_until_connect() {
+    let pair = Pair::start(settings());
+    pair.cli_ok(BETA, &["disconnect", "db"]);
+    pair.wait_status(BETA, "db", "standalone", |status| status.connection == "standalone");
+    pair.client(ALPHA, "db").write(1 << 20, &[9; 70_000], false).expect("a write without the peer");
+    std::thread::sleep(Duration::from_secs(1));
+    let status = pair.status(BETA, "db").expect("a status");
+    assert_eq!((status.connection.as_str(), status.peer_state.as_str()), ("standalone", "Unknown"));
+    pair.cli_ok(BETA, &["connect", "db"]);
+    pair.wait_in_sync("db");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn status_has_the_keys_that_scripts_rely_on() {
+    let pair = Pair::start(settings());
+    let text = pair.cli_ok(ALPHA, &["status", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&text).expect("status --json is JSON");
+    assert_eq!(json["node"], "alpha");
+    let volume = &json["volumes"][0];
+    for (key, value) in [
+        ("name", serde_json::json!("db")),
+        ("role", serde_json::json!("primary")),
+        ("disk_state", serde_json::json!("UpToDate")),
+        ("peer_state", serde_json::json!("UpToDate")),
+        ("link", serde_json::json!("tcp")),
+        ("ack", serde_json::json!("memory")),
+        ("size", serde_json::json!(SIZE_MIB << 20)),
+        ("dirty_bytes", serde_json::json!(0)),
+        ("resync_percent", serde_json::json!(100.0)),
+    ] {
+        assert_eq!(volume[key], value, "{key}");
+    }
+    assert!(volume["epoch"].as_u64().is_some_and(|epoch| epoch >= 1), "{text}");
+    assert!(volume["generation"].as_str().is_some_and(|generation| !generation.is_empty()), "{text}");
+    let table = pair.cli_ok(BETA, &["status"]);
+    assert!(table.contains("db") && table.contains("standby") && table.contains("alpha"), "{table}");
+}
+
+#[test]
+fn wait_sync_waits_no_longer_than_it_is_told() {
+    let mut pair = Pair::start(settings());
+    assert!(pair.cli_ok(ALPHA, &["wait-sync", "db", "--timeout", "10s"]).contains("in sync"));
+    pair.kill(BETA);
+    pair.wait_status(ALPHA, "db", "apart", |status| status.peer_state == "Unknown");
+    let started = Instant::now();
+    let said = refusal(&pair, ALPHA, &["wait-sync", "db", "--timeout", "1s"]);
+    let took = started.elapsed();
+    assert!(said.contains("Unknown"), "it says where it stood: {said}");
+    assert!((Duration::from_secs(1)..Duration::from_secs(8)).contains(&took), "it took {took:?}");
+}
+
+#[test]
+fn a_primary_killed_with_its_standby_resumes_by_itself() {
+    let mut pair = Pair::start(settings());
+    let data = Rng::new(2).bytes(2 << 20);
+    pair.client(ALPHA, "db").write(1 << 20, &data, true).expect("a durable write");
+    pair.kill(ALPHA);
+    pair.kill(BETA);
+    pair.up(BETA);
+    pair.up(ALPHA);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
+    let mut found = vec![0; data.len()];
+    pair.client(ALPHA, "db").read(1 << 20, &mut found).expect("a read");
+    assert!(found == data, "the durable write is there");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn a_clean_restart_of_both_needs_no_copy() {
+    let mut pair = Pair::start(settings());
+    pair.client(ALPHA, "db").write(0, &[3; 1 << 20], false).expect("a write");
+    let generation = |pair: &Pair| pair.status(ALPHA, "db").expect("a status").generation;
+    let before = generation(&pair);
+    pair.stop(ALPHA);
+    pair.stop(BETA);
+    pair.compare("db");
+    pair.up(ALPHA);
+    pair.up(BETA);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
+    assert_eq!(generation(&pair), before, "the same lineage");
+    assert!(!pair.log(ALPHA).contains("copying to"), "{}", pair.log(ALPHA));
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn split_brain_is_found_and_neither_disk_touched() {
+    let pair = Pair::start(settings());
+    pair.client(ALPHA, "db").write(0, &[4; 1 << 20], true).expect("a common past");
+    pair.cli_ok(ALPHA, &["disconnect", "db"]);
+    pair.wait_status(BETA, "db", "apart", |status| status.peer_state == "Unknown");
+    pair.promote(BETA, "db");
+    for (node, byte) in [(ALPHA, 5), (BETA, 6)] {
+        pair.client(node, "db").write(2 << 20, &[byte; 4096], true).expect("each goes on without the other");
+    }
+    let disks = || [ALPHA, BETA].map(|node| std::fs::read(pair.disk(node, "db")).expect("a disk"));
+    let before = disks();
+
+    pair.tell(ALPHA, "db", Command::Connect).expect("a connect");
+    for node in [ALPHA, BETA] {
+        let status = pair.wait_status(node, "db", "split brain", |status| {
+            status.advice.as_ref().is_some_and(|advice| advice.contains("split brain"))
+        });
+        assert_eq!(status.connection, "standalone");
+        assert_eq!(status.role, "primary", "each still serves its own clients");
+        pair.wait_log(node, &["split brain"]);
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(disks() == before, "a disk was changed");
+    for (node, byte) in [(ALPHA, 5), (BETA, 6)] {
+        let mut found = [0; 4096];
+        pair.client(node, "db").read(2 << 20, &mut found).expect("a read");
+        assert_eq!(found, [byte; 4096]);
+    }
+}
