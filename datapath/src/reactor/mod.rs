@@ -188,13 +188,20 @@ impl Reactor {
     /// reactor on their own thread; others use [`Reactor::run`].
     pub fn turn(&mut self) -> bool {
         let now = Instant::now();
-        let mut any = false;
+        let mut any = self.take_commands(now);
+        // Queues come before the links: a client that drives the reactor submits and turns at once, and what it submitted
+        // is to be on its way before anything is waited for. Their depth bounds how long a turn stays here.
+        if self.serve_queues() {
+            any = true;
+            for volume in &mut self.volumes {
+                volume.pump(now);
+            }
+        }
         self.turns_since_poller += 1;
         let looked = self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS;
         if looked {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
-        any |= self.take_commands(now);
         while let Ok(done) = self.jobs_done.try_recv() {
             self.volumes[done.volume].job_done(done);
             any = true;
@@ -213,7 +220,6 @@ impl Reactor {
             }
         }
         any |= self.deliver_notices();
-        any |= self.serve_queues();
         any |= self.serve_connections(now);
         for volume in &mut self.volumes {
             volume.pump(now);
