@@ -132,6 +132,8 @@ impl VolumeController {
                 self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
             }
             Role::Primary => {
+                // It agreed that this node serves; its end must not undo the demotion.
+                self.abandon_handshake(actions);
                 self.demotion = Some(Demotion { id, deadline: now + QUIESCE_TIMEOUT });
                 self.set_role(Role::Demoting);
                 actions.push(Action::Quiesce);

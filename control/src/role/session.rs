@@ -27,6 +27,11 @@ impl VolumeController {
             actions.push(Action::CloseLink);
             return self.refuse(RefuseCode::Busy, "still closing the link before this one", actions);
         }
+        if self.pending.take().is_some() {
+            // Refusing it ends the connection, and with it the handshake that waited for `Ready` there.
+            self.refuse(RefuseCode::Busy, "a second hello in one handshake", actions);
+            return self.handshake_over(actions);
+        }
         let mine = self.view();
         let settled =
             self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);

@@ -185,6 +185,16 @@ impl Pipeline {
         self.window.len() + self.waiting.len() + self.flushes.len()
     }
 
+    /// Whether a client's change or flush is held back until the background copy has ended.
+    #[must_use]
+    pub fn waits_for_copy(&self) -> bool {
+        let foreground = |entry: &Entry| entry.change.flags & flags::RESYNC == 0;
+        self.is_held()
+            && (self.window.iter().any(foreground)
+                || self.waiting.iter().any(foreground)
+                || self.flushes.iter().any(|flush| !flush.background))
+    }
+
     /// Whether completions wait for a peer that is away or not in sync.
     #[must_use]
     pub fn is_frozen(&self) -> bool {

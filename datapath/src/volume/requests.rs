@@ -232,6 +232,9 @@ impl Volume {
     }
 
     pub(super) fn step_resync(&mut self) {
+        if self.copy_paused && !self.pipeline.waits_for_copy() {
+            return;
+        }
         loop {
             let Some(resync) = &mut self.resync else { return };
             let Some(dirty) = resync.next(&self.bitmap, self.clients_busy) else { break };
