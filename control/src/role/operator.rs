@@ -54,6 +54,11 @@ impl VolumeController {
 
     fn on_promote(&mut self, now: Duration, id: ReplyId, force: bool, actions: &mut Vec<Action>) {
         match self.role {
+            Role::Primary if force && self.status().frozen && self.pending.is_none() => {
+                self.go_alone(actions);
+                let text = format!("{} goes on without {}", self.settings.node, self.settings.peer);
+                return self.reply(id, Ok(text), actions);
+            }
             Role::Primary => {
                 return self.reply(id, Ok(format!("{} is primary already", self.settings.node)), actions);
             }

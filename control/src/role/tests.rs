@@ -325,6 +325,21 @@ fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
 }
 
 #[test]
+fn an_operator_can_have_a_frozen_primary_go_on_alone_on_record() {
+    let mut one = One::primary("alpha", OnPeerLoss::Freeze);
+    one.on(lost(true));
+    let before = one.stored().generations.current;
+    reply(&one.command(promote(false))).expect("a no-op");
+    assert!(one.controller.status().frozen);
+    let actions = one.command(promote(true));
+    let stored = stored(&actions[0]);
+    assert!(stored.generations.current != before && stored.generations.base == before);
+    assert!(actions.contains(&Action::GoAlone));
+    reply(&actions).expect("it goes on");
+    assert!(!one.controller.status().frozen);
+}
+
+#[test]
 fn a_hello_sent_before_a_change_decides_nothing() {
     let mut one = One::primary("alpha", OnPeerLoss::Continue);
     one.on(lost(false));
