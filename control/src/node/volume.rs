@@ -266,7 +266,7 @@ impl VolumeTask {
         for action in actions {
             match &failure {
                 None => failure = self.perform(action).await.err(),
-                Some(error) => self.leave_undone(action, error),
+                Some(error) => self.leave_undone(&action, error),
             }
         }
         let status = self.controller.status();
@@ -291,9 +291,9 @@ impl VolumeTask {
     }
 
     /// An action that stood behind a store that failed: whoever waits for its outcome hears of it all the same.
-    fn leave_undone(&mut self, action: Action, error: &str) {
+    fn leave_undone(&mut self, action: &Action, error: &str) {
         match action {
-            Action::Reply { id, .. } => answer(&mut self.replies, id, Err(not_stored(error))),
+            Action::Reply { id, .. } => answer(&mut self.replies, *id, Err(not_stored(error))),
             Action::StartSession { .. } => {
                 // The controller believes in a session that never was; the connection ends with its conversation.
                 self.conversation = None;
