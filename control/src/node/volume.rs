@@ -187,7 +187,7 @@ impl VolumeTask {
     fn begin_conversation(&mut self) -> Hello {
         self.serial += 1;
         self.conversation = Some(Conversation { serial: self.serial, stream: None, peer_ring_len: 0 });
-        self.controller.hello(RING_LEN, &["tcp"])
+        self.controller.hello(RING_LEN, &[LINK_TCP])
     }
 
     fn dial_if_due(&mut self) {
@@ -221,7 +221,11 @@ impl VolumeTask {
                 let fits = usize::try_from(hello.ring_len)
                     .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
                     && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
-                if fits {
+                if !hello.links.iter().any(|link| link == LINK_TCP) {
+                    self.conversation = None;
+                    let text = format!("it offers the links {:?}, this release has {LINK_TCP}", hello.links);
+                    Event::SessionFailed { text }
+                } else if fits {
                     let conversation = self.conversation.as_mut().expect("the caller looked");
                     conversation.stream = Some(stream);
                     conversation.peer_ring_len = hello.ring_len;
@@ -452,6 +456,9 @@ fn answer(replies: &mut Replies, id: ReplyId, result: Result<String, String>) {
 fn not_stored(error: &str) -> String {
     format!("not done, because the metadata cannot be stored: {error}")
 }
+
+/// The one link this release has, as a hello names it.
+const LINK_TCP: &str = "tcp";
 
 /// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
 const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
