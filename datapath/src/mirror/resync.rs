@@ -122,15 +122,15 @@ mod tests {
         let mut bitmap = Bitmap::new(8 * RESYNC_CHUNK_LEN);
         bitmap.set_all();
         let mut resync = Resync::new(&bitmap);
-        let dirty = resync.next(&bitmap).expect("all of it");
+        let dirty = resync.next(&bitmap, false).expect("all of it");
         assert_eq!(resync.known_data(dirty), None, "not asked yet");
         resync.found_data(ByteRange::new(0, 3 * RESYNC_CHUNK_LEN));
         let first = Resync::chunk(dirty);
         resync.took(first);
-        let rest = resync.next(&bitmap).expect("more");
+        let rest = resync.next(&bitmap, false).expect("more");
         assert_eq!(resync.known_data(rest), Some(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN)));
         resync.took(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN));
-        let beyond = resync.next(&bitmap).expect("more");
+        let beyond = resync.next(&bitmap, false).expect("more");
         assert_eq!(resync.known_data(beyond), None, "the end of what was found");
         resync.found_data(beyond);
         resync.untake(first);
