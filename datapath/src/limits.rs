@@ -103,6 +103,10 @@ pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
 /// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk.
 pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 
+/// Seconds the peer may take over one change or flush while it shows every other sign of life: its disk hangs. Longer
+/// than any disk's own timeout (30 s in the kernel), after which it would report an error instead.
+pub const PEER_ANSWER_S_MAX: u64 = 45;
+
 /// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
 /// for any live client, short enough that a hung one does not hold a range for good.
 pub const PAYLOAD_STALL_S_MAX: u64 = 30;

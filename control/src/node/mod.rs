@@ -395,10 +395,10 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
     }
 }
 
-/// A target does not count the copy's progress itself, and a source that has copied everything waits for the record.
+/// A target does not count the copy's progress itself, and a source may not have begun.
 fn percent_without_copy(connection: Connection) -> f64 {
     match connection {
-        Connection::SyncTarget => 0.0,
+        Connection::SyncTarget | Connection::SyncSource => 0.0,
         _ => 100.0,
     }
 }

@@ -82,6 +82,11 @@ impl VolumeController {
             format!("the connected peer {peer_name} is primary; demote it there first")
         } else if !self.in_session() {
             format!("the link to {peer_name} is closing; try again")
+        } else if self.connection == Connection::SyncSource {
+            let volume = &self.settings.volume;
+            format!(
+                "{peer_name} is being copied to: `costandby wait-sync {volume}` first, or `disconnect` it"
+            )
         } else if !self.is_usable() {
             format!("the disk is {state}: `costandby wait-sync {}` first", self.settings.volume)
         } else {

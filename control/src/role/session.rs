@@ -288,7 +288,8 @@ impl VolumeController {
             Role::Primary | Role::Demoting => false,
         };
         let newer = arg > self.superblock.epoch.0 && arg <= EPOCH_MAX;
-        let sound = matches!(self.connection, Connection::Connected | Connection::SyncTarget);
+        // Never in the middle of a copy: frames of the epoch before are on their way.
+        let sound = self.connection == Connection::Connected;
         if !(free && newer && sound) || self.shutdown_deadline.is_some() {
             let arg = self.superblock.epoch.0;
             actions.push(Action::SendPeer { code: code::PROMOTE_DENY, arg });
@@ -342,7 +343,9 @@ impl VolumeController {
 
     fn raise_epoch(&mut self, arg: u64, actions: &mut Vec<Action>) {
         // A serving primary's epoch is its own promotion's; no answer to an earlier question changes it.
-        if self.role != Role::Primary && arg > self.superblock.epoch.0 && arg <= EPOCH_MAX {
+        // A copy that this node sends goes on under the epoch it began with; the next handshake agrees on a newer one.
+        let may = self.role != Role::Primary && self.connection != Connection::SyncSource;
+        if may && arg > self.superblock.epoch.0 && arg <= EPOCH_MAX {
             self.superblock.epoch = Epoch(arg);
             self.store(actions);
             actions.push(Action::AdoptEpoch(Epoch(arg)));

@@ -2,7 +2,8 @@
 //!
 //! A change locks its range from admission (before its payload touches the mapping) until the peer has applied it, so
 //! that the transport may read the bytes again, and so that a read never shows what a failover could take back. Reads
-//! hold no lock; they only wait for the changes in flight. Waiters are served in order of arrival.
+//! hold no lock; they wait for the changes in flight. One that had to wait is pinned when its turn comes, so that the
+//! change behind it does not get at the bytes before they are read. Waiters are served in order of arrival.
 //!
 //! Invariant: locked ranges never overlap. Sans-IO; allocates only when made.
 
@@ -100,7 +101,23 @@ impl Inflight {
     /// Keeps changes out of `range` while a reply made of its bytes is stuck half-way to a slow client. The holder is
     /// expected to copy the rest out and [`Inflight::unpin`] as soon as [`Inflight::pin_in_the_way`] names it.
     pub fn pin(&mut self, token: Token, range: ByteRange) {
-        self.pinned.push((range, token));
+        if !self.has_pin(token) {
+            self.pinned.push((range, token));
+        }
+    }
+
+    /// Whether `token` pins a range.
+    #[must_use]
+    pub fn has_pin(&self, token: Token) -> bool {
+        self.pinned.iter().any(|(_, holder)| *holder == token)
+    }
+
+    /// Takes a pinned read back to the waiters, behind all of them: its client is not taking replies, and a change wants
+    /// the range. Appends the waiters that may now go on.
+    pub fn put_back(&mut self, token: Token, range: ByteRange, granted: &mut Vec<Token>) {
+        self.pinned.retain(|(_, holder)| *holder != token);
+        self.waiting.push_back(Waiter { token, range, access: Access::Read });
+        self.grant_waiters(granted);
     }
 
     /// Ends a pin. Appends the waiters that may now go on.
@@ -166,6 +183,9 @@ impl Inflight {
             }
             self.waiting.remove(at);
             self.grant(waiter.token, waiter.range, waiter.access);
+            if waiter.access == Access::Read {
+                self.pin(waiter.token, waiter.range);
+            }
             granted.push(waiter.token);
         }
     }
@@ -227,6 +247,24 @@ mod tests {
         assert_eq!(granted, [Token(3)]);
     }
 
+    #[test]
+    fn a_read_that_waited_is_read_before_the_change_behind_it() {
+        let mut table = Inflight::new(8, 8);
+        assert_eq!(table.request(Token(1), range(0, 10), Access::Change), Admission::Granted);
+        assert_eq!(table.request(Token(2), range(0, 10), Access::Read), Admission::Waits);
+        assert_eq!(table.request(Token(3), range(0, 10), Access::Change), Admission::Waits);
+        let mut granted = Vec::new();
+        table.release(Token(1), 0, &mut granted);
+        assert_eq!(granted, [Token(2)], "the change waits until the read is done");
+        assert_eq!(table.pin_in_the_way(), Some(Token(2)));
+        granted.clear();
+        table.put_back(Token(2), range(0, 10), &mut granted);
+        assert_eq!(granted, [Token(3)], "a client that takes no replies does not hold writers up");
+        granted.clear();
+        table.release(Token(3), 0, &mut granted);
+        assert_eq!(granted, [Token(2)]);
+    }
+
     proptest! {
         /// Against a plain model: no two granted changes ever overlap, each waiter is granted in the end, and of two
         /// overlapping changes the earlier goes first.
@@ -251,12 +289,12 @@ mod tests {
                     let (t, r) = held.remove(releases[i % 60].index(held.len()));
                     table.release(t, r.start, &mut granted);
                 }
-                settle(&mut granted, &mut held, &order, &mut served)?;
+                settle(&mut table, &mut granted, &mut held, &order, &mut served)?;
             }
             while !held.is_empty() {
                 let (t, r) = held.remove(0);
                 table.release(t, r.start, &mut granted);
-                settle(&mut granted, &mut held, &order, &mut served)?;
+                settle(&mut table, &mut granted, &mut held, &order, &mut served)?;
             }
             prop_assert_eq!(served.len(), order.len());
             for (i, (a, ra, aa)) in order.iter().enumerate() {
@@ -271,17 +309,20 @@ mod tests {
     }
 
     fn settle(
+        table: &mut Inflight,
         granted: &mut Vec<Token>,
         held: &mut Vec<(Token, ByteRange)>,
         order: &[(Token, ByteRange, Access)],
         served: &mut Vec<Token>,
     ) -> Result<(), TestCaseError> {
-        for token in granted.drain(..) {
+        while let Some(token) = (!granted.is_empty()).then(|| granted.remove(0)) {
             let (_, r, access) = order[usize::try_from(token.0).expect("small")];
             served.push(token);
             prop_assert!(held.iter().all(|(_, other)| !other.overlaps(r)), "granted over a lock");
             if access == Access::Change {
                 held.push((token, r));
+            } else {
+                table.unpin(token, granted);
             }
         }
         Ok(())

@@ -206,6 +206,27 @@ impl Pipeline {
         self.peer == Peer::Absent || self.is_held()
     }
 
+    /// Whether something waits for the peer's word.
+    #[must_use]
+    pub fn awaits_peer(&self) -> bool {
+        self.peer == Peer::Live && (!self.window.is_empty() || self.awaits_durability())
+    }
+
+    /// Whether something waits for the peer to make it durable, applied or not.
+    #[must_use]
+    pub fn awaits_durability(&self) -> bool {
+        let undurable = |entry: &Entry| self.wants_durability(entry.change) && entry.seq > self.peer_durable;
+        self.peer == Peer::Live
+            && (self.flushes.iter().any(|flush| flush.seq > self.peer_durable)
+                || self.waiting.iter().any(undurable))
+    }
+
+    /// What the peer has said in this session: applied and durable.
+    #[must_use]
+    pub fn peer_word(&self) -> (Seq, Seq) {
+        (self.peer_applied, self.peer_durable)
+    }
+
     /// Whether the peer has not confirmed everything posted to it as durable.
     #[must_use]
     pub fn peer_lags_durably(&self) -> bool {

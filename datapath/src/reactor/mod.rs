@@ -338,8 +338,12 @@ impl Reactor {
                 tracing::warn!("an NBD client was turned away: {CONNECTIONS_MAX} are connected");
                 continue;
             }
-            // Not a TCP socket: then there is nothing to set.
+            // Not a TCP socket: then there is nothing to set. A client whose host is gone is noticed in about two minutes.
             let _ = rustix::net::sockopt::set_tcp_nodelay(&socket, true);
+            let _ = rustix::net::sockopt::set_socket_keepalive(&socket, true);
+            let _ = rustix::net::sockopt::set_tcp_keepidle(&socket, Duration::from_secs(60));
+            let _ = rustix::net::sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(15));
+            let _ = rustix::net::sockopt::set_tcp_keepcnt(&socket, 4);
             let index = self.connections.iter().position(Option::is_none).unwrap_or_else(|| {
                 self.connections.push(None);
                 self.connections.len() - 1

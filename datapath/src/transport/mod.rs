@@ -68,6 +68,12 @@ pub enum DownReason {
         /// Milliseconds since the last byte.
         silent_ms: u64,
     },
+    /// The peer lives and answers nothing: see [`crate::limits::PEER_ANSWER_S_MAX`].
+    #[error(
+        "the peer has not acknowledged anything for {} s: does its disk hang?",
+        crate::limits::PEER_ANSWER_S_MAX
+    )]
+    Unanswering,
     /// The operating system reported an error on the connection.
     #[error("connection failed: {0}")]
     Io(#[from] std::io::Error),

@@ -170,6 +170,8 @@ pub struct Volume {
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,
+    /// When the peer last acknowledged something, or nothing waited for it.
+    last_answer: Instant,
 
     counters: Arc<VolumeCounters>,
     /// For front ends.
@@ -223,6 +225,7 @@ impl Volume {
             heard_bytes: 0,
             last_heard: now,
             last_sent: now,
+            last_answer: now,
             counters: Arc::new(VolumeCounters::default()),
             notices: Vec::with_capacity(WINDOW_LEN),
             events: Vec::new(),
@@ -487,6 +490,8 @@ impl Volume {
             let request = *self.request_mut(token);
             if matches!(request.op, Op::Change(_)) {
                 self.inflight.release(token, request.range.start, &mut self.granted);
+            } else {
+                self.inflight.unpin(token, &mut self.granted);
             }
             self.fail(token, error);
         }

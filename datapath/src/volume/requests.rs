@@ -94,7 +94,17 @@ impl Volume {
 
     /// A read's bytes are out of the mapping.
     pub fn read_done(&mut self, token: Token) {
+        if self.inflight.has_pin(token) {
+            self.inflight.unpin(token, &mut self.granted);
+        }
         self.drop_request(token);
+    }
+
+    /// A read was granted, but its client takes no replies now: let the changes that want the range go first. Another
+    /// [`Notice::Granted`] follows.
+    pub fn put_back(&mut self, token: Token) {
+        let range = self.request_mut(token).range;
+        self.inflight.put_back(token, range, &mut self.granted);
     }
 
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
@@ -105,7 +115,6 @@ impl Volume {
 
     /// The pinned bytes are out (or copied). Ends the read as well.
     pub fn unpin(&mut self, token: Token) {
-        self.inflight.unpin(token, &mut self.granted);
         self.read_done(token);
     }
 
@@ -138,8 +147,12 @@ impl Volume {
             if matches!(request.op, Op::Change(_)) {
                 self.inflight.release(token, request.range.start, &mut self.granted);
             }
+        } else if self.request_mut(token).locked {
+            // Its turn has come, and the news is on its way.
+            self.landed_in_part(token);
+            return;
         }
-        self.drop_request(token);
+        self.read_done(token);
     }
 
     fn unlock_and_fail(&mut self, token: Token, error: IoError) {

@@ -4,7 +4,7 @@ use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BA
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
-use crate::limits::STALLED_PEER_TIMEOUTS;
+use crate::limits::{PEER_ANSWER_S_MAX, STALLED_PEER_TIMEOUTS};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
@@ -30,6 +30,7 @@ impl Volume {
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;
+        self.last_answer = now;
         self.direct(direction, epoch);
     }
 
@@ -155,6 +156,12 @@ impl Volume {
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
         }
+        if !self.pipeline.awaits_peer() {
+            self.last_answer = now;
+        } else if now.duration_since(self.last_answer) >= Duration::from_secs(PEER_ANSWER_S_MAX) {
+            link.close(DownReason::Unanswering);
+            return Some(now);
+        }
         if now.duration_since(self.last_sent) >= interval {
             // Without credit there is unread traffic of ours in front of the peer: sign of life enough.
             let _ = link.send(Header::new(Kind::KeepAlive, epoch));
@@ -195,7 +202,12 @@ impl Volume {
         match header.kind {
             Kind::Ack if self.source && header.epoch == self.epoch => {
                 let event = PipelineEvent::Ack { applied: header.seq, durable: Seq(header.aux) };
+                let (before, wants_durable) = (self.pipeline.peer_word(), self.pipeline.awaits_durability());
                 let outcome = self.pipeline.handle(event, &mut self.actions);
+                let after = self.pipeline.peer_word();
+                if after.1 > before.1 || (after.0 > before.0 && !wants_durable) {
+                    self.last_answer = self.last_heard;
+                }
                 self.perform();
                 outcome
             }

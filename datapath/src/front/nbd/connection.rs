@@ -358,9 +358,15 @@ impl Connection {
         }
     }
 
-    /// Copies the rest of a stuck reply out of the mapping, so that a change may have the range.
+    /// Copies the rest of a stuck reply out of the mapping, or puts a read that waits behind it back, so that a change may
+    /// have the range.
     pub fn unpin(&mut self, token: Token, volume: &mut Volume) {
         if self.stuck.as_ref().is_none_or(|stuck| stuck.token != token) {
+            let ready = self.ready_reads.iter().position(|read| read.token == token);
+            if let Some(read) = ready.and_then(|at| self.ready_reads.remove(at)) {
+                self.waiting_reads.push(read);
+                volume.put_back(token);
+            }
             return;
         }
         let stuck = self.stuck.take().expect("checked");
@@ -373,10 +379,12 @@ impl Connection {
         self.open -= 1;
     }
 
-    /// Whether this token's reply is stuck here.
+    /// Whether this token's reply is stuck here, or cannot be made because the client takes none. A read that is only
+    /// about to be answered is not meant: it is done within the turn.
     #[must_use]
     pub fn pins(&self, token: Token) -> bool {
         self.stuck.as_ref().is_some_and(|stuck| stuck.token == token)
+            || (!self.writable && self.ready_reads.iter().any(|read| read.token == token))
     }
 
     /// Gives back whatever the connection holds of its volume. The socket closes on drop.

@@ -369,3 +369,58 @@ fn an_fua_write_is_not_answered_by_a_peer_that_only_applied_it() {
     raw.kick();
     turns_until(&mut node, "the answer", |node| node.told(1) == [Ok(())]);
 }
+
+/// Plays `seconds` of a peer that shows signs of life, with `word` after each; stops when the session ends.
+fn seconds_of_life(
+    node: &mut Node,
+    raw: &mut loopback::LoopbackLink,
+    seconds: u64,
+    mut word: impl FnMut(u64) -> Option<Header>,
+) -> u64 {
+    let began = Instant::now();
+    for second in 1..=seconds {
+        let now = began + Duration::from_secs(second);
+        raw.send(Header::new(Kind::KeepAlive, Epoch(1))).expect("credit");
+        if let Some(header) = word(second) {
+            raw.send(header).expect("credit");
+        }
+        raw.kick();
+        raw.poll(&mut Vec::new());
+        node.volume.poll(now);
+        node.volume.keep_alive(now, Duration::from_secs(5));
+        node.turn();
+        if node.saw(is_link_down) {
+            return second;
+        }
+    }
+    seconds + 1
+}
+
+#[test]
+fn a_peer_that_lives_but_answers_nothing_is_given_up() {
+    let limit_s = crate::limits::PEER_ANSWER_S_MAX;
+    let (mut node, mut raw) = with_raw_peer(Direction::Source { resync: false }, Epoch(1));
+    node.write(1, ByteRange::new(0, 512), 1);
+    node.turn();
+    let ended = seconds_of_life(&mut node, &mut raw, 2 * limit_s, |_| None);
+    assert!((limit_s..limit_s + 3).contains(&ended), "after {ended} s");
+}
+
+#[test]
+fn a_flush_that_hangs_is_noticed_under_writes_that_go_through() {
+    let limit_s = crate::limits::PEER_ANSWER_S_MAX;
+    let (mut node, mut raw) = with_raw_peer(Direction::Source { resync: false }, Epoch(1));
+    node.begin(1, Op::Flush, ByteRange::new(0, 0), false);
+    node.write(2, ByteRange::new(0, 512), 1);
+    node.begin(3, Op::Flush, ByteRange::new(0, 0), false);
+    node.turn();
+    let ended = seconds_of_life(&mut node, &mut raw, 2 * limit_s, |_| Some(ack(1, 1, 0)));
+    assert!((limit_s..limit_s + 3).contains(&ended), "after {ended} s");
+}
+
+#[test]
+fn an_idle_peer_owes_no_answer() {
+    let limit_s = crate::limits::PEER_ANSWER_S_MAX;
+    let (mut node, mut raw) = with_raw_peer(Direction::Source { resync: false }, Epoch(1));
+    assert_eq!(seconds_of_life(&mut node, &mut raw, 2 * limit_s, |_| None), 2 * limit_s + 1);
+}
