@@ -21,10 +21,10 @@ test: ## everything a change must pass: format, lints, licences, fuzzing, docs, 
 	@tests/tools/need.sh test
 	@tests/tools/test.sh
 
-bench: ## measure this machine's link, disk and mirror, and the same on qemu (ARGS=...)
+bench: ## measure this machine's link, disk and mirror, and the same on qemu (ARGS="--seconds 10")
 	@tests/tools/need.sh test
 	@cargo build --quiet --locked --release --workspace --bins
-	@$(TARGET_DIR)/release/costandby-bench $(ARGS)
+	@$(TARGET_DIR)/release/costandby-bench run $(ARGS)
 
 fuzz: ## fuzz each decoder for FUZZ_SECONDS (60), or only TARGET=wire_frame
 	@tests/tools/need.sh test

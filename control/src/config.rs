@@ -177,7 +177,7 @@ impl fmt::Display for Disk {
 pub struct Node {
     /// Its name.
     pub name: NodeName,
-    /// Where peers connect, and where this node's connections to peers come from.
+    /// Where peers connect.
     pub listen: SocketAddr,
     /// Unix socket of the admin API.
     pub admin: PathBuf,

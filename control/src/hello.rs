@@ -1,7 +1,7 @@
 //! What two controllers tell each other over a fresh connection before it becomes a volume's link.
 //!
 //! ```text
-//! dialer ── Hello ──▶ acceptor        both send their hello at once and read the other's
+//! dialer ── Hello ──▶ acceptor        the acceptor answers the hello it read with its own
 //!        ◀── Hello ──
 //!        ── Ready ──▶                 each has decided (`generation::agree`) and stored what it agreed to
 //!        ◀── Ready ──                 or either says Refuse, and the connection ends
@@ -46,7 +46,7 @@ pub struct Hello {
     pub ring_len: u64,
     /// Link kinds the speaker can carry on with, best first.
     pub links: Vec<String>,
-    /// Random; a node that reads its own nonce has dialled itself.
+    /// Random, another for each conversation. Nothing is decided on it yet.
     pub nonce: u64,
     /// The speaker's disk.
     #[serde(with = "stored_view")]

@@ -48,7 +48,7 @@ number!(
     Epoch
 );
 number!(
-    /// Identifier of a data lineage (random, never 0 once a disk has one); see `docs/SPECIFICATION.md`.
+    /// Identifier of a data lineage (random, never 0 once a disk has one); see `docs/PROTOCOL.md`.
     Generation
 );
 number!(

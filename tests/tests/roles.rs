@@ -227,3 +227,29 @@ fn split_brain_is_found_and_neither_disk_touched() {
         assert_eq!(found, [byte; 4096]);
     }
 }
+
+#[test]
+fn a_half_copied_standby_is_not_promoted() {
+    let mut settings = settings();
+    settings.proxied = true;
+    let mut pair = Pair::start(settings);
+    pair.kill(BETA);
+    let data = Rng::new(3).bytes(8 << 20);
+    pair.client(ALPHA, "db").write(0, &data, true).expect("a write without the peer");
+    // 8 MiB in pieces of at most 64 KiB take more than two seconds now.
+    pair.proxy().delay(Duration::from_millis(20));
+    pair.up(BETA);
+    pair.wait_status(BETA, "db", "being copied to", |status| status.connection == "sync-target");
+    pair.kill(ALPHA);
+    let status = pair.wait_status(BETA, "db", "apart", |status| status.peer_state == "Unknown");
+    assert_eq!(status.disk_state, "Inconsistent", "the copy was cut short");
+    let said = refusal(&pair, BETA, &["promote", "db"]);
+    assert!(said.contains("Inconsistent") && said.contains("--force"), "{said}");
+    assert!(pair.connect(BETA, "db").is_err(), "half a copy is not served");
+
+    pair.proxy().delay(Duration::ZERO);
+    pair.up(ALPHA);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
+    pair.settle_and_compare("db");
+}

@@ -115,6 +115,9 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
         nbd_listeners.push(listeners::bind_nbd(endpoint)?);
     }
     let peer_listener = listeners::bind_peers(this.listen)?;
+    if this.metrics.is_some() {
+        tracing::warn!("`metrics` is set, but this release serves none");
+    }
     warn_about_exposure(config, &this.nbd, this.listen);
 
     let system = |doing| move |source| NodeError::System { doing, source };

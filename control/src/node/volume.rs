@@ -187,7 +187,7 @@ impl VolumeTask {
     fn begin_conversation(&mut self) -> Hello {
         self.serial += 1;
         self.conversation = Some(Conversation { serial: self.serial, stream: None, peer_ring_len: 0 });
-        self.controller.hello(RING_LEN, &["tcp"])
+        self.controller.hello(RING_LEN, &[LINK_TCP])
     }
 
     fn dial_if_due(&mut self) {
@@ -221,7 +221,11 @@ impl VolumeTask {
                 let fits = usize::try_from(hello.ring_len)
                     .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
                     && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
-                if fits {
+                if !hello.links.iter().any(|link| link == LINK_TCP) {
+                    self.conversation = None;
+                    let text = format!("it offers the links {:?}, this release has {LINK_TCP}", hello.links);
+                    Event::SessionFailed { text }
+                } else if fits {
                     let conversation = self.conversation.as_mut().expect("the caller looked");
                     conversation.stream = Some(stream);
                     conversation.peer_ring_len = hello.ring_len;
@@ -262,11 +266,11 @@ impl VolumeTask {
         let before = self.controller.status().connection;
         let mut actions = Vec::new();
         self.controller.handle(self.began.elapsed(), event, &mut actions);
-        let mut failure = None;
+        let mut failure: Option<String> = None;
         for action in actions {
-            if let Err(error) = self.perform(action).await {
-                failure = Some(error);
-                break;
+            match &failure {
+                None => failure = self.perform(action).await.err(),
+                Some(error) => self.leave_undone(&action, error),
             }
         }
         let status = self.controller.status();
@@ -287,6 +291,25 @@ impl VolumeTask {
                 }
             }
             *self.shared.status.lock().expect("nobody panics with it") = self.controller.status();
+        }
+    }
+
+    /// An action that stood behind a store that failed: whoever waits for its outcome hears of it all the same.
+    fn leave_undone(&mut self, action: &Action, error: &str) {
+        match action {
+            Action::Reply { id, .. } => answer(&mut self.replies, *id, Err(not_stored(error))),
+            Action::StartSession { .. } => {
+                // The controller believes in a session that never was; the connection ends with its conversation.
+                self.conversation = None;
+                let (volume, reason) = (self.index, not_stored(error));
+                for event in [
+                    ReactorEvent::LinkDown { volume, reason, undurable: true },
+                    ReactorEvent::Settled { volume },
+                ] {
+                    let _ = self.shared.inbox.send(Input::Reactor(event));
+                }
+            }
+            _ => {}
         }
     }
 
@@ -363,12 +386,7 @@ impl VolumeTask {
             }
             Action::SendPeer { code, arg } => self.send(Command::SendPeer { volume, code, arg }),
             Action::Quiesce => self.send(Command::Quiesce { volume }),
-            Action::Reply { id, result } => {
-                if let Some(reply) = self.replies.remove(&id.0) {
-                    // An operator who hung up does not need the answer.
-                    let _ = reply.send(result);
-                }
-            }
+            Action::Reply { id, result } => answer(&mut self.replies, id, result),
             Action::Log { level, text } => self.log(level, &text),
             Action::ShutdownComplete => self.finished = true,
         }
@@ -428,6 +446,20 @@ impl VolumeTask {
     }
 }
 
+fn answer(replies: &mut Replies, id: ReplyId, result: Result<String, String>) {
+    if let Some(reply) = replies.remove(&id.0) {
+        // An operator who hung up does not need the answer.
+        let _ = reply.send(result);
+    }
+}
+
+fn not_stored(error: &str) -> String {
+    format!("not done, because the metadata cannot be stored: {error}")
+}
+
+/// The one link this release has, as a hello names it.
+const LINK_TCP: &str = "tcp";
+
 /// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
 const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
 
@@ -437,3 +469,6 @@ fn make_link(stream: TcpStream, peer_ring_len: u64) -> io::Result<TcpLink> {
     let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
     TcpLink::new(stream, len(RING_LEN)?, len(peer_ring_len)?)
 }
+
+#[cfg(test)]
+mod tests;

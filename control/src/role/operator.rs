@@ -54,6 +54,11 @@ impl VolumeController {
 
     fn on_promote(&mut self, now: Duration, id: ReplyId, force: bool, actions: &mut Vec<Action>) {
         match self.role {
+            Role::Primary if force && self.status().frozen && self.pending.is_none() => {
+                self.go_alone(actions);
+                let text = format!("{} goes on without {}", self.settings.node, self.settings.peer);
+                return self.reply(id, Ok(text), actions);
+            }
             Role::Primary => {
                 return self.reply(id, Ok(format!("{} is primary already", self.settings.node)), actions);
             }
@@ -132,6 +137,8 @@ impl VolumeController {
                 self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
             }
             Role::Primary => {
+                // It agreed that this node serves; its end must not undo the demotion.
+                self.abandon_handshake(actions);
                 self.demotion = Some(Demotion { id, deadline: now + QUIESCE_TIMEOUT });
                 self.set_role(Role::Demoting);
                 actions.push(Action::Quiesce);

@@ -1,7 +1,8 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
 use super::{
-    Action, Connection, Level, Peer, Pending, Role, SessionSide, VolumeController, code, lineage_of,
+    Action, Connection, Level, Peer, Pending, Role, SessionSide, VolumeController, VolumeSettings, code,
+    lineage_of,
 };
 use crate::generation::{Side, Verdict, Why, agree};
 use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
@@ -27,6 +28,11 @@ impl VolumeController {
             actions.push(Action::CloseLink);
             return self.refuse(RefuseCode::Busy, "still closing the link before this one", actions);
         }
+        if self.pending.take().is_some() {
+            // Refusing it ends the connection, and with it the handshake that waited for `Ready` there.
+            self.refuse(RefuseCode::Busy, "a second hello in one handshake", actions);
+            return self.handshake_over(actions);
+        }
         let mine = self.view();
         let settled =
             self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);
@@ -49,7 +55,7 @@ impl VolumeController {
                 }
             }
             Verdict::SplitBrain | Verdict::Unrelated | Verdict::SizeDiffers => {
-                let text = explain(agreement.verdict, &mine, &hello.view, &settings.peer);
+                let text = explain(agreement.verdict, &mine, &hello.view, settings);
                 self.refuse(RefuseCode::Disks, &text, actions);
                 self.log(Level::Error, &text, actions);
                 actions.push(Action::StopDialing);
@@ -231,7 +237,7 @@ impl VolumeController {
         }
     }
 
-    fn go_alone(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn go_alone(&mut self, actions: &mut Vec<Action>) {
         if self.superblock.peer_has_current {
             self.advance_generation();
             self.store(actions);
@@ -398,16 +404,18 @@ fn explain(
     verdict: Verdict,
     mine: &crate::generation::View,
     theirs: &crate::generation::View,
-    peer: &str,
+    settings: &VolumeSettings,
 ) -> String {
+    let VolumeSettings { volume, peer, .. } = settings;
     let both = || format!("here {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
     match verdict {
         Verdict::SizeDiffers => {
             format!("{} bytes here, {} on {peer}: not the same volume", mine.size, theirs.size)
         }
         Verdict::SplitBrain => format!(
-            "split brain: both nodes went on without the other ({}); nothing was changed. Where the data is not wanted, \
-             `costandby create --force` makes a new disk; then `costandby connect` on both",
+            "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
+             wanted stop the daemon, run `costandby create {volume} --force` and start it again; then `costandby connect \
+             {volume}` on the other",
             both()
         ),
         _ => format!("the disk here and the one on {peer} have no common past ({})", both()),

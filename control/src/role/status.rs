@@ -106,7 +106,11 @@ impl VolumeController {
             Connection::Standalone => {
                 format!("disconnected from {peer}; `costandby connect {volume}` to look for it")
             }
-            Connection::Connecting if frozen => format!("writes wait for {peer} to return"),
+            Connection::Connecting if frozen => {
+                format!(
+                    "writes wait for {peer} to return; `costandby promote {volume} --force` goes on without it"
+                )
+            }
             Connection::Connecting if serves => format!("serving without {peer}, which will be resynced"),
             Connection::Connecting if self.is_usable() => {
                 format!("waiting for {peer}; `costandby promote {volume}` to serve without it")

@@ -282,6 +282,37 @@ fn a_write_during_the_handshake_waits_for_its_end() {
 }
 
 #[test]
+fn a_second_hello_ends_the_handshake_instead_of_wedging_it() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(lost(false));
+    one.greet();
+    assert_eq!(one.on(Event::NeedAlone), [], "it waits for the handshake's end");
+    let hello = one.peer_hello();
+    let actions = one.on(Event::HelloReceived(Box::new(hello)));
+    assert!(
+        matches!(actions[..], [Action::Refuse(_), Action::StoreMetadata(_), Action::GoAlone]),
+        "{actions:?}"
+    );
+    assert_eq!(one.controller.connection, Connection::Connecting);
+    assert!(matches!(one.greet().last(), Some(Action::SendReady(_))), "the next connection is welcome");
+}
+
+#[test]
+fn a_handshake_under_way_does_not_undo_a_demotion() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(lost(false));
+    let actions = one.greet();
+    let Some(Action::SendReady(mine)) = actions.last().cloned() else { panic!("no ready in {actions:?}") };
+    assert_eq!(mine.agreement.primary, Some(Side::Mine));
+    assert_eq!(one.command(Command::Demote), [Action::CloseLink, Action::Quiesce]);
+    one.on(Event::Quiesced);
+    let theirs = Ready { agreement: mine.agreement.mirrored(), lineage: mine.lineage };
+    assert_eq!(one.on(Event::SessionReady(theirs)), [], "the connection was given up");
+    assert_eq!(one.controller.role, Role::Standby);
+    assert!(!one.stored().primary && one.stored().clean);
+}
+
+#[test]
 fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     let mut one = One::primary("alpha", OnPeerLoss::Freeze);
     assert_eq!(one.on(lost(true)), [Action::Dial]);
@@ -290,6 +321,21 @@ fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     let actions = one.connect();
     let side = SessionSide::Source { resync: true };
     assert_eq!(actions.last(), Some(&Action::StartSession { side, serve: true, epoch: Epoch(3) }));
+    assert!(!one.controller.status().frozen);
+}
+
+#[test]
+fn an_operator_can_have_a_frozen_primary_go_on_alone_on_record() {
+    let mut one = One::primary("alpha", OnPeerLoss::Freeze);
+    one.on(lost(true));
+    let before = one.stored().generations.current;
+    reply(&one.command(promote(false))).expect("a no-op");
+    assert!(one.controller.status().frozen);
+    let actions = one.command(promote(true));
+    let stored = stored(&actions[0]);
+    assert!(stored.generations.current != before && stored.generations.base == before);
+    assert!(actions.contains(&Action::GoAlone));
+    reply(&actions).expect("it goes on");
     assert!(!one.controller.status().frozen);
 }
 

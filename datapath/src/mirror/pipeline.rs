@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! - Without a session nothing completes until [`Event::GoAlone`], which the caller gives only after the peer's absence
-//!   is on durable record (promise 5). With `freeze`, nothing completes while the peer is not in sync.
+//!   is on durable record (promise 5). With `freeze`, nothing completes while the peer is not in sync, but where an
+//!   operator had us go alone: then its return does not stop us again.
 //! - A flush completes only when all that landed before it is durable here and, while a session is up, there.
 //! - A session numbers its changes from 1. What a lost session left unreleased is posted again in the next one, under
 //!   new numbers: its range is still locked, so its bytes are the same.
@@ -115,6 +116,8 @@ pub struct Pipeline {
     on_loss: OnPeerLoss,
     peer: Peer,
     peer_in_sync: bool,
+    /// The session began while we answered alone: `freeze` does not take that back until the peer is in sync.
+    was_alone: bool,
     alone_asked: bool,
     /// Not released yet, in landing order.
     window: VecDeque<Entry>,
@@ -141,6 +144,7 @@ impl Pipeline {
             on_loss,
             peer: Peer::Absent,
             peer_in_sync: false,
+            was_alone: false,
             alone_asked: false,
             window: VecDeque::with_capacity(WINDOW_LEN),
             waiting: Vec::with_capacity(WINDOW_LEN),
@@ -172,6 +176,7 @@ impl Pipeline {
             Event::GoAlone => self.go_alone(actions),
             Event::PeerInSync => {
                 self.peer_in_sync = true;
+                self.was_alone = false;
                 self.complete_async(actions);
                 self.settle(actions);
             }
@@ -183,6 +188,16 @@ impl Pipeline {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.window.len() + self.waiting.len() + self.flushes.len()
+    }
+
+    /// Whether a client's change or flush is held back until the background copy has ended.
+    #[must_use]
+    pub fn waits_for_copy(&self) -> bool {
+        let foreground = |entry: &Entry| entry.change.flags & flags::RESYNC == 0;
+        self.is_held()
+            && (self.window.iter().any(foreground)
+                || self.waiting.iter().any(foreground)
+                || self.flushes.iter().any(|flush| !flush.background))
     }
 
     /// Whether completions wait for a peer that is away or not in sync.
@@ -198,7 +213,10 @@ impl Pipeline {
     }
 
     fn is_held(&self) -> bool {
-        self.on_loss == OnPeerLoss::Freeze && self.peer != Peer::Alone && !self.peer_in_sync
+        self.on_loss == OnPeerLoss::Freeze
+            && self.peer != Peer::Alone
+            && !self.peer_in_sync
+            && !self.was_alone
     }
 
     fn landed(&mut self, change: Change, actions: &mut Vec<Action>) {
@@ -313,6 +331,7 @@ impl Pipeline {
 
     fn session_up(&mut self, in_sync: bool, actions: &mut Vec<Action>) {
         assert!(self.peer != Peer::Live, "a session begins after the last one ended");
+        self.was_alone = self.peer == Peer::Alone && !in_sync;
         self.peer = Peer::Live;
         self.peer_in_sync = in_sync;
         self.alone_asked = false;

@@ -25,13 +25,21 @@ pub struct Resync {
     steps_in_flight: usize,
     stage: Stage,
     total: u64,
+    /// Up to here, from the cursor on, the disk was found to hold data.
+    data_until: u64,
 }
 
 impl Resync {
     /// A copy of everything marked in `bitmap`.
     #[must_use]
     pub fn new(bitmap: &Bitmap) -> Self {
-        Self { cursor: 0, steps_in_flight: 0, stage: Stage::Copying, total: bitmap.dirty_bytes() }
+        Self {
+            cursor: 0,
+            steps_in_flight: 0,
+            stage: Stage::Copying,
+            total: bitmap.dirty_bytes(),
+            data_until: 0,
+        }
     }
 
     /// The next dirty range to copy, or `None` while enough is under way or nothing is left. The caller says with
@@ -45,6 +53,19 @@ impl Resync {
         bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)
     }
 
+    /// How much of `dirty`, from its start on, is known to be data. A file system in memory looks at every page to find
+    /// the next hole, so the disk is asked once a stretch and not once a step. A hole made since is copied as zeroes.
+    #[must_use]
+    pub fn known_data(&self, dirty: ByteRange) -> Option<ByteRange> {
+        let end = self.data_until.min(dirty.end());
+        (end > dirty.start).then(|| ByteRange::new(dirty.start, end - dirty.start))
+    }
+
+    /// The disk says that all of `range`, which begins where the copy stands, is data.
+    pub fn found_data(&mut self, range: ByteRange) {
+        self.data_until = range.end();
+    }
+
     /// A step over `range` is under way. Its length must be a multiple of the bitmap's grain, or end the disk.
     pub fn took(&mut self, range: ByteRange) {
         self.cursor = range.end().next_multiple_of(DIRTY_GRAIN_LEN);
@@ -55,6 +76,8 @@ impl Resync {
     /// then; that costs their bytes once more and nothing else.
     pub fn untake(&mut self, range: ByteRange) {
         self.cursor = self.cursor.min(range.start);
+        // What lies between may have been a hole.
+        self.data_until = 0;
         self.steps_in_flight -= 1;
     }
 
@@ -93,6 +116,26 @@ impl Resync {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stretch_of_data_is_asked_for_once_and_anew_after_a_step_back() {
+        let mut bitmap = Bitmap::new(8 * RESYNC_CHUNK_LEN);
+        bitmap.set_all();
+        let mut resync = Resync::new(&bitmap);
+        let dirty = resync.next(&bitmap, false).expect("all of it");
+        assert_eq!(resync.known_data(dirty), None, "not asked yet");
+        resync.found_data(ByteRange::new(0, 3 * RESYNC_CHUNK_LEN));
+        let first = Resync::chunk(dirty);
+        resync.took(first);
+        let rest = resync.next(&bitmap, false).expect("more");
+        assert_eq!(resync.known_data(rest), Some(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN)));
+        resync.took(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN));
+        let beyond = resync.next(&bitmap, false).expect("more");
+        assert_eq!(resync.known_data(beyond), None, "the end of what was found");
+        resync.found_data(beyond);
+        resync.untake(first);
+        assert_eq!(resync.known_data(dirty), None, "there may be a hole in front");
+    }
 
     #[test]
     fn it_covers_every_dirty_byte_once_with_bounded_steps_then_flushes_once() {

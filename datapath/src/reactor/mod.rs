@@ -207,6 +207,8 @@ impl Reactor {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
         while let Ok(done) = self.jobs_done.try_recv() {
+            // A change that waited for the disk gives ring space back, and what the socket holds by then has no edge left.
+            self.link_ready[done.volume] = true;
             self.volumes[done.volume].job_done(done);
             any = true;
         }
@@ -370,7 +372,7 @@ impl Reactor {
             }
             let served = match connection.volume() {
                 Some(volume) => connection.service(&mut self.volumes[volume], now),
-                None => self.negotiate(index, now),
+                None => self.negotiate(index),
             };
             match served {
                 Ok(busy) => any |= busy,
@@ -383,10 +385,10 @@ impl Reactor {
         any
     }
 
-    fn negotiate(&mut self, index: usize, now: Instant) -> Result<bool, ConnectionEnd> {
+    fn negotiate(&mut self, index: usize) -> Result<bool, ConnectionEnd> {
         let connection = self.connections[index].as_mut().expect("the caller looked");
         let directory = Directory { volumes: &self.volumes };
-        let Some((name, negotiated)) = connection.negotiate(&directory, now)? else { return Ok(false) };
+        let Some((name, negotiated)) = connection.negotiate(&directory)? else { return Ok(false) };
         let volume = self.volumes.iter().position(|v| v.name() == name).expect("the directory knew it");
         tracing::debug!(volume = %name, "NBD client opened");
         connection.open(volume, negotiated);

@@ -133,6 +133,9 @@ pub struct Volume {
     workers: DiskWorkers,
     serving: bool,
     quiescing: bool,
+    /// The copy starts no steps from a quiesce to what control makes of it: with a step always under way there would be
+    /// nothing to wait for, and afterwards nothing that could be stopped without ending the session.
+    copy_paused: bool,
     refusal: String,
 
     requests: Vec<Option<Request>>,
@@ -192,6 +195,7 @@ impl Volume {
             workers,
             serving: false,
             quiescing: false,
+            copy_paused: false,
             requests: Vec::with_capacity(WINDOW_LEN),
             requests_free: Vec::with_capacity(WINDOW_LEN),
             receiving: 0,
@@ -249,10 +253,15 @@ impl Volume {
         if self.serving && !self.quiescing { None } else { Some(&self.refusal) }
     }
 
-    /// Serves clients from now on.
+    /// Serves clients from now on. A quiesce that was under way is given up and reports nothing any more.
     pub fn serve(&mut self) {
         self.serving = true;
         self.quiescing = false;
+        self.copy_paused = false;
+        for request in self.requests.iter_mut().flatten().filter(|r| r.origin == Origin::Quiesce) {
+            // Its flush may end long after: that must not vouch for the next quiesce.
+            request.origin = Origin::Nobody;
+        }
     }
 
     /// Sets what clients are told while they are turned away.
@@ -265,11 +274,13 @@ impl Volume {
         self.serving = false;
         self.quiescing = false;
         self.fail_all(IoError::NotPrimary);
+        self.copy_paused = false;
     }
 
     /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
     pub fn quiesce(&mut self) {
         self.quiescing = true;
+        self.copy_paused = true;
     }
 
     /// The peer's absence is on record.

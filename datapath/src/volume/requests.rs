@@ -1,6 +1,7 @@
 //! The front ends' side of a volume: admission, landing and the background copy's steps.
 
 use super::{Notice, Origin, Request, Volume};
+use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
@@ -232,10 +233,19 @@ impl Volume {
     }
 
     pub(super) fn step_resync(&mut self) {
+        if self.copy_paused && !self.pipeline.waits_for_copy() {
+            return;
+        }
         loop {
             let Some(resync) = &mut self.resync else { return };
             let Some(dirty) = resync.next(&self.bitmap, self.clients_busy) else { break };
-            let extent = self.disk.extent_at(dirty.start, dirty.end());
+            let extent = resync.known_data(dirty).map_or_else(
+                || self.disk.extent_at(dirty.start, dirty.end()),
+                |range| Extent { range, hole: false },
+            );
+            if !extent.hole {
+                resync.found_data(extent.range);
+            }
             let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
             resync.took(range);
             if kind == Kind::Write {

@@ -352,3 +352,42 @@ fn quiescing_waits_for_what_is_under_way_and_flushes() {
     assert!(!pair.a.volume.pipeline.peer_lags_durably());
     pair.assert_equal_and_clean();
 }
+
+#[test]
+fn a_copy_does_not_hold_up_a_quiesce_and_goes_on_after_the_service_ended() {
+    const LARGE: u64 = 32 << 20;
+    let node = || {
+        let disk = DiskImage::memory("test", LARGE).expect("memory");
+        Node::with_disk(disk, AckLevel::Memory, OnPeerLoss::Continue)
+    };
+    let mut pair = Pair { a: node(), b: node(), epoch: Epoch(1) };
+    pair.a.volume.serve();
+    pair.a.fill(ByteRange::new(0, LARGE), 3);
+    pair.connect(true);
+    pair.turn();
+    pair.a.volume.quiesce();
+    pair.until("the quiesce", |pair| pair.a.saw(|e| matches!(e, Event::Quiesced { .. })));
+    assert!(pair.a.volume.bitmap.dirty_bytes() > 0, "the copy's end was waited for");
+    for _ in 0..10 {
+        pair.turn();
+    }
+    pair.a.volume.stop_serving();
+    pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
+    assert!(!pair.a.saw(|e| matches!(e, Event::LinkDown { .. })));
+    assert!(!pair.b.volume.disk.span(ByteRange::new(LARGE - 4096, 4096)).is_zero());
+}
+
+#[test]
+fn a_quiesce_that_was_given_up_does_not_vouch_for_the_next() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
+    let is_quiesced = |e: &Event| matches!(e, Event::Quiesced { .. });
+    pair.a.volume.quiesce();
+    pair.turn();
+    // Its flush waits for the peer, or for the record of its absence.
+    pair.a.volume.serve();
+    pair.a.volume.go_alone();
+    pair.until_quiet();
+    assert!(!pair.a.saw(is_quiesced));
+    pair.a.volume.quiesce();
+    pair.until("the quiesce", |pair| pair.a.saw(is_quiesced));
+}

@@ -119,6 +119,7 @@ pub struct Connection {
     writable: bool,
     /// The client has closed its side: what is in the socket is all there will be.
     hung_up: bool,
+    /// When the client last sent something or was let go on; during the handshake, when it came.
     last_input: Instant,
 }
 
@@ -211,7 +212,9 @@ impl Connection {
             Input::AwaitsLock { .. } => false,
             Input::Refused { .. } => true,
             Input::Ended => self.open == 0,
-            _ => self.readable && self.open < CONNECTION_REQUESTS_MAX,
+            // The request it belongs to was counted when it was taken.
+            Input::Payload { .. } | Input::Drain { .. } => self.readable,
+            Input::Header => self.readable && self.open < CONNECTION_REQUESTS_MAX,
         }
     }
 
@@ -240,7 +243,6 @@ impl Connection {
     pub fn negotiate(
         &mut self,
         directory: &dyn ExportDirectory,
-        now: Instant,
     ) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
         self.send_out()?;
         while self.readable {
@@ -262,7 +264,6 @@ impl Connection {
                 Err(Errno::INTR) => continue,
                 Err(e) => return Err(ConnectionEnd::Io(e.into())),
             };
-            self.last_input = now;
             let step = handshake
                 .feed(&peeked[..n], &mut self.out, directory)
                 .map_err(|e| ConnectionEnd::Protocol(e.to_string()));
@@ -329,6 +330,8 @@ impl Connection {
         {
             let span = volume.disk().span(range);
             self.input = Input::Payload { token, cookie, range, span, received: 0 };
+            // The time it was made to wait is not the client's.
+            self.last_input = Instant::now();
         } else if let Some(at) = self.waiting_reads.iter().position(|read| read.token == token) {
             self.ready_reads.push_back(self.waiting_reads.swap_remove(at));
         }
@@ -525,7 +528,8 @@ impl Connection {
             return Ok(false);
         }
         let target = span.sub(received, take);
-        let next = if take == left { &mut self.header[..] } else { &mut [] };
+        let ahead = take == left && self.open < CONNECTION_REQUESTS_MAX;
+        let next = if ahead { &mut self.header[..] } else { &mut [] };
         let n = match recv_pieces(self.socket.as_fd(), &target, next) {
             Ok(0) => return Err(ConnectionEnd::Gone),
             Ok(n) => n,
@@ -554,7 +558,7 @@ impl Connection {
         }
         self.input = Input::Header;
         self.header_len = n - take;
-        if self.header_len < REQUEST_LEN && !self.hung_up {
+        if ahead && self.header_len < REQUEST_LEN && !self.hung_up {
             // Less than was asked for: the socket is empty, and what comes next is a new edge.
             self.readable = false;
         }
@@ -755,3 +759,6 @@ fn errno_of(error: IoError) -> NbdErrno {
         IoError::NoSpace => NbdErrno::NoSpace,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,6 +88,7 @@ struct World {
     pipeline: Pipeline,
     live: bool,
     on_record: bool,
+    was_alone: bool,
     in_sync: bool,
     asked_alone: bool,
     changes: Vec<Landed>,
@@ -116,6 +117,7 @@ impl World {
             pipeline: Pipeline::new(level, on_loss),
             live: false,
             on_record: false,
+            was_alone: false,
             in_sync: false,
             asked_alone: false,
             changes: Vec::new(),
@@ -222,6 +224,7 @@ impl World {
     }
 
     fn session_up(&mut self, in_sync: bool) -> Result<(), TestCaseError> {
+        self.was_alone = self.on_record && !in_sync;
         (self.live, self.on_record, self.in_sync, self.asked_alone) = (true, false, in_sync, false);
         (self.posted, self.applied, self.durable, self.flush_asked) = (0, 0, 0, 0);
         self.event(Event::SessionUp { in_sync })?;
@@ -234,7 +237,7 @@ impl World {
 
     fn session_down(&mut self) -> Result<(), TestCaseError> {
         let was_live = std::mem::take(&mut self.live);
-        (self.in_sync, self.on_record) = (false, false);
+        (self.in_sync, self.on_record, self.was_alone) = (false, false, false);
         for landed in &mut self.changes {
             landed.posted = None;
         }
@@ -347,7 +350,8 @@ impl World {
 
     fn may_answer(&self, copy: bool) -> Result<(), TestCaseError> {
         prop_assert!(self.live || self.on_record, "answered while the peer is absent and not on record");
-        let frozen = self.on_loss == OnPeerLoss::Freeze && !self.on_record && !self.in_sync;
+        let frozen =
+            self.on_loss == OnPeerLoss::Freeze && !self.on_record && !self.in_sync && !self.was_alone;
         prop_assert!(!frozen || copy, "answered while frozen");
         Ok(())
     }

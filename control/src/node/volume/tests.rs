@@ -1,0 +1,91 @@
+//! A task whose metadata cannot be stored any more.
+
+use super::*;
+use crate::config::Config;
+use crate::role::VolumeSettings;
+use costandby_datapath::disk::image::DiskImage;
+use costandby_datapath::disk::superblock::Location;
+use costandby_datapath::reactor::command::VolumeSpec;
+use costandby_datapath::reactor::{Reactor, ReactorConfig};
+use costandby_datapath::units::{AckLevel, OnPeerLoss, PollMode};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+const SIZE: u64 = 1 << 20;
+const CONFIG: &str = r#"
+[nodes.alpha]
+listen = "127.0.0.1:7790"
+admin = "/nonexistent/alpha.sock"
+nbd = ["unix:/nonexistent/alpha.nbd"]
+[nodes.beta]
+listen = "127.0.0.1:7791"
+admin = "/nonexistent/beta.sock"
+nbd = ["unix:/nonexistent/beta.nbd"]
+[volumes.db]
+size = "1MiB"
+primary = "alpha"
+link = "tcp"
+disk.alpha = "memory:"
+disk.beta = "memory:"
+"#;
+
+/// A store in memory that takes no more writes.
+fn sealed_store(superblock: &Superblock) -> MetaStore {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("meta", flags).expect("memory");
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let location = Location { path, offset: 0 };
+    // Both copies are written before the directory, which is none that could be flushed.
+    let _ = MetaStore::create(&location, superblock, true);
+    let store = MetaStore::open(&location).expect("opens").store;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).expect("seals");
+    store
+}
+
+fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
+    let config = Config::parse(CONFIG, Path::new("c.toml")).expect("parses");
+    let disk = DiskImage::memory("db", SIZE).expect("memory");
+    let spec =
+        VolumeSpec { name: "db".into(), disk, ack: AckLevel::Memory, on_peer_loss: OnPeerLoss::Continue };
+    let (events, _) = crossbeam_channel::unbounded();
+    let reactor_config =
+        ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(1), nbd_listeners: vec![] };
+    let (reactor, handle) = Reactor::new(reactor_config, vec![spec], events).expect("starts");
+    let settings = VolumeSettings {
+        volume: "db".into(),
+        node: "alpha".into(),
+        peer: "beta".into(),
+        configured_primary: true,
+        on_peer_loss: OnPeerLoss::Continue,
+    };
+    let mut next = 1000;
+    let random = Box::new(move || {
+        next += 1;
+        next
+    });
+    let controller = VolumeController::new(settings, superblock, random);
+    let (inbox, queue) = mpsc::unbounded_channel();
+    let volume = config.volume("db").expect("there").clone();
+    let shared = Arc::new(Shared {
+        peer: volume.peer_of("alpha").expect("two nodes").clone(),
+        config: volume,
+        status: Mutex::new(controller.status()),
+        inbox,
+    });
+    let address = SocketAddr::from(([127, 0, 0, 1], 1));
+    (VolumeTask::new(0, shared, controller, Some(store), handle, queue, address), reactor)
+}
+
+#[tokio::test]
+async fn an_operator_hears_that_a_promotion_could_not_be_put_on_record() {
+    let superblock = Superblock::fresh("db", "alpha", SIZE, true);
+    let store = sealed_store(&superblock);
+    let (mut task, _reactor) = task(superblock, store);
+    let (reply, mut answer) = oneshot::channel();
+    task.take(Input::Admin { command: admin::Command::Promote { force: true }, reply }).await;
+    let text = answer.try_recv().expect("answered").expect_err("refused");
+    assert!(text.contains("cannot be stored"), "{text}");
+    assert_eq!(task.shared.status.lock().expect("nobody panics with it").role, Role::Standby);
+}

@@ -1,0 +1,119 @@
+//! Clients that drip, that use all the requests they may, and that were made to wait.
+
+use super::*;
+use crate::disk::image::DiskImage;
+use crate::disk::worker::DiskWorkers;
+use crate::front::nbd::handshake::{ListedExport, Lookup};
+use crate::reactor::command::VolumeSpec;
+use crate::units::{AckLevel, OnPeerLoss};
+use crate::volume::Notice;
+use crate::waker::Waker;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+
+const SIZE: u64 = 1 << 20;
+const OPENED: Negotiated =
+    Negotiated { size: SIZE, read_only: false, structured: false, base_allocation: false };
+
+struct NoExports;
+
+impl ExportDirectory for NoExports {
+    fn lookup(&self, _: &str) -> Lookup {
+        Lookup::Unknown
+    }
+
+    fn list(&self) -> Vec<ListedExport> {
+        Vec::new()
+    }
+}
+
+fn connected(now: Instant) -> (UnixStream, Connection) {
+    let (client, server) = UnixStream::pair().expect("sockets");
+    server.set_nonblocking(true).expect("set");
+    (client, Connection::new(server.into(), 0, 1, now))
+}
+
+/// A volume that serves, has no peer, and is not on record as alone: writes land and are not answered.
+fn waiting_volume() -> Volume {
+    let disk = DiskImage::memory("test", SIZE).expect("memory");
+    let (done, _) = crossbeam_channel::unbounded();
+    let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
+    let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
+    let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss };
+    let mut volume = Volume::new(0, spec, workers, Instant::now());
+    volume.serve();
+    volume
+}
+
+/// A write of one byte.
+fn write_request(cookie: u64, offset: u64) -> Vec<u8> {
+    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&[0, 0, 0, 1]);
+    bytes.extend_from_slice(&cookie.to_be_bytes());
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&1u32.to_be_bytes());
+    bytes.push(0xAB);
+    bytes
+}
+
+fn serve(connection: &mut Connection, volume: &mut Volume) {
+    for _ in 0..20 {
+        connection.ready(true, true, false);
+        connection.service(volume, Instant::now()).expect("goes on");
+        volume.pump(Instant::now());
+    }
+}
+
+#[test]
+fn dripping_does_not_lengthen_the_handshake() {
+    let began = Instant::now();
+    let (mut client, mut connection) = connected(began);
+    for _ in 0..3 {
+        client.write_all(&[0]).expect("sends");
+        connection.ready(true, true, false);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(connection.negotiate(&NoExports).expect("goes on").is_none());
+    }
+    let limit = Duration::from_secs(HANDSHAKE_S_MAX);
+    assert!(!connection.is_stalled(began + limit));
+    assert!(connection.is_stalled(began + limit + Duration::from_millis(10)));
+}
+
+#[test]
+fn the_last_request_a_client_may_open_gets_its_payload() {
+    let (mut client, mut connection) = connected(Instant::now());
+    let mut volume = waiting_volume();
+    connection.open(0, OPENED);
+    for n in 0..=CONNECTION_REQUESTS_MAX as u64 {
+        client.write_all(&write_request(n, n)).expect("sends");
+    }
+    serve(&mut connection, &mut volume);
+    assert_eq!(connection.open, CONNECTION_REQUESTS_MAX, "one more is not taken");
+    let landed = volume.counters().in_flight.load(Ordering::Relaxed);
+    assert_eq!(landed, CONNECTION_REQUESTS_MAX as u64, "all that were taken");
+}
+
+#[test]
+fn a_client_is_not_blamed_for_the_time_it_was_made_to_wait() {
+    let (mut client, mut connection) = connected(Instant::now());
+    let mut volume = waiting_volume();
+    connection.open(0, OPENED);
+    client.write_all(&write_request(1, 0)).expect("sends");
+    client.write_all(&write_request(2, 0)).expect("sends");
+    serve(&mut connection, &mut volume);
+    let asked = Instant::now();
+    assert!(matches!(connection.input, Input::AwaitsLock { cookie: 2, .. }));
+    std::thread::sleep(Duration::from_millis(50));
+    volume.go_alone();
+    volume.pump(Instant::now());
+    for notice in std::mem::take(&mut volume.notices) {
+        if let Notice::Granted { token, .. } = notice {
+            connection.granted(token, &mut volume);
+        }
+    }
+    assert!(matches!(connection.input, Input::Payload { cookie: 2, .. }));
+    let limit = Duration::from_secs(PAYLOAD_STALL_S_MAX);
+    assert!(!connection.is_stalled(asked + limit + Duration::from_millis(20)));
+    assert!(connection.is_stalled(asked + limit + limit), "but for its own");
+}
