@@ -177,7 +177,11 @@ impl Reactor {
             let since = *idle_since.get_or_insert_with(Instant::now);
             match self.poll_mode {
                 PollMode::Busy => std::hint::spin_loop(),
-                PollMode::Adaptive if spin.spins(since.elapsed()) => std::thread::yield_now(),
+                PollMode::Adaptive if spin.spins(since.elapsed()) => {
+                    let before = Instant::now();
+                    std::thread::yield_now();
+                    spin.yielded(before.elapsed());
+                }
                 PollMode::Adaptive | PollMode::Event => self.sleep(),
             }
         }
