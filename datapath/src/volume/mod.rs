@@ -170,6 +170,8 @@ pub struct Volume {
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,
+    /// When [`Volume::keep_alive`] was last called.
+    last_kept: Instant,
     /// When the peer last acknowledged something, or nothing waited for it.
     last_answer: Instant,
 
@@ -226,6 +228,7 @@ impl Volume {
             last_heard: now,
             last_sent: now,
             last_answer: now,
+            last_kept: now,
             counters: Arc::new(VolumeCounters::default()),
             notices: Vec::with_capacity(WINDOW_LEN),
             events: Vec::new(),

@@ -31,6 +31,7 @@ impl Volume {
         self.last_heard = now;
         self.last_sent = now;
         self.last_answer = now;
+        self.last_kept = now;
         self.direct(direction, epoch);
     }
 
@@ -149,6 +150,11 @@ impl Volume {
             // It is we who do not listen: our ring is full.
             self.last_heard = now;
         }
+        if now.duration_since(self.last_kept) > timeout / 2 {
+            // It is we who were held up, and sent nothing that a live host could have answered.
+            self.last_heard = now;
+        }
+        self.last_kept = now;
         let silent = now.duration_since(self.last_heard);
         let host_answers = || link.host_silence().is_some_and(|host| host < timeout);
         if silent >= timeout * STALLED_PEER_TIMEOUTS || (silent >= timeout && !host_answers()) {

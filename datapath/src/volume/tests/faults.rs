@@ -424,3 +424,21 @@ fn an_idle_peer_owes_no_answer() {
     let (mut node, mut raw) = with_raw_peer(Direction::Source { resync: false }, Epoch(1));
     assert_eq!(seconds_of_life(&mut node, &mut raw, 2 * limit_s, |_| None), 2 * limit_s + 1);
 }
+
+#[test]
+fn a_silent_peer_is_given_up_but_not_by_a_node_that_was_held_up_itself() {
+    let timeout = Duration::from_millis(400);
+    let (mut node, _raw) = with_raw_peer(Direction::Target, Epoch(1));
+    let began = Instant::now();
+    // Four timeouts pass in one step: nobody looked, so nobody may judge.
+    let back = began + timeout * 4;
+    node.volume.keep_alive(back, timeout);
+    node.volume.poll(back);
+    assert!(node.volume.has_link());
+    for quarter in 1..=4 {
+        assert!(node.volume.has_link(), "after {quarter} quarters");
+        node.volume.keep_alive(back + timeout / 4 * quarter, timeout);
+        node.volume.poll(back);
+    }
+    assert!(!node.volume.has_link(), "a whole timeout of listening");
+}
