@@ -33,7 +33,7 @@ dependencies() {
 skipped=
 
 documents() {
-    RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps
+    RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --quiet --locked --workspace --no-deps
 }
 
 step "formatting" cargo fmt --all --check
