@@ -276,8 +276,13 @@ impl Plan {
         for mirror in &self.mirrors {
             mirror.check()?;
         }
+        let mut notes = Vec::new();
         for quorum in &self.quorums {
-            quorum.check()?;
+            // The peer's copies are its own affair: a quorum does not order overlapping writes between its children, so
+            // 32 of them in flight at random places may end in two different disks. Worth telling, not worth failing.
+            if let Err(error) = quorum.check() {
+                notes.push(format!("the peer's two copies are not the same: {error}"));
+            }
         }
         // The cases hold on to the processes too.
         for case in &mut self.cases {
@@ -287,7 +292,7 @@ impl Plan {
         self.quorums.clear();
         self.look_at_idle()?;
         let rows = self.cases.into_iter().map(|case| case.row).collect();
-        Ok(Report { machine, rows, idle: self.idle, skipped: self.skipped })
+        Ok(Report { machine, rows, idle: self.idle, skipped: self.skipped, notes })
     }
 }
 

@@ -114,6 +114,8 @@ pub(crate) struct Report {
     pub(crate) idle: Vec<Idle>,
     /// What was left out, and why.
     pub(crate) skipped: Vec<String>,
+    /// What was seen besides.
+    pub(crate) notes: Vec<String>,
 }
 
 impl Measure {
@@ -185,6 +187,9 @@ impl Report {
         for skipped in &self.skipped {
             let _ = writeln!(text, "\nleft out: {skipped}");
         }
+        for note in &self.notes {
+            let _ = writeln!(text, "\nnote: {note}");
+        }
         text
     }
 
@@ -201,7 +206,7 @@ impl Report {
         };
         let cases = self.rows.iter().map(case).collect::<Result<Vec<_>, _>>()?;
         let record = serde_json::json!({
-            "machine": self.machine, "cases": cases, "idle": self.idle, "skipped": self.skipped,
+            "machine": self.machine, "cases": cases, "idle": self.idle, "skipped": self.skipped, "notes": self.notes,
         });
         let mut text = serde_json::to_string_pretty(&record)?;
         text.push('\n');
@@ -251,6 +256,7 @@ mod tests {
             ],
             idle: Vec::new(),
             skipped: vec!["nothing".into()],
+            notes: Vec::new(),
         };
         let ratio = report.ratio(&report.rows[2]).expect("rivals ran");
         assert!((ratio.value - 1.1).abs() < 1e-9, "the median of 1.1, 1.1 and 3.0: {ratio:?}");
