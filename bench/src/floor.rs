@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, recv};
 use std::collections::VecDeque;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,8 @@ pub(crate) enum Wait {
 /// One load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
+    /// Where both ends meet.
+    pub(crate) address: IpAddr,
     pub(crate) wait: Wait,
     /// Frames under way at a time.
     pub(crate) depth: usize,
@@ -44,9 +46,9 @@ pub(crate) struct Load {
     pub(crate) time: Duration,
 }
 
-/// A connected pair over loopback TCP, without Nagle's delay.
-pub(crate) fn loopback_pair() -> io::Result<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+/// A connected pair over TCP at an address of this machine, without Nagle's delay.
+pub(crate) fn tcp_pair(address: IpAddr) -> io::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind((address, 0))?;
     let near = TcpStream::connect(listener.local_addr()?)?;
     let (far, _) = listener.accept()?;
     near.set_nodelay(true)?;
@@ -56,7 +58,7 @@ pub(crate) fn loopback_pair() -> io::Result<(TcpStream, TcpStream)> {
 
 /// Runs the load.
 pub(crate) fn run(load: Load) -> Outcome<Summary> {
-    let (near, far) = loopback_pair()?;
+    let (near, far) = tcp_pair(load.address)?;
     let answering = std::thread::Builder::new().name("floor".into()).spawn(move || answer(&far, load))?;
     let sent = Sender::new(&near, load).drive();
     drop(near);
@@ -258,6 +260,8 @@ pub(crate) fn memory_copy(piece_len: usize, disk_len: usize, time: Duration) -> 
 mod tests {
     use super::*;
 
+    const LOOPBACK: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+
     #[test]
     fn every_mode_and_depth_gets_answers() {
         for (wait, depth, payload_len) in [
@@ -267,7 +271,7 @@ mod tests {
             (Wait::Sleep, 4, 1 << 20),
         ] {
             let summary =
-                run(Load { wait, depth, payload_len, time: Duration::from_millis(30) }).expect("loopback");
+                run(Load { address: LOOPBACK, wait, depth, payload_len, time: Duration::from_millis(30) }).expect("loopback");
             assert!(
                 summary.requests > 0 && summary.p50_us > 0.0,
                 "{wait:?} {depth} {payload_len}: {summary:?}"

@@ -1,21 +1,22 @@
-//! Mirrored writes in process: a queue client, a primary's reactor and a standby's reactor over loopback TCP.
+//! Mirrored writes in process: a queue client, a primary's reactor and a standby's reactor over a link of this machine.
 //!
 //! In busy mode the client drives the primary's reactor on its own thread and the standby has the other, as a program
 //! that embeds the datapath would; in the sleeping modes all three have threads of their own. After every run both
 //! disks are compared byte for byte, and every block with the last write that was made to it.
 
 use crate::Outcome;
-use crate::floor::loopback_pair;
+use crate::floor::tcp_pair;
 use crate::histogram::{Recorder, Summary};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::front::queue::{Completion, Operation, OperationKind, QueueClient, queue};
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::command::{Command, Direction, Event, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
+use costandby_datapath::transport::Link;
 use costandby_datapath::transport::tcp::TcpLink;
 use costandby_datapath::units::{AckLevel, ByteRange, Epoch, OnPeerLoss, PollMode};
 use crossbeam_channel::{Receiver, unbounded};
-use std::net::TcpStream;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -36,9 +37,43 @@ pub(crate) enum Backing {
     Files(PathBuf),
 }
 
+/// What carries the frames, between two ends on this machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Via {
+    /// TCP over this address.
+    Tcp(IpAddr),
+    /// RDMA over the device that has this address.
+    #[cfg(feature = "rdma")]
+    Rdma(IpAddr),
+}
+
+impl Via {
+    /// TCP over loopback.
+    pub(crate) const LOOPBACK: Self = Self::Tcp(IpAddr::V4(Ipv4Addr::LOCALHOST));
+
+    /// Two joined ends.
+    fn links(self) -> Outcome<[Box<dyn Link>; 2]> {
+        match self {
+            Self::Tcp(address) => {
+                let (near, far) = tcp_pair(address)?;
+                let ring_len = usize::try_from(RING_LEN)?;
+                let mut links: Vec<Box<dyn Link>> = Vec::new();
+                for stream in [near, far] {
+                    stream.set_nonblocking(true)?;
+                    links.push(Box::new(TcpLink::new(stream, ring_len, ring_len)?));
+                }
+                links.try_into().map_err(|_| "two ends".into())
+            }
+            #[cfg(feature = "rdma")]
+            Self::Rdma(address) => crate::verbs::links(address),
+        }
+    }
+}
+
 /// One load.
 #[derive(Clone, Debug)]
 pub(crate) struct Load {
+    pub(crate) via: Via,
     pub(crate) poll: PollMode,
     pub(crate) depth: usize,
     pub(crate) payload_len: usize,
@@ -91,7 +126,7 @@ struct Node {
 }
 
 impl Node {
-    fn start(disk: &Arc<DiskImage>, stream: TcpStream, primary: bool, load: &Load) -> Outcome<Self> {
+    fn start(disk: &Arc<DiskImage>, link: Box<dyn Link>, primary: bool, load: &Load) -> Outcome<Self> {
         let spec = VolumeSpec {
             name: "bench".into(),
             disk: Arc::clone(disk),
@@ -101,9 +136,6 @@ impl Node {
         let (sender, events) = unbounded();
         let config = ReactorConfig { poll: load.poll, peer_timeout: PEER_TIMEOUT, nbd_listeners: Vec::new() };
         let (reactor, handle) = Reactor::new(config, vec![spec], sender)?;
-        stream.set_nonblocking(true)?;
-        let ring_len = usize::try_from(RING_LEN)?;
-        let link = Box::new(TcpLink::new(stream, ring_len, ring_len)?);
         let direction = if primary { Direction::Source { resync: false } } else { Direction::Target };
         handle.send(Command::Session { volume: 0, link, direction, epoch: Epoch(1) });
         let mut node = Self { handle, here: None, thread: None, events };
@@ -146,7 +178,7 @@ impl Pair {
             prepared_disk(&load.backing, "primary.img", load.disk_len)?,
             prepared_disk(&load.backing, "standby.img", load.disk_len)?,
         ];
-        let (near, far) = loopback_pair()?;
+        let [near, far] = load.via.links()?;
         let standby = Node::start(&disks[1], far, false, load)?;
         let primary = Node::start(&disks[0], near, true, load)?;
         let (client, server) = queue(load.depth, primary.handle.waker())?;
@@ -308,6 +340,7 @@ mod tests {
 
     fn load(poll: PollMode, depth: usize) -> Load {
         Load {
+            via: Via::LOOPBACK,
             poll,
             depth,
             payload_len: 4096,

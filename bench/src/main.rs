@@ -9,10 +9,14 @@ mod histogram;
 mod idle;
 mod inproc;
 mod nbd;
+#[cfg(feature = "rdma")]
+mod perftest;
 mod plan;
 mod process;
 mod qemu;
 mod report;
+#[cfg(feature = "rdma")]
+mod verbs;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,6 +46,13 @@ enum Task {
         costandby-bench run --only floor,inproc --rounds 9\n  costandby-bench run --quick"
     )]
     Run(RunArgs),
+    /// Measure the mirror over an RDMA device of this machine, beside bare verbs, perftest and TCP.
+    #[cfg(feature = "rdma")]
+    #[command(
+        after_help = "Examples:\n  costandby-bench rdma --device rxe0 --address 10.9.0.1\n  \
+        costandby-bench rdma --device mlx5_0 --address 192.0.2.7 --seconds 10 --json rdma.json"
+    )]
+    Rdma(RdmaArgs),
 }
 
 /// How to run.
@@ -70,13 +81,32 @@ pub(crate) struct RunArgs {
     dir: PathBuf,
 }
 
+/// On which device.
+#[cfg(feature = "rdma")]
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RdmaArgs {
+    /// The RDMA device, as `rdma link` names it.
+    #[arg(long)]
+    device: String,
+    /// An address of the network interface the device belongs to.
+    #[arg(long, value_name = "IP")]
+    address: std::net::IpAddr,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|first| first == nbd::DAEMON) {
         return nbd::daemon_main();
     }
     let cli = Cli::parse();
-    let args = cli.command.map_or(cli.run, |Task::Run(args)| args);
-    match run(&args) {
+    let outcome = match cli.command {
+        None => run(&cli.run, Plan::new(&cli.run)),
+        Some(Task::Run(args)) => run(&args, Plan::new(&args)),
+        #[cfg(feature = "rdma")]
+        Some(Task::Rdma(args)) => run(&args.run, Plan::over_rdma(&args)),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("costandby-bench: {error}");
@@ -85,11 +115,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &RunArgs) -> Outcome<()> {
+fn run(args: &RunArgs, plan: Outcome<Plan>) -> Outcome<()> {
     let (seconds, rounds) = if args.quick { (0.05, 1) } else { (args.seconds, args.rounds.max(1)) };
     let time = Duration::try_from_secs_f64(seconds / f64::from(rounds))?;
     let machine = report::Machine::here();
-    let mut plan = Plan::new(args)?;
+    let mut plan = plan?;
     let steps = u64::from(rounds) * plan.cases.len() as u64;
     // Draws nothing where standard error is no terminal.
     let bar = ProgressBar::new(steps).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);

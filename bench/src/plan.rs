@@ -5,20 +5,27 @@
 use crate::floor::{self, Wait};
 use crate::histogram::Summary;
 use crate::idle;
-use crate::inproc::{self, Backing};
+use crate::inproc::{self, Backing, Via};
 use crate::nbd::{self, Mirror};
 use crate::qemu::{self, Hop, Quorum};
 use crate::report::{Against, Idle, Machine, Measure, Report, Row};
 use crate::{Outcome, RunArgs};
 use costandby_datapath::units::PollMode;
+use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
 use std::time::Duration;
 use tempfile::TempDir;
+
+#[cfg(feature = "rdma")]
+mod rdma;
 
 /// Bytes of the small payload: the block size of most databases and file systems.
 const SMALL: usize = 4096;
 const MIDDLE: usize = 64 << 10;
 const LARGE: usize = 1 << 20;
+
+/// Where the floor's two ends meet.
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Large writes under way at a time: enough to keep a link busy while one is being acknowledged.
 const STREAM_DEPTH: usize = 8;
@@ -89,10 +96,10 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Sets everything up.
-    pub(crate) fn new(args: &RunArgs) -> Outcome<Self> {
+    /// No case yet.
+    fn empty(args: &RunArgs) -> Outcome<Self> {
         let directory = tempfile::Builder::new().prefix("costandby-bench").tempdir_in(&args.dir)?;
-        let mut plan = Self {
+        Ok(Self {
             cases: Vec::new(),
             idle: Vec::new(),
             skipped: Vec::new(),
@@ -102,7 +109,12 @@ impl Plan {
             disk_len: if args.quick { 8 << 20 } else { args.disk_mib << 20 },
             idle_time: Duration::from_millis(if args.quick { 200 } else { 5000 }),
             directory,
-        };
+        })
+    }
+
+    /// Sets everything up.
+    pub(crate) fn new(args: &RunArgs) -> Outcome<Self> {
+        let mut plan = Self::empty(args)?;
         plan.add_busy();
         plan.add_sleeping();
         plan.add_streams();
@@ -138,21 +150,23 @@ impl Plan {
         depth: usize,
         payload_len: usize,
     ) {
-        self.add(id, title, None, move |time| floor::run(floor::Load { wait, depth, payload_len, time }));
+        self.add(id, title, None, move |time| {
+            floor::run(floor::Load { address: LOOPBACK, wait, depth, payload_len, time })
+        });
     }
 
     fn add_inproc(&mut self, id: &'static str, title: &'static str, against: Against, load: Inproc) {
         let backing = if load.files { Backing::Files(self.directory.path().into()) } else { Backing::Memory };
         let disk_len = self.disk_len;
-        let Inproc { poll, depth, payload_len, random, .. } = load;
+        let Inproc { via, poll, depth, payload_len, random, .. } = load;
         self.add(id, title, Some(against), move |time| {
             let backing = backing.clone();
-            inproc::run(&inproc::Load { poll, depth, payload_len, random, backing, disk_len, time })
+            inproc::run(&inproc::Load { via, poll, depth, payload_len, random, backing, disk_len, time })
         });
     }
 
     fn add_busy(&mut self) {
-        let small = Inproc { poll: PollMode::Busy, depth: 1, payload_len: SMALL, random: true, files: false };
+        let small = Inproc { via: Via::LOOPBACK, poll: PollMode::Busy, depth: 1, payload_len: SMALL, random: true, files: false };
         let deep = Inproc { depth: 32, ..small };
         let latency = |target| Against { ids: vec!["floor-busy-4k-1"], measure: Measure::P50, target };
         let rate = || Against { ids: vec!["floor-busy-4k-32"], measure: Measure::Iops, target: None };
@@ -168,7 +182,7 @@ impl Plan {
 
     fn add_sleeping(&mut self) {
         let adaptive =
-            Inproc { poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
+            Inproc { via: Via::LOOPBACK, poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
         let event = Inproc { poll: PollMode::Event, ..adaptive };
         let latency = || Against { ids: vec!["floor-sleep-4k-1"], measure: Measure::P50, target: None };
         let rate = || Against { ids: vec!["floor-sleep-4k-32"], measure: Measure::Iops, target: None };
@@ -193,7 +207,7 @@ impl Plan {
 
     fn add_streams(&mut self) {
         let busy = PollMode::Busy;
-        let middle = Inproc { poll: busy, depth: 1, payload_len: MIDDLE, random: true, files: false };
+        let middle = Inproc { via: Via::LOOPBACK, poll: busy, depth: 1, payload_len: MIDDLE, random: true, files: false };
         let latency = Against { ids: vec!["floor-busy-64k-1"], measure: Measure::P50, target: None };
         self.add_floor("floor-busy-64k-1", "floor 64 KiB x1, busy", Wait::Busy, 1, MIDDLE);
         self.add_inproc("inproc-busy-64k-1", "in process 64 KiB x1, busy, memory", latency, middle);
@@ -204,7 +218,7 @@ impl Plan {
         self.add_floor("floor-busy-1m-8", "floor 1 MiB x8, busy", Wait::Busy, STREAM_DEPTH, LARGE);
         let rate = Against { ids: vec!["floor-busy-1m-8"], measure: Measure::Rate, target: Some(0.9) };
         let large =
-            Inproc { poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
+            Inproc { via: Via::LOOPBACK, poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
         self.add_inproc("inproc-busy-1m-8", "in process 1 MiB x8 sequential, busy, memory", rate, large);
     }
 
@@ -299,6 +313,7 @@ impl Plan {
 /// What tells the in-process cases apart.
 #[derive(Clone, Copy)]
 struct Inproc {
+    via: Via,
     poll: PollMode,
     depth: usize,
     payload_len: usize,
