@@ -156,7 +156,7 @@ pub struct QueuePair {
     raw: *mut sys::ibv_qp,
     /// Given to the reaper with the cut.
     connection: Option<Connection>,
-    send: SendQueue,
+    pub(super) send: SendQueue,
     receive: ReceiveQueue,
     completions: CompletionQueue,
     /// What was polled before the cut and not asked for.
@@ -431,9 +431,9 @@ impl QueuePair {
         self.raw = std::ptr::null_mut();
         // A device that does not let go of the queue pair may still read what was posted: that memory is never freed.
         if code == 0 {
-            self.send.release()
+            self.send.release();
         } else {
-            self.send.leak()
+            self.send.leak();
         }
         if code != 0 {
             self.receive.leak();
