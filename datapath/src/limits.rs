@@ -119,3 +119,13 @@ pub const HELLO_LEN_MAX: u32 = 64 << 10;
 
 /// Generations a superblock remembers behind the current one.
 pub const GENERATION_HISTORY_LEN: usize = 8;
+
+/// Largest RDMA ring a peer may announce: far beyond any that helps, and small enough that every place in it, counted
+/// in frame headers (64 bytes), fits the 32 bits of an immediate sixteen times over.
+pub const RDMA_RING_LEN_MAX: u64 = 16 << 30;
+
+/// Fewest receives a peer may announce: with less, the few kept for messages would leave none for changes.
+pub const RDMA_RECEIVES_MIN: u32 = 16;
+
+/// Most receives a peer may announce: what the widest queue pair of a known device takes (soft-RoCE's 2^20).
+pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
