@@ -2,3 +2,5 @@
 
 pub mod endpoint;
 pub mod private;
+mod stage;
+pub mod windows;
