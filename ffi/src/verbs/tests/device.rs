@@ -107,6 +107,7 @@ fn pair(address: IpAddr) -> (End, End) {
     let passive = thread::spawn(move || {
         let request = listener.request(soon()).unwrap().expect("somebody connects");
         assert_eq!(request.peer().ip(), address);
+        let request = request.open().unwrap();
         let (region, ring, private) = register_ring(request.domain());
         End::new(request.accept(&SETTINGS, &private, soon()).unwrap(), region, ring)
     });
@@ -295,6 +296,7 @@ fn a_killed_peer_is_noticed_within_a_second() {
         .spawn()
         .unwrap();
     let request = listener.request(soon()).unwrap().expect("the child connects");
+    let request = request.open().unwrap();
     let (region, ring, private) = register_ring(request.domain());
     let mut end = End::new(request.accept(&SETTINGS, &private, soon()).unwrap(), region, ring);
     end.queue_pair.check().unwrap();
@@ -348,7 +350,7 @@ fn private_data_travel_both_ways_and_a_rejection_is_told_from_a_refusal() {
         assert!(request.private().starts_with(&[3; PRIVATE_LEN_MAX]), "{:?}", request.private());
         request.reject();
         let request = listener.request(soon()).unwrap().unwrap();
-        request.accept(&SETTINGS, &[4; PRIVATE_LEN_MAX], soon()).unwrap()
+        request.open().unwrap().accept(&SETTINGS, &[4; PRIVATE_LEN_MAX], soon()).unwrap()
     });
     let connect = || Resolved::new(Some(address), peer, soon()).unwrap().connect(&SETTINGS, &[3; 56], soon());
     let rejected = connect();
@@ -414,6 +416,24 @@ fn regions_in_flight_outlive_their_owner() {
     a.queue_pair.ring_doorbell().unwrap();
     drop(a);
     b.failure();
+}
+
+#[test]
+fn a_trim_keeps_off_what_is_registered() {
+    let Some((address, _alone)) = device() else { return };
+    let (a, _b) = pair(address);
+    let mapping = a.source.clone();
+    let unpinned = mapping.hold_unpinned(0, RING_LEN);
+    assert_eq!(unpinned.free().count(), 0, "all of it is registered");
+    drop(unpinned);
+    let domain = a.queue_pair.domain().clone();
+    drop(a);
+    let unpinned = mapping.hold_unpinned(0, RING_LEN);
+    assert_eq!(unpinned.free().count(), 1);
+    let error = Region::source(&domain, &mapping.span(4096, 4096)).unwrap_err();
+    assert!(matches!(error, VerbsError::Busy), "{error}");
+    drop(unpinned);
+    Region::source(&domain, &mapping.span(4096, 4096)).unwrap();
 }
 
 #[test]
