@@ -119,3 +119,24 @@ pub const HELLO_LEN_MAX: u32 = 64 << 10;
 
 /// Generations a superblock remembers behind the current one.
 pub const GENERATION_HISTORY_LEN: usize = 8;
+
+/// Largest RDMA ring a peer may announce: far beyond any that helps, and small enough that every place in it, counted
+/// in frame headers (64 bytes), fits the 32 bits of an immediate sixteen times over.
+pub const RDMA_RING_LEN_MAX: u64 = 16 << 30;
+
+/// Fewest receives a peer may announce: with less, the few kept for messages would leave none for changes.
+pub const RDMA_RECEIVES_MIN: u32 = 16;
+
+/// Most receives a peer may announce: what the widest queue pair of a known device takes (soft-RoCE's 2^20).
+pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
+
+/// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
+/// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
+pub const RDMA_STAGE_LEN: usize = 4 << 20;
+
+/// Bytes copied into the stage in one piece: a quarter of it, so that skipping the stage's end wastes no more than that
+/// and the next piece is copied while the one before is on its way; copying it takes under a tenth of a millisecond.
+pub const RDMA_STAGE_PIECE_LEN_MAX: usize = RDMA_STAGE_LEN / 4;
+
+/// Pieces in the stage at a time: one for each frame that may be open, and some more for long ones.
+pub const RDMA_STAGE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;

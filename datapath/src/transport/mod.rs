@@ -25,6 +25,7 @@ pub mod fault;
 pub mod laws;
 pub mod loopback;
 mod outbox;
+pub mod rdma;
 pub mod tcp;
 
 pub use credit::{frame_len_max, ring_takes};
