@@ -271,7 +271,8 @@ mod tests {
             (Wait::Sleep, 4, 1 << 20),
         ] {
             let summary =
-                run(Load { address: LOOPBACK, wait, depth, payload_len, time: Duration::from_millis(30) }).expect("loopback");
+                run(Load { address: LOOPBACK, wait, depth, payload_len, time: Duration::from_millis(30) })
+                    .expect("loopback");
             assert!(
                 summary.requests > 0 && summary.p50_us > 0.0,
                 "{wait:?} {depth} {payload_len}: {summary:?}"

@@ -48,10 +48,8 @@ enum Task {
     Run(RunArgs),
     /// Measure the mirror over an RDMA device of this machine, beside bare verbs, perftest and TCP.
     #[cfg(feature = "rdma")]
-    #[command(
-        after_help = "Examples:\n  costandby-bench rdma --device rxe0 --address 10.9.0.1\n  \
-        costandby-bench rdma --device mlx5_0 --address 192.0.2.7 --seconds 10 --json rdma.json"
-    )]
+    #[command(after_help = "Examples:\n  costandby-bench rdma --device rxe0 --address 10.9.0.1\n  \
+        costandby-bench rdma --device mlx5_0 --address 192.0.2.7 --seconds 10 --json rdma.json")]
     Rdma(RdmaArgs),
 }
 

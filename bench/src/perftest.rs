@@ -80,11 +80,25 @@ impl Perftest {
     }
 
     /// Runs server and client; returns the numbers of the client's one row.
-    fn run(&self, program: &str, payload_len: usize, iterations: usize, depth: Option<usize>) -> Outcome<Vec<f64>> {
+    fn run(
+        &self,
+        program: &str,
+        payload_len: usize,
+        iterations: usize,
+        depth: Option<usize>,
+    ) -> Outcome<Vec<f64>> {
         let port = free_port()?;
         let command = || {
             let mut command = Command::new(program);
-            command.args(["-d", &self.device, "-F", "-s", &payload_len.to_string(), "-n", &iterations.to_string()]);
+            command.args([
+                "-d",
+                &self.device,
+                "-F",
+                "-s",
+                &payload_len.to_string(),
+                "-n",
+                &iterations.to_string(),
+            ]);
             command.args(["-p", &port.to_string()]);
             if let Some(depth) = depth {
                 command.args(["-t", &depth.to_string()]);
@@ -118,7 +132,9 @@ fn listens(port: u16) -> bool {
 fn row(text: &str) -> Option<Vec<f64>> {
     let after = text.lines().skip_while(|line| !line.trim_start().starts_with("#bytes")).skip(1);
     after
-        .filter_map(|line| line.split_whitespace().map(|word| word.parse().ok()).collect::<Option<Vec<f64>>>())
+        .filter_map(|line| {
+            line.split_whitespace().map(|word| word.parse().ok()).collect::<Option<Vec<f64>>>()
+        })
         .find(|numbers| numbers.len() >= 4)
 }
 

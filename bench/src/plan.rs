@@ -166,7 +166,14 @@ impl Plan {
     }
 
     fn add_busy(&mut self) {
-        let small = Inproc { via: Via::LOOPBACK, poll: PollMode::Busy, depth: 1, payload_len: SMALL, random: true, files: false };
+        let small = Inproc {
+            via: Via::LOOPBACK,
+            poll: PollMode::Busy,
+            depth: 1,
+            payload_len: SMALL,
+            random: true,
+            files: false,
+        };
         let deep = Inproc { depth: 32, ..small };
         let latency = |target| Against { ids: vec!["floor-busy-4k-1"], measure: Measure::P50, target };
         let rate = || Against { ids: vec!["floor-busy-4k-32"], measure: Measure::Iops, target: None };
@@ -181,8 +188,14 @@ impl Plan {
     }
 
     fn add_sleeping(&mut self) {
-        let adaptive =
-            Inproc { via: Via::LOOPBACK, poll: PollMode::Adaptive, depth: 1, payload_len: SMALL, random: true, files: false };
+        let adaptive = Inproc {
+            via: Via::LOOPBACK,
+            poll: PollMode::Adaptive,
+            depth: 1,
+            payload_len: SMALL,
+            random: true,
+            files: false,
+        };
         let event = Inproc { poll: PollMode::Event, ..adaptive };
         let latency = || Against { ids: vec!["floor-sleep-4k-1"], measure: Measure::P50, target: None };
         let rate = || Against { ids: vec!["floor-sleep-4k-32"], measure: Measure::Iops, target: None };
@@ -207,7 +220,14 @@ impl Plan {
 
     fn add_streams(&mut self) {
         let busy = PollMode::Busy;
-        let middle = Inproc { via: Via::LOOPBACK, poll: busy, depth: 1, payload_len: MIDDLE, random: true, files: false };
+        let middle = Inproc {
+            via: Via::LOOPBACK,
+            poll: busy,
+            depth: 1,
+            payload_len: MIDDLE,
+            random: true,
+            files: false,
+        };
         let latency = Against { ids: vec!["floor-busy-64k-1"], measure: Measure::P50, target: None };
         self.add_floor("floor-busy-64k-1", "floor 64 KiB x1, busy", Wait::Busy, 1, MIDDLE);
         self.add_inproc("inproc-busy-64k-1", "in process 64 KiB x1, busy, memory", latency, middle);
@@ -217,8 +237,14 @@ impl Plan {
         });
         self.add_floor("floor-busy-1m-8", "floor 1 MiB x8, busy", Wait::Busy, STREAM_DEPTH, LARGE);
         let rate = Against { ids: vec!["floor-busy-1m-8"], measure: Measure::Rate, target: Some(0.9) };
-        let large =
-            Inproc { via: Via::LOOPBACK, poll: busy, depth: STREAM_DEPTH, payload_len: LARGE, random: false, files: false };
+        let large = Inproc {
+            via: Via::LOOPBACK,
+            poll: busy,
+            depth: STREAM_DEPTH,
+            payload_len: LARGE,
+            random: false,
+            files: false,
+        };
         self.add_inproc("inproc-busy-1m-8", "in process 1 MiB x8 sequential, busy, memory", rate, large);
     }
 

@@ -7,6 +7,7 @@ use crate::perftest::{self, Perftest};
 use crate::report::{Against, Measure};
 use crate::{Outcome, RdmaArgs, verbs};
 use costandby_datapath::units::PollMode;
+use costandby_datapath::wire::frame_len;
 use std::net::IpAddr;
 
 /// One load over each carrier, and the title and ids it goes by.
@@ -98,16 +99,34 @@ impl Plan {
 
     fn add_latencies(&mut self, address: IpAddr, rdma: Via, tcp: Via) {
         const FLOOR: &str = "floor-verbs-4k-1";
+        const FLOOR_FRAME: &str = "floor-verbs-frame-1";
         const MIRROR: &str = "rdma-busy-4k-1";
-        self.add(FLOOR, "floor: bare verbs 4 KiB x1, busy", None, move |time| {
+        self.add(FLOOR, "floor: bare verbs, 4 KiB out and 64 B back, busy", None, move |time| {
             verbs::floor(address, SMALL, time)
         });
+        // A header in front makes two packets of one where the path takes 4096 bytes.
+        self.add(FLOOR_FRAME, "floor: bare verbs, 4 KiB + 64 B out and 64 B back", None, move |time| {
+            verbs::floor(address, frame_len(SMALL), time)
+        });
         let against = |id, target| Against { ids: vec![id], measure: Measure::P50, target };
-        let load =
-            Inproc { via: rdma, poll: PollMode::Busy, depth: 1, payload_len: SMALL, random: true, files: false };
+        let load = Inproc {
+            via: rdma,
+            poll: PollMode::Busy,
+            depth: 1,
+            payload_len: SMALL,
+            random: true,
+            files: false,
+        };
         self.add_inproc(MIRROR, "in process 4 KiB x1, busy, RDMA", against(FLOOR, Some(1.2)), load);
+        let frames = against(FLOOR_FRAME, None);
+        self.add_inproc("rdma-busy-4k-1-again", "the same, against the floor with a header", frames, load);
         let files = Inproc { files: true, ..load };
-        self.add_inproc("rdma-busy-4k-1-file", "in process 4 KiB x1, busy, RDMA, files", against(FLOOR, None), files);
+        self.add_inproc(
+            "rdma-busy-4k-1-file",
+            "in process 4 KiB x1, busy, RDMA, files",
+            against(FLOOR, None),
+            files,
+        );
         let over_tcp = Inproc { via: tcp, ..load };
         self.add_inproc("tcp-busy-4k-1", "in process 4 KiB x1, busy, TCP", against(MIRROR, None), over_tcp);
         let event = Inproc { poll: PollMode::Event, ..load };
