@@ -10,6 +10,7 @@
 //! Survives: a socket left by a killed daemon (replaced), malformed requests (400), clients that hang while the daemon
 //! shuts down (they are cut off).
 
+pub use crate::role::Command;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
@@ -99,22 +100,6 @@ impl VolumeStatus {
     }
 }
 
-/// What an operator can tell a volume to do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Command {
-    /// Make this node its primary.
-    Promote {
-        /// Even where the disk may lack acknowledged writes.
-        force: bool,
-    },
-    /// Make this node its standby.
-    Demote,
-    /// Look for the peer.
-    Connect,
-    /// Leave the peer, and stay apart.
-    Disconnect,
-}
-
 impl Command {
     /// Its last part of the URL, which is its subcommand too.
     #[must_use]
@@ -122,8 +107,9 @@ impl Command {
         match self {
             Self::Promote { .. } => "promote",
             Self::Demote => "demote",
-            Self::Connect => "connect",
+            Self::Connect { .. } => "connect",
             Self::Disconnect => "disconnect",
+            Self::Invalidate => "invalidate",
         }
     }
 }
@@ -324,11 +310,27 @@ async fn status(State(backend): Backend) -> Response {
     axum::Json(backend.status().await).into_response()
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PromoteBody {
     #[serde(default)]
     force: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConnectBody {
+    #[serde(default)]
+    discard_my_data: bool,
+}
+
+/// A command's options: the body as JSON, or none of them for an empty one. `shape` is for the one who got it wrong.
+fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) -> Result<T, Response> {
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| failure(StatusCode::BAD_REQUEST, &format!("the body of {shape} or empty: {error}")))
 }
 
 async fn command(
@@ -337,21 +339,22 @@ async fn command(
     body: Bytes,
 ) -> Response {
     let command = match word.as_str() {
-        "promote" if body.is_empty() => Command::Promote { force: false },
-        "promote" => match serde_json::from_slice(&body) {
-            Ok(PromoteBody { force }) => Command::Promote { force },
-            Err(error) => {
-                let text = format!("the body of promote is {{\"force\": true|false}} or empty: {error}");
-                return failure(StatusCode::BAD_REQUEST, &text);
-            }
-        },
-        "demote" => Command::Demote,
-        "connect" => Command::Connect,
-        "disconnect" => Command::Disconnect,
+        "promote" => options(&body, "promote is {\"force\": true|false}")
+            .map(|PromoteBody { force }| Command::Promote { force }),
+        "connect" => options(&body, "connect is {\"discard_my_data\": true|false}")
+            .map(|ConnectBody { discard_my_data }| Command::Connect { discard_my_data }),
+        "demote" => Ok(Command::Demote),
+        "disconnect" => Ok(Command::Disconnect),
+        "invalidate" => Ok(Command::Invalidate),
         _ => {
-            let text = format!("no command {word:?}: there are promote, demote, connect, disconnect");
-            return failure(StatusCode::NOT_FOUND, &text);
+            let text =
+                format!("no command {word:?}: there are promote, demote, connect, disconnect, invalidate");
+            Err(failure(StatusCode::NOT_FOUND, &text))
         }
+    };
+    let command = match command {
+        Ok(command) => command,
+        Err(response) => return response,
     };
     match backend.command(volume, command).await {
         Ok(message) => axum::Json(serde_json::json!({ "message": message })).into_response(),

@@ -118,6 +118,9 @@ impl AdminClient {
         let target = format!("/v1/volumes/{volume}/{}", command.as_str());
         let body = match command {
             Command::Promote { force } => Bytes::from(format!("{{\"force\":{force}}}")),
+            Command::Connect { discard_my_data } => {
+                Bytes::from(format!("{{\"discard_my_data\":{discard_my_data}}}"))
+            }
             _ => Bytes::new(),
         };
         let (status, body) = self.request(Method::POST, &target, body, COMMAND_TIMEOUT).await?;

@@ -139,9 +139,14 @@ pub enum Command {
     /// Stop serving here.
     Demote,
     /// Look for the peer again.
-    Connect,
+    Connect {
+        /// Give up what this node's disk holds, to be overwritten by the peer: the way out of a split brain.
+        discard_my_data: bool,
+    },
     /// Close the link and stay apart.
     Disconnect,
+    /// Give up what this node's disk holds and have the connected peer copy everything anew.
+    Invalidate,
 }
 
 /// What happened.

@@ -210,7 +210,7 @@ fn split_brain_is_found_and_neither_disk_touched() {
     let disks = || [ALPHA, BETA].map(|node| std::fs::read(pair.disk(node, "db")).expect("a disk"));
     let before = disks();
 
-    pair.tell(ALPHA, "db", Command::Connect).expect("a connect");
+    pair.tell(ALPHA, "db", Command::Connect { discard_my_data: false }).expect("a connect");
     for node in [ALPHA, BETA] {
         let status = pair.wait_status(node, "db", "split brain", |status| {
             status.advice.as_ref().is_some_and(|advice| advice.contains("split brain"))
@@ -226,6 +226,30 @@ fn split_brain_is_found_and_neither_disk_touched() {
         pair.client(node, "db").read(2 << 20, &mut found).expect("a read");
         assert_eq!(found, [byte; 4096]);
     }
+
+    // The operator decides for alpha's side.
+    let refused = pair.cli(BETA, &["connect", "db", "--discard-my-data"]);
+    assert!(!refused.status.success(), "it serves");
+    pair.cli_ok(BETA, &["demote", "db"]);
+    pair.cli_ok(BETA, &["connect", "db", "--discard-my-data"]);
+    pair.cli_ok(ALPHA, &["connect", "db"]);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
+    pair.settle_and_compare("db");
+    let mut found = [0; 4096];
+    pair.client(ALPHA, "db").read(2 << 20, &mut found).expect("a read");
+    assert_eq!(found, [5; 4096], "the side that was kept");
+}
+
+#[test]
+fn an_invalidated_standby_is_copied_whole() {
+    let pair = Pair::start(settings());
+    pair.client(ALPHA, "db").write(0, &[7; 1 << 20], true).expect("a write");
+    assert!(!pair.cli(ALPHA, &["invalidate", "db"]).status.success(), "it serves");
+    pair.cli_ok(BETA, &["invalidate", "db"]);
+    pair.wait_log(ALPHA, &["copying to"]);
+    pair.wait_in_sync("db");
+    pair.settle_and_compare("db");
 }
 
 #[test]

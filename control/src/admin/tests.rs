@@ -109,8 +109,10 @@ async fn status_and_commands_make_the_round_trip() {
     let commands = [
         Command::Promote { force: true },
         Command::Promote { force: false },
-        Command::Connect,
+        Command::Connect { discard_my_data: true },
+        Command::Connect { discard_my_data: false },
         Command::Disconnect,
+        Command::Invalidate,
     ];
     for command in commands {
         let message = client.command("db", command).await.expect("done");
@@ -128,7 +130,11 @@ async fn refusals_arrive_in_the_daemons_words() {
         matches!(&refused, ClientError::Refused { message } if message == "volume db: not now"),
         "{refused}"
     );
-    let unknown = daemon.client().command("dc", Command::Connect).await.expect_err("unknown");
+    let unknown = daemon
+        .client()
+        .command("dc", Command::Connect { discard_my_data: false })
+        .await
+        .expect_err("unknown");
     assert!(unknown.to_string().contains("no volume \"dc\""), "{unknown}");
 }
 

@@ -109,14 +109,30 @@ Example, a planned handover of db from alpha to beta:
         volume: Name,
     },
     /// Look for a volume's peer again, after `disconnect` or a refused handshake.
-    #[command(after_help = "Example:\n  costandby --node alpha connect db")]
+    #[command(after_help = "\
+Examples:
+  costandby --node alpha connect db
+  costandby --node beta connect db --discard-my-data     after a split brain, on the node whose data is not wanted")]
     Connect {
         /// Which volume.
         volume: Name,
+        /// Give up this node's data: its disk becomes a copy of the peer's. Refused while this node serves.
+        #[arg(long)]
+        discard_my_data: bool,
     },
     /// Leave a volume's peer and stay apart until `connect`.
     #[command(after_help = "Example:\n  costandby --node alpha disconnect db")]
     Disconnect {
+        /// Which volume.
+        volume: Name,
+    },
+    /// Give up this node's copy of a volume and have the connected peer copy all of it anew.
+    #[command(after_help = "\
+Example, on the standby whose disk is doubted:
+  costandby --node beta invalidate db && costandby --node beta wait-sync db
+
+Refused on the node that serves, and while no connected peer holds the whole data.")]
+    Invalidate {
         /// Which volume.
         volume: Name,
     },
@@ -296,7 +312,10 @@ fn run(cli: Cli) -> Result<(), CliError> {
             roles::run(&place.client()?, &volume, AdminCommand::Promote { force })
         }
         Command::Demote { volume } => roles::run(&place.client()?, &volume, AdminCommand::Demote),
-        Command::Connect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Connect),
+        Command::Connect { volume, discard_my_data } => {
+            roles::run(&place.client()?, &volume, AdminCommand::Connect { discard_my_data })
+        }
+        Command::Invalidate { volume } => roles::run(&place.client()?, &volume, AdminCommand::Invalidate),
         Command::Disconnect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Disconnect),
         Command::WaitSync { volume, timeout } => wait_sync::run(&place.client()?, &volume, timeout),
         Command::Doctor => doctor::run(&place),

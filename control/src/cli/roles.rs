@@ -1,4 +1,4 @@
-//! `promote`, `demote`, `connect`, `disconnect`: one request to the daemon, its sentence printed.
+//! `promote`, `demote`, `connect`, `disconnect`, `invalidate`: one request to the daemon, its sentence printed.
 //!
 //! All decisions are the daemon's; what it refuses comes back as the line on stderr.
 

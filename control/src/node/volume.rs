@@ -154,12 +154,6 @@ impl VolumeTask {
                 self.next_reply += 1;
                 let id = self.next_reply;
                 self.replies.insert(id, reply);
-                let command = match command {
-                    admin::Command::Promote { force } => role::Command::Promote { force },
-                    admin::Command::Demote => role::Command::Demote,
-                    admin::Command::Connect => role::Command::Connect,
-                    admin::Command::Disconnect => role::Command::Disconnect,
-                };
                 self.handle(Event::Operator { id: ReplyId(id), command }).await;
             }
             Input::Shutdown => self.handle(Event::Shutdown).await,

@@ -2,7 +2,7 @@
 
 use super::{
     Action, Command, Connection, Demotion, GRANT_TIMEOUT, Level, Promotion, QUIESCE_TIMEOUT, ReplyId, Role,
-    VolumeController, code,
+    VolumeController, VolumeSettings, code,
 };
 use costandby_datapath::disk::superblock::{DiskState, Generations};
 use std::time::Duration;
@@ -21,23 +21,105 @@ impl VolumeController {
         match command {
             Command::Promote { force } => self.on_promote(now, id, force, actions),
             Command::Demote => self.on_demote(now, id, actions),
-            Command::Connect => {
-                let text = if self.connection == Connection::Standalone {
-                    self.refusal = None;
-                    // A link that is still closing ends in `LinkDown`, which finds this state and dials.
-                    self.set_connection(Connection::Connecting);
-                    self.dial(actions);
-                    "connecting"
-                } else {
-                    "connecting or connected already"
-                };
-                self.reply(id, Ok(text.to_owned()), actions);
-            }
+            Command::Connect { discard_my_data: false } => self.on_connect(id, "connecting", actions),
+            Command::Connect { discard_my_data: true } => self.on_discard(id, actions),
+            Command::Invalidate => self.on_invalidate(id, actions),
             Command::Disconnect => {
                 self.part(actions);
                 self.reply(id, Ok("disconnected until `costandby connect`".to_owned()), actions);
             }
         }
+    }
+
+    fn on_connect(&mut self, id: ReplyId, text: &str, actions: &mut Vec<Action>) {
+        let text = if self.connection == Connection::Standalone {
+            self.refusal = None;
+            // A link that is still closing ends in `LinkDown`, which finds this state and dials.
+            self.set_connection(Connection::Connecting);
+            self.dial(actions);
+            text
+        } else {
+            "connecting or connected already"
+        };
+        self.reply(id, Ok(text.to_owned()), actions);
+    }
+
+    /// Whether what the disk holds may be given up at an operator's word; if not, why.
+    fn may_discard(&self) -> Result<(), String> {
+        let VolumeSettings { volume, node, .. } = &self.settings;
+        if self.role != Role::Standby {
+            return Err(format!(
+                "{node} serves the volume: `costandby demote {volume}` first, if its data is the data to lose"
+            ));
+        }
+        if self.superblock.disk_state == DiskState::Failed {
+            return Err("the disk failed: replace it, then `costandby create` makes a new one".to_owned());
+        }
+        Ok(())
+    }
+
+    /// On record before anything may be copied over it: from here on nobody reads from this disk.
+    fn give_up_content(&mut self, actions: &mut Vec<Action>) {
+        self.abandon_handshake(actions);
+        let generation = self.superblock.generations.current.0;
+        self.superblock.disk_state = DiskState::Inconsistent;
+        self.superblock.primary = false;
+        self.superblock.zeroed = false;
+        self.undurable = false;
+        self.store(actions);
+        let text = format!("an operator gave up this disk's data, generation {generation:016x}");
+        self.log(Level::Warn, &text, actions);
+    }
+
+    /// Both went on without the other, and this node's side is the one to lose.
+    fn on_discard(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
+        let VolumeSettings { volume, peer, .. } = &self.settings;
+        let refusal = if self.peer.is_some() {
+            Err(format!(
+                "connected to {peer}: there is nothing to discard; `costandby invalidate {volume}` copies anew"
+            ))
+        } else {
+            self.may_discard()
+        };
+        if refusal.is_err() {
+            return self.reply(id, refusal.map(|()| String::new()), actions);
+        }
+        self.give_up_content(actions);
+        if self.connection != Connection::Standalone {
+            self.set_connection(Connection::Standalone);
+        }
+        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let text = format!(
+            "{node}'s data is given up; connecting to be copied from {peer} (there: `costandby connect {volume}`, if it \
+             is parted)"
+        );
+        self.on_connect(id, &text, actions);
+    }
+
+    fn on_invalidate(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
+        let VolumeSettings { volume, peer: name, .. } = &self.settings;
+        let refusal = match &self.peer {
+            None => Err(format!(
+                "not connected to {name}, so there is nobody to copy from: `costandby connect {volume}` first, or \
+                 `costandby connect {volume} --discard-my-data`"
+            )),
+            Some(_) if !self.in_session() => Err(format!("the link to {name} is closing; try again")),
+            Some(_) if self.connection == Connection::SyncTarget => {
+                Err(format!("being copied from {name} already"))
+            }
+            Some(_) if self.connection != Connection::Connected => {
+                Err(format!("{name} is being copied to from here: its disk is not whole yet"))
+            }
+            Some(_) => self.may_discard(),
+        };
+        if refusal.is_err() {
+            return self.reply(id, refusal.map(|()| String::new()), actions);
+        }
+        self.give_up_content(actions);
+        // The next session finds the record and copies everything.
+        actions.push(Action::CloseLink);
+        let text = format!("the disk is invalid; it will be copied from {}", self.settings.peer);
+        self.reply(id, Ok(text), actions);
     }
 
     /// Closes whatever there is and stays apart.

@@ -417,8 +417,8 @@ fn explain(
         }
         Verdict::SplitBrain => format!(
             "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
-             wanted stop the daemon, run `costandby create {volume} --force` and start it again; then `costandby connect \
-             {volume}` on the other",
+             wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves); then \
+             `costandby connect {volume}` on the other",
             both()
         ),
         _ => format!("the disk here and the one on {peer} have no common past ({})", both()),

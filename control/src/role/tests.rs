@@ -588,7 +588,53 @@ fn split_brain_changes_nothing_and_waits_for_an_operator() {
     assert!(advice.contains(&mine) && advice.contains("0000000000000006"), "{advice}");
     let actions = one.greet();
     assert!(matches!(&actions[..], [Action::Refuse(Refuse { code: RefuseCode::Disconnected, .. })]));
-    assert_eq!(one.command(Command::Connect)[0], Action::Dial);
+    assert_eq!(one.command(Command::Connect { discard_my_data: false })[0], Action::Dial);
+}
+
+#[test]
+fn a_split_brain_ends_where_an_operator_discards_one_side() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(lost(true));
+    one.peer.generations.advance(Generation(6), true);
+    one.peer_serves = true;
+    one.greet();
+    let discard = Command::Connect { discard_my_data: true };
+    let actions = one.command(discard);
+    let text = reply(&actions).expect_err("it serves");
+    assert!(text.contains("demote"), "{text}");
+    assert_eq!(one.stored().disk_state, DiskState::UpToDate);
+    one.command(Command::Demote);
+    one.on(Event::Quiesced);
+    let actions = one.command(discard);
+    let given_up = stored(&actions[0]);
+    assert!(given_up.disk_state == DiskState::Inconsistent && !given_up.primary);
+    assert!(actions.contains(&Action::Dial) && reply(&actions).is_ok(), "{actions:?}");
+    reply(&one.command(promote(false))).expect_err("nobody reads from it any more");
+    one.greet();
+    assert_eq!(one.controller.connection, Connection::Handshaking, "the peer's side is copied");
+}
+
+#[test]
+fn invalidate_has_a_connected_standby_copied_anew() {
+    let mut one = One::new("alpha", |_| {});
+    let actions = one.command(Command::Invalidate);
+    let text = reply(&actions).expect_err("nobody to copy from");
+    assert!(text.contains("connect"), "{text}");
+    one.connect();
+    let actions = one.command(Command::Connect { discard_my_data: true });
+    let text = reply(&actions).expect_err("connected");
+    assert!(text.contains("invalidate"), "{text}");
+    let actions = one.command(Command::Invalidate);
+    assert_eq!(stored(&actions[0]).disk_state, DiskState::Inconsistent);
+    let closes = actions.iter().position(|action| *action == Action::CloseLink);
+    assert!(closes.is_some_and(|at| at > 0), "on record first: {actions:?}");
+    one.on(lost(false));
+    one.greet();
+    assert_eq!(one.controller.connection, Connection::Handshaking);
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    let actions = one.command(Command::Invalidate);
+    let text = reply(&actions).expect_err("it serves");
+    assert!(text.contains("demote"), "{text}");
 }
 
 #[test]
@@ -598,7 +644,7 @@ fn disconnect_closes_and_connect_dials_again() {
     let actions = one.command(Command::Disconnect);
     assert_eq!(actions[..2], [Action::StopDialing, Action::CloseLink]);
     reply(&one.command(promote(false))).expect_err("the link is still closing");
-    assert_eq!(one.command(Command::Connect)[0], Action::Dial);
+    assert_eq!(one.command(Command::Connect { discard_my_data: false })[0], Action::Dial);
     assert_eq!(one.on(lost(false)), []);
     one.connect();
     assert_eq!(one.controller.connection, Connection::Connected);
@@ -653,7 +699,7 @@ const FOUND: [u64; 1] = [59_735];
 #[test]
 fn two_nodes_through_random_disasters() {
     let (mut in_sync, mut refused) = (0, 0);
-    let mut counts = [0; 4];
+    let mut counts = [0; 5];
     for seed in (0..8000).chain(FOUND) {
         let mut world = World::new(seed);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -670,10 +716,12 @@ fn two_nodes_through_random_disasters() {
                 std::panic::resume_unwind(panic);
             }
         }
-        let happened = [world.sessions, world.resyncs, world.promotions, world.alone_writes];
+        let happened = [world.sessions, world.resyncs, world.promotions, world.alone_writes, world.given_up];
         counts.iter_mut().zip(happened).for_each(|(sum, one)| *sum += one);
     }
-    println!("in sync {in_sync}, refused {refused}; sessions, resyncs, promotions, writes alone: {counts:?}");
+    println!(
+        "in sync {in_sync}, refused {refused}; sessions, resyncs, promotions, writes alone, given up: {counts:?}"
+    );
     assert!(in_sync > 500 && refused > 100, "in sync {in_sync}, refused {refused}");
     assert!(counts.iter().all(|&count| count > 1000), "{counts:?}");
 }

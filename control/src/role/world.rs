@@ -44,6 +44,7 @@ pub(super) struct World {
     pub(super) resyncs: u32,
     pub(super) promotions: u32,
     pub(super) alone_writes: u32,
+    pub(super) given_up: u32,
 }
 
 #[derive(Debug, PartialEq)]
@@ -85,6 +86,7 @@ impl World {
             resyncs: 0,
             promotions: 0,
             alone_writes: 0,
+            given_up: 0,
         };
         world.start(0);
         world.start(1);
@@ -382,17 +384,28 @@ impl World {
     }
 
     fn command(&mut self, at: usize) {
-        let command = match self.random(8) {
+        let command = match self.random(10) {
             0..4 => {
                 self.forcing = self.chance(8);
                 Command::Promote { force: self.forcing }
             }
             4..6 => Command::Demote,
-            6 => Command::Connect,
+            6 => Command::Connect { discard_my_data: false },
+            7 => Command::Connect { discard_my_data: true },
+            8 => Command::Invalidate,
             _ => Command::Disconnect,
         };
+        let before = self.nodes[at].stored.disk_state;
         self.event(at, Event::Operator { id: ReplyId(1), command });
         self.forcing = false;
+        if before == DiskState::UpToDate && self.nodes[at].stored.disk_state == DiskState::Inconsistent {
+            self.given_up += 1;
+            if command != Command::Invalidate {
+                // The operator's word: what only this disk holds is not wanted.
+                let [mine, theirs] = [&self.nodes[at].content, &self.nodes[1 - at].content];
+                self.acked.retain(|write| theirs.contains(write) || !mine.contains(write));
+            }
+        }
     }
 
     /// One random thing happens.
