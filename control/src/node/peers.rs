@@ -1,9 +1,10 @@
-//! Connections between nodes before they become links: accepting, dialling, and the exchange of hellos.
+//! Connections between nodes before they become links: accepting, dialling, and carrying what is said on them.
 //!
 //! One TCP connection carries one volume. Its first message says which; from then on it belongs to that volume's task,
 //! which holds at most one conversation at a time.
 
 use super::Registry;
+use super::negotiate::{self, Terms};
 use super::volume::Input;
 use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode};
 use std::net::SocketAddr;
@@ -103,17 +104,32 @@ pub(super) fn converse(
     });
 }
 
-/// Answers a hello that was read already with ours, and hands both to the volume's task.
+/// Begins a conversation, and tells the volume's task when both sides know what carries it.
+pub(super) fn greet(
+    serial: u64,
+    mut stream: TcpStream,
+    ours: Hello,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let met = negotiate::greet(&mut stream, ours, &terms).await;
+        let _ = inbox.send(Input::Met { serial, stream, met });
+    });
+}
+
+/// Answers a hello that was read already, and tells the volume's task when both sides know what carries the session.
 pub(super) fn answer_hello(
     serial: u64,
     mut stream: TcpStream,
     ours: Hello,
     theirs: Box<Hello>,
+    terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
     tokio::spawn(async move {
-        let heard = say(&mut stream, &Message::Hello(Box::new(ours))).await.map(|()| Message::Hello(theirs));
-        let _ = inbox.send(Input::Heard { serial, stream, heard });
+        let met = negotiate::answer(&mut stream, ours, theirs, &terms).await;
+        let _ = inbox.send(Input::Met { serial, stream, met });
     });
 }
 
@@ -128,11 +144,11 @@ async fn say_and_close(mut stream: TcpStream, message: Message) {
     let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
 }
 
-async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
+pub(super) async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
     timed(hello::write(stream, message)).await
 }
 
-async fn listen(stream: &mut TcpStream) -> Heard {
+pub(super) async fn listen(stream: &mut TcpStream) -> Heard {
     timed(hello::read(stream)).await
 }
 
