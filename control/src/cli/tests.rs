@@ -41,6 +41,8 @@ fn the_fixed_command_lines_parse() {
         &["disconnect", "db"],
         &["wait-sync", "db"],
         &["doctor"],
+        &["soft-roce", "up", "eth0"],
+        &["soft-roce", "down", "eth0"],
         &["completions", "bash"],
     ] {
         parse(args).unwrap_or_else(|error| panic!("{args:?}: {error}"));
@@ -54,6 +56,8 @@ fn wrong_usage_is_told_from_help() {
         &["promote", "a/b"],
         &["wait-sync", "db", "--timeout", "30"],
         &["demo", "--seconds", "0"],
+        &["soft-roce", "up"],
+        &["soft-roce", "eth0"],
         &["explode"],
         &["status", "--yaml"],
     ] {
