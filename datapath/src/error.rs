@@ -83,6 +83,16 @@ pub enum Violation {
         /// Bytes of the frame.
         frame_len: usize,
     },
+    /// A frame that the change to another link does not allow where it came.
+    #[error("{what} (link number {serial}, step {step}): the nodes do not agree on the change to another link")]
+    Switch {
+        /// What came.
+        what: &'static str,
+        /// The link's number as sent, 0 for a frame that names none.
+        serial: u64,
+        /// The step as sent, 0 for a frame that is none.
+        step: u64,
+    },
 }
 
 /// Why a request of a front end failed. Front ends translate it (NBD: `EIO`, `ESHUTDOWN`, `EINVAL`, `ENOSPC`).

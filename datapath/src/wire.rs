@@ -36,6 +36,8 @@ pub enum Kind {
     KeepAlive = 6,
     /// A message between the two controllers: `aux` names it, `seq` is its argument. See `control`.
     Control = 7,
+    /// A step of the change to another link: `aux` names the change, `seq` the step. See `volume::switch`.
+    Switch = 8,
 }
 
 impl Kind {
@@ -48,6 +50,7 @@ impl Kind {
             5 => Self::Ack,
             6 => Self::KeepAlive,
             7 => Self::Control,
+            8 => Self::Switch,
             _ => return None,
         })
     }
@@ -277,7 +280,8 @@ mod tests {
             Just(Kind::Flush),
             Just(Kind::Ack),
             Just(Kind::KeepAlive),
-            Just(Kind::Control)
+            Just(Kind::Control),
+            Just(Kind::Switch)
         ];
         let numbers = (any::<u64>(), any::<u64>(), 0..1u64 << 62, 1..=u64::from(PAYLOAD_LEN_MAX));
         (kind, 0..=flags::ALL, numbers, any::<u64>(), any::<u32>(), any::<u64>()).prop_map(

@@ -219,7 +219,8 @@ impl VolumeTask {
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
-            ReactorEvent::Stopped => return,
+            // Nobody asks for another link yet.
+            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } | ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
     }

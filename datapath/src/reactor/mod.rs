@@ -12,7 +12,7 @@ use crate::front::nbd::connection::{Connection, ConnectionEnd};
 use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::front::queue::QueueServer;
 use crate::limits::CONNECTIONS_MAX;
-use crate::transport::DownReason;
+use crate::transport::{DownReason, Link};
 use crate::units::PollMode;
 use crate::volume::{Notice, Origin, Volume};
 use crate::waker::Waker;
@@ -478,15 +478,14 @@ impl Reactor {
     fn command(&mut self, command: Command, now: Instant) {
         match command {
             Command::Session { volume, mut link, direction, epoch } => {
-                let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                // Busy turns look at every link anyway, and a watched socket costs the sender of each packet a wake-up.
-                if self.poll_mode != PollMode::Busy
-                    && let Some((socket, _)) = link.arm()
-                    && let Err(error) = epoll::add(&self.poller, socket, key(KIND_LINK, volume), watch)
-                {
-                    link.close(DownReason::Io(error.into()));
-                }
+                self.watch(volume, link.as_mut());
                 self.volumes[volume].attach(link, direction, epoch, now);
+                self.link_ready[volume] = true;
+                self.next_deadline = now;
+            }
+            Command::SwitchLink { volume, mut link, serial } => {
+                self.watch(volume, link.as_mut());
+                self.volumes[volume].switch_link(link, serial, now);
                 self.link_ready[volume] = true;
                 self.next_deadline = now;
             }
@@ -511,6 +510,19 @@ impl Reactor {
             }
             Command::Attach { volume, queue } => self.attach_queue(volume, queue),
             Command::Shutdown => self.stopping = true,
+        }
+    }
+
+    /// Has the poller wake the loop for a link of the volume, which may have two for a while. It forgets the link when
+    /// that closes its descriptor.
+    fn watch(&self, volume: usize, link: &mut dyn Link) {
+        let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        // Busy turns look at every link anyway, and a watched socket costs the sender of each packet a wake-up.
+        if self.poll_mode != PollMode::Busy
+            && let Some((socket, _)) = link.arm()
+            && let Err(error) = epoll::add(&self.poller, socket, key(KIND_LINK, volume), watch)
+        {
+            link.close(DownReason::Io(error.into()));
         }
     }
 
