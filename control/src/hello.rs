@@ -148,6 +148,8 @@ pub struct Upgrade {
     pub volume: String,
     /// The nonces of the session's hellos, the dialer's first.
     pub session: [u64; 2],
+    /// Counts the attempts on this session, from 1 on.
+    pub serial: u64,
 }
 
 /// A node has decided, stored what it agreed to, and is ready for the session.
@@ -484,8 +486,9 @@ mod tests {
         let link = (any::<bool>(), proptest::option::of(".{0,40}")).prop_map(|(rdma, why)| {
             Message::Link(Settled { kind: if rdma { Kind::Rdma } else { Kind::Tcp }, why })
         });
-        let upgrade = (".{0,20}", any::<[u64; 2]>())
-            .prop_map(|(node, session)| Message::Upgrade(Upgrade { node, volume: "db".to_owned(), session }));
+        let upgrade = (".{0,20}", any::<[u64; 2]>(), any::<u64>()).prop_map(|(node, session, serial)| {
+            Message::Upgrade(Upgrade { node, volume: "db".to_owned(), session, serial })
+        });
         let offered = any::<u64>().prop_map(|seed| Message::Offer(offer(seed)));
         prop_oneof![hello, ready, refuse, link, upgrade, offered]
     }

@@ -424,3 +424,6 @@ fn percent_without_copy(connection: Connection) -> f64 {
 
 /// Answers owed to operators, by the id the controller knows them by.
 type Replies = HashMap<u64, oneshot::Sender<Result<String, String>>>;
+
+#[cfg(test)]
+mod tests;

@@ -5,18 +5,23 @@
 //! hello names it. An RDMA connection that fails costs its time limit once, then both go on over TCP where their
 //! configurations allow it; [`super::link`] keeps the next attempt away for a while.
 //!
+//! A session that had to begin over TCP is taken on to RDMA in the same way over a second connection, which becomes the
+//! companion; that conversation ends without harm to the session wherever it fails.
+//!
 //! Invariants: both sides end with the same kind, or the conversation ends. A secret is used for one offer. Every wait
 //! has a limit; what blocks runs on the runtime's blocking threads.
 //!
 //! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
 
-use super::peers::{listen, say};
+use super::peers::{connect_to, listen, say};
 use super::rdma::{Prepared, RdmaListener, RdmaSetup};
 use crate::config::LinkKind;
-use crate::hello::{Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, SECRET_LEN, Secret, Settled};
+use crate::hello::{
+    Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, SECRET_LEN, Secret, Settled, Upgrade,
+};
 use crate::link::{Choice, Kind, Voice, choose, reason};
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -82,6 +87,16 @@ pub(super) enum NoLink {
     /// RDMA failed where there is nothing else, or after the peer had it.
     #[error("RDMA: {0}")]
     Rdma(String),
+}
+
+impl NoLink {
+    /// Why there is no RDMA, as a note on the volume's link: a sentence that names its node.
+    pub(super) fn note(&self) -> String {
+        match self {
+            Self::Rdma(why) => why.clone(),
+            other => other.to_string(),
+        }
+    }
 }
 
 /// A conversation whose link is settled.
@@ -203,6 +218,49 @@ pub(super) async fn answer(
         other => return Err(out_of_turn(other, "what became of the RDMA offer")),
     };
     Ok(Met { hello: theirs, carrier })
+}
+
+/// The dialer's part in taking a session on to RDMA: a second connection to the peer, and RDMA beside it.
+pub(super) async fn ask_upgrade(
+    peer: SocketAddr,
+    upgrade: Upgrade,
+    terms: &Terms,
+) -> Result<(TcpStream, Prepared), NoLink> {
+    // Mostly it fails here, and costs the peer nothing.
+    terms.able().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
+    let mut stream = connect_to(peer).await.map_err(HelloError::from)?;
+    say(&mut stream, &Message::Upgrade(upgrade)).await?;
+    let offer = match listen(&mut stream).await? {
+        Message::Offer(offer) => offer,
+        other => return Err(out_of_turn(other, "an offer")),
+    };
+    // The session has its TCP link either way; this connection is for RDMA or nothing.
+    match connect(&mut stream, offer, true, terms).await? {
+        Carrier::Rdma(prepared) => match listen(&mut stream).await? {
+            Message::Link(Settled { kind: Kind::Rdma, .. }) => Ok((stream, prepared)),
+            other => Err(out_of_turn(other, "that it has the RDMA connection too")),
+        },
+        Carrier::Tcp { why, .. } => Err(NoLink::Rdma(why.expect("told by what failed"))),
+    }
+}
+
+/// The acceptor's part in that, once the volume's task has found the session that is meant.
+pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Result<Prepared, NoLink> {
+    let (listener, offer) = match terms.listen().await {
+        Ok(opened) => opened,
+        Err(why) => return Err(refuse(stream, format!("{} has no RDMA: {why}", terms.node)).await),
+    };
+    let accepting = accept(listener);
+    say(stream, &Message::Offer(offer)).await?;
+    match listen(stream).await? {
+        Message::Link(Settled { kind: Kind::Rdma, .. }) => {
+            let prepared = accepted(accepting).await?;
+            say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
+            Ok(prepared)
+        }
+        Message::Link(Settled { kind: Kind::Tcp, why }) => Err(NoLink::Rdma(why.unwrap_or_default())),
+        other => Err(out_of_turn(other, "what became of the RDMA offer")),
+    }
 }
 
 /// Begins to take the connection that an offer asked for.

@@ -6,10 +6,10 @@
 use super::link::LinkKeeper;
 use super::negotiate::{Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
-use super::rdma::RdmaSetup;
+use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
 use crate::admin;
-use crate::hello::{Hello, Message};
+use crate::hello::{Hello, Message, Upgrade};
 use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
 use costandby_datapath::disk::superblock::{MetaStore, Superblock};
 use costandby_datapath::limits::RING_LEN;
@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 
 mod carry;
 
-use carry::PeerEnd;
+use carry::{PeerEnd, SessionState};
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
@@ -42,6 +42,10 @@ pub(super) enum Input {
     Dialled { stream: Option<TcpStream> },
     /// It is settled what carries the conversation of this serial, or that nothing does.
     Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
+    /// A peer connected and wants to take the session on to RDMA.
+    UpgradeAsked { stream: TcpStream, upgrade: Upgrade },
+    /// What came of taking that session on, in this attempt.
+    Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(TcpStream, Prepared), NoLink> },
     /// The peer said something in the conversation of this serial.
     Heard { serial: u64, stream: TcpStream, heard: Heard },
     /// An operator's command.
@@ -78,6 +82,8 @@ pub(super) struct VolumeTask {
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// From the making of its link to its end.
+    session: Option<SessionState>,
     began: Instant,
     conversation: Option<Conversation>,
     serial: u64,
@@ -127,6 +133,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            session: None,
             began: now,
             conversation: None,
             serial: 0,
@@ -158,6 +165,7 @@ impl VolumeTask {
                 _ = tick.tick() => {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
+                    self.upgrade_if_due();
                 }
             }
         }
@@ -184,6 +192,8 @@ impl VolumeTask {
                     self.met(stream, met).await;
                 }
             }
+            Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, upgrade),
+            Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
                     self.heard(stream, heard).await;
@@ -219,8 +229,9 @@ impl VolumeTask {
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
-            // Nobody asks for another link yet.
-            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } | ReactorEvent::Stopped => return,
+            ReactorEvent::LinkSwitched { serial, .. } => return self.switched(serial, Ok(())),
+            ReactorEvent::SwitchFailed { serial, reason, .. } => return self.switched(serial, Err(reason)),
+            ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
     }

@@ -1,10 +1,12 @@
 //! The part of a volume's task that deals with what carries its sessions: it brings its terms to each conversation, makes
-//! the link that came out of it, and says which one it is.
+//! the link that came out of it, says which one it is, and takes a session that had to begin over TCP on to RDMA.
 
 use super::super::negotiate::{Carrier, Met, NoLink, Terms};
+use super::super::peers;
+use super::super::rdma::Prepared;
 use super::{Surroundings, VolumeTask};
 use crate::config::LinkKind;
-use crate::hello::RefuseCode;
+use crate::hello::{Refuse, RefuseCode, Upgrade};
 use crate::link::Kind;
 use crate::role::{Event, SessionSide};
 use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
@@ -27,6 +29,27 @@ pub(super) struct PeerEnd {
     /// It takes RDMA when it can.
     wants_rdma: bool,
     carrier: Carrier,
+}
+
+/// A session as far as its link may change.
+pub(super) struct SessionState {
+    /// The nonces of its hellos, the dialer's first: its name.
+    nonces: [u64; 2],
+    /// We dialled, and ask for changes.
+    dialled: bool,
+    /// What it goes on over.
+    kind: Kind,
+    /// Of the latest attempt to change it.
+    serial: u64,
+    /// The attempt under way.
+    switching: Option<u64>,
+}
+
+/// A conversation's connection as the datapath takes it.
+fn companion(stream: TcpStream) -> io::Result<std::net::TcpStream> {
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(true)?;
+    Ok(stream)
 }
 
 impl Surroundings {
@@ -99,8 +122,84 @@ impl VolumeTask {
         }
     }
 
+    /// Asks the peer to take the session on to RDMA, when it is time for that.
+    pub(super) fn upgrade_if_due(&mut self) {
+        let now = self.now();
+        let Some(session) = self.session.as_mut().filter(|s| s.dialled && s.switching.is_none()) else {
+            return;
+        };
+        if !self.link.probe_due(now) {
+            return;
+        }
+        session.serial += 1;
+        session.switching = Some(session.serial);
+        let upgrade = Upgrade {
+            node: self.surroundings.node.clone(),
+            volume: self.shared.config.name.as_str().to_owned(),
+            session: session.nonces,
+            serial: session.serial,
+        };
+        let inbox = self.shared.inbox.clone();
+        peers::ask_upgrade(self.surroundings.peer_address, upgrade, self.terms(), inbox);
+    }
+
+    /// The peer asks for it.
+    pub(super) fn upgrade_asked(&mut self, stream: TcpStream, upgrade: Upgrade) {
+        let auto = self.shared.config.link == LinkKind::Auto;
+        let session = self.session.as_mut().filter(|session| {
+            let over_tcp = auto && session.kind == Kind::Tcp && session.switching.is_none();
+            over_tcp
+                && !session.dialled
+                && session.nonces == upgrade.session
+                && upgrade.serial > session.serial
+        });
+        let Some(session) = session else {
+            let text = "there is no such session over TCP, or it is changing its link already".to_owned();
+            return peers::part(stream, Refuse { code: RefuseCode::Busy, text });
+        };
+        session.serial = upgrade.serial;
+        session.switching = Some(upgrade.serial);
+        peers::offer_upgrade(stream, upgrade, self.terms(), self.shared.inbox.clone());
+    }
+
+    /// Both nodes have an RDMA connection for the session, or not. The reactor tells how the change itself ends.
+    pub(super) fn upgraded(
+        &mut self,
+        nonces: [u64; 2],
+        serial: u64,
+        upgraded: Result<(TcpStream, Prepared), NoLink>,
+    ) {
+        let current = |session: &SessionState| session.nonces == nonces && session.switching == Some(serial);
+        if !self.session.as_ref().is_some_and(current) {
+            return;
+        }
+        let link = upgraded.map_err(|error| error.note()).and_then(|(stream, prepared)| {
+            companion(stream).and_then(prepared).map_err(|error| format!("making the RDMA link: {error}"))
+        });
+        match link {
+            Ok(link) => self.send(Command::SwitchLink { volume: self.index, link, serial }),
+            Err(why) => self.switched(serial, Err(why)),
+        }
+    }
+
+    /// The session goes on over RDMA, or over what it had.
+    pub(super) fn switched(&mut self, serial: u64, outcome: Result<(), String>) {
+        let now = self.now();
+        let Some(session) = self.session.as_mut().filter(|s| s.switching == Some(serial)) else { return };
+        session.switching = None;
+        match outcome {
+            Ok(()) => {
+                session.kind = Kind::Rdma;
+                self.link.began(now, Kind::Rdma, None, true);
+            }
+            Err(why) => self.link.tell(&why),
+        }
+        self.publish_link();
+    }
+
     /// The session is over.
     pub(super) fn link_ended(&mut self, reason: &str) {
+        self.session = None;
         self.link.ended(self.began.elapsed(), reason);
         self.publish_link();
     }
@@ -126,7 +225,17 @@ impl VolumeTask {
         self.link_up = true;
         let volume = self.index;
         let linked = conversation
-            .and_then(|c| c.stream.zip(c.peer))
+            .and_then(|c| {
+                let peer = c.peer?;
+                let mut nonces = [c.nonce, peer.nonce];
+                if !c.dialled {
+                    nonces.reverse();
+                }
+                let kind = if matches!(peer.carrier, Carrier::Rdma(_)) { Kind::Rdma } else { Kind::Tcp };
+                let dialled = c.dialled;
+                self.session = Some(SessionState { nonces, dialled, kind, serial: 0, switching: None });
+                Some((c.stream?, peer))
+            })
             .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
             .and_then(|(stream, peer)| self.make_link(stream, peer));
         match linked {
@@ -149,8 +258,7 @@ impl VolumeTask {
     }
 
     fn make_link(&mut self, stream: TcpStream, peer: PeerEnd) -> io::Result<Box<dyn Link>> {
-        let stream = stream.into_std()?;
-        stream.set_nonblocking(true)?;
+        let stream = companion(stream)?;
         let now = self.now();
         let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let link: Box<dyn Link> = match peer.carrier {
