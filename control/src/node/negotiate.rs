@@ -85,7 +85,7 @@ pub(super) enum NoLink {
     #[error("{0}")]
     NothingInCommon(String),
     /// RDMA failed where there is nothing else, or after the peer had it.
-    #[error("RDMA: {0}")]
+    #[error("{0}")]
     Rdma(String),
 }
 
@@ -168,8 +168,8 @@ async fn connect(
         }
         Err(why) => {
             let text = reason(&format!("{} could not connect by RDMA: {why}", terms.node));
-            say(stream, &Message::Refuse(Refuse { code: RefuseCode::Link, text })).await?;
-            return Err(NoLink::Rdma(why));
+            say(stream, &Message::Refuse(Refuse { code: RefuseCode::Link, text: text.clone() })).await?;
+            return Err(NoLink::Rdma(text));
         }
     };
     say(stream, &Message::Link(settled)).await?;
@@ -209,7 +209,7 @@ pub(super) async fn answer(
     let accepting = accept(listener);
     say(stream, &Message::Hello(Box::new(ours))).await?;
     let carrier = match listen(stream).await? {
-        Message::Link(Settled { kind: Kind::Rdma, .. }) => Carrier::Rdma(accepted(accepting).await?),
+        Message::Link(Settled { kind: Kind::Rdma, .. }) => Carrier::Rdma(accepted(accepting, terms).await?),
         Message::Link(Settled { kind: Kind::Tcp, why }) if tcp => Carrier::Tcp { why, tried: true },
         Message::Link(_) => {
             let text = format!("{} has link = \"rdma\" and nothing else", terms.node);
@@ -254,7 +254,7 @@ pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Resu
     say(stream, &Message::Offer(offer)).await?;
     match listen(stream).await? {
         Message::Link(Settled { kind: Kind::Rdma, .. }) => {
-            let prepared = accepted(accepting).await?;
+            let prepared = accepted(accepting, terms).await?;
             say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
             Ok(prepared)
         }
@@ -269,8 +269,12 @@ pub(super) fn accept(listener: Box<dyn RdmaListener>) -> JoinHandle<Result<Prepa
 }
 
 /// The connection that the peer says it made.
-pub(super) async fn accepted(accepting: JoinHandle<Result<Prepared, String>>) -> Result<Prepared, NoLink> {
-    accepting.await.expect("a panic has ended the process").map_err(NoLink::Rdma)
+pub(super) async fn accepted(
+    accepting: JoinHandle<Result<Prepared, String>>,
+    terms: &Terms,
+) -> Result<Prepared, NoLink> {
+    let prepared = accepting.await.expect("a panic has ended the process");
+    prepared.map_err(|why| NoLink::Rdma(format!("{} was not connected by RDMA: {why}", terms.node)))
 }
 
 /// Says a last word about links.

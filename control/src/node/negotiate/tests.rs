@@ -99,7 +99,7 @@ async fn rdma_that_fails_falls_back_to_tcp_where_that_is_allowed() {
     assert_eq!(there, here, "the peer is told the reason");
     for wanted in [[Rdma, Auto], [Auto, Rdma], [Rdma, Rdma]] {
         let [here, there] = with_scripts(wanted, unreachable(), Script::default()).await;
-        assert_eq!(here, ("none", "RDMA: no route".to_owned()));
+        assert_eq!(here, ("none", "alpha could not connect by RDMA: no route".to_owned()));
         assert_eq!(there, ("none", "alpha could not connect by RDMA: no route".to_owned()));
     }
 }
@@ -121,7 +121,7 @@ async fn a_connection_that_only_the_dialer_believes_in_ends_the_conversation() {
     let script = Script { accept: Some("the queue pair broke"), ..Script::default() };
     let [here, there] = with_scripts([LinkKind::Auto; 2], Script::default(), script).await;
     assert_eq!(here.0, "rdma", "it waits for the acceptor's ready then, which does not come");
-    assert_eq!(there, ("none", "RDMA: the queue pair broke".to_owned()));
+    assert_eq!(there, ("none", "beta was not connected by RDMA: the queue pair broke".to_owned()));
 }
 
 #[tokio::test]
@@ -150,7 +150,7 @@ async fn each_offer_has_another_secret_and_a_wrong_one_is_turned_away() {
     assert_eq!(alpha.dial(stolen).await.err().as_deref(), Some("turned away"));
     let accepting = accept(first);
     assert!(alpha.dial(offer).await.is_ok());
-    assert!(accepted(accepting).await.is_ok());
+    assert!(accepted(accepting, &beta).await.is_ok());
 }
 
 /// Plays a dialer by hand against [`answer`], after a hello with both kinds.
@@ -179,7 +179,7 @@ async fn a_dialer_that_says_what_does_not_belong_there_is_named() {
     assert_eq!(answered_with(LinkKind::Auto, link(Kind::Tcp)).await.0, "fallback");
     // It promises a connection that it never made.
     let (kind, text) = answered_with(LinkKind::Auto, link(Kind::Rdma)).await;
-    assert_eq!((kind, text.as_str()), ("none", "RDMA: nobody connected"));
+    assert_eq!((kind, text.as_str()), ("none", "beta was not connected by RDMA: nobody connected"));
 }
 
 #[tokio::test]
