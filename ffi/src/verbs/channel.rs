@@ -195,6 +195,12 @@ impl Identifier {
         unsafe { from_storage(&(*self.raw).route.addr.dst_addr_union.dst_storage) }
     }
 
+    /// Turns a connection request down. An identifier of no request answers with an error, which is as good.
+    pub(super) fn reject(&self) {
+        // SAFETY: the identifier is alive; no private data go along.
+        unsafe { sys::rdma_reject(self.raw, std::ptr::null(), 0) };
+    }
+
     /// Tells the peer. Its answer is not waited for.
     pub(super) fn disconnect(&self) {
         // SAFETY: the identifier is alive; it owns no queue pair (ours is created apart from it and is destroyed). One

@@ -145,7 +145,7 @@ impl Listener {
         while let Some(event) = self.identifier.channel().wait(deadline)? {
             match event.kind {
                 event_type::RDMA_CM_EVENT_CONNECT_REQUEST => {
-                    if let Some(request) = Request::new(event)? {
+                    if let Some(request) = Request::new(event) {
                         return Ok(Some(request));
                     }
                 }
@@ -170,9 +170,18 @@ impl std::fmt::Debug for Listener {
     }
 }
 
-/// Somebody wants to connect. Dropped, it is turned down.
+/// Somebody wants to connect. Dropped, it is turned down. Costs no device anything until it is opened.
 pub struct Request {
     private: Vec<u8>,
+    peer: SocketAddr,
+    /// `None` once opened.
+    identifier: Option<Identifier>,
+}
+
+/// A request that is wanted: its device is open, memory can be registered. Dropped, it is turned down.
+pub struct Opened {
+    private: Vec<u8>,
+    /// `None` once answered.
     half: Option<Half>,
 }
 
@@ -185,8 +194,14 @@ struct Half {
 
 impl Half {
     fn new(identifier: Identifier, peer: SocketAddr) -> Result<Self, VerbsError> {
-        let device = identifier.device().ok_or(VerbsError::NoDevice)?;
-        let domain = Domain::new(Context::open(device)?)?;
+        let open = |device| Domain::new(Context::open(device)?);
+        let domain = match identifier.device().ok_or(VerbsError::NoDevice).and_then(open) {
+            Ok(domain) => domain,
+            Err(error) => {
+                identifier.reject();
+                return Err(error);
+            }
+        };
         Ok(Self { connection: Connection::new(identifier), domain, peer })
     }
 
@@ -304,16 +319,11 @@ fn parameters(queue_pair: &QueuePair, private: &[u8]) -> sys::rdma_conn_param {
 }
 
 impl Request {
-    /// `None` when the peer has given up, or the machine is out of something: then it is told no.
-    fn new(event: Event) -> Result<Option<Self>, VerbsError> {
-        let Ok(identifier) = Identifier::of_request(event.request) else { return Ok(None) };
-        let Some(peer) = identifier.peer_address() else { return Ok(None) };
-        let half = Half::new(identifier, peer)?;
-        Ok(Some(Self { private: event.private, half: Some(half) }))
-    }
-
-    fn half(&self) -> &Half {
-        self.half.as_ref().expect("taken only when the request ends")
+    /// `None` when the peer has given up, or the system is out of descriptors: then it is told no.
+    fn new(event: Event) -> Option<Self> {
+        let identifier = Identifier::of_request(event.request).ok()?;
+        let peer = identifier.peer_address()?;
+        Some(Self { private: event.private, peer, identifier: Some(identifier) })
     }
 
     /// What the peer sent along, with what the connection manager pads it to.
@@ -325,18 +335,48 @@ impl Request {
     /// Who asks.
     #[must_use]
     pub fn peer(&self) -> SocketAddr {
-        self.half().peer
+        self.peer
+    }
+
+    /// Turns it down; the peer sees [`VerbsError::Rejected`].
+    pub fn reject(self) {
+        drop(self);
+    }
+
+    /// Opens the device for it.
+    ///
+    /// # Errors
+    /// The device cannot be opened; the peer is told no.
+    pub fn open(mut self) -> Result<Opened, VerbsError> {
+        let identifier = self.identifier.take().expect("taken here only");
+        let private = std::mem::take(&mut self.private);
+        Ok(Opened { private, half: Some(Half::new(identifier, self.peer)?) })
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        if let Some(identifier) = self.identifier.take() {
+            identifier.reject();
+        }
+    }
+}
+
+impl std::fmt::Debug for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Request").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+impl Opened {
+    fn half(&self) -> &Half {
+        self.half.as_ref().expect("taken only with the answer")
     }
 
     /// Where to register what the peer shall write into.
     #[must_use]
     pub fn domain(&self) -> &Domain {
         &self.half().domain
-    }
-
-    /// Turns it down; the peer sees [`VerbsError::Rejected`].
-    pub fn reject(self) {
-        drop(self);
     }
 
     /// Connects, and tells the peer `private`. Blocks until it is up.
@@ -364,18 +404,17 @@ impl Request {
     }
 }
 
-impl Drop for Request {
+impl Drop for Opened {
     fn drop(&mut self) {
         if let Some(half) = self.half.take() {
-            // SAFETY: the identifier is alive; no private data go along.
-            unsafe { sys::rdma_reject(half.raw(), std::ptr::null(), 0) };
+            half.connection.identifier().reject();
         }
     }
 }
 
-impl std::fmt::Debug for Request {
+impl std::fmt::Debug for Opened {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Request")
+        f.debug_struct("Opened")
             .field("peer", &self.half.as_ref().map(|half| half.peer))
             .finish_non_exhaustive()
     }

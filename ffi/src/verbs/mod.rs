@@ -34,7 +34,7 @@ mod receive;
 mod region;
 mod send;
 
-pub use connection::{Established, Listener, Request, Resolved};
+pub use connection::{Established, Listener, Opened, Request, Resolved};
 pub use context::Domain;
 pub use device::{Device, Gid, GidKind, Limits, LinkLayer, Port, PortState, Transport, devices};
 pub use error::{Memlock, VerbsError, memlock};

@@ -156,7 +156,7 @@ pub struct QueuePair {
     raw: *mut sys::ibv_qp,
     /// Given to the reaper with the cut.
     connection: Option<Connection>,
-    send: SendQueue,
+    pub(super) send: SendQueue,
     receive: ReceiveQueue,
     completions: CompletionQueue,
     /// What was polled before the cut and not asked for.
@@ -173,7 +173,7 @@ unsafe impl Send for QueuePair {}
 impl QueuePair {
     /// A queue pair in the state RESET.
     pub(super) fn new(domain: &Domain, settings: &Settings, port: u8) -> Result<Self, VerbsError> {
-        let limits = domain.context().limits(&domain.context().attributes()?);
+        let limits = domain.limits()?;
         let enough = |what, found: u32, needed: u32| {
             let error = || VerbsError::Limit {
                 device: domain.device_name(),
@@ -431,9 +431,9 @@ impl QueuePair {
         self.raw = std::ptr::null_mut();
         // A device that does not let go of the queue pair may still read what was posted: that memory is never freed.
         if code == 0 {
-            self.send.release()
+            self.send.release();
         } else {
-            self.send.leak()
+            self.send.leak();
         }
         if code != 0 {
             self.receive.leak();

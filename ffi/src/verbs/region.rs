@@ -1,7 +1,8 @@
 //! Registered memory: bytes of a mapping that a device may read from, or a peer write into.
 //!
-//! Invariant: a region deregisters before its mapping can be unmapped, and deregistering returns only when the device
-//! has stopped using the memory. A device that refuses to let go costs the mapping's address space, never its safety.
+//! Invariant: a region deregisters before its mapping can be unmapped and before its pages may be dropped from the file
+//! underneath, and deregistering returns only when the device has stopped using the memory. A device that refuses to let
+//! go costs the mapping's address space, never its safety.
 
 use std::fmt;
 use std::mem::ManuallyDrop;
@@ -12,7 +13,7 @@ use sys::ibv_access_flags as flags;
 
 use super::context::Domain;
 use super::error::{Memlock, VerbsError, memlock};
-use crate::mapping::Span;
+use crate::mapping::{Pin, PinBusy, Span};
 
 /// Registered bytes of a mapping. Cheap to clone; the last clone deregisters (a system call that unpins the pages).
 #[derive(Clone)]
@@ -24,8 +25,9 @@ struct Inner {
     raw: *mut sys::ibv_mr,
     local_key: u32,
     remote_key: u32,
-    /// Keeps the memory mapped; leaked should the device not let go of it.
-    span: ManuallyDrop<Span>,
+    span: Span,
+    /// Keeps the memory mapped and its pages in place; leaked should the device not let go of them.
+    pin: ManuallyDrop<Pin>,
     domain: Domain,
 }
 
@@ -62,21 +64,21 @@ impl Region {
 
     fn register(domain: &Domain, span: &Span, access: u32) -> Result<Self, VerbsError> {
         let access = i32::try_from(access).expect("three low bits");
-        // SAFETY: the span's bytes stay mapped until the region is deregistered, by the clone of the span that `Inner`
-        // holds. No reference to them exists, so the device may read and write them from now on until then.
+        // Before the device gets the pages, and until it has given them back, nobody punches holes there.
+        let pin = span.mapping().pin(span.offset(), span.len()).map_err(|busy| match busy {
+            PinBusy::Dropping { .. } => VerbsError::Busy,
+            PinBusy::Full => VerbsError::Call { call: "pinning", source: busy.into() },
+        })?;
+        // SAFETY: the span's bytes stay mapped until the region is deregistered, by the pin that `Inner` holds. No
+        // reference to them exists, so the device may read and write them from now on until then.
         let raw = unsafe { sys::ibv_reg_mr(domain.as_ptr(), span.as_ptr().cast(), span.len(), access) };
         if raw.is_null() {
             return Err(refused(span.len()));
         }
         // SAFETY: the call returned a region, whose keys are constant.
         let (local_key, remote_key) = unsafe { ((*raw).lkey, (*raw).rkey) };
-        let inner = Inner {
-            raw,
-            local_key,
-            remote_key,
-            span: ManuallyDrop::new(span.clone()),
-            domain: domain.clone(),
-        };
+        let (span, pin, domain) = (span.clone(), ManuallyDrop::new(pin), domain.clone());
+        let inner = Inner { raw, local_key, remote_key, span, pin, domain };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -125,13 +127,13 @@ impl Drop for Inner {
         let code = unsafe { sys::ibv_dereg_mr(self.raw) };
         if code == 0 {
             // SAFETY: dropped here and nowhere else, and not used afterwards.
-            unsafe { ManuallyDrop::drop(&mut self.span) };
+            unsafe { ManuallyDrop::drop(&mut self.pin) };
         }
     }
 }
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Region").field("span", &*self.inner.span).finish_non_exhaustive()
+        f.debug_struct("Region").field("span", &self.inner.span).finish_non_exhaustive()
     }
 }

@@ -98,6 +98,12 @@ impl SendQueue {
         self.push(opcode::IBV_WR_SEND, 1, nothing, signalled, true);
     }
 
+    /// Makes the message queued last one of a length that ours never are.
+    #[cfg(test)]
+    pub(super) fn shorten_last(&mut self, len: u32) {
+        self.pieces[self.queued - 1][0].length = len;
+    }
+
     fn push(&mut self, opcode: opcode::Type, pieces: usize, open: Open, signalled: bool, inline: bool) {
         assert!(self.open.len() < self.len, "more than {} work requests open", self.len);
         let number = self.first_open + self.open.len() as u64;

@@ -1,10 +1,12 @@
-//! What can be tested without a device. The rest is in `tests/device.rs`.
+//! What can be tested without a device. The rest is in [`device`].
 
 use std::fs;
 use std::path::Path;
 
 use super::device::why_none;
 use super::*;
+
+mod device;
 
 #[test]
 fn a_machine_without_devices_is_told_what_it_lacks() {
