@@ -180,7 +180,9 @@ impl VolumeTask {
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
             // Nobody asks for another link yet.
-            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } | ReactorEvent::Stopped => return,
+            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } | ReactorEvent::Stopped => {
+                return;
+            }
         };
         self.handle(event).await;
     }

@@ -196,7 +196,8 @@ impl Volume {
 
     /// Lets the two links change places if both ends have left the old one.
     fn change_over(&mut self, now: Instant) -> bool {
-        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.swapped && switch.steps.crossed()) else {
+        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.swapped && switch.steps.crossed())
+        else {
             return false;
         };
         let Some(link) = &mut self.link else { return false };
