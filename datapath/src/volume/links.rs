@@ -67,6 +67,11 @@ impl Switching {
         if self.swapped { Side::Old } else { Side::New }
     }
 
+    #[cfg(test)]
+    pub(super) fn held_len(&self) -> usize {
+        self.held.len()
+    }
+
     /// Where the session's frames go, if anywhere.
     pub(super) fn sends_on(&self) -> Option<InUse> {
         self.steps.sends_on().map(|side| self.at(side))

@@ -1,7 +1,7 @@
 //! A session that changes its link: nothing is lost, doubled or reordered, whoever is told first and whatever dies.
 
 use super::*;
-use crate::limits::{SWITCH_OFFER_S_MAX, SWITCH_STUCK_S_MAX};
+use crate::limits::{SWITCH_HELD_MAX, SWITCH_OFFER_S_MAX, SWITCH_STUCK_S_MAX};
 use crate::transport::fault::{FaultLink, Plan};
 use crate::transport::tcp::TcpLink;
 use crate::units::Seq;
@@ -473,6 +473,73 @@ fn nothing_of_the_new_link_is_believed_before_the_last_of_the_old_one() {
     assert!(node.saw(is_switched) && heard(&mut old).1, "the old link is closed, and that is all");
     assert!(node.volume.has_link());
     node.assert_nothing_left();
+}
+
+#[test]
+fn what_is_kept_back_is_bounded_and_comes_in_order_when_its_turn_has_come() {
+    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+    say(&mut new, step(1));
+    say(&mut new, step(2));
+    let mut said = 0;
+    for _ in 0..2 * SWITCH_HELD_MAX / 100 {
+        for _ in 0..100 {
+            let mut header = Header::new(Kind::Control, Epoch(1));
+            (header.aux, header.seq) = (1, Seq(said + 1));
+            said += u64::from(new.send(header).is_ok());
+        }
+        new.kick();
+        (0..3).for_each(|_| node.turn());
+    }
+    let held = node.volume.switch.as_ref().expect("under way").held_len();
+    assert!((SWITCH_HELD_MAX..SWITCH_HELD_MAX + crate::limits::LINK_EVENTS_MAX).contains(&held), "{held}");
+    say(&mut old, step(3));
+    let mut heard = 0;
+    let began = Instant::now();
+    while heard < said {
+        new.kick();
+        node.turn();
+        for event in node.events.drain(..) {
+            let Event::PeerMessage { arg, .. } = event else { panic!("{event:?}") };
+            heard += 1;
+            assert_eq!(arg, heard);
+        }
+        assert!(began.elapsed() < PATIENCE, "{heard} of {said}");
+    }
+}
+
+#[test]
+fn signs_of_life_go_out_over_both_links_and_silence_is_measured_on_the_one_that_is_read() {
+    let timeout = Duration::from_millis(400);
+    for crossed in [false, true] {
+        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+        (1..=2).for_each(|number| say(&mut new, step(number)));
+        (0..5).for_each(|_| node.turn());
+        if crossed {
+            say(&mut old, step(3));
+            (0..5).for_each(|_| node.turn());
+        }
+        let began = Instant::now();
+        let mut quarters = 0;
+        let mut lives = [0, 0];
+        while node.volume.has_link() {
+            quarters += 1;
+            assert!(quarters < 20, "never judged silent");
+            let now = began + timeout / 4 * quarters;
+            for (raw, lives) in [&mut old, &mut new].into_iter().zip(&mut lives) {
+                let mut events = Vec::new();
+                while raw.poll(&mut events) {}
+                let is_life = |e: &&LinkEvent| matches!(e, LinkEvent::Message(header) if header.kind == Kind::KeepAlive);
+                *lives += events.iter().filter(is_life).count();
+            }
+            // The other link is full of life, and that is not the one that counts.
+            let lively = if crossed { &mut old } else { &mut new };
+            say(lively, Header::new(Kind::KeepAlive, Epoch(1)));
+            node.volume.poll(now);
+            node.volume.keep_alive(now, timeout);
+            node.volume.poll(now);
+        }
+        assert!((4..=6).contains(&quarters) && lives.iter().all(|n| *n >= 3), "{quarters} {lives:?}");
+    }
 }
 
 #[test]
