@@ -84,7 +84,9 @@ pub enum Violation {
         frame_len: usize,
     },
     /// A frame that the change to another link does not allow where it came.
-    #[error("{what} (link number {serial}, step {step}): the nodes do not agree on the change to another link")]
+    #[error(
+        "{what} (link number {serial}, step {step}): the nodes do not agree on the change to another link"
+    )]
     Switch {
         /// What came.
         what: &'static str,

@@ -67,6 +67,11 @@ impl Switching {
         if self.swapped { Side::Old } else { Side::New }
     }
 
+    #[cfg(test)]
+    pub(super) fn held_len(&self) -> usize {
+        self.held.len()
+    }
+
     /// Where the session's frames go, if anywhere.
     pub(super) fn sends_on(&self) -> Option<InUse> {
         self.steps.sends_on().map(|side| self.at(side))
@@ -196,7 +201,8 @@ impl Volume {
 
     /// Lets the two links change places if both ends have left the old one.
     fn change_over(&mut self, now: Instant) -> bool {
-        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.swapped && switch.steps.crossed()) else {
+        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.swapped && switch.steps.crossed())
+        else {
             return false;
         };
         let Some(link) = &mut self.link else { return false };

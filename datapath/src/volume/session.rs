@@ -183,11 +183,8 @@ impl Volume {
             self.last_sent = now;
         }
         let patience_ends = self.last_heard + timeout;
-        let due = (self.last_sent + interval).min(if patience_ends > now {
-            patience_ends
-        } else {
-            now + interval
-        });
+        let due =
+            (self.last_sent + interval).min(if patience_ends > now { patience_ends } else { now + interval });
         Some(switch_due.map_or(due, |at| at.min(due)))
     }
 

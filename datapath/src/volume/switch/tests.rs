@@ -113,9 +113,7 @@ impl World {
         };
         let header = match frame {
             Frame::Step(step) => Steps::new(SERIAL).frame(step, Epoch(1)),
-            Frame::Change(number) => {
-                Header { seq: Seq(number.into()), ..Header::new(Kind::Write, Epoch(1)) }
-            }
+            Frame::Change(number) => Header { seq: Seq(number.into()), ..Header::new(Kind::Write, Epoch(1)) },
         };
         match steps.heard(side, &header) {
             Ok(Hearing::Live) => self.live(who, frame),
@@ -183,7 +181,10 @@ impl World {
                     if steps.complete() && end.held.is_empty() {
                         then(&|world| {
                             let owed = &world.wire[at(Side::Old)];
-                            assert!(owed.iter().all(VecDeque::is_empty), "closed with frames on it: {world:?}");
+                            assert!(
+                                owed.iter().all(VecDeque::is_empty),
+                                "closed with frames on it: {world:?}"
+                            );
                             world.ends[who].mode = Mode::New;
                             world.leave(who, Side::Old);
                         });
@@ -208,12 +209,14 @@ impl World {
         });
         for side in [Side::Old, Side::New] {
             let wire = &self.wire[at(side)];
-            for (first, second) in (0..=wire[0].len()).flat_map(|a| (0..=wire[1].len()).map(move |b| (a, b))) {
+            for (first, second) in (0..=wire[0].len()).flat_map(|a| (0..=wire[1].len()).map(move |b| (a, b)))
+            {
                 then(&|world| {
                     (world.killed, world.lost[at(side)]) = (true, true);
                     world.wire[at(side)][0].truncate(first);
                     world.wire[at(side)][1].truncate(second);
-                    let arrives = world.wire[at(side)].iter().flatten().any(|f| *f == Frame::Step(Step::Accept));
+                    let arrives =
+                        world.wire[at(side)].iter().flatten().any(|f| *f == Frame::Step(Step::Accept));
                     world.harmed |= side == Side::Old || arrives || accepted;
                 });
             }
