@@ -30,6 +30,10 @@ mod peers;
 mod rdma;
 mod volume;
 
+/// Bytes of a disk that an RDMA link may register: what clients of one volume write to again and again is rarely more, and
+/// where the limit on locked memory is lower, the rest goes through the link's stage.
+const RDMA_WINDOWS_LIMIT: u64 = 1 << 30;
+
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
 
@@ -235,7 +239,7 @@ async fn serve(
     peer_listener: std::net::TcpListener,
 ) -> Result<(), NodeError> {
     let system = |doing| move |source| NodeError::System { doing, source };
-    let rdma = rdma::setup();
+    let rdma = rdma::setup(RDMA_WINDOWS_LIMIT);
     let mut shared = Vec::new();
     let mut tasks = Vec::new();
     for (index, open) in opened.into_iter().enumerate() {

@@ -40,18 +40,28 @@ pub(super) trait RdmaListener: Send {
     fn accept(self: Box<Self>, limit: Duration) -> Result<Prepared, String>;
 }
 
-/// This build's RDMA.
-pub(super) fn setup() -> Arc<dyn RdmaSetup> {
+/// This machine's RDMA, with so many bytes of a disk registered at most.
+#[cfg(feature = "rdma")]
+pub(super) fn setup(windows_limit_bytes: u64) -> Arc<dyn RdmaSetup> {
+    Arc::new(real::Verbs { windows_limit_bytes })
+}
+
+/// A build without it has none.
+#[cfg(not(feature = "rdma"))]
+pub(super) fn setup(_: u64) -> Arc<dyn RdmaSetup> {
     Arc::new(NotBuiltIn)
 }
 
 /// A build without it.
+#[cfg(not(feature = "rdma"))]
 struct NotBuiltIn;
 
+#[cfg(not(feature = "rdma"))]
 impl NotBuiltIn {
     const WHY: &str = "this program was built without the feature `rdma`";
 }
 
+#[cfg(not(feature = "rdma"))]
 impl RdmaSetup for NotBuiltIn {
     fn able(&self, _: IpAddr) -> Result<(), String> {
         Err(Self::WHY.to_owned())
@@ -68,3 +78,5 @@ impl RdmaSetup for NotBuiltIn {
 
 #[cfg(test)]
 pub(super) mod fake;
+#[cfg(feature = "rdma")]
+mod real;

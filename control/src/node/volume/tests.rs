@@ -79,7 +79,7 @@ fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
         peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
-        rdma: crate::node::rdma::setup(),
+        rdma: crate::node::rdma::setup(0),
     };
     (VolumeTask::new(0, shared, controller, Some(store), handle, queue, surroundings), reactor)
 }
