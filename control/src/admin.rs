@@ -62,6 +62,9 @@ pub struct VolumeStatus {
     pub peer_state: String,
     /// `tcp` or `rdma`: what carries the copies, or would.
     pub link: String,
+    /// Why it is not RDMA although the configuration would have it, or why there is none at all.
+    #[serde(default)]
+    pub link_note: Option<String>,
     /// `async`, `memory` or `durable`.
     pub ack: String,
     /// Fencing number.

@@ -322,14 +322,18 @@ impl Config {
         self.volumes.values().filter_map(move |volume| Some((volume, volume.disks.get(node)?)))
     }
 
-    /// Refuses what the file may say but this program cannot do yet; for `up`, after [`Config::node`].
+    /// Refuses what the file may say but this build cannot do; for `up`, after [`Config::node`]. A machine without an RDMA
+    /// device is no reason: it may get one while the daemon runs.
     ///
     /// # Errors
-    /// [`Problem::RdmaNotBuiltIn`] for a volume of `node` that wants RDMA and nothing else.
+    /// [`Problem::RdmaNotBuiltIn`] for a volume of `node` that wants RDMA and nothing else, where this program was built without
+    /// it.
     pub fn check_supported(&self, node: &str) -> Result<(), ConfigError> {
         match self.volumes_of(node).find(|(volume, _)| volume.link == LinkKind::Rdma) {
-            Some((volume, _)) => Err(self.error(Problem::RdmaNotBuiltIn { volume: volume.name.to_string() })),
-            None => Ok(()),
+            Some((volume, _)) if !cfg!(feature = "rdma") => {
+                Err(self.error(Problem::RdmaNotBuiltIn { volume: volume.name.to_string() }))
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -2,10 +2,22 @@
 //!
 //! ```text
 //! dialer ── Hello ──▶ acceptor        the acceptor answers the hello it read with its own
-//!        ◀── Hello ──
+//!        ◀── Hello ──                 with an offer where both have RDMA: where to connect, and with which secret
+//!        ══ RDMA connect ══▶          only after an offer, as is the next message
+//!        ── Link ──▶                  what came of it: RDMA, or TCP and why
 //!        ── Ready ──▶                 each has decided (`generation::agree`) and stored what it agreed to
 //!        ◀── Ready ──                 or either says Refuse, and the connection ends
-//! ══ frames (`datapath::wire`) ══
+//! ══ frames (`datapath::wire`) ══      here, or over RDMA with this connection as its companion
+//! ```
+//!
+//! A session over TCP may be taken on to RDMA over a second connection, which the dialer begins with `Upgrade`:
+//!
+//! ```text
+//! dialer ── Upgrade ──▶ acceptor      names the session by the nonces of its hellos
+//!        ◀── Offer ──
+//!        ══ RDMA connect ══▶
+//!        ── Link ──▶
+//!        ◀── Link ──                  the acceptor has the RDMA connection too: both switch
 //! ```
 //!
 //! An envelope is `magic[8] version[1] len[4] crc32c[4]`, little-endian, then `len` bytes of JSON, which the CRC-32C
@@ -14,10 +26,13 @@
 //! link's first frame.
 
 use crate::generation::{Agreement, Lineage, ServingRole, View};
+use crate::link::{Kind, REASON_LEN_MAX, Voice};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
 use costandby_datapath::limits::{self, GENERATION_HISTORY_LEN};
 use costandby_datapath::units::{Epoch, Generation};
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::SocketAddr;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// First bytes of every envelope.
@@ -46,11 +61,95 @@ pub struct Hello {
     pub ring_len: u64,
     /// Link kinds the speaker can carry on with, best first.
     pub links: Vec<String>,
-    /// Random, another for each conversation. Nothing is decided on it yet.
+    /// Random, another for each conversation. Both sides' together name a session to [`Upgrade`].
     pub nonce: u64,
+    /// The acceptor's, where the dialer's links and its own have RDMA: the dialer connects there next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rdma: Option<RdmaOffer>,
+    /// Why RDMA is not among the links although the speaker is configured to take it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_rdma: Option<String>,
     /// The speaker's disk.
     #[serde(with = "stored_view")]
     pub view: View,
+}
+
+impl Hello {
+    /// What the speaker says about links.
+    #[must_use]
+    pub fn voice(&self) -> Voice {
+        Voice { links: self.links.clone(), no_rdma: self.no_rdma.clone() }
+    }
+
+    /// Says this about links.
+    pub fn set_voice(&mut self, voice: Voice) {
+        self.links = voice.links;
+        self.no_rdma = voice.no_rdma;
+    }
+}
+
+/// Bytes of a [`Secret`]: what no one guesses, and few enough for a connection request's private data.
+pub const SECRET_LEN: usize = 16;
+
+/// What an RDMA connection has to show to be let in. Fresh for each offer; never shown in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub [u8; SECRET_LEN]);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let digits = self.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        serializer.serialize_str(&digits)
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let digits = String::deserialize(deserializer)?;
+        let bad = || serde::de::Error::custom(format!("a secret is {} hexadecimal digits", 2 * SECRET_LEN));
+        if digits.len() != 2 * SECRET_LEN || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(bad());
+        }
+        let number = u128::from_str_radix(&digits, 16).map_err(|_| bad())?;
+        Ok(Self(number.to_be_bytes()))
+    }
+}
+
+/// Where a node takes one RDMA connection, and from whom.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RdmaOffer {
+    /// Its listener.
+    pub address: SocketAddr,
+    /// What the connection request has to carry.
+    pub secret: Secret,
+}
+
+/// What became of an offer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Settled {
+    /// What carries the session.
+    pub kind: Kind,
+    /// Why not RDMA.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// Asks to take a session over TCP on to RDMA.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// Who speaks.
+    pub node: String,
+    /// The session's volume.
+    pub volume: String,
+    /// The nonces of the session's hellos, the dialer's first.
+    pub session: [u64; 2],
+    /// Counts the attempts on this session, from 1 on.
+    pub serial: u64,
 }
 
 /// A node has decided, stored what it agreed to, and is ready for the session.
@@ -74,6 +173,8 @@ pub enum RefuseCode {
     Disks,
     /// The configurations differ, or the volume is unknown here.
     Configuration,
+    /// No kind of link that both can have: see the text.
+    Link,
     /// A code of a later release.
     #[serde(other)]
     Other,
@@ -94,6 +195,12 @@ pub struct Refuse {
 pub enum Message {
     /// The first message of both.
     Hello(Box<Hello>),
+    /// What became of the acceptor's offer; from the dialer, and of an upgrade from the acceptor as well.
+    Link(Settled),
+    /// The first message on a connection that shall take a session on to RDMA.
+    Upgrade(Upgrade),
+    /// The answer to it.
+    Offer(RdmaOffer),
     /// The last message before frames.
     Ready(Ready),
     /// The last message of all.
@@ -191,14 +298,22 @@ pub fn decode(bytes: &[u8]) -> Result<Option<(Message, usize)>, HelloError> {
 
 /// Bounds what a peer may name: names come back in our refusals, which are bounded too.
 fn checked(message: Message) -> Result<Message, serde_json::Error> {
-    if let Message::Hello(hello) = &message {
-        let long = [&hello.node, &hello.volume]
-            .into_iter()
-            .chain(&hello.links)
-            .any(|name| name.len() > NAME_LEN_MAX);
-        if long || hello.links.len() > LINKS_MAX {
-            return Err(serde::de::Error::custom("a name or the list of links is too long"));
+    let long = |names: &[&String]| names.iter().any(|name| name.len() > NAME_LEN_MAX);
+    let wordy = |why: &Option<String>| why.as_ref().is_some_and(|why| why.len() > REASON_LEN_MAX);
+    let bad = match &message {
+        Message::Hello(hello) => {
+            let links: Vec<_> = hello.links.iter().collect();
+            long(&[&hello.node, &hello.volume])
+                || long(&links)
+                || links.len() > LINKS_MAX
+                || wordy(&hello.no_rdma)
         }
+        Message::Upgrade(upgrade) => long(&[&upgrade.node, &upgrade.volume]),
+        Message::Link(settled) => wordy(&settled.why),
+        Message::Offer(_) | Message::Ready(_) | Message::Refuse(_) => false,
+    };
+    if bad {
+        return Err(serde::de::Error::custom("a name, a reason or the list of links is too long"));
     }
     Ok(message)
 }
@@ -353,7 +468,10 @@ mod tests {
         });
         let hello = (view, ".{0,40}", any::<u64>()).prop_map(|(view, node, nonce)| {
             let (volume, links) = ("db".to_owned(), vec!["tcp".to_owned()]);
-            Message::Hello(Box::new(Hello { node, volume, ring_len: nonce / 2, links, nonce, view }))
+            let rdma = (nonce % 2 == 0).then(|| offer(nonce));
+            let no_rdma = (nonce % 3 == 0).then(|| "no device".to_owned());
+            let ring_len = nonce / 2;
+            Message::Hello(Box::new(Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, view }))
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
             let verdict = if resync {
@@ -365,7 +483,21 @@ mod tests {
             Message::Ready(Ready { agreement, lineage: Lineage { volume_id: [1; 16], generation: epoch } })
         });
         let refuse = ".{0,200}".prop_map(|text| Message::Refuse(Refuse { code: RefuseCode::Disks, text }));
-        prop_oneof![hello, ready, refuse]
+        let link = (any::<bool>(), proptest::option::of(".{0,40}")).prop_map(|(rdma, why)| {
+            Message::Link(Settled { kind: if rdma { Kind::Rdma } else { Kind::Tcp }, why })
+        });
+        let upgrade = (".{0,20}", any::<[u64; 2]>(), any::<u64>()).prop_map(|(node, session, serial)| {
+            Message::Upgrade(Upgrade { node, volume: "db".to_owned(), session, serial })
+        });
+        let offered = any::<u64>().prop_map(|seed| Message::Offer(offer(seed)));
+        prop_oneof![hello, ready, refuse, link, upgrade, offered]
+    }
+
+    fn offer(seed: u64) -> RdmaOffer {
+        let mut secret = Secret([0xa5; SECRET_LEN]);
+        secret.0[..8].copy_from_slice(&seed.to_le_bytes());
+        let [port, ..] = seed.to_le_bytes();
+        RdmaOffer { address: SocketAddr::from(([10, 9, 0, 1], port.into())), secret }
     }
 
     fn envelope(body: &[u8]) -> Vec<u8> {
@@ -435,6 +567,41 @@ mod tests {
                 prop_assert_eq!(decoded.is_ok(), excess < 2 && links <= LINKS_MAX);
             }
         }
+    }
+
+    #[test]
+    fn offers_with_a_bad_secret_or_address_and_long_reasons_are_refused() {
+        let offer = |address: &str, secret: &str| {
+            decode(&envelope(
+                format!(r#"{{"offer":{{"address":"{address}","secret":"{secret}"}}}}"#).as_bytes(),
+            ))
+        };
+        let good = "000102030405060708090a0b0c0d0e0f";
+        let Ok(Some((Message::Offer(decoded), _))) = offer("10.9.0.1:4000", good) else {
+            panic!("a good offer")
+        };
+        assert_eq!(decoded.secret, Secret(std::array::from_fn(|at| u8::try_from(at).expect("small"))));
+        for secret in [
+            "",
+            "00",
+            &good[1..],
+            &format!("{good}0"),
+            "+00102030405060708090a0b0c0d0e0f",
+            "é00102030405060708090a0b0c0d0e0",
+        ] {
+            assert!(matches!(offer("10.9.0.1:4000", secret), Err(HelloError::Body { .. })), "{secret}");
+        }
+        assert!(matches!(offer("10.9.0.1", good), Err(HelloError::Body { .. })));
+        let link =
+            |len| decode(&encode(&Message::Link(Settled { kind: Kind::Tcp, why: Some("w".repeat(len)) })));
+        assert!(link(REASON_LEN_MAX).is_ok());
+        assert!(matches!(link(REASON_LEN_MAX + 1), Err(HelloError::Body { .. })));
+        assert!(matches!(decode(&envelope(br#"{"link":{"kind":"smoke"}}"#)), Err(HelloError::Body { .. })));
+    }
+
+    #[test]
+    fn a_secret_does_not_show_in_logs() {
+        assert_eq!(format!("{:?}", Secret([0x42; SECRET_LEN])), "Secret(..)");
     }
 
     #[test]

@@ -402,6 +402,8 @@ impl VolumeController {
             ring_len,
             links: links.iter().map(|&link| link.to_owned()).collect(),
             nonce: (self.random)(),
+            rdma: None,
+            no_rdma: None,
             view,
         }
     }

@@ -19,6 +19,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        link_note: None,
         ack: "memory".into(),
         epoch: 3,
         generation: "f00dfacecafebeef".into(),

@@ -22,6 +22,7 @@ pub mod create;
 pub mod demo;
 pub mod doctor;
 pub mod roles;
+pub mod soft_roce;
 pub mod status;
 #[cfg(test)]
 mod tests;
@@ -158,6 +159,9 @@ Examples:
 
 Exit status 1 when a line says fail.")]
     Doctor,
+    /// Make, or remove, an RDMA device in software on a network interface.
+    #[command(after_help = soft_roce::EXAMPLES)]
+    SoftRoce(SoftRoceArgs),
     /// Show a takeover on this machine: two daemons, a kill in mid-write, nothing lost.
     #[command(after_help = "\
 Examples:
@@ -188,6 +192,29 @@ pub struct CreateArgs {
     /// Take over a disk that is there: its content stays, its metadata starts anew.
     #[arg(long)]
     pub force: bool,
+}
+
+/// `soft-roce`'s.
+#[derive(Args, Debug)]
+pub struct SoftRoceArgs {
+    /// Make or remove.
+    #[command(subcommand)]
+    pub action: SoftRoceAction,
+}
+
+/// What `soft-roce` does.
+#[derive(Subcommand, Debug)]
+pub enum SoftRoceAction {
+    /// Make the device; done where there is one already.
+    Up {
+        /// Network interface, as `ip link` calls it.
+        netdev: String,
+    },
+    /// Remove it; done where there is none.
+    Down {
+        /// Network interface, as `ip link` calls it.
+        netdev: String,
+    },
 }
 
 /// Flags of `demo`.
@@ -242,6 +269,9 @@ pub enum CliError {
     /// Making a disk.
     #[error(transparent)]
     Create(#[from] create::CreateError),
+    /// Making or removing a device.
+    #[error(transparent)]
+    SoftRoce(#[from] soft_roce::SoftRoceError),
     /// Waiting.
     #[error(transparent)]
     WaitSync(#[from] wait_sync::WaitError),
@@ -319,6 +349,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Disconnect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Disconnect),
         Command::WaitSync { volume, timeout } => wait_sync::run(&place.client()?, &volume, timeout),
         Command::Doctor => doctor::run(&place),
+        Command::SoftRoce(args) => soft_roce::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => completions(shell),
     }

@@ -1,6 +1,6 @@
 //! `costandby status`: a table that a person reads at a glance, or the daemon's JSON as it is.
 //!
-//! Pure rendering from a [`Status`]; the daemon's advice stands under the volume it is about.
+//! Pure rendering from a [`Status`]; under a volume stand why its link is not RDMA, and the daemon's advice.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
 use crate::admin::{CONNECTED, Status, UP_TO_DATE, VolumeStatus};
@@ -28,7 +28,7 @@ const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK"
 
 type Cell = (String, Colour);
 
-/// The table, one line a volume and one for each advice, ending in a newline.
+/// The table, one line a volume and one for each note on its link and each advice, ending in a newline.
 #[must_use]
 pub fn render(status: &Status, colours: bool) -> String {
     if status.volumes.is_empty() {
@@ -45,6 +45,9 @@ pub fn render(status: &Status, colours: bool) -> String {
     push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, colours);
     for (row, volume) in rows.iter().zip(&status.volumes) {
         push_line(&mut out, row, &widths, colours);
+        if let Some(note) = &volume.link_note {
+            out.push_str(&format!("  link {}: {note}\n", volume.link));
+        }
         if let Some(advice) = &volume.advice {
             let line = format!("  -> {advice}");
             out.push_str(&Colour::Attention.paint(&line, colours));

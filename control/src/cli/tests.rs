@@ -41,6 +41,8 @@ fn the_fixed_command_lines_parse() {
         &["disconnect", "db"],
         &["wait-sync", "db"],
         &["doctor"],
+        &["soft-roce", "up", "eth0"],
+        &["soft-roce", "down", "eth0"],
         &["completions", "bash"],
     ] {
         parse(args).unwrap_or_else(|error| panic!("{args:?}: {error}"));
@@ -54,6 +56,8 @@ fn wrong_usage_is_told_from_help() {
         &["promote", "a/b"],
         &["wait-sync", "db", "--timeout", "30"],
         &["demo", "--seconds", "0"],
+        &["soft-roce", "up"],
+        &["soft-roce", "eth0"],
         &["explode"],
         &["status", "--yaml"],
     ] {
@@ -91,6 +95,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        link_note: None,
         ack: "memory".into(),
         epoch: 3,
         generation: "f00dfacecafebeef".into(),
@@ -112,6 +117,7 @@ fn catching_up() -> VolumeStatus {
         dirty_bytes: 3 << 29,
         resync_percent: 97.69,
         advice: Some("give it time".into()),
+        link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
         ..db()
     }
@@ -136,6 +142,7 @@ fn status_is_a_table_read_at_a_glance() {
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK            ACK      EPOCH  SIZE    BEHIND
 archive  primary           UpToDate  beta Inconsistent  tcp connected   durable  3      64 GiB  1.5 GiB (97.6% in sync)
+  link tcp: alpha has no RDMA: no device
   -> give it time
 db       primary           UpToDate  beta UpToDate      tcp connected   memory   3      64 GiB  -
 web      standby (frozen)  UpToDate  beta Unknown       tcp connecting  memory   3      64 GiB  -
@@ -180,10 +187,11 @@ fn status_json_has_the_fixed_keys() {
         "advice",
         "in_flight",
         "frozen",
+        "link_note",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 16, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 17, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.

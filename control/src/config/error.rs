@@ -218,8 +218,10 @@ pub enum Problem {
         /// The volumes there are.
         hint: String,
     },
-    /// RDMA before it is there.
-    #[error("volume {volume} has link = \"rdma\", which is not built in yet: use \"tcp\" or \"auto\"")]
+    /// RDMA in a build without it.
+    #[error(
+        "volume {volume} has link = \"rdma\", and this program was built without the feature `rdma`: build it with, or use \"auto\""
+    )]
     RdmaNotBuiltIn {
         /// Which volume.
         volume: String,

@@ -7,11 +7,13 @@
 
 use crate::admin::{self, AdminBackend, AdminServer, Answer, CommandError};
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
+use crate::link::Kind;
 use crate::role::{Connection, Status as ControllerStatus, VolumeController, VolumeSettings};
 use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
 use costandby_datapath::disk::superblock::{Location, MetaStore, Superblock, SuperblockError};
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
+use link::LinkStatus;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,11 +21,18 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use volume::{Input, VolumeTask};
+use volume::{Input, Surroundings, VolumeTask};
 
+mod link;
 mod listeners;
+mod negotiate;
 mod peers;
+mod rdma;
 mod volume;
+
+/// Bytes of a disk that an RDMA link may register: what clients of one volume write to again and again is rarely more, and
+/// where the limit on locked memory is lower, the rest goes through the link's stage.
+const RDMA_WINDOWS_LIMIT: u64 = 1 << 30;
 
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
@@ -84,6 +93,8 @@ struct Shared {
     config: Volume,
     peer: NodeName,
     status: Mutex<ControllerStatus>,
+    /// `None` until the task runs.
+    link: Mutex<Option<LinkStatus>>,
     inbox: mpsc::UnboundedSender<Input>,
 }
 
@@ -228,6 +239,7 @@ async fn serve(
     peer_listener: std::net::TcpListener,
 ) -> Result<(), NodeError> {
     let system = |doing| move |source| NodeError::System { doing, source };
+    let rdma = rdma::setup(RDMA_WINDOWS_LIMIT);
     let mut shared = Vec::new();
     let mut tasks = Vec::new();
     for (index, open) in opened.into_iter().enumerate() {
@@ -247,11 +259,17 @@ async fn serve(
         let (inbox, queue) = mpsc::unbounded_channel();
         let entry = Arc::new(Shared {
             status: Mutex::new(controller.status()),
+            link: Mutex::new(None),
             config: open.config,
             peer: peer.clone(),
             inbox,
         });
-        let peer_address = config.node(peer.as_str())?.listen;
+        let surroundings = Surroundings {
+            peer_address: config.node(peer.as_str())?.listen,
+            node: node.as_str().to_owned(),
+            local: config.node(node.as_str())?.listen.ip(),
+            rdma: Arc::clone(&rdma),
+        };
         tasks.push(VolumeTask::new(
             index,
             Arc::clone(&entry),
@@ -259,7 +277,7 @@ async fn serve(
             open.store,
             reactor.clone(),
             queue,
-            peer_address,
+            surroundings,
         ));
         shared.push(entry);
     }
@@ -326,6 +344,8 @@ fn forward_events(
         for event in events {
             let volume = match &event {
                 ReactorEvent::LinkDown { volume, .. }
+                | ReactorEvent::LinkSwitched { volume, .. }
+                | ReactorEvent::SwitchFailed { volume, .. }
                 | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
@@ -374,13 +394,16 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
     let resyncing = counters.resyncing.load(Ordering::Relaxed);
     #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
     let percent = counters.resync_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
+    let link = shared.link.lock().expect("nobody panics with it").clone();
+    let (link, link_note) = link.map_or((Kind::Tcp, None), |link| (link.kind, link.note));
     let in_flight = counters.in_flight.load(Ordering::Relaxed);
     admin::VolumeStatus {
         name: shared.config.name.as_str().to_owned(),
         role: status.role.as_str().to_owned(),
         disk_state: status.disk_state.as_str().to_owned(),
         peer_state: status.peer_state.map_or("Unknown", |s| s.as_str()).to_owned(),
-        link: "tcp".to_owned(),
+        link: link.as_str().to_owned(),
+        link_note,
         ack: shared.config.ack_str().to_owned(),
         epoch: status.epoch.0,
         generation: format!("{:016x}", status.generation.0),
@@ -405,3 +428,6 @@ fn percent_without_copy(connection: Connection) -> f64 {
 
 /// Answers owed to operators, by the id the controller knows them by.
 type Replies = HashMap<u64, oneshot::Sender<Result<String, String>>>;
+
+#[cfg(test)]
+mod tests;

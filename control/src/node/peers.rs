@@ -1,11 +1,12 @@
-//! Connections between nodes before they become links: accepting, dialling, and the exchange of hellos.
+//! Connections between nodes before they become links: accepting, dialling, and carrying what is said on them.
 //!
 //! One TCP connection carries one volume. Its first message says which; from then on it belongs to that volume's task,
 //! which holds at most one conversation at a time.
 
 use super::Registry;
+use super::negotiate::{self, Terms};
 use super::volume::Input;
-use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode};
+use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Upgrade};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,9 +47,18 @@ pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
     }
 }
 
+/// What a connection to our port begins with.
+enum First {
+    Hello(Box<Hello>),
+    Upgrade(Upgrade),
+}
+
 async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
-    let hello = match listen(&mut stream).await {
-        Ok(Message::Hello(hello)) => hello,
+    let (volume, from_node, first) = match listen(&mut stream).await {
+        Ok(Message::Hello(hello)) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
+        Ok(Message::Upgrade(upgrade)) => {
+            (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade))
+        }
         Ok(_) => {
             tracing::warn!(%from, "a connection to the peers' port began with something else than a hello");
             return;
@@ -59,20 +69,22 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
         }
     };
     let node = registry.node.as_str();
-    let found = registry.volumes.iter().find(|v| v.config.name.as_str() == hello.volume);
+    let found = registry.volumes.iter().find(|v| v.config.name.as_str() == volume);
     let text = match found {
-        Some(shared) if shared.peer.as_str() == hello.node => {
+        Some(shared) if shared.peer.as_str() == from_node => {
             // A task that has ended drops the stream, which tells the peer enough.
-            let _ = shared.inbox.send(Input::Accepted { stream, hello });
+            let _ = shared.inbox.send(match first {
+                First::Hello(hello) => Input::Accepted { stream, hello },
+                First::Upgrade(upgrade) => Input::UpgradeAsked { stream, upgrade },
+            });
             return;
         }
         Some(shared) => format!(
-            "volume {} is shared by {node} and {} here, not by {}: use the same configuration on both nodes",
-            hello.volume, shared.peer, hello.node
+            "volume {volume} is shared by {node} and {} here, not by {from_node}: use the same configuration on both \
+             nodes",
+            shared.peer
         ),
-        None => {
-            format!("node {node} has no volume {}: use the same configuration on both nodes", hello.volume)
-        }
+        None => format!("node {node} has no volume {volume}: use the same configuration on both nodes"),
     };
     tracing::warn!(%from, "refused a peer: {text}");
     say_and_close(stream, Message::Refuse(Refuse { code: RefuseCode::Configuration, text })).await;
@@ -81,9 +93,43 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
 /// Dials a peer and tells the volume's task.
 pub(super) fn dial(address: SocketAddr, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let dialled = tokio::time::timeout(DIAL_MAX, TcpStream::connect(address)).await;
-        let stream = dialled.ok().and_then(Result::ok);
+        let stream = connect_to(address).await.ok();
         let _ = inbox.send(Input::Dialled { stream });
+    });
+}
+
+/// A connection to a peer's port.
+pub(super) async fn connect_to(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let late = || std::io::ErrorKind::TimedOut.into();
+    tokio::time::timeout(DIAL_MAX, TcpStream::connect(address)).await.unwrap_or_else(|_| Err(late()))
+}
+
+/// Asks the peer to take a session on to RDMA, and tells the volume's task what came of it.
+pub(super) fn ask_upgrade(
+    peer: SocketAddr,
+    upgrade: Upgrade,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let (session, serial) = (upgrade.session, upgrade.serial);
+        let upgraded = negotiate::ask_upgrade(peer, upgrade, &terms).await;
+        let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
+    });
+}
+
+/// Makes the peer the offer that it asked for, and tells the volume's task what came of it.
+pub(super) fn offer_upgrade(
+    mut stream: TcpStream,
+    upgrade: Upgrade,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let (session, serial) = (upgrade.session, upgrade.serial);
+        let upgraded = negotiate::offer_upgrade(&mut stream, &terms).await;
+        let upgraded = upgraded.map(|prepared| (stream, prepared));
+        let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
     });
 }
 
@@ -103,17 +149,32 @@ pub(super) fn converse(
     });
 }
 
-/// Answers a hello that was read already with ours, and hands both to the volume's task.
+/// Begins a conversation, and tells the volume's task when both sides know what carries it.
+pub(super) fn greet(
+    serial: u64,
+    mut stream: TcpStream,
+    ours: Hello,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let met = negotiate::greet(&mut stream, ours, &terms).await;
+        let _ = inbox.send(Input::Met { serial, stream, met });
+    });
+}
+
+/// Answers a hello that was read already, and tells the volume's task when both sides know what carries the session.
 pub(super) fn answer_hello(
     serial: u64,
     mut stream: TcpStream,
     ours: Hello,
     theirs: Box<Hello>,
+    terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
     tokio::spawn(async move {
-        let heard = say(&mut stream, &Message::Hello(Box::new(ours))).await.map(|()| Message::Hello(theirs));
-        let _ = inbox.send(Input::Heard { serial, stream, heard });
+        let met = negotiate::answer(&mut stream, ours, theirs, &terms).await;
+        let _ = inbox.send(Input::Met { serial, stream, met });
     });
 }
 
@@ -128,11 +189,11 @@ async fn say_and_close(mut stream: TcpStream, message: Message) {
     let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
 }
 
-async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
+pub(super) async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
     timed(hello::write(stream, message)).await
 }
 
-async fn listen(stream: &mut TcpStream) -> Heard {
+pub(super) async fn listen(stream: &mut TcpStream) -> Heard {
     timed(hello::read(stream)).await
 }
 

@@ -3,24 +3,28 @@
 //! Actions are carried out strictly in order, and a store is durable before the next action begins; that is what the
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
+use super::link::LinkKeeper;
+use super::negotiate::{Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
+use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
 use crate::admin;
-use crate::hello::{Hello, Message};
-use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, SessionSide, VolumeController};
+use crate::hello::{Hello, Message, Upgrade};
+use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
 use costandby_datapath::disk::superblock::{MetaStore, Superblock};
-use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
+use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
-use costandby_datapath::transport::ring_takes;
-use costandby_datapath::transport::tcp::TcpLink;
 use costandby_datapath::units::Epoch;
-use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
+
+mod carry;
+
+use carry::{PeerEnd, SessionState};
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
@@ -36,6 +40,12 @@ pub(super) enum Input {
     Accepted { stream: TcpStream, hello: Box<Hello> },
     /// A dial ended.
     Dialled { stream: Option<TcpStream> },
+    /// It is settled what carries the conversation of this serial, or that nothing does.
+    Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
+    /// A peer connected and wants to take the session on to RDMA.
+    UpgradeAsked { stream: TcpStream, upgrade: Upgrade },
+    /// What came of taking that session on, in this attempt.
+    Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(TcpStream, Prepared), NoLink> },
     /// The peer said something in the conversation of this serial.
     Heard { serial: u64, stream: TcpStream, heard: Heard },
     /// An operator's command.
@@ -47,8 +57,19 @@ pub(super) enum Input {
 /// A connection that is not a link yet. `stream` is elsewhere while a message is awaited on it.
 struct Conversation {
     serial: u64,
+    /// We dialled.
+    dialled: bool,
+    /// Our hello's.
+    nonce: u64,
     stream: Option<TcpStream>,
-    peer_ring_len: u64,
+    /// What its hello came to.
+    peer: Option<PeerEnd>,
+}
+
+impl Conversation {
+    fn new(serial: u64, dialled: bool, nonce: u64) -> Self {
+        Self { serial, dialled, nonce, stream: None, peer: None }
+    }
 }
 
 /// The task.
@@ -59,7 +80,10 @@ pub(super) struct VolumeTask {
     store: Option<MetaStore>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
-    peer_address: SocketAddr,
+    surroundings: Surroundings,
+    link: LinkKeeper,
+    /// From the making of its link to its end.
+    session: Option<SessionState>,
     began: Instant,
     conversation: Option<Conversation>,
     serial: u64,
@@ -76,6 +100,18 @@ pub(super) struct VolumeTask {
     finished: bool,
 }
 
+/// Where a volume's task lives.
+pub(super) struct Surroundings {
+    /// Where its peer listens.
+    pub(super) peer_address: SocketAddr,
+    /// This node's name.
+    pub(super) node: String,
+    /// This node's address towards its peers.
+    pub(super) local: IpAddr,
+    /// This node's RDMA.
+    pub(super) rdma: Arc<dyn RdmaSetup>,
+}
+
 impl VolumeTask {
     pub(super) fn new(
         index: usize,
@@ -84,9 +120,10 @@ impl VolumeTask {
         store: Option<MetaStore>,
         reactor: ReactorHandle,
         queue: mpsc::UnboundedReceiver<Input>,
-        peer_address: SocketAddr,
+        surroundings: Surroundings,
     ) -> Self {
         let now = Instant::now();
+        let link = LinkKeeper::new(shared.config.link, surroundings.able(shared.config.link));
         Self {
             index,
             shared,
@@ -94,7 +131,9 @@ impl VolumeTask {
             store,
             reactor,
             queue,
-            peer_address,
+            surroundings,
+            link,
+            session: None,
             began: now,
             conversation: None,
             serial: 0,
@@ -115,6 +154,7 @@ impl VolumeTask {
     pub(super) async fn run(mut self) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.publish_link();
         self.handle(Event::Start).await;
         while !self.finished {
             tokio::select! {
@@ -125,6 +165,7 @@ impl VolumeTask {
                 _ = tick.tick() => {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
+                    self.upgrade_if_due();
                 }
             }
         }
@@ -138,13 +179,21 @@ impl VolumeTask {
                     // Only the peer dials us, so it has given up the older one.
                     self.handle(Event::SessionFailed { text: "it began anew".into() }).await;
                 }
-                let ours = self.begin_conversation();
-                peers::answer_hello(self.serial, stream, ours, hello, self.shared.inbox.clone());
+                let ours = self.begin_conversation(false);
+                let inbox = self.shared.inbox.clone();
+                peers::answer_hello(self.serial, stream, ours, hello, self.terms(), inbox);
             }
             Input::Dialled { stream } => {
                 self.dial_under_way = false;
                 self.dialled(stream);
             }
+            Input::Met { serial, stream, met } => {
+                if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
+                    self.met(stream, met).await;
+                }
+            }
+            Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, upgrade),
+            Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
                     self.heard(stream, heard).await;
@@ -164,6 +213,7 @@ impl VolumeTask {
         let event = match event {
             ReactorEvent::LinkDown { reason, undurable, .. } => {
                 self.link_up = false;
+                self.link_ended(&reason);
                 self.pause_dialling(false);
                 Event::LinkDown { reason, undurable }
             }
@@ -173,22 +223,26 @@ impl VolumeTask {
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
+            ReactorEvent::LinkSwitched { serial, .. } => return self.switched(serial, Ok(())),
+            ReactorEvent::SwitchFailed { serial, reason, .. } => return self.switched(serial, Err(reason)),
             ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
     }
 
-    fn begin_conversation(&mut self) -> Hello {
+    fn begin_conversation(&mut self, dialled: bool) -> Hello {
         self.serial += 1;
-        self.conversation = Some(Conversation { serial: self.serial, stream: None, peer_ring_len: 0 });
-        self.controller.hello(RING_LEN, &[LINK_TCP])
+        // What it says about links is settled by the conversation.
+        let ours = self.controller.hello(RING_LEN, &[]);
+        self.conversation = Some(Conversation::new(self.serial, dialled, ours.nonce));
+        ours
     }
 
     fn dial_if_due(&mut self) {
         let idle = self.conversation.is_none() && !self.link_up && !self.dial_under_way;
         if self.dials && idle && Instant::now() >= self.next_dial {
             self.dial_under_way = true;
-            peers::dial(self.peer_address, self.shared.inbox.clone());
+            peers::dial(self.surroundings.peer_address, self.shared.inbox.clone());
         }
     }
 
@@ -205,45 +259,29 @@ impl VolumeTask {
         if !self.dials || self.conversation.is_some() || self.link_up {
             return;
         }
-        let ours = Message::Hello(Box::new(self.begin_conversation()));
-        peers::converse(self.serial, stream, ours, self.shared.inbox.clone());
+        let ours = self.begin_conversation(true);
+        peers::greet(self.serial, stream, ours, self.terms(), self.shared.inbox.clone());
     }
 
     async fn heard(&mut self, stream: TcpStream, heard: Heard) {
         let event = match heard {
-            Ok(Message::Hello(hello)) => {
-                let fits = usize::try_from(hello.ring_len)
-                    .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
-                    && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
-                if !hello.links.iter().any(|link| link == LINK_TCP) {
-                    self.conversation = None;
-                    let text = format!("it offers the links {:?}, this release has {LINK_TCP}", hello.links);
-                    Event::SessionFailed { text }
-                } else if fits {
-                    let conversation = self.conversation.as_mut().expect("the caller looked");
-                    conversation.stream = Some(stream);
-                    conversation.peer_ring_len = hello.ring_len;
-                    Event::HelloReceived(hello)
-                } else {
-                    self.conversation = None;
-                    let text =
-                        format!("it announces a ring of {} bytes, which cannot be used", hello.ring_len);
-                    Event::SessionFailed { text }
-                }
-            }
             Ok(Message::Ready(ready)) => {
                 self.conversation.as_mut().expect("the caller looked").stream = Some(stream);
                 Event::SessionReady(ready)
             }
-            Ok(Message::Refuse(refuse)) => {
-                self.conversation = None;
-                Event::SessionFailed { text: refuse.text }
-            }
-            Err(error) => {
-                self.conversation = None;
-                Event::SessionFailed { text: error.to_string() }
-            }
+            Ok(other) => self.conversation_failed(&out_of_turn(other, "that it is ready")),
+            Err(error) => self.conversation_failed(&error),
         };
+        self.converse(event).await;
+    }
+
+    fn conversation_failed(&mut self, error: &dyn std::error::Error) -> Event {
+        self.conversation = None;
+        Event::SessionFailed { text: error.to_string() }
+    }
+
+    /// Tells the controller what came of a conversation.
+    async fn converse(&mut self, event: Event) {
         if matches!(event, Event::SessionFailed { .. }) {
             self.pause_dialling(true);
         }
@@ -410,34 +448,6 @@ impl VolumeTask {
             error.to_string()
         })
     }
-
-    fn start_session(&mut self, side: SessionSide, serve: bool, epoch: Epoch) {
-        let conversation = self.conversation.take();
-        self.epoch = epoch;
-        self.link_up = true;
-        let volume = self.index;
-        let linked = conversation
-            .and_then(|c| c.stream.map(|stream| (stream, c.peer_ring_len)))
-            .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
-            .and_then(|(stream, peer_ring_len)| make_link(stream, peer_ring_len));
-        match linked {
-            Ok(link) => {
-                let direction = match side {
-                    SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target,
-                };
-                self.send(Command::Session { volume, link: Box::new(link), direction, epoch });
-            }
-            Err(error) => {
-                // The controller hears of it as of any link that ends.
-                let event = ReactorEvent::LinkDown { volume, reason: error.to_string(), undurable: true };
-                let _ = self.shared.inbox.send(Input::Reactor(event));
-            }
-        }
-        if serve {
-            self.send(Command::Serve { volume });
-        }
-    }
 }
 
 fn answer(replies: &mut Replies, id: ReplyId, result: Result<String, String>) {
@@ -449,19 +459,6 @@ fn answer(replies: &mut Replies, id: ReplyId, result: Result<String, String>) {
 
 fn not_stored(error: &str) -> String {
     format!("not done, because the metadata cannot be stored: {error}")
-}
-
-/// The one link this release has, as a hello names it.
-const LINK_TCP: &str = "tcp";
-
-/// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
-const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
-
-fn make_link(stream: TcpStream, peer_ring_len: u64) -> io::Result<TcpLink> {
-    let stream = stream.into_std()?;
-    stream.set_nonblocking(true)?;
-    let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-    TcpLink::new(stream, len(RING_LEN)?, len(peer_ring_len)?)
 }
 
 #[cfg(test)]

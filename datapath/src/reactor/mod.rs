@@ -12,7 +12,7 @@ use crate::front::nbd::connection::{Connection, ConnectionEnd};
 use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::front::queue::QueueServer;
 use crate::limits::CONNECTIONS_MAX;
-use crate::transport::DownReason;
+use crate::transport::{DownReason, Link};
 use crate::units::PollMode;
 use crate::volume::{Notice, Origin, Volume};
 use crate::waker::Waker;
@@ -219,6 +219,7 @@ impl Reactor {
                 || self.link_ready[volume]
                 || (!looked && self.volumes[volume].expects_link())
                 || self.volumes[volume].has_backlog()
+                || self.volumes[volume].link_polls_for_free()
             {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
@@ -286,7 +287,15 @@ impl Reactor {
     /// Sleeps until something happens or time is due.
     fn sleep(&mut self) {
         self.waker.prepare_sleep();
-        let queued = !self.commands.is_empty()
+        let mut queued = false;
+        for (volume, ready) in self.volumes.iter_mut().zip(&mut self.link_ready) {
+            if !volume.prepare_sleep() {
+                *ready = true;
+                queued = true;
+            }
+        }
+        let queued = queued
+            || !self.commands.is_empty()
             || !self.jobs_done.is_empty()
             || self.queues.iter().any(Queue::has_operations)
             || self.volumes.iter().any(|v| !v.notices.is_empty());
@@ -478,15 +487,14 @@ impl Reactor {
     fn command(&mut self, command: Command, now: Instant) {
         match command {
             Command::Session { volume, mut link, direction, epoch } => {
-                let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-                // Busy turns look at every link anyway, and a watched socket costs the sender of each packet a wake-up.
-                if self.poll_mode != PollMode::Busy
-                    && let Some((socket, _)) = link.arm()
-                    && let Err(error) = epoll::add(&self.poller, socket, key(KIND_LINK, volume), watch)
-                {
-                    link.close(DownReason::Io(error.into()));
-                }
+                self.watch(volume, link.as_mut());
                 self.volumes[volume].attach(link, direction, epoch, now);
+                self.link_ready[volume] = true;
+                self.next_deadline = now;
+            }
+            Command::SwitchLink { volume, mut link, serial } => {
+                self.watch(volume, link.as_mut());
+                self.volumes[volume].switch_link(link, serial, now);
                 self.link_ready[volume] = true;
                 self.next_deadline = now;
             }
@@ -511,6 +519,19 @@ impl Reactor {
             }
             Command::Attach { volume, queue } => self.attach_queue(volume, queue),
             Command::Shutdown => self.stopping = true,
+        }
+    }
+
+    /// Has the poller wake the loop for a link of the volume, which may have two for a while. It forgets the link when
+    /// that closes its descriptor.
+    fn watch(&self, volume: usize, link: &mut dyn Link) {
+        let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        // Busy turns look at every link anyway, and a watched socket costs the sender of each packet a wake-up.
+        if self.poll_mode != PollMode::Busy
+            && let Some((socket, _)) = link.arm()
+            && let Err(error) = epoll::add(&self.poller, socket, key(KIND_LINK, volume), watch)
+        {
+            link.close(DownReason::Io(error.into()));
         }
     }
 

@@ -1,7 +1,7 @@
 //! One volume in the reactor: the disk, its locks, the pipeline or the access side, and the link, joined up.
 //!
 //! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through
-//! [`Volume::poll`] (`session.rs`). What follows for front ends stands in [`Volume::notices`], for control in
+//! [`Volume::poll`] (`session.rs`; `links.rs` while there are two). What follows for front ends stands in [`Volume::notices`], for control in
 //! [`Volume::events`]; the reactor empties both each turn. Nothing here blocks, and in the steady state nothing
 //! allocates.
 
@@ -23,8 +23,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+mod links;
 mod requests;
 mod session;
+mod switch;
 
 pub use requests::{Begin, NewRequest, Op};
 
@@ -158,6 +160,8 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
+    /// The session is changing its link, and has two.
+    switch: Option<Box<links::Switching>>,
     /// The peer broke the protocol; the link's end is on its way.
     link_distrusted: bool,
     source: bool,
@@ -216,6 +220,7 @@ impl Volume {
             epoch: Epoch::ZERO,
             session_serial: 0,
             link: None,
+            switch: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
             link_distrusted: false,
             source: false,
@@ -332,6 +337,17 @@ impl Volume {
     #[must_use]
     pub fn expects_link(&self) -> bool {
         self.link.is_some() && (self.access.is_some() || self.pipeline.in_flight() > 0)
+    }
+
+    /// Whether the link is to be looked at each turn, as that costs nothing.
+    #[must_use]
+    pub fn link_polls_for_free(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.polls_for_free())
+    }
+
+    /// Before the reactor sleeps on the link's descriptor. False when the link has something to tell already.
+    pub fn prepare_sleep(&mut self) -> bool {
+        self.link.as_mut().is_none_or(|link| link.prepare_sleep())
     }
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.

@@ -1,5 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
+use super::links::InUse;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
@@ -24,6 +25,7 @@ impl Volume {
     /// When the last one has not ended: control hands over one at a time.
     pub fn attach(&mut self, link: Box<dyn Link>, direction: Direction, epoch: Epoch, now: Instant) {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
+        assert!(self.switch.is_none(), "a change of link ends with its session");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
         self.link = Some(link);
         self.link_distrusted = false;
@@ -102,11 +104,12 @@ impl Volume {
     /// Whether the link holds something to tell that the poller will not announce.
     #[must_use]
     pub fn has_backlog(&self) -> bool {
-        self.link.as_ref().is_some_and(|link| link.has_backlog())
+        self.link.as_ref().is_some_and(|link| link.has_backlog()) || self.switch_has_backlog()
     }
 
     /// Ends the session; [`Event::LinkDown`] follows.
     pub fn close_link(&mut self, reason: DownReason) {
+        self.close_switch();
         if let Some(link) = &mut self.link {
             link.close(reason);
         }
@@ -121,6 +124,10 @@ impl Volume {
 
     /// Takes what the link has. Returns whether there was anything.
     pub fn poll(&mut self, now: Instant) -> bool {
+        if self.switch.is_some() { self.poll_both(now) } else { self.poll_link(now) }
+    }
+
+    pub(super) fn poll_link(&mut self, now: Instant) -> bool {
         let Some(link) = &mut self.link else { return false };
         let mut events = std::mem::take(&mut self.link_events);
         link.poll(&mut events);
@@ -144,8 +151,9 @@ impl Volume {
     /// Keep-alives out, silence in: to be called often against `timeout`. Returns when to call again at the latest.
     pub fn keep_alive(&mut self, now: Instant, timeout: Duration) -> Option<Instant> {
         let epoch = self.epoch;
-        let link = self.link.as_mut()?;
         let interval = timeout / 4;
+        let switch_due = self.time_switch(now, interval);
+        let link = self.link.as_mut()?;
         if link.arm().is_some_and(|(_, interest)| !interest.readable) {
             // It is we who do not listen: our ring is full.
             self.last_heard = now;
@@ -175,31 +183,30 @@ impl Volume {
             self.last_sent = now;
         }
         let patience_ends = self.last_heard + timeout;
-        Some((self.last_sent + interval).min(if patience_ends > now {
-            patience_ends
-        } else {
-            now + interval
-        }))
+        let due =
+            (self.last_sent + interval).min(if patience_ends > now { patience_ends } else { now + interval });
+        Some(switch_due.map_or(due, |at| at.min(due)))
     }
 
-    fn link_event(&mut self, event: LinkEvent) {
-        let outcome = match event {
+    pub(super) fn link_event(&mut self, event: LinkEvent) {
+        let event = if self.switch.is_some() { self.in_turn(event) } else { Ok(Some(event)) };
+        let outcome = event.and_then(|event| match event {
             // Ranges unlock by the peer's word alone.
-            LinkEvent::Sent(_) | LinkEvent::Failed(_) => Ok(()),
-            LinkEvent::Arrived(slot) => self.arrived(slot),
-            LinkEvent::Message(header) => self.message(&header),
-            LinkEvent::Down(reason) => {
+            None | Some(LinkEvent::Sent(_) | LinkEvent::Failed(_)) => Ok(()),
+            Some(LinkEvent::Arrived(slot)) => self.arrived(slot),
+            Some(LinkEvent::Message(header)) => self.message(&header),
+            Some(LinkEvent::Down(reason)) => {
                 self.link_down(&reason);
                 Ok(())
             }
-        };
+        });
         if let Err(violation) = outcome {
             self.distrust_link(violation);
         }
     }
 
     /// The peer broke the protocol: its frames end here.
-    fn distrust_link(&mut self, violation: Violation) {
+    pub(super) fn distrust_link(&mut self, violation: Violation) {
         self.link_distrusted = true;
         self.close_link(DownReason::Protocol(violation));
     }
@@ -228,6 +235,7 @@ impl Volume {
                 self.events.push(Event::PeerMessage { volume, code, arg });
                 Ok(())
             }
+            Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Write | Kind::WriteZeroes | Kind::Trim => panic!("changes arrive in slots"),
         }
     }
@@ -279,9 +287,7 @@ impl Volume {
             access.applied(&slot.header);
             self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(link) = &mut self.link {
-            link.release(slot);
-        }
+        self.release(slot);
     }
 
     pub(super) fn access_job_done(&mut self, failed: bool) {
@@ -308,6 +314,8 @@ impl Volume {
         }
         // A copy that was not finished leaves the peer behind, whatever was durable.
         let undurable = self.source && (self.pipeline.peer_lags_durably() || self.resync.is_some());
+        self.close_switch();
+        self.switch = None;
         self.link = None;
         let was_target = self.access.take().is_some();
         self.arrived.clear();
@@ -349,7 +357,19 @@ impl Volume {
             let token = Token(ACCESS_FLUSH_BASE + self.session_serial);
             self.workers.submit(Job { kind: JobKind::Flush, token });
         }
-        let Some(link) = &mut self.link else {
+        if self.switch.is_some() {
+            self.pump_switch(now);
+        }
+        let link = match &mut self.switch {
+            None => self.link.as_mut(),
+            Some(switch) => match switch.sends_on() {
+                Some(InUse::Link) => self.link.as_mut(),
+                Some(InUse::Other) => Some(&mut switch.other),
+                // The last frame on the old link goes first.
+                None => return,
+            },
+        };
+        let Some(link) = link else {
             self.outbox.clear();
             return;
         };

@@ -72,10 +72,16 @@ fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
         peer: volume.peer_of("alpha").expect("two nodes").clone(),
         config: volume,
         status: Mutex::new(controller.status()),
+        link: Mutex::new(None),
         inbox,
     });
-    let address = SocketAddr::from(([127, 0, 0, 1], 1));
-    (VolumeTask::new(0, shared, controller, Some(store), handle, queue, address), reactor)
+    let surroundings = Surroundings {
+        peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
+        node: "alpha".into(),
+        local: [127, 0, 0, 1].into(),
+        rdma: crate::node::rdma::setup(0),
+    };
+    (VolumeTask::new(0, shared, controller, Some(store), handle, queue, surroundings), reactor)
 }
 
 #[tokio::test]

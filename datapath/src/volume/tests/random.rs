@@ -1,5 +1,6 @@
-//! Random clients, cuts and copies: whatever happens, both disks end equal, everyone is answered once, nothing is left.
+//! Random clients, cuts, copies and changes of link: whatever happens, both disks end equal, everyone is answered once, nothing is left.
 
+use super::links::Make;
 use super::*;
 use proptest::prelude::*;
 
@@ -27,6 +28,15 @@ enum Step {
     Connect {
         resync: bool,
     },
+    /// Another link is made; each end is told of it later.
+    NewLink(Make),
+    Tell {
+        source: bool,
+    },
+    /// The peers' controllers say something.
+    Say {
+        source: bool,
+    },
 }
 
 fn ranges() -> impl Strategy<Value = ByteRange> {
@@ -49,6 +59,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => (1..6u8).prop_map(Step::Turns),
         1 => any::<(bool, bool)>().prop_map(|(recorded, by_peer)| Step::Cut { recorded, by_peer }),
         2 => any::<bool>().prop_map(|resync| Step::Connect { resync }),
+        1 => prop::sample::select(vec![Make::Loopback, Make::Slow]).prop_map(Step::NewLink),
+        3 => any::<bool>().prop_map(|source| Step::Tell { source }),
+        2 => any::<bool>().prop_map(|source| Step::Say { source }),
     ];
     prop::collection::vec(step, 1..100)
 }
@@ -68,13 +81,28 @@ struct Run {
     open: Vec<(u32, Token)>,
     /// The peer lacks something that only a copy brings it.
     behind: bool,
+    /// The ends of a new link that were not handed over yet, and its number.
+    new_link: [Option<Box<dyn Link>>; 2],
+    serial: u64,
+    /// Messages said and heard in this session, by who hears them.
+    said: [u64; 2],
+    heard: [u64; 2],
 }
 
 impl Run {
     fn new(ack: AckLevel) -> Self {
         let pair = Pair::new(ack, OnPeerLoss::Continue);
         pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
-        Self { pair, asked: Vec::new(), open: Vec::new(), behind: true }
+        Self {
+            pair,
+            asked: Vec::new(),
+            open: Vec::new(),
+            behind: true,
+            new_link: [None, None],
+            serial: 0,
+            said: [0; 2],
+            heard: [0; 2],
+        }
     }
 
     fn step(&mut self, step: Step) {
@@ -104,6 +132,45 @@ impl Run {
             Step::Turns(count) => (0..count).for_each(|_| self.turn()),
             Step::Cut { recorded, by_peer } => self.cut(recorded, by_peer),
             Step::Connect { resync } => self.connect(resync),
+            Step::NewLink(make) => {
+                self.new_link = Some(make.ends()).map_or([None, None], |(a, b)| [Some(a), Some(b)])
+            }
+            Step::Tell { source } => self.tell(usize::from(!source)),
+            Step::Say { source } => self.say(usize::from(!source)),
+        }
+    }
+
+    fn node(&mut self, who: usize) -> &mut Node {
+        if who == 0 { &mut self.pair.a } else { &mut self.pair.b }
+    }
+
+    fn tell(&mut self, who: usize) {
+        let Some(link) = self.new_link[who].take() else { return };
+        if self.new_link[1 - who].is_some() {
+            self.serial += 1;
+        }
+        let serial = self.serial;
+        self.node(who).volume.switch_link(link, serial, Instant::now());
+    }
+
+    fn say(&mut self, who: usize) {
+        if self.node(who).volume.has_link() {
+            self.said[1 - who] += 1;
+            let arg = self.said[1 - who];
+            self.node(who).volume.send_peer(1, arg);
+        }
+    }
+
+    /// Messages come in order and none is missing, whatever links they came over.
+    fn listen(&mut self) {
+        for who in 0..2 {
+            let messages = self.node(who).events.extract_if(.., |e| matches!(e, Event::PeerMessage { .. }));
+            let args: Vec<u64> =
+                messages.map(|e| if let Event::PeerMessage { arg, .. } = e { arg } else { 0 }).collect();
+            for arg in args {
+                self.heard[who] += 1;
+                assert_eq!(arg, self.heard[who], "a message was lost, doubled or overtaken");
+            }
         }
     }
 
@@ -140,6 +207,7 @@ impl Run {
 
     fn turn(&mut self) {
         self.pair.turn();
+        self.listen();
         for (slot, token) in std::mem::take(&mut self.pair.a.granted) {
             self.go(slot, token);
         }
@@ -155,6 +223,7 @@ impl Run {
                 self.pair.b.volume.close_link(DownReason::Local("cut by the test"));
             }
             self.pair.cut();
+            self.listen();
         }
         if recorded {
             self.pair.a.volume.go_alone();
@@ -168,11 +237,13 @@ impl Run {
         }
         let resync = resync || self.behind;
         self.behind = resync;
+        (self.said, self.heard) = ([0; 2], [0; 2]);
         self.pair.connect(resync);
     }
 
     fn finish(mut self) {
         self.connect(false);
+        (0..2).for_each(|who| self.tell(who));
         let began = Instant::now();
         loop {
             while !self.open.is_empty() {
@@ -181,7 +252,7 @@ impl Run {
             self.turn();
             std::thread::yield_now();
             let v = &self.pair.a.volume;
-            if !self.behind && v.requests.iter().all(Option::is_none) {
+            if !self.behind && v.requests.iter().all(Option::is_none) && self.said == self.heard {
                 break;
             }
             assert!(

@@ -1,0 +1,339 @@
+//! The part of a conversation that settles its link: hellos, the RDMA connection where both have it, TCP where not.
+//!
+//! Runs between a connection and [`super::volume`], which hears of a hello only when it is settled what will carry the
+//! session. The dialer connects, because it knows first that both can; the acceptor has its listener open before its
+//! hello names it. An RDMA connection that fails costs its time limit once, then both go on over TCP where their
+//! configurations allow it; [`super::link`] keeps the next attempt away for a while.
+//!
+//! A session that had to begin over TCP is taken on to RDMA in the same way over a second connection, which becomes the
+//! companion; that conversation ends without harm to the session wherever it fails.
+//!
+//! Invariants: both sides end with the same kind, or the conversation ends. A secret is used for one offer. Every wait
+//! has a limit; what blocks runs on the runtime's blocking threads.
+//!
+//! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
+
+use super::peers::{connect_to, listen, say};
+use super::rdma::{Prepared, RdmaListener, RdmaSetup};
+use crate::config::LinkKind;
+use crate::hello::{
+    Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, SECRET_LEN, Secret, Settled, Upgrade,
+};
+use crate::link::{Choice, Kind, Voice, choose, reason};
+use std::io::Read;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+/// How long the dialer may take to connect by RDMA: resolving, connecting and registering a ring, all over a network on
+/// which a round trip has just been made. Longer than a loaded machine needs, short enough for falling back to TCP.
+const DIAL_MAX: Duration = Duration::from_millis(1500);
+
+/// How long the acceptor waits for that connection: the dialer's time, and some for the first hello to get there.
+const ACCEPT_MAX: Duration = Duration::from_secs(3);
+
+/// What a volume brings to a conversation about its link.
+#[derive(Clone)]
+pub(super) struct Terms {
+    /// The volume's `link`.
+    pub(super) wanted: LinkKind,
+    /// Why RDMA is left alone for now.
+    pub(super) paused: Option<String>,
+    /// This node's address towards its peer.
+    pub(super) local: IpAddr,
+    /// This node's name.
+    pub(super) node: String,
+    /// The other one's.
+    pub(super) peer: String,
+    /// This node's RDMA.
+    pub(super) rdma: Arc<dyn RdmaSetup>,
+}
+
+/// What will carry the session.
+pub(super) enum Carrier {
+    /// The conversation's own connection.
+    Tcp {
+        /// Why not RDMA, where this node would have taken it.
+        why: Option<String>,
+        /// RDMA was tried and failed.
+        tried: bool,
+    },
+    /// An RDMA connection; the conversation's becomes its companion.
+    Rdma(Prepared),
+}
+
+/// Why there is nothing to carry a session.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoLink {
+    /// What was read was no message, or nothing was.
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    /// The peer refused.
+    #[error("{}", .0.text)]
+    Refused(Refuse),
+    /// The peer said something that does not belong there.
+    #[error("it said {said} where {wanted} belongs: run the same release on both nodes")]
+    OutOfTurn {
+        /// What it said.
+        said: &'static str,
+        /// What belongs there.
+        wanted: &'static str,
+    },
+    /// The two configurations and abilities leave nothing.
+    #[error("{0}")]
+    NothingInCommon(String),
+    /// RDMA failed where there is nothing else, or after the peer had it.
+    #[error("{0}")]
+    Rdma(String),
+}
+
+impl NoLink {
+    /// Why there is no RDMA, as a note on the volume's link: a sentence that names its node.
+    pub(super) fn note(&self) -> String {
+        match self {
+            Self::Rdma(why) => why.clone(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// A conversation whose link is settled.
+pub(super) struct Met {
+    /// What the peer said.
+    pub(super) hello: Box<Hello>,
+    /// What carries the session.
+    pub(super) carrier: Carrier,
+}
+
+/// What a message is called in an error.
+fn name(message: &Message) -> &'static str {
+    match message {
+        Message::Hello(_) => "a hello",
+        Message::Link(_) => "what became of an offer",
+        Message::Upgrade(_) => "a wish to upgrade",
+        Message::Offer(_) => "an offer",
+        Message::Ready(_) => "that it is ready",
+        Message::Refuse(_) => "no",
+    }
+}
+
+/// A message of another kind than was waited for, as an error.
+pub(super) fn out_of_turn(message: Message, wanted: &'static str) -> NoLink {
+    match message {
+        Message::Refuse(refuse) => NoLink::Refused(refuse),
+        other => NoLink::OutOfTurn { said: name(&other), wanted },
+    }
+}
+
+/// The dialer's part: says our hello, hears theirs, settles the link.
+pub(super) async fn greet(stream: &mut TcpStream, mut ours: Hello, terms: &Terms) -> Result<Met, NoLink> {
+    let voice = terms.voice().await;
+    ours.set_voice(voice.clone());
+    say(stream, &Message::Hello(Box::new(ours))).await?;
+    let hello = match listen(stream).await? {
+        Message::Hello(hello) => hello,
+        other => return Err(out_of_turn(other, "its hello")),
+    };
+    let carrier = match terms.choose(&voice, &hello.voice()) {
+        Choice::Tcp { why } => Carrier::Tcp { why, tried: false },
+        Choice::Refused { text } => return Err(refuse(stream, text).await),
+        Choice::Rdma => {
+            let Some(offer) = hello.rdma.clone() else {
+                return Err(NoLink::OutOfTurn { said: "that it has RDMA", wanted: "where its RDMA listens" });
+            };
+            let tcp = voice.has(Kind::Tcp) && hello.voice().has(Kind::Tcp);
+            connect(stream, offer, tcp, terms).await?
+        }
+    };
+    Ok(Met { hello, carrier })
+}
+
+/// Connects to an offer and says what came of it; `tcp` is what else there is.
+async fn connect(
+    stream: &mut TcpStream,
+    offer: RdmaOffer,
+    tcp: bool,
+    terms: &Terms,
+) -> Result<Carrier, NoLink> {
+    let (settled, carrier) = match terms.dial(offer).await {
+        Ok(prepared) => (Settled { kind: Kind::Rdma, why: None }, Carrier::Rdma(prepared)),
+        Err(why) if tcp => {
+            let why = reason(&format!("{} could not connect by RDMA: {why}", terms.node));
+            (
+                Settled { kind: Kind::Tcp, why: Some(why.clone()) },
+                Carrier::Tcp { why: Some(why), tried: true },
+            )
+        }
+        Err(why) => {
+            let text = reason(&format!("{} could not connect by RDMA: {why}", terms.node));
+            say(stream, &Message::Refuse(Refuse { code: RefuseCode::Link, text: text.clone() })).await?;
+            return Err(NoLink::Rdma(text));
+        }
+    };
+    say(stream, &Message::Link(settled)).await?;
+    Ok(carrier)
+}
+
+/// The acceptor's part, after it read `theirs`: says our hello, with an offer where both have RDMA, settles the link.
+pub(super) async fn answer(
+    stream: &mut TcpStream,
+    mut ours: Hello,
+    theirs: Box<Hello>,
+    terms: &Terms,
+) -> Result<Met, NoLink> {
+    let their_voice = theirs.voice();
+    let mut voice = terms.voice().await;
+    let mut listener = None;
+    if terms.choose(&voice, &their_voice) == Choice::Rdma {
+        match terms.listen().await {
+            Ok((opened, offer)) => {
+                listener = Some(opened);
+                ours.rdma = Some(offer);
+            }
+            Err(why) => voice.lose_rdma(&why),
+        }
+    }
+    let why = match terms.choose(&voice, &their_voice) {
+        Choice::Tcp { why } => why,
+        Choice::Rdma => None,
+        Choice::Refused { text } => return Err(refuse(stream, text).await),
+    };
+    let tcp = voice.has(Kind::Tcp);
+    ours.set_voice(voice);
+    let Some(listener) = listener else {
+        say(stream, &Message::Hello(Box::new(ours))).await?;
+        return Ok(Met { hello: theirs, carrier: Carrier::Tcp { why, tried: false } });
+    };
+    let accepting = accept(listener);
+    say(stream, &Message::Hello(Box::new(ours))).await?;
+    let carrier = match listen(stream).await? {
+        Message::Link(Settled { kind: Kind::Rdma, .. }) => Carrier::Rdma(accepted(accepting, terms).await?),
+        Message::Link(Settled { kind: Kind::Tcp, why }) if tcp => Carrier::Tcp { why, tried: true },
+        Message::Link(_) => {
+            let text = format!("{} has link = \"rdma\" and nothing else", terms.node);
+            return Err(refuse(stream, text).await);
+        }
+        other => return Err(out_of_turn(other, "what became of the RDMA offer")),
+    };
+    Ok(Met { hello: theirs, carrier })
+}
+
+/// The dialer's part in taking a session on to RDMA: a second connection to the peer, and RDMA beside it.
+pub(super) async fn ask_upgrade(
+    peer: SocketAddr,
+    upgrade: Upgrade,
+    terms: &Terms,
+) -> Result<(TcpStream, Prepared), NoLink> {
+    // Mostly it fails here, and costs the peer nothing.
+    terms.able().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
+    let mut stream = connect_to(peer).await.map_err(HelloError::from)?;
+    say(&mut stream, &Message::Upgrade(upgrade)).await?;
+    let offer = match listen(&mut stream).await? {
+        Message::Offer(offer) => offer,
+        other => return Err(out_of_turn(other, "an offer")),
+    };
+    // The session has its TCP link either way; this connection is for RDMA or nothing.
+    match connect(&mut stream, offer, true, terms).await? {
+        Carrier::Rdma(prepared) => match listen(&mut stream).await? {
+            Message::Link(Settled { kind: Kind::Rdma, .. }) => Ok((stream, prepared)),
+            other => Err(out_of_turn(other, "that it has the RDMA connection too")),
+        },
+        Carrier::Tcp { why, .. } => Err(NoLink::Rdma(why.expect("told by what failed"))),
+    }
+}
+
+/// The acceptor's part in that, once the volume's task has found the session that is meant.
+pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Result<Prepared, NoLink> {
+    let (listener, offer) = match terms.listen().await {
+        Ok(opened) => opened,
+        Err(why) => return Err(refuse(stream, format!("{} has no RDMA: {why}", terms.node)).await),
+    };
+    let accepting = accept(listener);
+    say(stream, &Message::Offer(offer)).await?;
+    match listen(stream).await? {
+        Message::Link(Settled { kind: Kind::Rdma, .. }) => {
+            let prepared = accepted(accepting, terms).await?;
+            say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
+            Ok(prepared)
+        }
+        Message::Link(Settled { kind: Kind::Tcp, why }) => Err(NoLink::Rdma(why.unwrap_or_default())),
+        other => Err(out_of_turn(other, "what became of the RDMA offer")),
+    }
+}
+
+/// Begins to take the connection that an offer asked for.
+pub(super) fn accept(listener: Box<dyn RdmaListener>) -> JoinHandle<Result<Prepared, String>> {
+    spawn_blocking(move || listener.accept(ACCEPT_MAX))
+}
+
+/// The connection that the peer says it made.
+pub(super) async fn accepted(
+    accepting: JoinHandle<Result<Prepared, String>>,
+    terms: &Terms,
+) -> Result<Prepared, NoLink> {
+    let prepared = accepting.await.expect("a panic has ended the process");
+    prepared.map_err(|why| NoLink::Rdma(format!("{} was not connected by RDMA: {why}", terms.node)))
+}
+
+/// Says a last word about links.
+async fn refuse(stream: &mut TcpStream, text: String) -> NoLink {
+    let text = reason(&text);
+    // The peer is told if it still listens; the conversation ends either way.
+    let _ = say(stream, &Message::Refuse(Refuse { code: RefuseCode::Link, text: text.clone() })).await;
+    NoLink::NothingInCommon(text)
+}
+
+impl Terms {
+    fn choose(&self, ours: &Voice, theirs: &Voice) -> Choice {
+        choose((&self.node, ours), (&self.peer, theirs))
+    }
+
+    /// What this node can do at this moment.
+    async fn voice(&self) -> Voice {
+        let rdma = match (&self.paused, self.wanted) {
+            (_, LinkKind::Tcp) => Ok(()),
+            (Some(why), _) => Err(why.clone()),
+            (None, _) => self.able().await,
+        };
+        Voice::new(self.wanted, rdma)
+    }
+
+    /// Whether RDMA is possible here.
+    pub(super) async fn able(&self) -> Result<(), String> {
+        let (rdma, local) = (Arc::clone(&self.rdma), self.local);
+        blocking(move || rdma.able(local)).await
+    }
+
+    /// A listener with a secret of its own.
+    pub(super) async fn listen(&self) -> Result<(Box<dyn RdmaListener>, RdmaOffer), String> {
+        let (rdma, local) = (Arc::clone(&self.rdma), self.local);
+        blocking(move || {
+            let secret = random_secret().map_err(|error| format!("/dev/urandom: {error}"))?;
+            let listener = rdma.listen(local, &secret)?;
+            let offer = RdmaOffer { address: listener.address(), secret };
+            Ok((listener, offer))
+        })
+        .await
+    }
+
+    /// A connection to an offer.
+    pub(super) async fn dial(&self, offer: RdmaOffer) -> Result<Prepared, String> {
+        let (rdma, local) = (Arc::clone(&self.rdma), self.local);
+        blocking(move || rdma.dial(local, &offer, DIAL_MAX)).await
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    spawn_blocking(work).await.expect("a panic has ended the process")
+}
+
+fn random_secret() -> std::io::Result<Secret> {
+    let mut bytes = [0; SECRET_LEN];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(Secret(bytes))
+}
+
+#[cfg(test)]
+mod tests;

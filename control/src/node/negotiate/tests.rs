@@ -1,0 +1,216 @@
+//! Two nodes settle their link over a real connection, with RDMA that can be made to fail at each step.
+
+use super::*;
+use crate::node::rdma::fake::{Fabric, FakeRdma, Script};
+use crate::role::{VolumeController, VolumeSettings};
+use costandby_datapath::disk::superblock::Superblock;
+use costandby_datapath::units::OnPeerLoss;
+use tokio::net::TcpListener;
+
+async fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("bound");
+    let dialled = TcpStream::connect(listener.local_addr().expect("bound"));
+    let (dialled, accepted) = tokio::join!(dialled, listener.accept());
+    (dialled.expect("connected"), accepted.expect("accepted").0)
+}
+
+fn terms(node: &str, wanted: LinkKind, rdma: Arc<FakeRdma>) -> Terms {
+    let peer = if node == "alpha" { "beta" } else { "alpha" };
+    let local = [127, 0, 0, 1].into();
+    Terms { wanted, paused: None, local, node: node.into(), peer: peer.into(), rdma }
+}
+
+fn hello(node: &str) -> Hello {
+    let settings = VolumeSettings {
+        volume: "db".into(),
+        node: node.into(),
+        peer: "other".into(),
+        configured_primary: true,
+        on_peer_loss: OnPeerLoss::Continue,
+    };
+    let superblock = Superblock::fresh("db", node, 1 << 20, true);
+    VolumeController::new(settings, superblock, Box::new(|| 7)).hello(1 << 20, &[])
+}
+
+/// What one side came to, in a word and a sentence.
+fn outcome(met: Result<Met, NoLink>) -> (&'static str, String) {
+    match met {
+        Ok(Met { carrier: Carrier::Rdma(_), .. }) => ("rdma", String::new()),
+        Ok(Met { carrier: Carrier::Tcp { why, tried }, .. }) => {
+            (if tried { "fallback" } else { "tcp" }, why.unwrap_or_default())
+        }
+        Err(error) => ("none", error.to_string()),
+    }
+}
+
+/// A whole conversation between alpha, who dials, and beta.
+async fn meet(alpha: &Terms, beta: &Terms) -> [(&'static str, String); 2] {
+    let (mut dialled, mut accepted) = connection().await;
+    let there = async {
+        let Ok(Message::Hello(theirs)) = listen(&mut accepted).await else { panic!("no hello") };
+        let met = answer(&mut accepted, hello("beta"), theirs, beta).await;
+        (met, accepted)
+    };
+    let (here, (there, _accepted)) = tokio::join!(greet(&mut dialled, hello("alpha"), alpha), there);
+    [outcome(here), outcome(there)]
+}
+
+async fn with_scripts(wanted: [LinkKind; 2], alpha: Script, beta: Script) -> [(&'static str, String); 2] {
+    let fabric = Fabric::default();
+    let alpha = terms("alpha", wanted[0], fabric.node(alpha));
+    let beta = terms("beta", wanted[1], fabric.node(beta));
+    meet(&alpha, &beta).await
+}
+
+const WANTED: [LinkKind; 3] = [LinkKind::Rdma, LinkKind::Tcp, LinkKind::Auto];
+
+#[tokio::test]
+async fn every_configuration_and_ability_comes_to_the_same_link_on_both_sides() {
+    for wanted in WANTED.into_iter().flat_map(|mine| WANTED.map(|theirs| [mine, theirs])) {
+        for able in [[true, true], [true, false], [false, true], [false, false]] {
+            let [alpha, beta] =
+                able.map(|able| Script { able: (!able).then_some("no device"), ..Script::default() });
+            let outcomes = with_scripts(wanted, alpha, beta).await;
+            let only = wanted.contains(&LinkKind::Rdma);
+            let expected = match wanted {
+                [LinkKind::Tcp, LinkKind::Rdma] | [LinkKind::Rdma, LinkKind::Tcp] => "none",
+                _ if wanted.contains(&LinkKind::Tcp) => "tcp",
+                _ if able == [true, true] => "rdma",
+                _ if only => "none",
+                _ => "tcp",
+            };
+            for (side, (found, text)) in outcomes.iter().enumerate() {
+                assert_eq!(*found, expected, "{wanted:?} {able:?} {side}: {text}");
+                assert_eq!(
+                    text.is_empty(),
+                    expected == "rdma" || (expected == "tcp" && wanted[side] == LinkKind::Tcp)
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn rdma_that_fails_falls_back_to_tcp_where_that_is_allowed() {
+    use LinkKind::{Auto, Rdma};
+    let unreachable = || Script { dial: Some("no route"), ..Script::default() };
+    let [here, there] = with_scripts([Auto, Auto], unreachable(), Script::default()).await;
+    assert_eq!(here, ("fallback", "alpha could not connect by RDMA: no route".to_owned()));
+    assert_eq!(there, here, "the peer is told the reason");
+    for wanted in [[Rdma, Auto], [Auto, Rdma], [Rdma, Rdma]] {
+        let [here, there] = with_scripts(wanted, unreachable(), Script::default()).await;
+        assert_eq!(here, ("none", "alpha could not connect by RDMA: no route".to_owned()));
+        assert_eq!(there, ("none", "alpha could not connect by RDMA: no route".to_owned()));
+    }
+}
+
+#[tokio::test]
+async fn an_acceptor_that_cannot_listen_says_so_in_its_hello() {
+    use LinkKind::{Auto, Rdma};
+    let deaf = || Script { listen: Some("no port is up"), ..Script::default() };
+    let [here, there] = with_scripts([Auto, Auto], Script::default(), deaf()).await;
+    assert_eq!(here, ("tcp", "beta has no RDMA: no port is up".to_owned()));
+    assert_eq!(there, here);
+    let [here, there] = with_scripts([Rdma, Auto], Script::default(), deaf()).await;
+    let text = "alpha has link = \"rdma\" and nothing else, and beta has no RDMA: no port is up";
+    assert_eq!([here, there], [("none", text.to_owned()), ("none", text.to_owned())]);
+}
+
+#[tokio::test]
+async fn a_connection_that_only_the_dialer_believes_in_ends_the_conversation() {
+    let script = Script { accept: Some("the queue pair broke"), ..Script::default() };
+    let [here, there] = with_scripts([LinkKind::Auto; 2], Script::default(), script).await;
+    assert_eq!(here.0, "rdma", "it waits for the acceptor's ready then, which does not come");
+    assert_eq!(there, ("none", "beta was not connected by RDMA: the queue pair broke".to_owned()));
+}
+
+#[tokio::test]
+async fn a_pause_keeps_rdma_out_of_the_conversation() {
+    let fabric = Fabric::default();
+    let mut alpha = terms("alpha", LinkKind::Auto, fabric.node(Script::default()));
+    let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
+    alpha.paused = Some("no route".into());
+    let outcomes = meet(&alpha, &beta).await;
+    assert_eq!(outcomes, [(); 2].map(|()| ("tcp", "alpha has no RDMA: no route".to_owned())));
+    assert_eq!(fabric.listening(), 0);
+    alpha.paused = None;
+    assert_eq!(meet(&alpha, &beta).await.map(|(kind, _)| kind), ["rdma"; 2]);
+}
+
+#[tokio::test]
+async fn each_offer_has_another_secret_and_a_wrong_one_is_turned_away() {
+    let fabric = Fabric::default();
+    let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
+    let alpha = terms("alpha", LinkKind::Auto, fabric.node(Script::default()));
+    let (first, offer) = beta.listen().await.expect("listens");
+    let (_second, other) = beta.listen().await.expect("listens");
+    assert_ne!(offer.secret, other.secret);
+    assert_ne!(offer.address, other.address);
+    let stolen = RdmaOffer { address: offer.address, secret: other.secret };
+    assert_eq!(alpha.dial(stolen).await.err().as_deref(), Some("turned away"));
+    let accepting = accept(first);
+    assert!(alpha.dial(offer).await.is_ok());
+    assert!(accepted(accepting, &beta).await.is_ok());
+}
+
+/// Plays a dialer by hand against [`answer`], after a hello with both kinds.
+async fn answered_with(wanted: LinkKind, message: Message) -> (&'static str, String) {
+    let (mut dialled, mut accepted) = connection().await;
+    let fabric = Fabric::default();
+    let beta = terms("beta", wanted, fabric.node(Script::default()));
+    let mut theirs = hello("alpha");
+    theirs.set_voice(Voice::new(LinkKind::Auto, Ok(())));
+    let hand = async {
+        assert!(matches!(listen(&mut dialled).await, Ok(Message::Hello(hello)) if hello.rdma.is_some()));
+        say(&mut dialled, &message).await.expect("said");
+    };
+    let (met, ()) = tokio::join!(answer(&mut accepted, hello("beta"), Box::new(theirs), &beta), hand);
+    outcome(met)
+}
+
+#[tokio::test]
+async fn a_dialer_that_says_what_does_not_belong_there_is_named() {
+    let link = |kind| Message::Link(Settled { kind, why: None });
+    let (kind, text) = answered_with(LinkKind::Auto, Message::Hello(Box::new(hello("alpha")))).await;
+    assert_eq!(kind, "none");
+    assert!(text.contains("it said a hello where what became of the RDMA offer belongs"), "{text}");
+    let (kind, text) = answered_with(LinkKind::Rdma, link(Kind::Tcp)).await;
+    assert_eq!((kind, text.as_str()), ("none", "beta has link = \"rdma\" and nothing else"));
+    assert_eq!(answered_with(LinkKind::Auto, link(Kind::Tcp)).await.0, "fallback");
+    // It promises a connection that it never made.
+    let (kind, text) = answered_with(LinkKind::Auto, link(Kind::Rdma)).await;
+    assert_eq!((kind, text.as_str()), ("none", "beta was not connected by RDMA: nobody connected"));
+}
+
+#[tokio::test]
+async fn an_acceptor_of_an_older_release_gets_tcp_and_no_word_it_does_not_know() {
+    let (mut dialled, mut accepted) = connection().await;
+    let alpha = terms("alpha", LinkKind::Auto, Fabric::default().node(Script::default()));
+    let hand = async {
+        let heard = listen(&mut accepted).await;
+        let Ok(Message::Hello(theirs)) = heard else { panic!("no hello") };
+        assert_eq!(theirs.links, ["rdma", "tcp"]);
+        let mut old = hello("beta");
+        old.links = vec!["tcp".into()];
+        say(&mut accepted, &Message::Hello(Box::new(old))).await.expect("said");
+        accepted
+    };
+    let (met, mut accepted) = tokio::join!(greet(&mut dialled, hello("alpha"), &alpha), hand);
+    assert_eq!(outcome(met).0, "tcp");
+    drop(dialled);
+    assert!(matches!(listen(&mut accepted).await, Err(HelloError::Io { .. })), "nothing more was said");
+}
+
+#[tokio::test]
+async fn an_acceptor_that_has_rdma_and_offers_no_place_is_named() {
+    let (mut dialled, mut accepted) = connection().await;
+    let alpha = terms("alpha", LinkKind::Auto, Fabric::default().node(Script::default()));
+    let hand = async {
+        let _ = listen(&mut accepted).await;
+        let mut odd = hello("beta");
+        odd.set_voice(Voice::new(LinkKind::Auto, Ok(())));
+        say(&mut accepted, &Message::Hello(Box::new(odd))).await.expect("said");
+    };
+    let (met, ()) = tokio::join!(greet(&mut dialled, hello("alpha"), &alpha), hand);
+    assert!(outcome(met).1.contains("where its RDMA listens"));
+}

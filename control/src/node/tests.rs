@@ -1,0 +1,202 @@
+//! Two nodes in one process, each with its reactor, its volume's task and its peer port, and with RDMA played by memory:
+//! which link their sessions take, what they say about it, and how a session comes to a better one.
+
+use super::rdma::fake::{Fabric, FakeRdma, Script};
+use super::*;
+use costandby_datapath::units::{AckLevel, OnPeerLoss, PollMode};
+use std::net::SocketAddr;
+use std::time::Instant;
+
+const SIZE: u64 = 1 << 20;
+
+/// How long anything here may take: many times what it does on a busy machine.
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct TestNode {
+    registry: Arc<Registry>,
+    rdma: Arc<FakeRdma>,
+    address: SocketAddr,
+}
+
+fn config(link: &str, ports: [u16; 2]) -> Config {
+    let [alpha, beta] = ports;
+    let text = format!(
+        r#"
+        nodes.alpha = {{ listen = "127.0.0.1:{alpha}", admin = "/nonexistent/alpha.sock" }}
+        nodes.beta = {{ listen = "127.0.0.1:{beta}", admin = "/nonexistent/beta.sock" }}
+        volumes.db = {{ size = {SIZE}, primary = "alpha", link = "{link}", disk.alpha = "memory:", disk.beta = "memory:" }}
+        "#
+    );
+    Config::parse(&text, Path::new("c.toml")).expect("good")
+}
+
+async fn listener() -> (tokio::net::TcpListener, u16) {
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.expect("bound");
+    let port = listener.local_addr().expect("bound").port();
+    (listener, port)
+}
+
+fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: Arc<FakeRdma>) -> TestNode {
+    let volume = config.volume("db").expect("there").clone();
+    let disk = DiskImage::memory("db", SIZE).expect("memory");
+    let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
+    let spec = VolumeSpec { name: "db".into(), disk, ack, on_peer_loss };
+    let (sender, events) = crossbeam_channel::unbounded();
+    let reactor_config =
+        ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(5), nbd_listeners: vec![] };
+    let (reactor, handle) = Reactor::new(reactor_config, vec![spec], sender).expect("starts");
+    std::thread::spawn(move || reactor.run());
+    let peer = volume.peer_of(node).expect("two nodes").clone();
+    let settings = VolumeSettings {
+        volume: "db".into(),
+        node: node.into(),
+        peer: peer.as_str().into(),
+        configured_primary: volume.primary.as_str() == node,
+        on_peer_loss,
+    };
+    let superblock = Superblock::fresh("db", node, SIZE, true);
+    let controller = VolumeController::new(settings, superblock, random_source().expect("numbers"));
+    let (inbox, queue) = mpsc::unbounded_channel();
+    let shared = Arc::new(Shared {
+        status: Mutex::new(controller.status()),
+        link: Mutex::new(None),
+        peer: peer.clone(),
+        config: volume,
+        inbox,
+    });
+    let surroundings = Surroundings {
+        peer_address: config.node(peer.as_str()).expect("there").listen,
+        node: node.into(),
+        local: [127, 0, 0, 1].into(),
+        rdma: Arc::clone(&rdma) as Arc<dyn rdma::RdmaSetup>,
+    };
+    let task = VolumeTask::new(0, Arc::clone(&shared), controller, None, handle.clone(), queue, surroundings);
+    let name = config.node(node).expect("there").name.clone();
+    let registry = Arc::new(Registry { node: name, reactor: handle, volumes: vec![shared] });
+    forward_events(events, &registry).expect("a thread");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(task.run());
+    tokio::spawn(peers::accept(listener, Arc::clone(&registry)));
+    TestNode { registry, rdma, address }
+}
+
+impl TestNode {
+    fn status(&self) -> admin::VolumeStatus {
+        volume_status(&self.registry, 0, &self.registry.volumes[0])
+    }
+
+    fn send(&self, command: Command) {
+        self.registry.reactor.send(command);
+    }
+}
+
+impl Drop for TestNode {
+    fn drop(&mut self) {
+        self.registry.reactor.send(Command::Shutdown);
+    }
+}
+
+/// Alpha and beta, with these scripts of their RDMA.
+async fn pair(link: &str, alpha: Script, beta: Script) -> [TestNode; 2] {
+    let fabric = Fabric::default();
+    let ((alpha_listener, alpha_port), (beta_listener, beta_port)) = (listener().await, listener().await);
+    let config = config(link, [alpha_port, beta_port]);
+    [
+        start(&config, "alpha", alpha_listener, fabric.node(alpha)),
+        start(&config, "beta", beta_listener, fabric.node(beta)),
+    ]
+}
+
+/// Waits until both nodes' status is as wanted.
+async fn both(nodes: &[TestNode; 2], what: &str, wanted: impl Fn(&admin::VolumeStatus) -> bool) {
+    let began = Instant::now();
+    while !nodes.iter().all(|node| wanted(&node.status())) {
+        let [alpha, beta] = nodes.each_ref().map(TestNode::status);
+        assert!(began.elapsed() < LIMIT, "not {what}: {alpha:?} {beta:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn over(link: &'static str) -> impl Fn(&admin::VolumeStatus) -> bool {
+    move |status| status.in_sync() && status.link == link
+}
+
+fn no(why: &'static str) -> Script {
+    Script { able: Some(why), ..Script::default() }
+}
+
+#[tokio::test]
+async fn two_nodes_with_rdma_take_it_and_say_so() {
+    let nodes = pair("auto", Script::default(), Script::default()).await;
+    both(&nodes, "over RDMA", |status| over("rdma")(status) && status.link_note.is_none()).await;
+}
+
+#[tokio::test]
+async fn a_session_over_tcp_goes_on_to_rdma_when_both_have_it_without_ending() {
+    let nodes = pair("auto", Script::default(), no("no device")).await;
+    both(&nodes, "over TCP", over("tcp")).await;
+    for node in &nodes {
+        assert_eq!(node.status().link_note.as_deref(), Some("beta has no RDMA: no device"));
+    }
+    let epoch = nodes[0].status().epoch;
+    nodes[1].rdma.set(Script::default());
+    both(&nodes, "over RDMA", |status| over("rdma")(status) && status.link_note.is_none()).await;
+    assert_eq!(nodes[0].status().epoch, epoch);
+    // It is a session like any other: its end is noticed, and the next one begins over RDMA.
+    nodes[0].send(Command::CloseLink { volume: 0, reason: "a test" });
+    both(&nodes, "over RDMA again", over("rdma")).await;
+}
+
+#[tokio::test]
+async fn rdma_that_cannot_connect_leaves_tcp_and_is_tried_again_over_the_session() {
+    let unreachable = Script { dial: Some("no route"), ..Script::default() };
+    let nodes = pair("auto", unreachable, Script::default()).await;
+    both(&nodes, "over TCP", over("tcp")).await;
+    for node in &nodes {
+        let note = node.status().link_note.expect("a note");
+        assert_eq!(note, "alpha could not connect by RDMA: no route");
+    }
+    nodes[0].rdma.set(Script::default());
+    both(&nodes, "over RDMA", over("rdma")).await;
+}
+
+#[tokio::test]
+async fn a_volume_set_to_rdma_waits_for_it_and_says_why() {
+    let nodes = pair("rdma", no("no device"), Script::default()).await;
+    both(&nodes, "refused", |status| {
+        let wanted = "has link = \"rdma\" and nothing else, and alpha has no RDMA: no device";
+        status.connection == "connecting"
+            && status.link_note.as_deref().is_some_and(|note| note.contains(wanted))
+    })
+    .await;
+    nodes[0].rdma.set(Script::default());
+    both(&nodes, "over RDMA", over("rdma")).await;
+    // An RDMA connection that breaks is made again, and nothing else.
+    nodes[0].rdma.set(Script { dial: Some("no route"), ..Script::default() });
+    nodes[1].send(Command::CloseLink { volume: 0, reason: "a test" });
+    both(&nodes, "refused", |status| {
+        status.link == "rdma"
+            && status
+                .link_note
+                .as_deref()
+                .is_some_and(|note| note.ends_with("could not connect by RDMA: no route"))
+    })
+    .await;
+    nodes[0].rdma.set(Script::default());
+    both(&nodes, "over RDMA again", over("rdma")).await;
+}
+
+#[tokio::test]
+async fn a_stranger_cannot_change_a_sessions_link() {
+    use crate::hello::{Message, Refuse, RefuseCode, Upgrade};
+    let nodes = pair("auto", no("no device"), no("no device")).await;
+    both(&nodes, "over TCP", over("tcp")).await;
+    for (node, peer) in nodes.iter().zip(["beta", "alpha"]) {
+        let mut stream = tokio::net::TcpStream::connect(node.address).await.expect("connected");
+        let upgrade = Upgrade { node: peer.into(), volume: "db".into(), session: [1, 2], serial: 1 };
+        peers::say(&mut stream, &Message::Upgrade(upgrade)).await.expect("said");
+        let heard = peers::listen(&mut stream).await;
+        assert!(matches!(heard, Ok(Message::Refuse(Refuse { code: RefuseCode::Busy, .. }))), "{heard:?}");
+    }
+    both(&nodes, "over TCP still", over("tcp")).await;
+}

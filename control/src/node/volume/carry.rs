@@ -1,0 +1,277 @@
+//! The part of a volume's task that deals with what carries its sessions: it brings its terms to each conversation, makes
+//! the link that came out of it, says which one it is, and takes a session that had to begin over TCP on to RDMA.
+
+use super::super::negotiate::{Carrier, Met, NoLink, Terms};
+use super::super::peers;
+use super::super::rdma::Prepared;
+use super::{Surroundings, VolumeTask};
+use crate::config::LinkKind;
+use crate::hello::{Refuse, RefuseCode, Upgrade};
+use crate::link::Kind;
+use crate::role::{Event, SessionSide};
+use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
+use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
+use costandby_datapath::transport::tcp::TcpLink;
+use costandby_datapath::transport::{Link, ring_takes};
+use costandby_datapath::units::Epoch;
+use std::io;
+use std::time::Duration;
+use tokio::net::TcpStream;
+
+/// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
+const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
+
+/// The peer of a conversation whose link is settled.
+pub(super) struct PeerEnd {
+    /// Its hello's nonce.
+    nonce: u64,
+    ring_len: u64,
+    /// It takes RDMA when it can.
+    wants_rdma: bool,
+    carrier: Carrier,
+}
+
+/// A session as far as its link may change.
+pub(super) struct SessionState {
+    /// The nonces of its hellos, the dialer's first: its name.
+    nonces: [u64; 2],
+    /// We dialled, and ask for changes.
+    dialled: bool,
+    /// What it goes on over.
+    kind: Kind,
+    /// Of the latest attempt to change it.
+    serial: u64,
+    /// The attempt under way.
+    switching: Option<u64>,
+}
+
+/// A conversation's connection as the datapath takes it.
+fn companion(stream: TcpStream) -> io::Result<std::net::TcpStream> {
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(true)?;
+    Ok(stream)
+}
+
+impl Surroundings {
+    /// Whether RDMA is possible here, for a volume that would have it. Blocks briefly.
+    pub(super) fn able(&self, wanted: LinkKind) -> Result<(), String> {
+        if wanted == LinkKind::Tcp {
+            return Ok(());
+        }
+        self.rdma.able(self.local).map_err(|why| format!("{} has no RDMA: {why}", self.node))
+    }
+}
+
+impl VolumeTask {
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// What this volume brings to a conversation.
+    pub(super) fn terms(&self) -> Terms {
+        Terms {
+            wanted: self.shared.config.link,
+            paused: self.link.paused(self.now()).map(str::to_owned),
+            local: self.surroundings.local,
+            node: self.surroundings.node.clone(),
+            peer: self.shared.peer.as_str().to_owned(),
+            rdma: self.surroundings.rdma.clone(),
+        }
+    }
+
+    /// It is settled what carries the session, or that nothing does.
+    pub(super) async fn met(&mut self, stream: TcpStream, met: Result<Met, NoLink>) {
+        let event = match met {
+            Ok(Met { hello, carrier }) => {
+                if let Carrier::Tcp { why: Some(why), tried: true } = &carrier {
+                    self.link.rdma_failed(self.began.elapsed(), why);
+                }
+                let fits = usize::try_from(hello.ring_len)
+                    .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
+                    && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
+                if fits {
+                    let conversation = self.conversation.as_mut().expect("the caller looked");
+                    conversation.stream = Some(stream);
+                    let (nonce, ring_len) = (hello.nonce, hello.ring_len);
+                    let wants_rdma = hello.voice().wants_rdma();
+                    conversation.peer = Some(PeerEnd { nonce, ring_len, wants_rdma, carrier });
+                    Event::HelloReceived(hello)
+                } else {
+                    self.conversation = None;
+                    let text =
+                        format!("it announces a ring of {} bytes, which cannot be used", hello.ring_len);
+                    Event::SessionFailed { text }
+                }
+            }
+            Err(error) => {
+                self.note_no_link(&error);
+                self.conversation_failed(&error)
+            }
+        };
+        self.publish_link();
+        self.converse(event).await;
+    }
+
+    /// Remembers why there is no link where that is about links.
+    fn note_no_link(&mut self, error: &NoLink) {
+        match error {
+            NoLink::Rdma(why) => self.link.rdma_failed(self.began.elapsed(), why),
+            NoLink::NothingInCommon(text) => self.link.tell(text),
+            NoLink::Refused(refuse) if refuse.code == RefuseCode::Link => self.link.tell(&refuse.text),
+            NoLink::Refused(_) | NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
+        }
+    }
+
+    /// Asks the peer to take the session on to RDMA, when it is time for that.
+    pub(super) fn upgrade_if_due(&mut self) {
+        let now = self.now();
+        let Some(session) = self.session.as_mut().filter(|s| s.dialled && s.switching.is_none()) else {
+            return;
+        };
+        if !self.link.probe_due(now) {
+            return;
+        }
+        session.serial += 1;
+        session.switching = Some(session.serial);
+        let upgrade = Upgrade {
+            node: self.surroundings.node.clone(),
+            volume: self.shared.config.name.as_str().to_owned(),
+            session: session.nonces,
+            serial: session.serial,
+        };
+        let inbox = self.shared.inbox.clone();
+        peers::ask_upgrade(self.surroundings.peer_address, upgrade, self.terms(), inbox);
+    }
+
+    /// The peer asks for it.
+    pub(super) fn upgrade_asked(&mut self, stream: TcpStream, upgrade: Upgrade) {
+        let auto = self.shared.config.link == LinkKind::Auto;
+        let session = self.session.as_mut().filter(|session| {
+            let over_tcp = auto && session.kind == Kind::Tcp && session.switching.is_none();
+            over_tcp
+                && !session.dialled
+                && session.nonces == upgrade.session
+                && upgrade.serial > session.serial
+        });
+        let Some(session) = session else {
+            let text = "there is no such session over TCP, or it is changing its link already".to_owned();
+            return peers::part(stream, Refuse { code: RefuseCode::Busy, text });
+        };
+        session.serial = upgrade.serial;
+        session.switching = Some(upgrade.serial);
+        peers::offer_upgrade(stream, upgrade, self.terms(), self.shared.inbox.clone());
+    }
+
+    /// Both nodes have an RDMA connection for the session, or not. The reactor tells how the change itself ends.
+    pub(super) fn upgraded(
+        &mut self,
+        nonces: [u64; 2],
+        serial: u64,
+        upgraded: Result<(TcpStream, Prepared), NoLink>,
+    ) {
+        let current = |session: &SessionState| session.nonces == nonces && session.switching == Some(serial);
+        if !self.session.as_ref().is_some_and(current) {
+            return;
+        }
+        let link = upgraded.map_err(|error| error.note()).and_then(|(stream, prepared)| {
+            companion(stream).and_then(prepared).map_err(|error| format!("making the RDMA link: {error}"))
+        });
+        match link {
+            Ok(link) => self.send(Command::SwitchLink { volume: self.index, link, serial }),
+            Err(why) => self.switched(serial, Err(why)),
+        }
+    }
+
+    /// The session goes on over RDMA, or over what it had.
+    pub(super) fn switched(&mut self, serial: u64, outcome: Result<(), String>) {
+        let now = self.now();
+        let Some(session) = self.session.as_mut().filter(|s| s.switching == Some(serial)) else { return };
+        session.switching = None;
+        match outcome {
+            Ok(()) => {
+                session.kind = Kind::Rdma;
+                self.link.began(now, Kind::Rdma, None, true);
+            }
+            Err(why) => self.link.tell(&why),
+        }
+        self.publish_link();
+    }
+
+    /// The session is over.
+    pub(super) fn link_ended(&mut self, reason: &str) {
+        self.session = None;
+        self.link.ended(self.began.elapsed(), reason);
+        self.publish_link();
+    }
+
+    /// Makes public what there is to say about the link, and logs what is new.
+    pub(super) fn publish_link(&self) {
+        let status = self.link.status();
+        let before = self.shared.link.lock().expect("nobody panics with it").replace(status.clone());
+        if before.as_ref() == Some(&status) {
+            return;
+        }
+        let (volume, link) = (self.shared.config.name.as_str(), status.kind.as_str());
+        match (&status.note, self.shared.config.link) {
+            (Some(why), LinkKind::Rdma) => tracing::warn!(volume, "no link: {why}"),
+            (Some(why), _) => tracing::info!(volume, "the link is {link}: {why}"),
+            (None, _) => tracing::info!(volume, "the link is {link}"),
+        }
+    }
+
+    pub(super) fn start_session(&mut self, side: SessionSide, serve: bool, epoch: Epoch) {
+        let conversation = self.conversation.take();
+        self.epoch = epoch;
+        self.link_up = true;
+        let volume = self.index;
+        let linked = conversation
+            .and_then(|c| {
+                let peer = c.peer?;
+                let mut nonces = [c.nonce, peer.nonce];
+                if !c.dialled {
+                    nonces.reverse();
+                }
+                let kind = if matches!(peer.carrier, Carrier::Rdma(_)) { Kind::Rdma } else { Kind::Tcp };
+                let dialled = c.dialled;
+                self.session = Some(SessionState { nonces, dialled, kind, serial: 0, switching: None });
+                Some((c.stream?, peer))
+            })
+            .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))
+            .and_then(|(stream, peer)| self.make_link(stream, peer));
+        match linked {
+            Ok(link) => {
+                let direction = match side {
+                    SessionSide::Source { resync } => Direction::Source { resync },
+                    SessionSide::Target => Direction::Target,
+                };
+                self.send(Command::Session { volume, link, direction, epoch });
+            }
+            Err(error) => {
+                // The controller hears of it as of any link that ends.
+                let event = ReactorEvent::LinkDown { volume, reason: error.to_string(), undurable: true };
+                let _ = self.shared.inbox.send(super::Input::Reactor(event));
+            }
+        }
+        if serve {
+            self.send(Command::Serve { volume });
+        }
+    }
+
+    fn make_link(&mut self, stream: TcpStream, peer: PeerEnd) -> io::Result<Box<dyn Link>> {
+        let stream = companion(stream)?;
+        let now = self.now();
+        let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+        let link: Box<dyn Link> = match peer.carrier {
+            Carrier::Rdma(prepared) => {
+                self.link.began(now, Kind::Rdma, None, peer.wants_rdma);
+                prepared(stream)?
+            }
+            Carrier::Tcp { why, .. } => {
+                self.link.began(now, Kind::Tcp, why, peer.wants_rdma);
+                Box::new(TcpLink::new(stream, len(RING_LEN)?, len(peer.ring_len)?)?)
+            }
+        };
+        self.publish_link();
+        Ok(link)
+    }
+}
