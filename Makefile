@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench fuzz fmt clean
+.PHONY: help demo test test-rdma vm bench fuzz fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -9,8 +9,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 FUZZ_SECONDS ?= 60
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-7s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes on loopback, one killed in mid-write, every write accounted for (ARGS="--seconds 5 --json")
 	@tests/tools/need.sh build
@@ -18,8 +18,17 @@ demo: ## two nodes on loopback, one killed in mid-write, every write accounted f
 	@$(TARGET_DIR)/release/costandby demo $(ARGS)
 
 test: ## everything a change must pass: format, lints, licences, fuzzing, docs, all tests
-	@tests/tools/need.sh test
+	@tests/tools/need.sh test vm
 	@tests/tools/test.sh
+
+test-rdma: ## RDMA in virtual machines: tests, clients, demo, a plug pulled (ARGS="--only two-guests")
+	@tests/tools/need.sh vm
+	@tests/tools/test-rdma.sh $(ARGS)
+
+vm: ## a shell in a virtual machine with an RDMA device
+	@tests/tools/need.sh vm
+	@cargo build --quiet --locked --workspace --bins
+	@$(TARGET_DIR)/debug/costandby-vm shell $(ARGS)
 
 bench: ## measure this machine's link, disk and mirror, and the same on qemu (ARGS="--seconds 10")
 	@tests/tools/need.sh test

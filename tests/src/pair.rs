@@ -13,7 +13,7 @@ use costandby_control::nbd_client::{Endpoint, NbdClient, NbdError, NbdUri, Optio
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -35,6 +35,24 @@ const STOP_LIMIT: Duration = Duration::from_secs(45);
 
 /// Lines of each log that a failed test prints.
 const LOG_LINES: usize = 40;
+
+/// What carries the copies of pairs that say nothing else: `COSTANDBY_TEST_LINK`, or `tcp`.
+///
+/// With `rdma` the nodes are on `COSTANDBY_RDMA_ADDRESS`, the address of this machine's RDMA device.
+///
+/// # Panics
+/// When `rdma` is asked for and there is no such address.
+fn link_from_environment() -> (&'static str, Option<IpAddr>) {
+    match std::env::var("COSTANDBY_TEST_LINK").as_deref() {
+        Ok("rdma") => {
+            let address = std::env::var("COSTANDBY_RDMA_ADDRESS").unwrap_or_default();
+            let address = address.parse().expect("COSTANDBY_RDMA_ADDRESS is the RDMA device's address");
+            ("rdma", Some(address))
+        }
+        Ok("tcp") | Err(_) => ("tcp", None),
+        Ok(other) => panic!("COSTANDBY_TEST_LINK is {other:?}, neither tcp nor rdma"),
+    }
+}
 
 /// One volume of a pair.
 #[derive(Clone, Debug)]
@@ -81,18 +99,25 @@ pub struct Settings {
     pub sparse: bool,
     /// Network name space and address of each node, where it is not to be this one's loopback.
     pub namespaces: Option<[(String, SocketAddr); 2]>,
+    /// `link`; with `rdma`, `device_address` too.
+    pub link: &'static str,
+    /// Where the nodes listen for each other, where that is not to be loopback.
+    pub device_address: Option<IpAddr>,
 }
 
 impl Settings {
     /// These volumes, and nothing special.
     #[must_use]
     pub fn new(volumes: &[VolumeSettings]) -> Self {
+        let (link, device_address) = link_from_environment();
         Self {
             volumes: volumes.to_vec(),
             peer_timeout: "1s",
             proxied: false,
             sparse: false,
             namespaces: None,
+            link,
+            device_address,
         }
     }
 }
@@ -134,8 +159,8 @@ impl Pair {
     pub fn create(settings: Settings) -> Self {
         let dir = tempfile::Builder::new().prefix("costandby-").tempdir().expect("a temporary directory");
         let ports: [SocketAddr; 4] = free_addresses();
-        let listen =
-            settings.namespaces.as_ref().map_or([ports[0], ports[1]], |spaces| [spaces[0].1, spaces[1].1]);
+        let local = settings.device_address.map_or([ports[0], ports[1]], free_addresses_on);
+        let listen = settings.namespaces.as_ref().map_or(local, |spaces| [spaces[0].1, spaces[1].1]);
         let proxy = settings.proxied.then(|| Proxy::start(listen[BETA]));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let daemons = [None, None];
@@ -484,7 +509,7 @@ impl Pair {
 
     fn config_text(&self, of: usize) -> String {
         let mut text = format!("peer_timeout = \"{}\"\n", self.settings.peer_timeout);
-        if self.settings.namespaces.is_some() {
+        if self.settings.namespaces.is_some() || self.settings.device_address.is_some() {
             text.insert_str(0, "insecure = true\n");
         }
         for node in [ALPHA, BETA] {
@@ -505,10 +530,11 @@ impl Pair {
         for volume in &self.settings.volumes {
             let VolumeSettings { name, size, primary, ack, on_peer_loss, .. } = volume;
             let primary = NODES[*primary];
+            let link = self.settings.link;
             let disks = [ALPHA, BETA].map(|node| self.disk(node, name).display().to_string());
             let _ = write!(
                 text,
-                "\n[volumes.{name}]\nsize = {size}\nprimary = \"{primary}\"\nlink = \"tcp\"\nack = \"{ack}\"\n\
+                "\n[volumes.{name}]\nsize = {size}\nprimary = \"{primary}\"\nlink = \"{link}\"\nack = \"{ack}\"\n\
                  on_peer_loss = \"{on_peer_loss}\"\ndisk.alpha = \"{}\"\ndisk.beta = \"{}\"\n",
                 disks[0], disks[1]
             );
@@ -553,7 +579,11 @@ pub fn free_addresses<const N: usize>() -> [SocketAddr; N] {
     static PAIRS: AtomicU8 = AtomicU8::new(1);
     let process = std::process::id().to_le_bytes();
     let pair = PAIRS.fetch_add(1, Ordering::Relaxed).max(1);
-    let ip = std::net::Ipv4Addr::new(127, process[0] | 1, process[1], pair);
+    free_addresses_on(Ipv4Addr::new(127, process[0] | 1, process[1], pair).into())
+}
+
+/// Addresses of `ip` that nobody uses.
+fn free_addresses_on<const N: usize>(ip: IpAddr) -> [SocketAddr; N] {
     let sockets = [(); N].map(|()| std::net::TcpListener::bind((ip, 0)).expect("a free port"));
     sockets.map(|socket| socket.local_addr().expect("a bound socket's address"))
 }

@@ -1,7 +1,8 @@
 //! Real NBD clients against two running daemons: what they write is what they read, and both disks end equal.
 //!
 //! Debian's nbdinfo, nbdcopy, qemu-io, qemu-img and fio, as a user would run them. After each, the volume is flushed, and
-//! once it is quiet the disks of both nodes are compared byte for byte.
+//! once it is quiet the disks of both nodes are compared byte for byte. With `COSTANDBY_TEST_LINK=rdma` the copies go by
+//! RDMA; that needs a device, so the rig in `src/vm` runs these tests again where there is one.
 
 use costandby_control::nbd_client::{NbdClient, NbdUri, NoReads, Options};
 use costandby_tests::Rng;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that what a target of the Makefile needs is on this machine, and installs what is not.
 #
-#   tests/tools/need.sh build|test
+#   tests/tools/need.sh build|test|vm...
 #
 # Each tool is asked for its version rather than its package looked up: what counts is that it runs. Packages come
 # from apt, as root or through sudo that asks no password; where neither works the missing ones are listed and
@@ -74,8 +74,10 @@ need_cargo_tool() {
     echo "installed ${crate} in $((SECONDS - start)) s"
 }
 
-# The bindings to the RDMA libraries are made from their headers while building (bindgen, cmake).
-has_libclang() { compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib*/libclang.so*'; }
+# The bindings to the RDMA libraries are made at build time; the libraries themselves are looked for at run time only.
+has_libclang() {
+    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep -q 'libclang.*\.so'
+}
 
 need_build() {
     need_rust
@@ -110,11 +112,52 @@ need_test() {
     need_cargo_tool deny cargo-deny
 }
 
-case ${1:-} in
-build) need_build ;;
-test) need_test ;;
-*)
-    echo "usage: $0 build|test" >&2
-    exit 2
-    ;;
-esac
+# runs COMMAND...: it can be started; what it says and how it ends is its own matter.
+runs() {
+    command -v "$1"
+}
+has_library() {
+    ldconfig -p | grep -qF "$1"
+}
+has_rxe_provider() {
+    compgen -G '/usr/lib/*/libibverbs/librxe-rdmav*.so'
+}
+# A busybox that needs no library: it is all there is before a guest sees the host's files.
+has_static_busybox() {
+    busybox true && ! ldd "$(command -v busybox)"
+}
+
+need_vm() {
+    need_build
+    need qemu-system-x86 qemu-system-x86_64 --version
+    # Debian 12's emulator can take the place of newer tools from elsewhere: ask for both together.
+    need qemu-utils qemu-img --version
+    need busybox-static has_static_busybox
+    need cpio cpio --version
+    need util-linux setpriv --version
+    need iproute2 runs rdma
+    need libibverbs1 has_library libibverbs.so.1
+    need librdmacm1 has_library librdmacm.so.1
+    need ibverbs-providers has_rxe_provider
+    need ibverbs-utils runs ibv_devinfo
+    need perftest runs ib_write_lat
+    need strace strace -V
+    need libnbd-bin nbdinfo --version
+    need libnbd-bin nbdcopy --version
+    need fio fio --version
+    need qemu-utils qemu-io --version
+    install_packages
+}
+
+if [ $# = 0 ]; then set -- help; fi
+for set in "$@"; do
+    case $set in
+    build) need_build ;;
+    test) need_test ;;
+    vm) need_vm ;;
+    *)
+        echo "usage: $0 build|test|vm..." >&2
+        exit 2
+        ;;
+    esac
+done

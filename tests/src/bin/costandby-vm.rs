@@ -1,0 +1,192 @@
+//! `costandby-vm`: the soft-RoCE rig's command line. What it does stands in [`costandby_tests::vm`].
+#![forbid(unsafe_code)]
+
+use clap::{Args, Parser, Subcommand};
+use costandby_tests::vm::guest::{Guest, Settings};
+use costandby_tests::vm::{LINK, Rig, Steps, VmError, failover, fast, survivor};
+use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Nobody sits in a shell for longer without saying so.
+const SHELL_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+#[derive(Parser)]
+#[command(
+    name = "costandby-vm",
+    version,
+    about = "Runs things in virtual machines that have an RDMA device, rxe0"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run the RDMA tests: one guest for tests, clients and demo, two for the pulled plug.
+    #[command(
+        after_help = "Examples:\n  costandby-vm test\n  costandby-vm test --only clients,two-guests --link tcp"
+    )]
+    Test {
+        /// What carries the copies: rdma or tcp.
+        #[arg(long, default_value = LINK)]
+        link: String,
+        /// Only these steps: device, ffi, datapath, control, clients, demo, two-guests.
+        #[arg(long, value_delimiter = ',', value_name = "STEP")]
+        only: Vec<String>,
+    },
+    /// Run a command in a guest; its output and exit status are this program's.
+    #[command(
+        after_help = "Examples:\n  costandby-vm run ibv_devinfo\n  costandby-vm run --memory 4096 -- target/release/costandby-bench run --quick\n\n\
+        The host's files are there, read-only; /tmp is empty, and programs are found where they are on the host. The \
+        directory printed with -v is /share in the guest, where it may leave files."
+    )]
+    Run(RunArgs),
+    /// Open a shell in a guest. Without a terminal, run what stands on standard input.
+    Shell {
+        /// MiB of memory.
+        #[arg(long, default_value_t = 2048, value_name = "MIB")]
+        memory: u64,
+    },
+    /// Inside a guest: outlive the other one. Used by `test`.
+    #[command(hide = true)]
+    Survivor {
+        /// What must carry the copies.
+        #[arg(long)]
+        link: String,
+        /// The daemon's admin socket.
+        admin: PathBuf,
+        /// Its socket for NBD clients.
+        nbd: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// MiB of memory.
+    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    memory: u64,
+    /// Virtual processors.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    cpus: u32,
+    /// Seconds, boot included, after which the guest is ended.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    limit: u64,
+    /// Say where the guest's files are, and leave them there.
+    #[arg(short, long)]
+    verbose: bool,
+    /// A shell command, or a program and its arguments.
+    #[arg(required = true, trailing_var_arg = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Test { link, only } => test(&link, &only),
+        Task::Run(args) => run(&args),
+        Task::Shell { memory } => shell(memory),
+        Task::Survivor { link, admin, nbd } => {
+            survivor::run(&admin, &nbd, &link).map(|()| 0).map_err(VmError::Failed)
+        }
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("costandby-vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test(link: &str, only: &[String]) -> Result<u8, VmError> {
+    let rig = Rig::prepare()?;
+    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(["two-guests"]).collect();
+    if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
+        return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
+    }
+    let wanted = |id: &str| only.is_empty() || only.iter().any(|name| name == id);
+    let directory = rig.run_directory("test")?;
+    let mut steps = Steps::default();
+    steps.run("building the programs", || rig.build_programs())?;
+    let mut outcomes = Vec::new();
+    if known.iter().any(|id| *id != "two-guests" && wanted(id)) {
+        outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
+    }
+    if wanted("two-guests") {
+        outcomes.push(failover::run(&rig, &directory, link, &mut steps));
+    }
+    let broken = outcomes.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+    for error in &broken {
+        println!("{error}");
+    }
+    let seconds = steps.seconds();
+    if steps.failures().is_empty() && broken.is_empty() {
+        println!("{seconds:7.1} s  in all, copies by {link}");
+        // Logs that nobody will read.
+        let _ = std::fs::remove_dir_all(&directory);
+        return Ok(0);
+    }
+    println!("{seconds:7.1} s  in all, copies by {link}; FAILED: {}", steps.failures().join("; "));
+    println!("logs: {}", directory.display());
+    Ok(1)
+}
+
+fn run(args: &RunArgs) -> Result<u8, VmError> {
+    // One word is a shell command; more are a program with arguments that no shell shall take apart.
+    let command = match args.command.as_slice() {
+        [command] => command.clone(),
+        words => words.iter().map(|word| format!("'{}' ", word.replace('\'', r"'\''"))).collect(),
+    };
+    let rig = Rig::prepare()?;
+    let directory = rig.run_directory("run")?;
+    let mut settings = Settings::new("guest", &command);
+    settings.memory_mib = args.memory;
+    settings.cpus = args.cpus;
+    let mut guest = Guest::boot(&rig, &directory, &settings)?;
+    if args.verbose {
+        println!("/share is {}", guest.share().display());
+    }
+    let mut stdout = std::io::stdout();
+    guest.follow(Duration::from_secs(args.limit), |line| {
+        // A reader that has gone away ends this program by its own means.
+        writeln!(stdout, "{line}").is_err()
+    })?;
+    let status = guest.status()?;
+    if status == 0 && !args.verbose {
+        let _ = std::fs::remove_dir_all(&directory);
+    } else {
+        eprintln!("status {status}; the guest's files are in {}", directory.display());
+    }
+    Ok(u8::try_from(status).unwrap_or(1))
+}
+
+fn shell(memory: u64) -> Result<u8, VmError> {
+    let mut stdin = std::io::stdin();
+    if !stdin.is_terminal() {
+        let mut script = String::new();
+        stdin.read_to_string(&mut script).map_err(|source| VmError::Io {
+            doing: "reading the commands on standard input".to_owned(),
+            source,
+        })?;
+        if script.trim().is_empty() {
+            println!("no terminal and no commands on standard input: nothing to do in a guest");
+            return Ok(0);
+        }
+        return run(&RunArgs { memory, cpus: 2, limit: 3600, verbose: false, command: vec![script] });
+    }
+    let rig = Rig::prepare()?;
+    let directory = rig.run_directory("shell")?;
+    println!("booting a guest with the device rxe0 on 10.9.0.1; `exit` or Ctrl-D ends it");
+    println!("/share there is {} here", directory.join("guest/share").display());
+    let mut settings = Settings::new("guest", "");
+    settings.command = None;
+    settings.memory_mib = memory;
+    let mut guest = Guest::boot(&rig, &directory, &settings)?;
+    guest.follow(SHELL_LIMIT, |line| {
+        print!("{line}\r\n");
+        false
+    })?;
+    Ok(u8::try_from(guest.status()?).unwrap_or(1))
+}

@@ -1,0 +1,203 @@
+//! The plug pulled on a primary: two guests, alpha and beta, with a wire between them and a disk each on the host.
+//!
+//! A client in beta's guest writes to alpha ([`super::survivor`]); alpha's QEMU gets SIGKILL in mid-write, which takes
+//! with it whatever alpha's kernel had not written out. Beta is promoted and must hold every acknowledged write. Then
+//! alpha boots again on the same disk, catches up under load, and the two disks are compared from outside.
+//!
+//! Invariants: the disks are compared only after both guests have powered off; both are as large as they were made.
+
+use super::guest::{Guest, Settings, Wire};
+use super::{Rig, Steps, VmError, io_error, last_lines, quoted};
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The nodes, with their addresses. Alpha starts as primary.
+pub const PAIR: [(&str, &str); 2] = [("alpha", "10.9.0.1"), ("beta", "10.9.0.2")];
+/// The volume.
+pub const VOLUME: &str = "db";
+/// Its size. A full copy of it takes seconds, and writers do not get through it twice.
+pub const SIZE_MIB: u64 = 64;
+/// Where a node serves NBD clients of other machines.
+pub const NBD_PORT: u16 = 10809;
+
+/// What a block device holds besides the volume.
+const METADATA_MIB: u64 = 1;
+
+/// How long two guests may take to boot, find each other and have some writes acknowledged.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long the survivor may take to be promoted, once the plug is pulled.
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long reading back all acknowledged writes may take.
+const VERIFY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a boot and a full copy may take.
+const RETURN_LIMIT: Duration = Duration::from_secs(180);
+
+/// How long daemons may take to end, and guests to power off.
+const STOP_LIMIT: Duration = Duration::from_secs(90);
+
+/// Writing goes on for this long before the plug is pulled.
+const WRITE_TIME: Duration = Duration::from_secs(2);
+
+/// The steps' names, in order.
+const STEPS: [&str; 5] = [
+    "two guests: both boot, in sync, a client writes to alpha",
+    "two guests: alpha's plug is pulled in mid-write, beta is promoted",
+    "two guests: every acknowledged write is on beta",
+    "two guests: alpha boots again and catches up under load",
+    "two guests: both power off, their disks are equal",
+];
+
+/// Runs it all; `link` carries the copies. Logs are in `run`.
+///
+/// # Errors
+/// What does not hold; the step it happened in is marked as failed.
+pub fn run(rig: &Rig, run: &Path, link: &str, steps: &mut Steps) -> Result<(), VmError> {
+    let done = Failover::new(rig, run, link).and_then(|failover| failover.run(steps));
+    if done.is_err() {
+        steps.failed("");
+        for (node, _) in PAIR {
+            println!("    --- the end of {node}'s log");
+            print!("{}", last_lines(&run.join(node).join("share/daemon.log"), 15));
+        }
+    }
+    done
+}
+
+struct Failover<'a> {
+    rig: &'a Rig,
+    run: &'a Path,
+    link: &'a str,
+    /// Unix sockets have short names, and a clone may lie deep.
+    sockets: tempfile::TempDir,
+    disks: [PathBuf; 2],
+}
+
+impl<'a> Failover<'a> {
+    fn new(rig: &'a Rig, run: &'a Path, link: &'a str) -> Result<Self, VmError> {
+        let sockets = tempfile::Builder::new().prefix("costandby-vm-").tempdir();
+        let sockets = sockets.map_err(io_error("making a temporary directory"))?;
+        let disks = PAIR.map(|(node, _)| run.join(format!("{node}.disk")));
+        for disk in &disks {
+            let made = File::create(disk).and_then(|file| file.set_len((SIZE_MIB + METADATA_MIB) << 20));
+            made.map_err(io_error(format!("making {}", disk.display())))?;
+        }
+        Ok(Self { rig, run, link, sockets, disks })
+    }
+
+    fn run(&self, steps: &mut Steps) -> Result<(), VmError> {
+        steps.begin(STEPS[0]);
+        let alpha = self.boot(0)?;
+        let mut beta = self.boot(1)?;
+        beta.wait_line("#writing", BOOT_LIMIT)?;
+        steps.passed("");
+
+        steps.begin(STEPS[1]);
+        std::thread::sleep(WRITE_TIME);
+        alpha.pull_the_plug()?;
+        let pulled = Instant::now();
+        let acked = beta.wait_line("#promoted", TAKEOVER_LIMIT)?;
+        let took = pulled.elapsed().as_secs_f64();
+        steps.passed(&format!("{acked} writes acknowledged, taken over after {took:.1} s"));
+
+        steps.begin(STEPS[2]);
+        beta.wait_line("#verified", VERIFY_LIMIT)?;
+        let alone = beta.wait_line("#alone", VERIFY_LIMIT)?;
+        steps.passed(&format!("beta went on alone with {alone} more"));
+
+        steps.begin(STEPS[3]);
+        let alpha = self.boot(0)?;
+        beta.wait_line("#in-sync", RETURN_LIMIT)?;
+        let acked = beta.wait_line("#settled", VERIFY_LIMIT)?;
+        steps.passed(&format!("{acked} writes acknowledged by beta"));
+
+        steps.begin(STEPS[4]);
+        let stop = alpha.share().join("stop");
+        File::create(&stop).map_err(io_error(format!("making {}", stop.display())))?;
+        for (guest, (node, _)) in [alpha, beta].into_iter().zip(PAIR) {
+            let status = guest.finish(STOP_LIMIT)?;
+            if status != 0 {
+                return Err(VmError::Failed(format!("{node}'s guest ended with status {status}")));
+            }
+        }
+        self.compare()?;
+        steps.passed(&format!("{SIZE_MIB} MiB"));
+        Ok(())
+    }
+
+    fn boot(&self, node: usize) -> Result<Guest, VmError> {
+        let (name, _) = PAIR[node];
+        let socket = |node: usize| self.sockets.path().join(PAIR[node].0);
+        let mut settings = Settings::new(name, &self.script(node));
+        settings.node = u8::try_from(node + 1).expect("1 or 2");
+        settings.memory_mib = 1024;
+        settings.wire = Some(Wire { own: socket(node), other: socket(1 - node) });
+        settings.disks = vec![self.disks[node].clone()];
+        Guest::boot(self.rig, self.run, &settings)
+    }
+
+    /// What a guest does: alpha's daemon until told to stop, beta's as long as the client in the same guest needs it.
+    fn script(&self, node: usize) -> String {
+        let (name, _) = PAIR[node];
+        let quoted_path = |path: PathBuf| quoted(&path.display().to_string());
+        let costandby = quoted_path(self.rig.program("costandby"));
+        let own = quoted_path(self.rig.program("costandby-vm"));
+        let work = if node == 0 {
+            "while [ ! -e /share/stop ]; do sleep 0.2; kill -0 $daemon || exit 1; done".to_owned()
+        } else {
+            format!("{own} survivor --link {} /run/{name}.sock /run/{name}.nbd || exit", self.link)
+        };
+        format!(
+            "/bin/busybox modprobe virtio_blk\n\
+             cat >/run/pair.toml <<'END'\n{}END\n\
+             costandby() {{ {costandby} --config /run/pair.toml --node {name} \"$@\"; }}\n\
+             if [ ! -e /share/created ]; then costandby create >/share/daemon.log 2>&1 || exit; touch /share/created; fi\n\
+             export COSTANDBY_LOG=info\n\
+             {costandby} --config /run/pair.toml --node {name} up >>/share/daemon.log 2>&1 &\n\
+             daemon=$!\n\
+             for _ in {{1..600}}; do [ -S /run/{name}.sock ] && break; sleep 0.1; kill -0 $daemon || exit 1; done\n\
+             {work}\n\
+             kill -TERM $daemon\n\
+             wait $daemon\n",
+            self.configuration()
+        )
+    }
+
+    fn configuration(&self) -> String {
+        let nodes = PAIR.map(|(node, address)| {
+            format!(
+                "[nodes.{node}]\nlisten = \"{address}:7790\"\nadmin = \"/run/{node}.sock\"\n\
+                 nbd = [\"unix:/run/{node}.nbd\", \"tcp:{address}:{NBD_PORT}\"]\n"
+            )
+        });
+        format!(
+            "insecure = true\npeer_timeout = \"2s\"\n{}{}[volumes.{VOLUME}]\nsize = \"{SIZE_MIB}MiB\"\n\
+             primary = \"alpha\"\nlink = \"{}\"\ndisk.alpha = \"/dev/vda\"\ndisk.beta = \"/dev/vda\"\n",
+            nodes[0], nodes[1], self.link
+        )
+    }
+
+    /// Compares the volumes on both disks' files, byte for byte.
+    fn compare(&self) -> Result<(), VmError> {
+        let open = |path: &PathBuf| File::open(path).map_err(io_error(format!("opening {}", path.display())));
+        let mut files = [open(&self.disks[0])?, open(&self.disks[1])?];
+        let mut chunks = [vec![0; 1 << 20], vec![0; 1 << 20]];
+        for mib in 0..SIZE_MIB {
+            for (file, chunk) in files.iter_mut().zip(&mut chunks) {
+                file.read_exact(chunk).map_err(io_error("reading a disk's file"))?;
+            }
+            if let Some(at) = chunks[0].iter().zip(&chunks[1]).position(|(alpha, beta)| alpha != beta) {
+                let (alpha, beta) = (chunks[0][at], chunks[1][at]);
+                let at = (mib << 20) + at as u64;
+                return Err(VmError::Failed(format!(
+                    "the disks differ at byte {at}: alpha has {alpha:#x}, beta {beta:#x}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,301 @@
+//! What fits into one guest: the tests that want an RDMA device, NBD clients over an RDMA link, and the demo.
+//!
+//! Everything is built on the host, where compiling is ten times as fast, and run in the guest from there. One boot
+//! serves all steps; each has its own limit and its own log. A step whose copies are to go by RDMA has failed if the
+//! device sent no packets, whatever its programs say, and so has a step of tests that ran none or skipped one.
+
+use super::guest::{Guest, Settings};
+use super::{DEVICE, Rig, Steps, VmError, io_error, last_lines, quoted};
+use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+/// How long a guest may take to boot and get its device.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+
+/// What a step may take besides its own limit: reading its programs from the host.
+const STEP_GRACE: Duration = Duration::from_secs(20);
+
+/// Packets that a step over the device sends at least; connections alone take fewer.
+const PACKETS_MIN: u64 = 100;
+
+/// Lines of a failed step's log that are printed.
+const LOG_LINES: usize = 30;
+
+/// A step's work.
+#[derive(Clone, Debug)]
+enum Work {
+    /// Tests of a package whose names contain `filter`; of one test program only, or of all.
+    Tests { package: &'static str, program: Option<&'static str>, filter: &'static str },
+    /// A shell command.
+    Command(String),
+}
+
+/// One step.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// Its name on the command line and in its log's name.
+    pub id: &'static str,
+    /// What its line says.
+    pub title: &'static str,
+    limit: Duration,
+    /// Its copies go by the link, so with RDMA the device must have sent packets.
+    over_link: bool,
+    work: Work,
+}
+
+/// All steps, in order, for copies by `link`.
+#[must_use]
+pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
+    let seconds = Duration::from_secs;
+    let tests = |package, program, filter| Work::Tests { package, program, filter };
+    let costandby = quoted(&rig.program("costandby").display().to_string());
+    let device = format!(
+        "ibv_devinfo -d {DEVICE} && (ib_write_lat -R -n 100 >/dev/null & sleep 1; \
+         ib_write_lat -R -n 100 $COSTANDBY_RDMA_ADDRESS && wait $!)"
+    );
+    let step = |id, title, limit, over_link, work| Step { id, title, limit: seconds(limit), over_link, work };
+    vec![
+        step("device", "the device: perftest's ib_write_lat", 30, true, Work::Command(device)),
+        step("ffi", "tests of ffi on the device", 60, true, tests("costandby-ffi", None, "verbs")),
+        step(
+            "datapath",
+            "tests of datapath on the device",
+            120,
+            true,
+            tests("costandby-datapath", None, "rdma"),
+        ),
+        step(
+            "control",
+            "tests of control on the device",
+            60,
+            false,
+            tests("costandby-control", None, "rdma"),
+        ),
+        step("clients", "NBD clients", 240, true, tests("costandby-tests", Some("real_clients"), "")),
+        step(
+            "demo",
+            "the demo",
+            120,
+            true,
+            Work::Command(format!("{costandby} demo --link {link} --seconds 2")),
+        ),
+    ]
+}
+
+/// A test program, built.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct TestProgram {
+    package: String,
+    name: String,
+    path: PathBuf,
+}
+
+/// Builds all tests and says where each program is. Those that `cargo nextest` has built are used as they are.
+fn build_tests(rig: &Rig) -> Result<Vec<TestProgram>, VmError> {
+    let mut cargo = rig.cargo();
+    cargo.args(["test", "--no-run", "--quiet", "--locked", "--workspace", "--message-format"]);
+    cargo.arg("json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = cargo.spawn().map_err(io_error("starting cargo"))?;
+    let messages = BufReader::new(child.stdout.take().expect("it was asked for"));
+    let mut found = Vec::new();
+    for line in messages.lines() {
+        found.extend(test_program(&line.map_err(io_error("reading what cargo says"))?));
+    }
+    let status = child.wait().map_err(io_error("waiting for cargo"))?;
+    if !status.success() {
+        return Err(VmError::Preparing { what: "building the tests", status: status.to_string() });
+    }
+    Ok(found)
+}
+
+/// The test program that a message of cargo's is about, if it is about one.
+fn test_program(message: &str) -> Option<TestProgram> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
+        return None;
+    }
+    // path+file:///…/tests#costandby-tests@0.1.0, or …/costandby-tests#0.1.0 where the directory is called so.
+    let id = message["package_id"].as_str()?;
+    let (directory, name) = id.rsplit_once('#')?;
+    let package =
+        name.split_once('@').map_or_else(|| directory.rsplit('/').next(), |(name, _)| Some(name))?;
+    Some(TestProgram {
+        package: package.to_owned(),
+        name: message["target"]["name"].as_str()?.to_owned(),
+        path: message["executable"].as_str()?.into(),
+    })
+}
+
+/// The shell command of a step; `None` where there is no such test program.
+fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
+    let (package, program, filter) = match &step.work {
+        Work::Command(command) => return Some(command.clone()),
+        Work::Tests { package, program, filter } => (package, program, filter),
+    };
+    let wanted = |found: &&TestProgram| {
+        found.package == *package && program.is_none_or(|program| found.name == program)
+    };
+    let mut commands = String::from("failed=0\n");
+    let mut any = false;
+    for found in programs.iter().filter(wanted) {
+        any = true;
+        let path = quoted(&found.path.display().to_string());
+        let filter = if filter.is_empty() { String::new() } else { quoted(filter) };
+        let _ = writeln!(commands, "{path} {filter} --test-threads=1 --show-output || failed=1");
+    }
+    any.then(|| commands + "exit $failed\n")
+}
+
+/// What the guest does: each step with its limit, its log and its number of packets, told in lines that begin with `#`.
+const RUN_STEPS: &str = r##"
+counter=/sys/class/infiniband/rxe0/ports/1/hw_counters/sent_pkts
+echo "#ready"
+while read -r id limit; do
+    before=$(<$counter)
+    echo "#begin $id"
+    timeout --kill-after=5 "$limit" bash "/share/$id.sh" >"/share/$id.log" 2>&1 </dev/null
+    status=$?
+    echo "#end $id $status $(($(<$counter) - before))"
+done </share/steps
+"##;
+
+/// Boots one guest and runs those of `steps` that `wanted` says, all of them whatever becomes of those before.
+///
+/// # Errors
+/// When the guest, rather than a step, fails.
+pub fn run(
+    rig: &Rig,
+    run: &Path,
+    link: &str,
+    wanted: impl Fn(&str) -> bool,
+    report: &mut Steps,
+) -> Result<(), VmError> {
+    let programs = report.run("building the tests", || build_tests(rig))?;
+    let guest_name = "fast";
+    let share = run.join(guest_name).join("share");
+    std::fs::create_dir_all(&share).map_err(io_error(format!("making {}", share.display())))?;
+    let mut list = String::new();
+    let mut chosen = Vec::new();
+    for step in steps(rig, link).into_iter().filter(|step| wanted(step.id)) {
+        let script = command(&step, &programs)
+            .ok_or_else(|| VmError::Failed(format!("there is no test program for the step {}", step.id)))?;
+        let path = share.join(format!("{}.sh", step.id));
+        std::fs::write(&path, script).map_err(io_error(format!("writing {}", path.display())))?;
+        let _ = writeln!(list, "{} {}", step.id, step.limit.as_secs());
+        chosen.push(step);
+    }
+    std::fs::write(share.join("steps"), list).map_err(io_error("writing the list of steps"))?;
+    let mut settings = Settings::new(guest_name, RUN_STEPS);
+    settings.environment.push(("COSTANDBY_TEST_LINK".to_owned(), link.to_owned()));
+    let mut guest = report.run("one guest boots", || {
+        let mut guest = Guest::boot(rig, run, &settings)?;
+        guest.wait_line("#ready", BOOT_LIMIT)?;
+        Ok(guest)
+    })?;
+    for step in &chosen {
+        report.begin(step.title);
+        let ended = guest.wait_line(&format!("#end {}", step.id), step.limit + STEP_GRACE);
+        let ended = ended.inspect_err(|_| report.failed(""))?;
+        let log = share.join(format!("{}.log", step.id));
+        match judge(step, link, &ended, &std::fs::read_to_string(&log).unwrap_or_default()) {
+            Verdict::Passed(note) => report.passed(&note),
+            Verdict::Skipped(note) => report.skipped(&note),
+            Verdict::Failed(note) => {
+                report.failed(&note);
+                print!("{}", last_lines(&log, LOG_LINES));
+            }
+        }
+    }
+    guest.finish(BOOT_LIMIT).map(drop)
+}
+
+/// What became of a step.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Verdict {
+    Passed(String),
+    Skipped(String),
+    Failed(String),
+}
+
+/// Judges a step by how it ended (its status and the packets sent) and by its log.
+fn judge(step: &Step, link: &str, ended: &str, log: &str) -> Verdict {
+    let mut numbers = ended.split_whitespace().map(str::parse::<u64>);
+    let (Some(Ok(status)), Some(Ok(packets))) = (numbers.next(), numbers.next()) else {
+        return Verdict::Failed(format!("the guest says {ended:?}"));
+    };
+    match status {
+        0 => {}
+        124 | 137 => return Verdict::Failed(format!("took longer than {} s", step.limit.as_secs())),
+        _ => return Verdict::Failed(format!("ended with status {status}")),
+    }
+    let mut note = String::new();
+    if matches!(step.work, Work::Tests { .. }) {
+        if let Some(skipped) = log.lines().find(|line| line.contains("SKIPPED:")) {
+            return Verdict::Failed(format!("skipped a test where there is a device: {}", skipped.trim()));
+        }
+        let passed = tests_passed(log);
+        if passed == 0 && link != "rdma" {
+            // The rig itself can be tried before there are such tests.
+            return Verdict::Skipped(format!("no such test, and the link is {link}"));
+        }
+        if passed == 0 {
+            return Verdict::Failed("no test was run".to_owned());
+        }
+        let _ = write!(note, "{passed} tests, ");
+    }
+    let needs_packets = step.over_link && (link == "rdma" || step.id == "device");
+    if needs_packets && packets < PACKETS_MIN {
+        return Verdict::Failed(format!("only {packets} packets went over {DEVICE}"));
+    }
+    let _ = write!(note, "{packets} packets over {DEVICE}");
+    Verdict::Passed(note)
+}
+
+/// Tests that passed, of all programs that wrote into `log`.
+fn tests_passed(log: &str) -> u64 {
+    let results = log.lines().filter_map(|line| line.strip_prefix("test result: ok. "));
+    results.filter_map(|rest| rest.split(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(work: Work) -> Step {
+        Step { id: "x", title: "x", limit: Duration::from_secs(9), over_link: true, work }
+    }
+
+    #[test]
+    fn a_step_without_packets_tests_or_success_has_failed() {
+        let tests = step(Work::Tests { package: "p", program: None, filter: "" });
+        let log = "test result: ok. 3 passed; 0 failed\ntest result: ok. 4 passed; 0 failed\n";
+        let passed = Verdict::Passed("7 tests, 500 packets over rxe0".to_owned());
+        assert_eq!(judge(&tests, "rdma", "0 500", log), passed);
+        let failed = |ended: &str, log: &str| matches!(judge(&tests, "rdma", ended, log), Verdict::Failed(_));
+        assert!(failed("1 500", log), "a status");
+        assert!(failed("124 500", log), "its limit");
+        assert!(failed("0 5", log), "too few packets");
+        assert!(failed("0 500", "test result: ok. 0 passed; 0 failed\n"), "no test");
+        assert!(failed("0 500", &format!("{log}SKIPPED: no RDMA device\n")), "a skipped test");
+        assert!(failed("", log), "garbage");
+    }
+
+    #[test]
+    fn a_test_program_is_found_in_what_cargo_says() {
+        let message = |id: &str, test: bool| {
+            let profile = serde_json::json!({ "test": test });
+            let target = serde_json::json!({ "name": "real_clients" });
+            serde_json::json!({ "reason": "compiler-artifact", "package_id": id, "profile": profile,
+                "target": target, "executable": "/t/deps/real_clients-1" })
+            .to_string()
+        };
+        let package = |id: &str| test_program(&message(id, true)).map(|found| found.package);
+        assert_eq!(package("path+file:///a/tests#costandby-tests@0.1.0").as_deref(), Some("costandby-tests"));
+        assert_eq!(package("path+file:///a/costandby-tests#0.1.0").as_deref(), Some("costandby-tests"));
+        assert_eq!(test_program(&message("path+file:///a#b@1", false)), None, "a library");
+        assert_eq!(test_program("not JSON"), None);
+    }
+}

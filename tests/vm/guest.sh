@@ -1,0 +1,79 @@
+# The guest's process 1, once it sees the host's files: brings up the network and the device, runs /share/command, writes
+# its exit status to /share/status and powers off.
+#
+# /share/settings says NODE, ADDRESS, WIRE (1: the network is a virtio card with another guest behind it; 0: a veth pair,
+# both ends of a connection in this guest) and SHELL_ON_CONSOLE. rxe0 sits on that network; MTU 9000 gives it 4096.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LC_ALL=C
+. /share/settings
+
+busybox=/bin/busybox
+modprobe() { $busybox modprobe "$@"; }
+
+# port NAME: the device file of a virtio port.
+port() {
+    local found
+    for found in /sys/class/virtio-ports/*; do
+        if [ "$(<"$found/name")" = "$1" ]; then
+            echo "/dev/${found##*/}"
+            return
+        fi
+    done
+}
+
+end() {
+    [ "$1" = 0 ] || dmesg >/share/kernel.log
+    sync
+    echo "$1" >/share/status
+    echo o >/proc/sysrq-trigger
+    sleep 60
+}
+
+fail() {
+    echo "rig: $*"
+    end 125
+}
+
+exec </dev/null >"$(port output)" 2>&1
+mkdir -p "$HOME"
+mount -t tmpfs -o mode=1777 tmp /var/tmp
+[ -d /var/lock/. ] || ln -sfn /run/lock /var/lock
+# Debian's kernels look for helpers here, and the host need not have kmod.
+[ -x /sbin/modprobe ] || ln -s $busybox /sbin/modprobe
+echo 1 >/proc/sys/kernel/printk
+$busybox hostname "guest$NODE"
+
+ip link set lo up
+if [ "$WIRE" = 1 ]; then
+    modprobe virtio_net || fail "no virtio_net"
+    for _ in {1..100}; do
+        card=$(cd /sys/class/net && echo [!l]*)
+        [ -e "/sys/class/net/$card" ] && break
+        sleep 0.05
+    done
+    ip link set "$card" name wire0
+else
+    modprobe veth && ip link add wire0 type veth peer name wire1 && ip link set wire1 mtu 9000 up || fail "no veth"
+fi
+ip link set wire0 mtu 9000 up && ip address add "$ADDRESS/24" dev wire0 || fail "no network"
+
+# crc32_generic: rxe asks the kernel's crypto layer for it, which would look for it under an alias.
+for module in crc32_generic ib_uverbs rdma_ucm rdma_rxe; do
+    modprobe $module || fail "the module $module cannot be loaded"
+done
+rdma link add rxe0 type rxe netdev wire0 || fail "no rxe0"
+for _ in {1..100}; do
+    [ -e /dev/infiniband/rdma_cm ] && [ -e /dev/infiniband/uverbs0 ] && rdma link show rxe0/1 | grep -q 'state ACTIVE' && break
+    sleep 0.05
+done
+rdma link show rxe0/1 | grep -q 'state ACTIVE' || fail "rxe0 does not become active"
+
+export COSTANDBY_RDMA_DEVICE=rxe0 COSTANDBY_RDMA_ADDRESS=$ADDRESS
+. /share/environment
+cd "$(</share/directory)" 2>/dev/null || cd /
+if [ "$SHELL_ON_CONSOLE" = 1 ]; then
+    stty rows "$ROWS" cols "$COLUMNS" </dev/hvc0
+    HISTFILE= PS1='guest$NODE \w # ' setsid -c bash --norc -i </dev/hvc0 >/dev/hvc0 2>&1
+    end 0
+fi
+bash /share/command </dev/null
+end $?
