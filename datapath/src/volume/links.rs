@@ -46,18 +46,7 @@ pub(super) struct Switching {
     moved: Instant,
 }
 
-/// Which of the volume's two links.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum InUse {
-    Link,
-    Other,
-}
-
 impl Switching {
-    fn at(&self, side: Side) -> InUse {
-        if (side == Side::New) == self.swapped { InUse::Link } else { InUse::Other }
-    }
-
     /// What the volume's `link` is.
     fn link_side(&self) -> Side {
         if self.swapped { Side::New } else { Side::Old }
@@ -72,9 +61,13 @@ impl Switching {
         self.held.len()
     }
 
-    /// Where the session's frames go, if anywhere.
-    pub(super) fn sends_on(&self) -> Option<InUse> {
-        self.steps.sends_on().map(|side| self.at(side))
+    /// The link that takes the session's frames.
+    pub(super) fn speaks<'a>(&'a mut self, link: &'a mut Box<dyn Link>) -> &'a mut Box<dyn Link> {
+        self.pick(self.steps.sends_on(), link)
+    }
+
+    fn pick<'a>(&'a mut self, side: Side, link: &'a mut Box<dyn Link>) -> &'a mut Box<dyn Link> {
+        if side == self.link_side() { link } else { &mut self.other }
     }
 }
 
@@ -281,9 +274,8 @@ impl Volume {
             && let Some(link) = &mut self.link
             && let Some((side, step)) = switch.steps.due()
         {
-            let at = switch.at(side);
-            let speaks = if at == InUse::Link { link } else { &mut switch.other };
-            if speaks.send(switch.steps.frame(step, self.epoch)).is_err() {
+            let frame = switch.steps.frame(step, self.epoch);
+            if switch.pick(side, link).send(frame).is_err() {
                 break;
             }
             switch.steps.said(step);

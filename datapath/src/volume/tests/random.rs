@@ -133,7 +133,8 @@ impl Run {
             Step::Cut { recorded, by_peer } => self.cut(recorded, by_peer),
             Step::Connect { resync } => self.connect(resync),
             Step::NewLink(make) => {
-                self.new_link = Some(make.ends()).map_or([None, None], |(a, b)| [Some(a), Some(b)])
+                let (here, there) = make.ends();
+                self.new_link = [Some(here), Some(there)];
             }
             Step::Tell { source } => self.tell(usize::from(!source)),
             Step::Say { source } => self.say(usize::from(!source)),
