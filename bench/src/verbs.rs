@@ -7,7 +7,11 @@
 
 use crate::Outcome;
 use crate::histogram::{Recorder, Summary};
+use costandby_datapath::limits::RDMA_RING_LEN;
 use costandby_datapath::transport::Link;
+use costandby_datapath::transport::rdma::private::Secret;
+use costandby_datapath::transport::rdma::setup::{self, Connected, Listening};
+use costandby_datapath::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::mapping::{Mapping, Span};
 use costandby_ffi::verbs::{
     Completion, Domain, Established, Listener, MESSAGE_LEN, Piece, QueuePair, Region, Resolved, Settings,
@@ -25,6 +29,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Unanswered packets are sent again after 4 s: a machine that stalls spoils a number and not the run.
 const SETTINGS: Settings = Settings { send_len: 64, receive_len: 64, ack_timeout: 20 };
+
+/// Bytes of the disk that may be registered: all of the largest that is measured.
+const WINDOWS_LIMIT_BYTES: u64 = 4 << 30;
 
 /// What the two ends say when they connect: where the ring is, and its key.
 const PRIVATE_LEN: usize = 12;
@@ -180,6 +187,28 @@ impl End {
 }
 
 /// Two joined ends of the mirror's own link, over the device that has `address`.
-pub(crate) fn links(_address: IpAddr) -> Outcome<[Box<dyn Link>; 2]> {
-    Err("not joined yet".into())
+pub(crate) fn links(address: IpAddr) -> Outcome<[Box<dyn Link>; 2]> {
+    let secret = Secret([0x5a; 16]);
+    let ring_len = usize::try_from(RDMA_RING_LEN)?;
+    let listening = Listening::bind(address, secret)?;
+    let peer = listening.address();
+    let far = std::thread::Builder::new()
+        .name("accept".into())
+        .spawn(move || listening.accept(ring_len, soon()))?;
+    let near = setup::dial(address, peer, secret, ring_len, soon())?;
+    let far = far.join().expect("the accepting thread does not panic")?;
+    Ok([link(near)?, link(far)?])
+}
+
+fn link(connected: Connected) -> Outcome<Box<dyn Link>> {
+    let Connected { endpoint, ring, receives, peer_ring_len, peer_receives } = connected;
+    let joined = Joined {
+        ring,
+        receives,
+        peer_ring_len,
+        peer_receives,
+        companion: None,
+        windows_limit_bytes: WINDOWS_LIMIT_BYTES,
+    };
+    Ok(Box::new(RdmaLink::new(endpoint, joined)?))
 }
