@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rdma vm bench fuzz fmt clean
+.PHONY: help demo test test-rdma vm bench bench-rdma fuzz fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 60
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-9s %s\n' "$$name" "$$text"; done
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes on loopback, one killed in mid-write, every write accounted for (ARGS="--seconds 5 --json")
 	@tests/tools/need.sh build
@@ -34,6 +34,12 @@ bench: ## measure this machine's link, disk and mirror, and the same on qemu (AR
 	@tests/tools/need.sh test
 	@cargo build --quiet --locked --release --workspace --bins
 	@$(TARGET_DIR)/release/costandby-bench run $(ARGS)
+
+bench-rdma: ## measure the RDMA link in a virtual machine, beside bare verbs, perftest and TCP (ARGS="--seconds 10")
+	@tests/tools/need.sh vm
+	@cargo build --quiet --locked --release --package costandby-bench --package costandby-tests --bins
+	@$(TARGET_DIR)/release/costandby-vm run --memory 4096 --limit 900 -- \
+		$(TARGET_DIR)/release/costandby-bench rdma --device rxe0 --address 10.9.0.1 --disk-mib 64 $(ARGS)
 
 fuzz: ## fuzz each decoder for FUZZ_SECONDS (60), or only TARGET=wire_frame
 	@tests/tools/need.sh test
