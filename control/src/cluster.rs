@@ -4,8 +4,8 @@
 //! `costandby up`, asks over their admin sockets and ends them by process id. Everything blocks; every wait has a limit
 //! and ends early once the caller's interrupt flag is set.
 //!
-//! Invariants: everything lies below the directory that was given; daemons listen on loopback and on sockets in that
-//! directory only; a [`Pair`] that is dropped leaves no process behind.
+//! Invariants: everything lies below the directory that was given; daemons listen on the address that was given and on
+//! sockets in that directory only; a [`Pair`] that is dropped leaves no process behind.
 //!
 //! Survives: a daemon that does not start, dies or hangs (an error that names its log).
 
@@ -15,7 +15,7 @@ use crate::nbd_client::{Endpoint, NbdUri};
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -96,6 +96,10 @@ pub struct PairSpec {
     pub dir: PathBuf,
     /// Lines for the top of the configuration, such as `peer_timeout = "1s"`.
     pub preamble: String,
+    /// Where both nodes listen for each other.
+    pub address: IpAddr,
+    /// `rdma`, `tcp` or `auto`, for all volumes.
+    pub link: &'static str,
     /// The volumes, each with a disk on both nodes.
     pub volumes: Vec<PairVolume>,
     /// Set by whoever wants all waits to end.
@@ -212,11 +216,8 @@ impl Pair {
             })?;
         }
         let path = pair.config();
-        std::fs::write(&path, pair.render_config(free_ports()?)).map_err(|source| ClusterError::Io {
-            doing: "writing",
-            path,
-            source,
-        })?;
+        std::fs::write(&path, pair.render_config(free_ports(pair.spec.address)?))
+            .map_err(|source| ClusterError::Io { doing: "writing", path, source })?;
         for node in Side::BOTH {
             pair.make_disks(node)?;
         }
@@ -468,12 +469,13 @@ impl Pair {
             let nbd = quoted(Path::new(&format!("unix:{}", self.nbd_socket(node).display())));
             let _ = write!(
                 text,
-                "\n[nodes.{node}]\nlisten = \"127.0.0.1:{port}\"\nadmin = {admin}\nnbd = [{nbd}]\n"
+                "\n[nodes.{node}]\nlisten = \"{}\"\nadmin = {admin}\nnbd = [{nbd}]\n",
+                SocketAddr::new(self.spec.address, port)
             );
         }
         for PairVolume { name, size, primary, ack } in &self.spec.volumes {
             let _ = write!(text, "\n[volumes.{name}]\nsize = {size}\nprimary = \"{primary}\"\n");
-            let _ = write!(text, "link = \"tcp\"\nack = \"{ack}\"\n");
+            let _ = write!(text, "link = \"{}\"\nack = \"{ack}\"\n", self.spec.link);
             for node in Side::BOTH {
                 let _ = writeln!(text, "disk.{node} = {}", quoted(&self.disk(node, name)));
             }
@@ -493,14 +495,14 @@ impl Drop for Pair {
 }
 
 /// Two ports that are free now. Both are held until both are known, so they differ.
-fn free_ports() -> Result<[u16; 2], ClusterError> {
-    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+fn free_ports(address: IpAddr) -> Result<[u16; 2], ClusterError> {
+    let bind = || TcpListener::bind((address, 0));
     let port = |listener: &TcpListener| listener.local_addr().map(|address| address.port());
     let find = || {
         let (first, second) = (bind()?, bind()?);
         Ok([port(&first)?, port(&second)?])
     };
-    find().map_err(|source| ClusterError::System { doing: "finding two free ports on loopback", source })
+    find().map_err(|source| ClusterError::System { doing: "finding two free ports", source })
 }
 
 /// A TOML string.

@@ -13,11 +13,12 @@
 mod block;
 mod check;
 mod ledger;
+mod place;
 mod progress;
 mod report;
 mod writer;
 
-use super::{CliError, DemoArgs, LinkArg, print};
+use super::{CliError, DemoArgs, print};
 use crate::admin::Command as AdminCommand;
 use crate::admin_client::ClientError;
 use crate::cluster::{ClusterError, Pair, PairSpec, PairVolume, Side};
@@ -96,6 +97,8 @@ enum DemoError {
     #[error("{node} should be {expected} of volume {volume} and is {found}")]
     Role { node: Side, volume: String, expected: &'static str, found: String },
     #[error("{0}")]
+    Place(String),
+    #[error("{0}")]
     Damage(String),
     #[error("interrupted; both daemons were ended")]
     Interrupted,
@@ -104,12 +107,8 @@ enum DemoError {
 /// Runs the demonstration.
 ///
 /// # Errors
-/// [`CliError::Demo`] where anything was lost, torn or different, or could not be shown; [`CliError::NotBuiltIn`] for
-/// links that are not there yet.
+/// [`CliError::Demo`] where anything was lost, torn or different, or could not be shown.
 pub fn run(args: &DemoArgs) -> Result<(), CliError> {
-    if args.link == LinkArg::Rdma {
-        return Err(CliError::NotBuiltIn { what: "demo --link rdma" });
-    }
     let io = |doing| move |source| CliError::Io { doing, source };
     let interrupt = Arc::new(AtomicBool::new(false));
     watch_signals(Arc::clone(&interrupt)).map_err(io("watching for signals"))?;
@@ -119,9 +118,9 @@ pub fn run(args: &DemoArgs) -> Result<(), CliError> {
     match demonstrate(args, program, dir.path(), interrupt) {
         Ok(()) => Ok(()),
         Err(Failure::Output(error)) => Err(error),
-        Err(Failure::Demo(error @ (DemoError::Interrupted | DemoError::NoRoom { .. }))) => {
-            Err(CliError::Demo(error.to_string()))
-        }
+        Err(Failure::Demo(
+            error @ (DemoError::Interrupted | DemoError::NoRoom { .. } | DemoError::Place(_)),
+        )) => Err(CliError::Demo(error.to_string())),
         Err(Failure::Demo(error)) => {
             let kept = dir.keep();
             Err(CliError::Demo(format!("{error} (logs and disks are kept in {})", kept.display())))
@@ -151,18 +150,23 @@ fn demonstrate(
     dir: &Path,
     interrupt: Arc<AtomicBool>,
 ) -> Result<(), Failure> {
+    let place = place::find(args.link).map_err(DemoError::Place)?;
     let size = volume_len(dir)?;
     let volumes =
         VOLUMES.map(|(name, primary)| PairVolume { name: name.into(), size, primary, ack: "memory" });
     let spec = PairSpec {
         program,
         dir: dir.to_owned(),
-        preamble: String::new(),
+        // Beyond loopback only where RDMA is nowhere else, and for as long as the demo runs.
+        preamble: if place.address.is_loopback() { String::new() } else { "insecure = true".to_owned() },
+        address: place.address,
+        link: place.link,
         volumes: volumes.into(),
         interrupt: Arc::clone(&interrupt),
     };
     let mut progress = Progress::start();
-    progress.say(&format!("two nodes on loopback, two volumes of {} MiB, in {}", size >> 20, dir.display()));
+    let on = if place.address.is_loopback() { "loopback".to_owned() } else { place.address.to_string() };
+    progress.say(&format!("two nodes on {on}, two volumes of {} MiB, in {}", size >> 20, dir.display()));
     let demo = Demo { seconds: args.seconds, size, pair: Pair::create(spec)?, interrupt, progress };
     let report = demo.run()?;
     let text = if args.json {
@@ -202,6 +206,8 @@ impl Demo {
         for side in Side::BOTH {
             self.pair.wait_in_sync(side, FIRST_SYNC_MAX, |_| ())?;
         }
+        let link = self.link()?;
+        self.progress.say(&format!("connected; the copies go by {link}"));
         let nonce = std::hash::RandomState::new().build_hasher().finish();
         let blocks = usize::try_from(self.size / BLOCK_LEN_U64).expect("a volume of the demo is small");
         let ledgers = [0, 1].map(|volume| Written::new(Ledger::new(nonce, volume, blocks)));
@@ -237,7 +243,7 @@ impl Demo {
         let latency_us = merged_latency_us(&written, Phase::Mirrored);
         let resync_latency_us = merged_latency_us(&written, Phase::CatchingUp);
         Ok(Report {
-            link: "tcp",
+            link,
             ack: "memory",
             seconds: self.seconds,
             acked_writes: volumes.iter().map(|volume| volume.acked_writes).sum(),
@@ -255,6 +261,14 @@ impl Demo {
             resync_write_p99_us: resync_latency_us.value_at_quantile(0.99),
             volumes,
         })
+    }
+
+    /// What carries the copies.
+    fn link(&self) -> Result<String, DemoError> {
+        let volumes = self.pair.status(Side::Alpha)?.volumes;
+        let mut links: Vec<_> = volumes.into_iter().map(|volume| volume.link).collect();
+        links.dedup();
+        Ok(links.join(" and "))
     }
 
     /// Starts a writer a volume, at who serves it in this phase.

@@ -7,7 +7,7 @@
 
 use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
-use crate::config::{Config, Disk, Endpoint, LinkKind, Node, Volume};
+use crate::config::{Config, Disk, Endpoint, Node, Volume};
 use costandby_datapath::disk::superblock::{
     DEVICE_METADATA_LEN, Location, MetaStore, Opened, SuperblockError,
 };
@@ -18,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 mod machine;
+mod rdma;
 
 /// How a check came out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,6 +60,7 @@ impl Check {
 /// [`CliError::Doctor`] where a check failed.
 pub(super) fn run(place: &Place) -> Result<(), CliError> {
     let mut checks = machine::checks();
+    checks.extend(rdma::checks());
     configuration(place, &mut checks);
     print(&render(&checks, colours_wanted(io::stdout().is_terminal())))?;
     match checks.iter().filter(|check| check.verdict == Verdict::Fail).count() {
@@ -125,6 +127,7 @@ fn configuration(place: &Place, checks: &mut Vec<Check>) {
     }
     for (volume, disk) in config.volumes_of(node.name.as_str()) {
         checks.extend(disk_checks(node, volume, disk, running));
+        checks.push(rdma::volume_check(node, volume));
     }
 }
 
@@ -186,12 +189,6 @@ fn socket_check(what: &str, path: &Path) -> Check {
 fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<Check> {
     let what = format!("volume {}", volume.name);
     let mut checks = Vec::new();
-    if volume.link == LinkKind::Rdma {
-        checks.push(Check::fail(
-            &what,
-            "link = \"rdma\" is not built into this version yet: use \"tcp\" or \"auto\"",
-        ));
-    }
     match disk {
         Disk::Memory => {
             let text = format!(

@@ -286,12 +286,6 @@ pub enum CliError {
     /// A demonstration that went wrong, in a sentence.
     #[error("demo: {0}")]
     Demo(String),
-    /// Not in this build.
-    #[error("{what} is not built in yet")]
-    NotBuiltIn {
-        /// Which subcommand.
-        what: &'static str,
-    },
     /// Output, or the runtime, failed.
     #[error("{doing}: {source}")]
     Io {

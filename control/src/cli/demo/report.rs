@@ -10,7 +10,7 @@ use std::fmt::Write;
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub(super) struct Report {
     /// What carried the copies.
-    pub link: &'static str,
+    pub link: String,
     /// The ack level of both volumes.
     pub ack: &'static str,
     /// How long was written before the kill.
@@ -158,7 +158,7 @@ mod tests {
             first_finding: None,
         };
         Report {
-            link: "tcp",
+            link: "tcp".into(),
             ack: "memory",
             seconds: 1,
             acked_writes: 12,

@@ -4,7 +4,6 @@
 
 use super::Check;
 use crate::config::quantity::display_size;
-use costandby_datapath::limits::RING_LEN;
 use rustix::process::{Resource, getrlimit};
 use std::path::Path;
 
@@ -14,26 +13,23 @@ const MEMORY_LEN_MIN: u64 = 512 << 20;
 pub(super) fn checks() -> Vec<Check> {
     let release = read("/proc/sys/kernel/osrelease");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let memlock = getrlimit(Resource::Memlock).current;
     let open_files = getrlimit(Resource::Nofile).current;
     vec![
         kernel(&release),
         cores_check(cores),
         memory(field_kib("/proc/meminfo", "MemTotal:"), field_kib("/proc/meminfo", "MemAvailable:")),
         crc32c(has_crc32c()),
-        memlock_check(memlock),
         open_files_check(open_files),
         hugepages(number("/proc/sys/vm/nr_hugepages")),
         somaxconn(number("/proc/sys/net/core/somaxconn")),
         socket_buffers(number("/proc/sys/net/core/rmem_max"), number("/proc/sys/net/core/wmem_max")),
-        rdma(Path::new("/dev/infiniband").is_dir()),
         module("nbd", "nbd-client to turn an export into a kernel disk", &release, "/dev/nbd0"),
         module("ublk_drv", "a later version's kernel block devices", &release, "/dev/ublk-control"),
         io_uring(&release, number("/proc/sys/kernel/io_uring_disabled")),
     ]
 }
 
-fn read(path: &str) -> String {
+pub(super) fn read(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
@@ -125,21 +121,6 @@ pub(super) fn crc32c(has: bool) -> Check {
     }
 }
 
-pub(super) fn memlock_check(limit: Option<u64>) -> Check {
-    match limit {
-        None => Check::ok("memlock", "unlimited"),
-        Some(limit) if limit >= 2 * RING_LEN => Check::ok("memlock", display_size(limit)),
-        Some(limit) => {
-            // Only RDMA registers memory, so the limit does not hurt yet.
-            let text = format!(
-                "{}: enough for TCP; RDMA will want LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited`",
-                display_size(limit)
-            );
-            Check::warn("memlock", text)
-        }
-    }
-}
-
 pub(super) fn open_files_check(limit: Option<u64>) -> Check {
     match limit {
         Some(limit) if limit < 4096 => {
@@ -183,12 +164,7 @@ pub(super) fn socket_buffers(receive: Option<u64>, send: Option<u64>) -> Check {
     Check::ok("socket buffers", format!("at most {text} where a program asks; TCP tunes its own"))
 }
 
-pub(super) fn rdma(devices: bool) -> Check {
-    let found = if devices { "/dev/infiniband is there" } else { "no /dev/infiniband" };
-    Check::ok("rdma", format!("not built into this version yet; {found}; the link is TCP"))
-}
-
-fn module(name: &str, use_for: &str, release: &str, device: &str) -> Check {
+pub(super) fn module(name: &str, use_for: &str, release: &str, device: &str) -> Check {
     if Path::new(device).exists() {
         return Check::ok(name, format!("there, for {use_for}"));
     }

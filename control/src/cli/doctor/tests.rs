@@ -19,8 +19,6 @@ fn each_judgement_has_two_sides() {
         (machine::memory(None, None), Verdict::Warn),
         (machine::crc32c(true), Verdict::Ok),
         (machine::crc32c(false), Verdict::Warn),
-        (machine::memlock_check(None), Verdict::Ok),
-        (machine::memlock_check(Some(8 << 20)), Verdict::Warn),
         (machine::open_files_check(Some(1024)), Verdict::Warn),
         (machine::open_files_check(Some(65536)), Verdict::Ok),
         (machine::somaxconn(Some(16)), Verdict::Warn),
@@ -29,7 +27,6 @@ fn each_judgement_has_two_sides() {
     for (check, verdict) in table {
         assert_eq!(check.verdict, verdict, "{check:?}");
     }
-    assert!(machine::rdma(true).text.contains("not built into this version yet"));
     assert!(machine::io_uring("6.12.0", Some(2)).text.contains("switched off"));
     assert!(machine::memory_for("volume db", u64::MAX).is_some_and(|check| check.verdict == Verdict::Fail));
     assert_eq!(machine::memory_for("volume db", 4096), None);
