@@ -34,7 +34,7 @@ pub struct Settings {
     pub send_len: u32,
     /// Receives posted: writes with an immediate and messages of the peer's that may be here and not polled.
     pub receive_len: u32,
-    /// Unanswered packets are sent again after 4.096 µs × 2^this, seven times; then the connection has failed. 0..=31;
+    /// Unanswered packets are sent again after 4.096 µs × 2^this, six times; then the connection has failed. 0..=31;
     /// 0 is never.
     pub ack_timeout: u8,
 }
