@@ -265,6 +265,25 @@ fn what_completed_before_the_cut_is_kept_and_what_comes_after_does_not_land() {
 }
 
 #[test]
+fn a_write_that_is_landing_is_stopped_by_the_cut() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let len = RING_LEN / 2;
+    a.fill(1);
+    for at in 0..32 {
+        a.write((at % 2) * len, len, Some(0), 0, true);
+    }
+    a.queue_pair.ring_doorbell().unwrap();
+    b.expect(1);
+    b.queue_pair.cut();
+    // Wiped after the cut: whatever lands now is seen.
+    b.ring.sub(0, RING_LEN).fill_zero();
+    a.failure();
+    thread::sleep(Duration::from_millis(100));
+    assert!(b.ring.is_zero(), "a write landed after the cut");
+}
+
+#[test]
 fn the_peer_learns_of_a_close_at_once_and_of_nothing_else() {
     let Some((address, _alone)) = device() else { return };
     let (a, mut b) = pair(address);
