@@ -334,6 +334,17 @@ impl Volume {
         self.link.is_some() && (self.access.is_some() || self.pipeline.in_flight() > 0)
     }
 
+    /// Whether the link is to be looked at each turn, as that costs nothing.
+    #[must_use]
+    pub fn link_polls_for_free(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.polls_for_free())
+    }
+
+    /// Before the reactor sleeps on the link's descriptor. False when the link has something to tell already.
+    pub fn prepare_sleep(&mut self) -> bool {
+        self.link.as_mut().is_none_or(|link| link.prepare_sleep())
+    }
+
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
         self.serve_granted();
