@@ -17,6 +17,9 @@ pub const BLOCK_LEN: usize = 4096;
 /// Writers, each with blocks and a connection of its own.
 const WRITERS: u64 = 3;
 
+/// How long a write may go without an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Most blocks a single write covers.
 const WRITE_BLOCKS_MAX: u64 = 16;
 
@@ -73,11 +76,20 @@ impl Ledger {
     /// Writes at random until told to stop or until the server goes away.
     #[must_use]
     pub fn write(self, uri: &NbdUri, seed: u64) -> Writing {
+        self.write_within(uri, seed, PATIENCE)
+    }
+
+    /// The same; a server that leaves a write without an answer for `patience` counts as gone, for one whose machine
+    /// dies closes no connection.
+    #[must_use]
+    pub fn write_within(self, uri: &NbdUri, seed: u64, patience: Duration) -> Writing {
         let stop = Arc::new(AtomicBool::new(false));
         let acked = Arc::new(AtomicU64::new(0));
         let start = |(n, part): (u64, Part)| {
             let (uri, stop, acked) = (uri.clone(), Arc::clone(&stop), Arc::clone(&acked));
-            std::thread::spawn(move || write_part(part, &uri, Rng::new(seed ^ (n << 56)), &stop, &acked))
+            std::thread::spawn(move || {
+                write_part(part, &uri, patience, Rng::new(seed ^ (n << 56)), &stop, &acked)
+            })
         };
         let threads = (0..).zip(self.parts).map(start).collect();
         Writing { threads, stop, acked }
@@ -188,11 +200,12 @@ impl Writing {
 fn write_part(
     mut part: Part,
     uri: &NbdUri,
+    patience: Duration,
     mut rng: Rng,
     stop: &AtomicBool,
     acked: &AtomicU64,
 ) -> (Part, Option<NbdError>) {
-    let options = Options { timeout: Duration::from_secs(30), ..Options::default() };
+    let options = Options { timeout: patience, ..Options::default() };
     let mut client = match NbdClient::connect(uri, &options) {
         Ok(client) => client,
         Err(error) => return (part, Some(error)),

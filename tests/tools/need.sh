@@ -74,10 +74,8 @@ need_cargo_tool() {
     echo "installed ${crate} in $((SECONDS - start)) s"
 }
 
-# The bindings to the RDMA libraries are made at build time; the libraries themselves are looked for at run time only.
-has_libclang() {
-    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || ldconfig -p | grep -q 'libclang.*\.so'
-}
+# The bindings to the RDMA libraries are made from their headers while building (bindgen, cmake).
+has_libclang() { compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib*/libclang.so*'; }
 
 need_build() {
     need_rust

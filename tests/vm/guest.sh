@@ -71,8 +71,10 @@ export COSTANDBY_RDMA_DEVICE=rxe0 COSTANDBY_RDMA_ADDRESS=$ADDRESS
 . /share/environment
 cd "$(</share/directory)" 2>/dev/null || cd /
 if [ "$SHELL_ON_CONSOLE" = 1 ]; then
-    stty rows "$ROWS" cols "$COLUMNS" </dev/hvc0
-    HISTFILE= PS1='guest$NODE \w # ' setsid -c bash --norc -i </dev/hvc0 >/dev/hvc0 2>&1
+    # Held open, for a terminal that nobody has open forgets its size.
+    exec 8<>/dev/hvc0
+    stty rows "$HEIGHT" cols "$WIDTH" <&8
+    HISTFILE= PS1="guest \w # " setsid -c bash --norc -i </dev/hvc0 >/dev/hvc0 2>&1
     end 0
 fi
 bash /share/command </dev/null

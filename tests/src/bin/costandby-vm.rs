@@ -36,6 +36,9 @@ enum Task {
         /// Only these steps: device, ffi, datapath, control, clients, demo, two-guests.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
+        /// Leave the logs there when all is well, too.
+        #[arg(long)]
+        keep: bool,
     },
     /// Run a command in a guest; its output and exit status are this program's.
     #[command(
@@ -84,7 +87,7 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Task::Test { link, only } => test(&link, &only),
+        Task::Test { link, only, keep } => test(&link, &only, keep),
         Task::Run(args) => run(&args),
         Task::Shell { memory } => shell(memory),
         Task::Survivor { link, admin, nbd } => {
@@ -100,7 +103,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn test(link: &str, only: &[String]) -> Result<u8, VmError> {
+fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let rig = Rig::prepare()?;
     let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(["two-guests"]).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
@@ -124,8 +127,11 @@ fn test(link: &str, only: &[String]) -> Result<u8, VmError> {
     let seconds = steps.seconds();
     if steps.failures().is_empty() && broken.is_empty() {
         println!("{seconds:7.1} s  in all, copies by {link}");
-        // Logs that nobody will read.
-        let _ = std::fs::remove_dir_all(&directory);
+        if keep {
+            println!("logs: {}", directory.display());
+        } else {
+            let _ = std::fs::remove_dir_all(&directory);
+        }
         return Ok(0);
     }
     println!("{seconds:7.1} s  in all, copies by {link}; FAILED: {}", steps.failures().join("; "));

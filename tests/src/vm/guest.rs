@@ -237,7 +237,7 @@ fn write_share(rig: &Rig, share: &Path, settings: &Settings) -> Result<(), VmErr
     write(
         "settings",
         &format!(
-            "NODE={}\nADDRESS={}\nWIRE={}\nSHELL_ON_CONSOLE={}\nROWS={rows}\nCOLUMNS={columns}\n",
+            "NODE={}\nADDRESS={}\nWIRE={}\nSHELL_ON_CONSOLE={}\nHEIGHT={rows}\nWIDTH={columns}\n",
             settings.node,
             settings.address(),
             u8::from(settings.wire.is_some()),
@@ -309,7 +309,7 @@ fn qemu(rig: &Rig, logs: &Path, share: &Path, settings: &Settings) -> Command {
         .arg("-initrd")
         .arg(rig.vm.join("image/initramfs.gz"));
     // mitigations=off: they cost much under emulation and protect nobody here. panic=-1: the end, rather than a hang.
-    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr"]);
+    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check"]);
     qemu.arg("-serial").arg(format!("file:{}", logs.join("console").display()));
     qemu.args(["-device", "virtio-serial-pci"]);
     qemu.arg("-chardev").arg(format!("file,id=output,path={}", in_option(&logs.join("output"))));

@@ -23,6 +23,9 @@ const ACKED_MIN: u64 = 300;
 /// Writes acknowledged by the survivor before the dead node returns.
 const ALONE_MIN: u64 = 100;
 
+/// How long writers wait for an answer of alpha's before they take it for dead: a machine that dies closes no connection.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// How long anything may take that two idle guests do at once.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -53,7 +56,7 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
     let beta = NbdUri { endpoint: Endpoint::Unix(nbd.to_owned()), export: VOLUME.to_owned() };
 
     survivor.wait("both nodes are in sync", LIMIT, in_sync)?;
-    let writing = Ledger::new(SIZE_MIB << 20).write(&alpha, 1);
+    let writing = Ledger::new(SIZE_MIB << 20).write_within(&alpha, 1, PATIENCE);
     let mut ledger = survivor.outlive(writing)?;
     check(&mut ledger, &beta)?;
     println!("#verified");
