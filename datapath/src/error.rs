@@ -95,6 +95,45 @@ pub enum Violation {
         /// The step as sent, 0 for a frame that is none.
         step: u64,
     },
+    /// More receives returned than were ever used, or less than before: the count goes round, so the two look alike.
+    #[error(
+        "peer returned {found} receives in all (modulo 2^32), {used} were used and {before} returned before"
+    )]
+    ReceivesReturned {
+        /// As sent, modulo 2^32.
+        found: u32,
+        /// Used so far.
+        used: u64,
+        /// Returned before.
+        before: u64,
+    },
+    /// A change somewhere else in the ring than where the last one ended.
+    #[error("change at byte {found} of the ring where {expected} was due: repeated, lost or misplaced")]
+    Place {
+        /// What the peer's number stands for.
+        found: u64,
+        /// The place that was due.
+        expected: u64,
+    },
+    /// A change that came as a message, or a message that came as a change.
+    #[error("{kind:?} came {how}: the peer mixes up changes and messages")]
+    Carrier {
+        /// Kind of the frame.
+        kind: crate::wire::Kind,
+        /// How it came.
+        how: &'static str,
+    },
+    /// A message that is no header.
+    #[error("message of {found} bytes, each has {}", crate::wire::HEADER_LEN)]
+    MessageLength {
+        /// Bytes of it.
+        found: u32,
+    },
+    /// The connection that only stands for the peer's life was used to say something.
+    #[error(
+        "the peer sent bytes on the connection whose end alone means something: nothing goes there after the hello"
+    )]
+    Companion,
 }
 
 /// Why a request of a front end failed. Front ends translate it (NBD: `EIO`, `ESHUTDOWN`, `EINVAL`, `ENOSPC`).

@@ -133,3 +133,63 @@ pub const HELLO_LEN_MAX: u32 = 64 << 10;
 
 /// Generations a superblock remembers behind the current one.
 pub const GENERATION_HISTORY_LEN: usize = 8;
+
+/// Strangers and outdated secrets turned away by one RDMA listener before it gives up: it waits for one peer, for seconds.
+pub const RDMA_REFUSED_MAX: u32 = 64;
+
+/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. Seven times
+/// over, a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
+/// itself is noticed first), while an emulated peer that is held up for a tenth of one costs only repetitions.
+pub const RDMA_ACK_TIMEOUT: u8 = 14;
+
+/// Largest RDMA ring a peer may announce: far beyond any that helps, and small enough that every place in it, counted
+/// in frame headers (64 bytes), fits the 32 bits of an immediate sixteen times over.
+pub const RDMA_RING_LEN_MAX: u64 = 16 << 30;
+
+/// Fewest receives a peer may announce: with less, the few kept for messages would leave none for changes.
+pub const RDMA_RECEIVES_MIN: u32 = 16;
+
+/// Most receives a peer may announce: what the widest queue pair of a known device takes (soft-RoCE's 2^20).
+pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
+
+/// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
+/// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
+pub const RDMA_STAGE_LEN: usize = 4 << 20;
+
+/// Bytes copied into the stage in one piece: a quarter of it, so that skipping the stage's end wastes no more than that
+/// and the next piece is copied while the one before is on its way; copying it takes under a tenth of a millisecond.
+pub const RDMA_STAGE_PIECE_LEN_MAX: usize = RDMA_STAGE_LEN / 4;
+
+/// Pieces in the stage at a time: one for each frame that may be open, and some more for long ones.
+pub const RDMA_STAGE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
+
+/// Bytes of our RDMA ring: twice the largest frame and a bit, and half of what a byte stream gets, as it is locked
+/// memory; a power of two and a multiple of 2 MiB, so that huge pages can back it.
+pub const RDMA_RING_LEN: u64 = 64 << 20;
+
+/// Receives we keep posted: a whole window of changes with their acks or flushes, and as much again, so that they never
+/// bind before the window does; 128 KiB of buffers.
+pub const RDMA_RECEIVES_LEN: u32 = 2048;
+
+/// Receives of the peer's that only signs of life may take, which return ours: each end needs one of them a quarter of
+/// its receives, so four cover a whole round that neither end has read, and as many again those under way.
+pub const RDMA_RECEIVES_RESERVED: u32 = 8;
+
+/// Work requests between two that report completion: few enough that the send queue of the smallest device (hundreds)
+/// never fills up unreported, many enough that completions cost nothing beside them.
+pub const RDMA_SIGNAL_EVERY: u64 = 32;
+
+/// Work requests a link has open at most: a few a claimed change would need thousands at most when all are unread, but
+/// the device sends in order, so more than a round trip's worth only waits; some devices allow no more than this.
+pub const RDMA_SENDS_LEN: usize = 1024;
+
+/// Completions taken from the device at a time: 2 KiB of ours, and half of what one poll may tell.
+pub const RDMA_COMPLETIONS_MAX: usize = LINK_EVENTS_MAX / 2;
+
+/// Milliseconds between looks, while busy, at what no completion tells (the connection manager, the device, the
+/// companion connection): a few system calls each, and a dead peer is noticed well within any peer timeout.
+pub const RDMA_LOOK_MS: u64 = 5;
+
+/// Polls between looks at the clock, for [`RDMA_LOOK_MS`]: a busy poll takes a tenth of a microsecond or more, a clock
+/// without the kernel's help a microsecond.
+pub const RDMA_POLLS_PER_LOOK: u32 = 64;

@@ -91,6 +91,9 @@ pub struct Header {
     pub payload_crc: u32,
     /// Filled in by the transport: bytes of the *receiver's peer's* ring released since the link came up.
     pub ring_returned: u64,
+    /// Filled in by a transport that posts receives (RDMA), 0 on every other: receives consumed since the link came up,
+    /// modulo 2^32.
+    pub receives: u32,
 }
 
 impl Header {
@@ -106,6 +109,7 @@ impl Header {
             aux: 0,
             payload_crc: 0,
             ring_returned: 0,
+            receives: 0,
         }
     }
 
@@ -137,7 +141,7 @@ impl Header {
             payload_crc: self.payload_crc.into(),
             aux: self.aux.into(),
             ring_returned: self.ring_returned.into(),
-            spare: 0.into(),
+            receives: self.receives.into(),
             header_crc: 0.into(),
         };
         raw.header_crc = crc32c::crc32c(&raw.as_bytes()[..CHECKED_LEN]).into();
@@ -162,7 +166,7 @@ impl Header {
             return Err(WireError::Version { found: raw.version });
         }
         let kind = Kind::from_wire(raw.kind).ok_or(WireError::Kind { found: raw.kind })?;
-        if raw.flags & !flags::ALL != 0 || raw.reserved != [0; 3] || raw.spare.get() != 0 {
+        if raw.flags & !flags::ALL != 0 || raw.reserved != [0; 3] {
             return Err(WireError::Flags { found: raw.flags });
         }
         let range = ByteRange::new(raw.start.get(), raw.len.get().into());
@@ -181,6 +185,7 @@ impl Header {
             aux: raw.aux.get(),
             payload_crc: raw.payload_crc.get(),
             ring_returned: raw.ring_returned.get(),
+            receives: raw.receives.get(),
         })
     }
 }
@@ -206,7 +211,7 @@ struct RawHeader {
     payload_crc: U32,
     aux: U64,
     ring_returned: U64,
-    spare: U32,
+    receives: U32,
     header_crc: U32,
 }
 
@@ -284,8 +289,8 @@ mod tests {
             Just(Kind::Switch)
         ];
         let numbers = (any::<u64>(), any::<u64>(), 0..1u64 << 62, 1..=u64::from(PAYLOAD_LEN_MAX));
-        (kind, 0..=flags::ALL, numbers, any::<u64>(), any::<u32>(), any::<u64>()).prop_map(
-            |(kind, flags, (epoch, seq, start, len), aux, payload_crc, ring_returned)| Header {
+        (kind, 0..=flags::ALL, numbers, any::<u64>(), any::<[u32; 2]>(), any::<u64>()).prop_map(
+            |(kind, flags, (epoch, seq, start, len), aux, [payload_crc, receives], ring_returned)| Header {
                 kind,
                 flags,
                 epoch: Epoch(epoch),
@@ -294,6 +299,7 @@ mod tests {
                 aux,
                 payload_crc,
                 ring_returned,
+                receives,
             },
         )
     }

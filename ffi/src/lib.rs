@@ -4,6 +4,7 @@
 //!
 //! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
+//! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
 //! - `guard`: a medium that fails under a mapping poisons that mapping instead of killing the process
 //! - `copy`, `crc`: what the process itself does to such memory, over raw pointers only
 
@@ -12,3 +13,5 @@ mod crc;
 mod guard;
 pub mod mapping;
 pub mod net;
+#[cfg(feature = "rdma")]
+pub mod verbs;

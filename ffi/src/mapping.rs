@@ -9,6 +9,8 @@
 //!   and in the system calls of [`net`](crate::net).
 //! - Every mapping is guarded for as long as it is mapped (`guard`): a page that cannot be had reads as zeroes
 //!   and the mapping is poisoned for good. Ask [`Mapping::is_poisoned`] *after* an access and before its result is used.
+//! - Pages that a device has are pinned ([`Mapping::pin`]), and whoever drops pages asks first
+//!   ([`Mapping::hold_unpinned`]).
 //!
 //! Failures survived: a file truncated underneath, EIO of the medium, a full file system under a sparse file.
 
@@ -23,6 +25,11 @@ use rustix::fs::{FsWord, MemfdFlags};
 use crate::guard::Guard;
 use crate::{copy, crc};
 
+mod pins;
+
+use pins::Pins;
+pub use pins::{PARTS_MAX, PINS_MAX, Pin, PinBusy, Unpinned};
+
 /// `f_type` of hugetlbfs (statfs(2)), whose pages can only be replaced whole.
 const HUGETLBFS: FsWord = 0x9584_58f6;
 
@@ -31,6 +38,7 @@ pub struct Mapping {
     /// Before `memory`: fields drop in this order, and a range is withdrawn from the guard before it is unmapped.
     guard: Guard,
     memory: MmapRaw,
+    pins: Pins,
 }
 
 impl Mapping {
@@ -112,7 +120,8 @@ impl Mapping {
         let base = start & !(page_len - 1);
         let end = (start + memory.len()).next_multiple_of(page_len);
         let guard = Guard::new(base, end - base, page_len)?;
-        Ok(Arc::new(Self { guard, memory }))
+        let pins = Pins::new(start - base, page_len);
+        Ok(Arc::new(Self { guard, memory, pins }))
     }
 
     /// Bytes mapped; for a ring twice its memory.

@@ -5,6 +5,10 @@
 //! killing the daemon (`ffi::mapping`); from then on [`DiskImage::failure`] says so and every flush fails.
 //!
 //! [`DiskImage::flush`], [`DiskImage::punch`] and [`DiskImage::zero`] block: they belong on the disk's worker threads.
+//!
+//! Pages that are registered with a device stay where they are: to punch, and on most file systems to zero, is to put
+//! other pages in their place, and the device would go on sending the old ones. Such parts of a range are zeroed in
+//! place and keep their blocks ([`Mapping::hold_unpinned`]).
 
 use crate::units::ByteRange;
 use costandby_ffi::mapping::{Mapping, Span};
@@ -177,6 +181,12 @@ impl DiskImage {
         self.mapping.span(index(range.start), index(range.len))
     }
 
+    /// All of its memory: what a device may be given to send from.
+    #[must_use]
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
     /// Whether the medium failed; it stays so until the daemon opens it anew.
     #[must_use]
     pub fn is_failed(&self) -> bool {
@@ -224,12 +234,12 @@ impl DiskImage {
         self.failure()
     }
 
-    /// Makes `range` read as zeros and gives its blocks back. Blocks.
+    /// Makes `range` read as zeros and gives its blocks back, but for those under pages that a device has. Blocks.
     ///
     /// # Errors
     /// The system's; the disk is then failed.
     pub fn punch(&self, range: ByteRange) -> Result<(), DiskError> {
-        self.fallocate_or_fill(range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)
+        self.clear(range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)
     }
 
     /// Makes `range` read as zeros and keeps its blocks. Blocks.
@@ -237,17 +247,33 @@ impl DiskImage {
     /// # Errors
     /// The system's; the disk is then failed.
     pub fn zero(&self, range: ByteRange) -> Result<(), DiskError> {
-        self.fallocate_or_fill(range, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE)
+        self.clear(range, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE)
     }
 
-    fn fallocate_or_fill(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), DiskError> {
+    fn clear(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), DiskError> {
         self.failure()?;
-        match rustix::fs::fallocate(&self.file, flags, range.start, range.len) {
+        let span = self.span(range);
+        let held = self.mapping.hold_unpinned(span.offset(), span.len());
+        for (offset, len) in held.free() {
+            self.fallocate_or_fill(&self.mapping.span(offset, len), flags)?;
+        }
+        let pinned: Vec<_> = held.pinned().collect();
+        // Zeroing in place needs no hold, and who waits to register need not wait for it.
+        drop(held);
+        for (offset, len) in pinned {
+            self.mapping.span(offset, len).fill_zero();
+        }
+        self.failure()
+    }
+
+    fn fallocate_or_fill(&self, part: &Span, flags: FallocateFlags) -> Result<(), DiskError> {
+        // The mapping begins where the file does.
+        match rustix::fs::fallocate(&self.file, flags, part.offset() as u64, part.len() as u64) {
             Ok(()) => Ok(()),
             // Not every file system and device can (EOPNOTSUPP; EINVAL from devices for odd alignments).
             Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
-                self.span(range).fill_zero();
-                self.failure()
+                part.fill_zero();
+                Ok(())
             }
             Err(e) => {
                 self.fail();
@@ -300,46 +326,4 @@ impl DiskImage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_truncated_file_fails_the_disk_and_its_flush() {
-        let file = tempfile::NamedTempFile::new().expect("temp file");
-        file.as_file().set_len(1 << 20).expect("set_len");
-        let disk = DiskImage::open(file.path(), 1 << 20).expect("opens");
-        disk.span(ByteRange::new(0, 4096)).write_from(&[7; 4096]);
-        disk.flush().expect("flushes");
-        file.as_file().set_len(0).expect("truncate");
-        assert!(matches!(disk.flush(), Err(DiskError::TooSmall { found: 0, .. })));
-        assert!(disk.is_failed());
-        disk.span(ByteRange::new(0, 4096)).write_from(&[8; 4096]);
-        assert!(disk.flush().is_err());
-    }
-
-    #[test]
-    fn a_short_or_missing_file_is_refused_by_name() {
-        let file = tempfile::NamedTempFile::new().expect("temp file");
-        let short = DiskImage::open(file.path(), 4096).expect_err("too small").to_string();
-        assert!(short.contains("has 0 bytes") && short.contains("needs 4096"), "{short}");
-        let missing = DiskImage::open(Path::new("/nonexistent/disk"), 4096).expect_err("missing").to_string();
-        assert!(missing.contains("/nonexistent/disk"), "{missing}");
-        assert!(matches!(DiskImage::open(Path::new("/dev/null"), 4096), Err(DiskError::WrongType { .. })));
-    }
-
-    #[test]
-    fn holes_are_punched_zeroed_and_seen() {
-        let disk = DiskImage::memory("t", 1 << 20).expect("memory");
-        disk.span(ByteRange::new(0, 1 << 20)).write_from(&vec![1; 1 << 20]);
-        assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 1 << 20), hole: false });
-        disk.punch(ByteRange::new(65536, 65536)).expect("punch");
-        assert_eq!(disk.extent_at(0, 1 << 20), Extent { range: ByteRange::new(0, 65536), hole: false });
-        assert_eq!(
-            disk.extent_at(65536, 1 << 20),
-            Extent { range: ByteRange::new(65536, 65536), hole: true }
-        );
-        disk.zero(ByteRange::new(0, 4096)).expect("zero (filled: memory files cannot ZERO_RANGE)");
-        assert!(disk.span(ByteRange::new(0, 4096)).is_zero());
-        assert!(!disk.span(ByteRange::new(4096, 4096)).is_zero());
-    }
-}
+mod tests;

@@ -219,6 +219,7 @@ impl Reactor {
                 || self.link_ready[volume]
                 || (!looked && self.volumes[volume].expects_link())
                 || self.volumes[volume].has_backlog()
+                || self.volumes[volume].link_polls_for_free()
             {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
@@ -286,7 +287,15 @@ impl Reactor {
     /// Sleeps until something happens or time is due.
     fn sleep(&mut self) {
         self.waker.prepare_sleep();
-        let queued = !self.commands.is_empty()
+        let mut queued = false;
+        for (volume, ready) in self.volumes.iter_mut().zip(&mut self.link_ready) {
+            if !volume.prepare_sleep() {
+                *ready = true;
+                queued = true;
+            }
+        }
+        let queued = queued
+            || !self.commands.is_empty()
             || !self.jobs_done.is_empty()
             || self.queues.iter().any(Queue::has_operations)
             || self.volumes.iter().any(|v| !v.notices.is_empty());

@@ -9,12 +9,16 @@
 //! Invariants: returned ≤ sent ≤ claimed, claimed − returned ≤ capacity, told ≤ released ≤ arrived. Numbers of the peer
 //! that would break them are refused by name; misuse from our own side panics.
 //!
+//! Where each frame and message also takes one of the receives its receiver posted (RDMA), [`PeerReceives`] and
+//! [`OwnReceives`] keep the same two accounts of those, counted one by one. A few are reserved for signs of life that
+//! tell, so that two ends that have each used up the other's can always get out of it.
+//!
 //! A release is told when a quarter of the ring is released but untold, so a sender that waits for room for a frame of
 //! at most [`frame_len_max`] bytes is always woken in the end, even if nothing else flows back.
 
 use super::Permit;
 use crate::error::Violation;
-use crate::limits::{POSTS_OPEN_MAX, RING_LEN_MIN, RING_SLACK};
+use crate::limits::{POSTS_OPEN_MAX, RDMA_RECEIVES_MIN, RDMA_RECEIVES_RESERVED, RING_LEN_MIN, RING_SLACK};
 use crate::wire::frame_len;
 
 /// Bytes of a ring of `ring_len` that changes may take.
@@ -76,6 +80,11 @@ impl PeerRing {
         assert!(self.sent <= self.claimed, "a frame went out without a permit");
     }
 
+    /// Whether nothing that is out is still in the ring: the next frame may stand anywhere.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.returned == self.sent
+    }
+
     /// A claimed frame was reported as sent or failed.
     pub(crate) fn reported(&mut self) {
         self.open -= 1;
@@ -88,6 +97,121 @@ impl PeerRing {
         }
         self.returned = found;
         Ok(())
+    }
+}
+
+/// The sender's account of the receives its peer keeps posted.
+#[derive(Debug)]
+pub(crate) struct PeerReceives {
+    /// What posts and messages may use.
+    usable: u64,
+    /// Permits whose frames are not out. They are only counted, so that permits are bounded: what goes out first uses
+    /// what there is, or a message in front of claimed posts could wait for ever.
+    claimed: u64,
+    /// Used by what is out.
+    used: u64,
+    returned: u64,
+}
+
+impl PeerReceives {
+    /// The peer keeps `depth` posted.
+    pub(crate) fn new(depth: u32) -> Self {
+        assert!(
+            depth >= RDMA_RECEIVES_MIN,
+            "{depth} receives, the handshake must refuse under {RDMA_RECEIVES_MIN}"
+        );
+        Self { usable: u64::from(depth - RDMA_RECEIVES_RESERVED), claimed: 0, used: 0, returned: 0 }
+    }
+
+    fn outstanding(&self) -> u64 {
+        self.used - self.returned
+    }
+
+    /// Whether one more permit has a receive to come.
+    pub(crate) fn may_claim(&self) -> bool {
+        self.outstanding() + self.claimed < self.usable
+    }
+
+    /// A permit was given.
+    pub(crate) fn claim(&mut self) {
+        self.claimed += 1;
+    }
+
+    /// Whether a post or a message may go out.
+    pub(crate) fn has_room(&self) -> bool {
+        self.outstanding() < self.usable
+    }
+
+    /// Whether two may go out, one behind the other.
+    pub(crate) fn has_room_for_two(&self) -> bool {
+        self.outstanding() + 1 < self.usable
+    }
+
+    /// Whether one of the reserved is left for a sign of life that tells.
+    pub(crate) fn has_reserve(&self) -> bool {
+        self.outstanding() < self.usable + u64::from(RDMA_RECEIVES_RESERVED)
+    }
+
+    /// A post is out, for which a permit was given.
+    pub(crate) fn posted(&mut self) {
+        self.claimed = self.claimed.checked_sub(1).expect("a frame went out without a permit");
+        self.sent();
+    }
+
+    /// A message or a sign of life is out.
+    pub(crate) fn sent(&mut self) {
+        assert!(self.has_reserve(), "a receive was used that the peer does not have");
+        self.used += 1;
+    }
+
+    /// Takes in the peer's count, which goes round.
+    pub(crate) fn returned(&mut self, found: u32) -> Result<(), Violation> {
+        let [b0, b1, b2, b3, ..] = self.returned.to_le_bytes();
+        let more = u64::from(found.wrapping_sub(u32::from_le_bytes([b0, b1, b2, b3])));
+        if more > self.used - self.returned {
+            return Err(Violation::ReceivesReturned { found, used: self.used, before: self.returned });
+        }
+        self.returned += more;
+        Ok(())
+    }
+}
+
+/// Refuses a count of receives where none are posted.
+pub(crate) fn no_receives(found: u32) -> Result<(), Violation> {
+    if found == 0 { Ok(()) } else { Err(Violation::ReceivesReturned { found, used: 0, before: 0 }) }
+}
+
+/// The receiver's account of its own receives, each of which is posted again before it counts as consumed.
+#[derive(Debug)]
+pub(crate) struct OwnReceives {
+    told_late: u32,
+    consumed: u32,
+    told: u32,
+}
+
+impl OwnReceives {
+    pub(crate) fn new(depth: u32) -> Self {
+        Self { told_late: depth / 4, consumed: 0, told: 0 }
+    }
+
+    /// One was used by the peer and is posted again.
+    pub(crate) fn consume(&mut self) {
+        self.consumed = self.consumed.wrapping_add(1);
+    }
+
+    /// What the next header out says.
+    pub(crate) fn to_tell(&self) -> u32 {
+        self.consumed
+    }
+
+    /// A header with the newest count is out.
+    pub(crate) fn told(&mut self, count: u32) {
+        self.told = count;
+    }
+
+    /// Whether the peer has to be told now, whatever else is going out.
+    pub(crate) fn must_tell(&self) -> bool {
+        self.consumed.wrapping_sub(self.told) > self.told_late
     }
 }
 
@@ -211,6 +335,63 @@ mod tests {
         assert!(!own.must_tell());
         let position = own.arrive(64);
         own.release(64, position);
+        assert!(own.must_tell());
+        own.told(own.to_tell());
+        assert!(!own.must_tell());
+    }
+
+    #[test]
+    fn receives_are_used_up_to_the_reserve_and_by_signs_of_life_up_to_the_last() {
+        let mut peer = PeerReceives::new(64);
+        let usable = 64 - RDMA_RECEIVES_RESERVED;
+        for _ in 0..usable {
+            assert!(peer.has_room());
+            peer.sent();
+        }
+        assert!(!peer.has_room() && !peer.may_claim());
+        for _ in 0..RDMA_RECEIVES_RESERVED {
+            assert!(peer.has_reserve());
+            peer.sent();
+        }
+        assert!(!peer.has_reserve());
+        assert_eq!(peer.returned(usable), Ok(()));
+        assert!(peer.has_room());
+    }
+
+    #[test]
+    fn permits_never_take_a_receive_from_a_message_in_front_of_them() {
+        let mut peer = PeerReceives::new(RDMA_RECEIVES_MIN);
+        let permits = (0..100).take_while(|_| peer.may_claim().then(|| peer.claim()).is_some()).count();
+        assert_eq!(u32::try_from(permits), Ok(RDMA_RECEIVES_MIN - RDMA_RECEIVES_RESERVED));
+        assert!(peer.has_room());
+        peer.sent();
+        peer.posted();
+        assert!(!peer.may_claim());
+        assert_eq!(peer.returned(2), Ok(()));
+        assert!(peer.may_claim());
+    }
+
+    #[test]
+    fn receives_that_were_never_used_are_refused_also_where_the_count_goes_round() {
+        let mut peer = PeerReceives::new(64);
+        let start = u64::from(u32::MAX) - 1;
+        (peer.used, peer.returned) = (start, start);
+        (0..4).for_each(|_| peer.sent());
+        let refused = |found| Err(Violation::ReceivesReturned { found, used: start + 4, before: start });
+        assert_eq!(peer.returned(3), refused(3));
+        assert_eq!(peer.returned(u32::MAX - 2), refused(u32::MAX - 2));
+        assert_eq!(peer.returned(u32::MAX), Ok(()));
+        assert_eq!(peer.returned(2), Ok(()));
+        assert_eq!(peer.returned, peer.used);
+    }
+
+    #[test]
+    fn consumed_receives_are_told_once_past_a_quarter() {
+        let mut own = OwnReceives::new(64);
+        (own.consumed, own.told) = (u32::MAX - 3, u32::MAX - 3);
+        (0..16).for_each(|_| own.consume());
+        assert!(!own.must_tell());
+        own.consume();
         assert!(own.must_tell());
         own.told(own.to_tell());
         assert!(!own.must_tell());

@@ -131,6 +131,15 @@ impl<L: Link> Link for FaultLink<L> {
         self.polls > 0 || self.inner.has_backlog()
     }
 
+    fn prepare_sleep(&mut self) -> bool {
+        // What a skipped poll left behind would not wake anybody.
+        self.polls == 0 && self.inner.prepare_sleep()
+    }
+
+    fn polls_for_free(&self) -> bool {
+        self.inner.polls_for_free()
+    }
+
     fn received_bytes(&self) -> u64 {
         self.inner.received_bytes()
     }

@@ -11,8 +11,11 @@ use crate::limits::{LINK_EVENTS_MAX, MESSAGES_QUEUED_MAX, PAYLOAD_LEN_MAX, POSTS
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind};
 use costandby_ffi::mapping::{Mapping, Span};
+use rustix::event::epoll::{self, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// Two joined ends.
@@ -35,6 +38,7 @@ macro_rules! link_laws {
             a_peer_that_does_not_read_cannot_grow_us,
             an_ack_that_waits_gives_way_to_the_next,
             a_poll_is_bounded_and_owns_up_to_the_rest,
+            each_frame_wakes_who_sleeps,
             closing_here_fails_each_token_once,
             closing_there_comes_after_all_that_arrived,
             an_end_that_is_dropped_is_closed,
@@ -488,7 +492,7 @@ pub fn a_poll_is_bounded_and_owns_up_to_the_rest(make: Make<'_>) {
     until("sleep", || {
         let before = there.heard.len();
         let backlog = there.link().has_backlog();
-        if backlog || readable(there.link()) {
+        if backlog || !there.link().prepare_sleep() || readable(there.link()) {
             there.turn(&source);
             assert!(
                 !backlog || there.heard.len() > before,
@@ -499,6 +503,58 @@ pub fn a_poll_is_bounded_and_owns_up_to_the_rest(make: Make<'_>) {
         true
     });
     assert_eq!(there.heard.len(), count, "an end that sleeps has told everything");
+}
+
+/// Each single frame or message wakes who prepared its sleep and then watches the descriptor for *changes* only
+/// (edge-triggered), as the reactor does, however often.
+pub fn each_frame_wakes_who_sleeps(make: Make<'_>) {
+    let source = Source::new(64);
+    let (mut here, mut there) = watched(make, RING);
+    let Some((fd, _)) = there.link().arm() else { return };
+    let poller = epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll");
+    let watch = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+    epoll::add(&poller, fd, epoll::EventData::new_u64(0), watch).expect("watched");
+    for seq in 0..200 {
+        // To sleep: nothing left to tell, and no wake-up left over from before.
+        until("sleep", || {
+            there.turn(&source);
+            there.release(&source);
+            !there.link().has_backlog() && there.link().prepare_sleep() && !wakes(&poller, Duration::ZERO)
+        });
+        let taken = match seq % 2 {
+            0 => here.post_plain(seq),
+            _ => here.link().send(plain(Kind::Flush, seq)).is_ok(),
+        };
+        if !taken {
+            // Permits come back in the sleeper's next turns.
+            here.turn(&source);
+            continue;
+        }
+        let before = there.heard.len();
+        // A slow device needs turns of its owner to get on with it, but none of the sleeper's.
+        until("woken", || {
+            here.turn(&source);
+            wakes(&poller, Duration::from_millis(1))
+        });
+        until("heard", || {
+            there.turn(&source);
+            there.heard.len() > before
+        });
+    }
+    assert!(there.heard.len() > 100, "permits were scarce");
+    here.drop_link();
+    until("woken by the end", || wakes(&poller, Duration::from_millis(1)));
+    until("down", || {
+        there.turn(&source);
+        there.down.is_some()
+    });
+}
+
+/// Whether the poller tells anything within `patience`.
+fn wakes(poller: impl AsFd, patience: Duration) -> bool {
+    let mut room = [const { MaybeUninit::<epoll::Event>::uninit() }; 4];
+    let patience = Timespec::try_from(patience).expect("short");
+    epoll::wait(poller, &mut room, Some(&patience)).is_ok_and(|(events, _)| !events.is_empty())
 }
 
 /// Whether the link's descriptor is ready to read, or becomes so in a moment.

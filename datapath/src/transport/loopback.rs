@@ -11,7 +11,7 @@
 //!
 //! Failures it plays: either end closing or being dropped.
 
-use super::credit::{OwnRing, PeerRing};
+use super::credit::{OwnRing, PeerRing, no_receives};
 use super::outbox::{Entry, Outbox};
 use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot, State, check_post};
 use crate::limits::{LINK_EVENTS_MAX, MESSAGES_QUEUED_MAX};
@@ -211,6 +211,7 @@ impl LoopbackLink {
     fn taken(&mut self, completion: &Completion) -> Result<LinkEvent, DownReason> {
         let header = Header::decode(&completion.header)?;
         self.peer.returned(header.ring_returned)?;
+        no_receives(header.receives)?;
         self.outbox.saw(header.epoch);
         let frame_len = header.frame_len();
         self.received += frame_len as u64;

@@ -25,6 +25,7 @@ pub mod fault;
 pub mod laws;
 pub mod loopback;
 mod outbox;
+pub mod rdma;
 pub mod tcp;
 
 pub use credit::{frame_len_max, ring_takes};
@@ -87,6 +88,9 @@ pub enum DownReason {
     /// mapping is marked poisoned. The link ends because half of the frame may be out already.
     #[error("the local disk cannot be read while sending from it")]
     Medium,
+    /// The RDMA connection or its device failed.
+    #[error(transparent)]
+    Rdma(rdma::endpoint::EndpointError),
     /// We closed it.
     #[error("closed here: {0}")]
     Local(&'static str),
@@ -146,6 +150,19 @@ pub trait Link: Send {
     /// Whether `poll` has something to tell that no readiness of [`Link::arm`]'s descriptor will announce. Never sleep
     /// while it is true. Costs no system call.
     fn has_backlog(&self) -> bool;
+
+    /// About to sleep on [`Link::arm`]'s descriptor: asks for it to become ready with the next thing to tell. False when
+    /// there is something already: then poll, and do not sleep. To be called before each sleep on the descriptor, after
+    /// everything else was looked at.
+    fn prepare_sleep(&mut self) -> bool {
+        true
+    }
+
+    /// Whether `poll` costs no system call when there is nothing. Then look each turn: the descriptor tells only what
+    /// [`Link::prepare_sleep`] asked for.
+    fn polls_for_free(&self) -> bool {
+        false
+    }
 
     /// Bytes received since the link came up, to tell silence by: it grows with every sign of life, even while a frame
     /// is only partly here. Grows in `poll` only, so a reader that is held back by its own full ring hears nothing.

@@ -78,7 +78,12 @@ impl Outbox {
     /// Queues the transport's own sign of life, which tells of released ring space.
     pub(crate) fn send_sign_of_life(&mut self) {
         // Refused only when messages are queued, and those carry the count just as well.
-        let _ = self.send(Header::new(Kind::KeepAlive, self.epoch));
+        let _ = self.send(self.sign_of_life());
+    }
+
+    /// The transport's own sign of life, for who sends it past the queue.
+    pub(crate) fn sign_of_life(&self) -> Header {
+        Header::new(Kind::KeepAlive, self.epoch)
     }
 
     /// Remembers an epoch the peer used.
@@ -109,6 +114,23 @@ impl Outbox {
             }
             &*entry
         })
+    }
+
+    /// The front frame and how many bytes of it are out, for who sends one at a time; its header is encoded to tell
+    /// these counts if none are.
+    pub(crate) fn front(&mut self, ring_returned: u64, receives: u32) -> Option<(&Entry, usize)> {
+        let entry = self.queue.front_mut()?;
+        if self.progress == 0 {
+            entry.header.ring_returned = ring_returned;
+            entry.header.receives = receives;
+            entry.wire = entry.header.encode();
+        }
+        Some((entry, self.progress))
+    }
+
+    /// Whether the frame at a place of the queue, from 0 on, is a post, if there is one.
+    pub(crate) fn is_post(&self, place: usize) -> Option<bool> {
+        self.queue.get(place).map(|entry| entry.token.is_some())
     }
 
     /// The disk a queued payload is read from, to be blamed when the system cannot read it.

@@ -20,7 +20,7 @@
 //! mid-frame (nothing partial is delivered); a disk that cannot be read while it is sent from
 //! ([`DownReason::Medium`]). When sending fails, what the peer sent before it went is still read: there may be acks.
 
-use super::credit::{OwnRing, PeerRing};
+use super::credit::{OwnRing, PeerRing, no_receives};
 use super::outbox::{Entry, Outbox};
 use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot, State, check_post};
 use crate::limits::{GATHER_PIECES_MAX, LINK_EVENTS_MAX, RING_LEN_MIN, WINDOW_LEN};
@@ -254,6 +254,7 @@ impl TcpLink {
         self.at(self.parsed, HEADER_LEN).read_into(&mut bytes);
         let header = Header::decode(&bytes)?;
         self.peer.returned(header.ring_returned)?;
+        no_receives(header.receives)?;
         if header.kind.is_change() {
             self.own.admit(header.frame_len())?;
         }

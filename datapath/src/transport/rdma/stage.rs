@@ -1,0 +1,123 @@
+//! The stage: registered memory that bytes of the disk are copied through while their own place is not registered.
+//!
+//! Stands beside the windows ([`super::windows`]), which decide what goes through here. A ring of its own, on our side:
+//! pieces are taken in order, each contiguous, and given back in order when the work request that names them is done.
+//!
+//! Invariants:
+//! - Pieces that are not given back never overlap: the device may send them again until it reports completion.
+//! - Whatever is asked for, an empty stage takes a piece of it; so who waits is served as soon as all is done.
+//! - No call allocates after [`Stage::new`].
+
+use super::endpoint::{Piece, Registrar};
+use crate::limits::{RDMA_STAGE_LEN, RDMA_STAGE_PIECE_LEN_MAX, RDMA_STAGE_PIECES_MAX};
+use crate::wire::HEADER_LEN;
+use costandby_ffi::mapping::{Mapping, Span};
+use std::collections::VecDeque;
+use std::io;
+
+/// Pieces start at multiples of this: a cache line, and the alignment frames have anyway.
+const ALIGN: usize = HEADER_LEN;
+
+/// Where pieces stand, without the memory.
+#[derive(Debug)]
+struct Places {
+    len: usize,
+    /// Bytes given out since the beginning, skipped ends included; modulo `len` where the next piece starts.
+    taken: u64,
+    /// Bytes given back.
+    returned: u64,
+    /// For each piece the work request that names it, and `taken` after it.
+    open: VecDeque<(u64, u64)>,
+}
+
+impl Places {
+    fn new(len: usize) -> Self {
+        Self { len, taken: 0, returned: 0, open: VecDeque::with_capacity(RDMA_STAGE_PIECES_MAX) }
+    }
+
+    fn at(&self, position: u64) -> usize {
+        usize::try_from(position % self.len as u64).expect("less than a length")
+    }
+
+    /// A place for `len` bytes.
+    fn take(&mut self, len: usize, id: u64) -> Option<usize> {
+        assert!(len <= self.len / 4, "a piece of {len} bytes in a stage of {}", self.len);
+        let space = len.next_multiple_of(ALIGN);
+        if self.open.len() == RDMA_STAGE_PIECES_MAX {
+            return None;
+        }
+        if self.open.is_empty() {
+            // Nothing to go round: the memory used last is the warmest.
+            (self.taken, self.returned) = (0, 0);
+        }
+        let tail = self.len - self.at(self.taken);
+        let skipped = if space <= tail { 0 } else { tail };
+        let end = self.taken + (skipped + space) as u64;
+        if end - self.returned > self.len as u64 {
+            return None;
+        }
+        let place = self.at(self.taken + skipped as u64);
+        self.taken = end;
+        self.open.push_back((id, end));
+        Some(place)
+    }
+
+    fn done_up_to(&mut self, id: u64) {
+        while let Some((piece, end)) = self.open.front().copied() {
+            if piece > id {
+                return;
+            }
+            self.returned = end;
+            self.open.pop_front();
+        }
+    }
+}
+
+/// The stage of one link.
+#[derive(Debug)]
+pub(super) struct Stage<Region> {
+    span: Span,
+    region: Region,
+    places: Places,
+    staged_bytes: u64,
+}
+
+impl<Region> Stage<Region> {
+    /// Makes and registers the memory. Blocks while it is brought in.
+    ///
+    /// # Errors
+    /// What the registrar or the system says.
+    pub(super) fn new<R: Registrar<Region = Region>>(registrar: &R) -> io::Result<Self> {
+        let span = Mapping::anonymous(RDMA_STAGE_LEN)?.span(0, RDMA_STAGE_LEN);
+        let region = registrar.register(&span)?;
+        Ok(Self { span, region, places: Places::new(RDMA_STAGE_LEN), staged_bytes: 0 })
+    }
+
+    /// Copies the beginning of `source`, as much as one piece takes, for work request `id`. `None` while the stage has
+    /// no room for it.
+    ///
+    /// # Panics
+    /// When `source` is empty or ids go backwards.
+    pub(super) fn copy(&mut self, source: &Span, id: u64) -> Option<Piece<'_, Region>> {
+        assert!(!source.is_empty(), "nothing to stage");
+        assert!(
+            self.places.open.back().is_none_or(|(last, _)| *last <= id),
+            "work request {id} goes backwards"
+        );
+        let len = source.len().min(RDMA_STAGE_PIECE_LEN_MAX);
+        let offset = self.places.take(len, id)?;
+        source.sub(0, len).copy_to(&self.span.sub(offset, len));
+        self.staged_bytes += len as u64;
+        Some(Piece { region: &self.region, offset, len })
+    }
+
+    /// Takes back every piece of the work requests up to `id`, which are done.
+    pub(super) fn done_up_to(&mut self, id: u64) {
+        self.places.done_up_to(id);
+    }
+
+    /// Bytes copied since the beginning.
+    pub(super) fn staged_bytes(&self) -> u64 {
+        self.staged_bytes
+    }
+}

@@ -1,0 +1,531 @@
+//! One connected queue pair: writes and messages out, completions in.
+//!
+//! What the RDMA transport calls for every write. No call here blocks; but for [`QueuePair::check`],
+//! [`QueuePair::notify`] and [`QueuePair::cut`] none makes a system call of its own (a software device's doorbell is one
+//! of its driver's), allocates or locks.
+//!
+//! Invariants: at most `send_len` requests are open; every region named by an open request is held here; completions
+//! of one direction come in order; after the first failure nothing succeeds any more.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+
+use rdma_mummy_sys as sys;
+use sys::{ibv_qp_state, ibv_wc_opcode, ibv_wc_status};
+
+use super::completion::{BATCH_LEN, CompletionQueue};
+use super::connection::Connection;
+use super::context::Domain;
+use super::error::VerbsError;
+use super::receive::ReceiveQueue;
+use super::region::Region;
+use super::send::SendQueue;
+use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES};
+
+/// Marks the id of a receive, since a failed completion does not say its direction.
+pub(super) const RECEIVE: u64 = 1 << 63;
+
+/// How large a queue pair is, and how long it hopes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// Work requests that may be open.
+    pub send_len: u32,
+    /// Receives posted: writes with an immediate and messages of the peer's that may be here and not polled.
+    pub receive_len: u32,
+    /// Unanswered packets are sent again after 4.096 µs × 2^this, seven times; then the connection has failed. 0..=31;
+    /// 0 is never.
+    pub ack_timeout: u8,
+}
+
+/// Some bytes of a region.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// Where.
+    pub region: &'a Region,
+    /// First byte, from the region's beginning.
+    pub offset: usize,
+    /// How many.
+    pub len: usize,
+}
+
+/// Where a write goes: an address of the peer's, and its key. What stands there is the peer's business.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// As the peer named it.
+    pub address: u64,
+    /// As the peer gave it.
+    pub key: u32,
+}
+
+/// What completed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Completion {
+    /// The signalled request with this id, and every one before it.
+    Done {
+        /// As posted.
+        id: u64,
+    },
+    /// A write of the peer's with an immediate stands in the ring.
+    Placed {
+        /// As the peer sent it.
+        immediate: u32,
+    },
+    /// A message arrived.
+    Message {
+        /// Its bytes.
+        bytes: [u8; MESSAGE_LEN],
+    },
+    /// A message arrived that is shorter than messages are. (A longer one is a failure.)
+    Short {
+        /// Bytes of it.
+        len: u32,
+    },
+}
+
+/// Why a queue pair is of no use any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Failure {
+    /// The peer closed, or its kernel for it, or we did.
+    #[error("the connection was closed")]
+    Closed,
+    /// A work request failed.
+    #[error("work request failed: {} (status {status})", status_text(*status))]
+    WorkRequest {
+        /// `ibv_wc_status`.
+        status: u32,
+    },
+    /// The device, its port or the queue pair itself.
+    #[error("RDMA device: {0}")]
+    Device(&'static str),
+    /// A call failed.
+    #[error("{call} failed (errno {errno})")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// With what.
+        errno: i32,
+    },
+}
+
+impl From<VerbsError> for Failure {
+    fn from(error: VerbsError) -> Self {
+        match error {
+            VerbsError::Call { call, source } => {
+                Self::Call { call, errno: source.raw_os_error().unwrap_or(0) }
+            }
+            _ => Self::Device("it does not answer"),
+        }
+    }
+}
+
+/// The standard's word for a completion's status.
+#[must_use]
+pub fn status_text(status: u32) -> &'static str {
+    const TEXTS: [&str; 22] = [
+        "success",
+        "message longer than its buffer",
+        "local queue pair operation error",
+        "local EE context operation error",
+        "local protection error: memory not registered",
+        "flushed",
+        "memory window bind error",
+        "bad response",
+        "local access error",
+        "the peer calls the request invalid",
+        "the peer denies access: wrong key or outside its ring",
+        "the peer could not carry it out",
+        "the peer does not answer",
+        "the peer has no receive posted",
+        "RDD violation",
+        "invalid RD request",
+        "aborted by the peer",
+        "invalid EE context number",
+        "invalid EE context state",
+        "fatal error",
+        "response timeout",
+        "general error",
+    ];
+    usize::try_from(status).ok().and_then(|at| TEXTS.get(at)).copied().unwrap_or("unknown status")
+}
+
+/// A connected queue pair.
+pub struct QueuePair {
+    /// Null once cut.
+    raw: *mut sys::ibv_qp,
+    /// Given to the reaper with the cut.
+    connection: Option<Connection>,
+    pub(super) send: SendQueue,
+    receive: ReceiveQueue,
+    completions: CompletionQueue,
+    /// What was polled before the cut and not asked for.
+    left: VecDeque<Completion>,
+    /// The first one.
+    failure: Option<Failure>,
+    port: u8,
+    domain: Domain,
+}
+
+// SAFETY: a queue pair is used by one thread at a time, since everything takes `&mut`; the library does not care which.
+unsafe impl Send for QueuePair {}
+
+impl QueuePair {
+    /// A queue pair in the state RESET.
+    pub(super) fn new(domain: &Domain, settings: &Settings, port: u8) -> Result<Self, VerbsError> {
+        let limits = domain.limits()?;
+        let enough = |what, found: u32, needed: u32| {
+            let error = || VerbsError::Limit {
+                device: domain.device_name(),
+                what,
+                found: found.into(),
+                needed: needed.into(),
+            };
+            if found < needed { Err(error()) } else { Ok(()) }
+        };
+        let completions_len = settings.send_len.saturating_add(settings.receive_len);
+        enough("work requests a queue", limits.work_requests, settings.send_len.max(settings.receive_len))?;
+        enough("pieces a work request", limits.pieces, PIECES)?;
+        enough("completion queue entries", limits.completions, completions_len)?;
+        let completions = CompletionQueue::new(domain, completions_len)?;
+        let receive = ReceiveQueue::new(domain, settings.receive_len)?;
+        let mut attributes = sys::ibv_qp_init_attr {
+            qp_context: std::ptr::null_mut(),
+            send_cq: completions.as_ptr(),
+            recv_cq: completions.as_ptr(),
+            srq: std::ptr::null_mut(),
+            cap: sys::ibv_qp_cap {
+                max_send_wr: settings.send_len,
+                max_recv_wr: settings.receive_len,
+                max_send_sge: PIECES,
+                max_recv_sge: 1,
+                max_inline_data: MESSAGE_BYTES,
+            },
+            qp_type: sys::ibv_qp_type::IBV_QPT_RC,
+            sq_sig_all: 0,
+        };
+        // SAFETY: domain and completion queue live longer than the queue pair: `Drop` destroys it first.
+        let raw = unsafe { sys::ibv_create_qp(domain.as_ptr(), &raw mut attributes) };
+        if raw.is_null() {
+            return Err(VerbsError::last("ibv_create_qp"));
+        }
+        Ok(Self {
+            raw,
+            connection: None,
+            send: SendQueue::new(settings.send_len),
+            receive,
+            completions,
+            left: VecDeque::new(),
+            failure: None,
+            port,
+            domain: domain.clone(),
+        })
+    }
+
+    /// Changes the queue pair's attributes and state.
+    pub(super) fn modify(&mut self, attributes: &mut sys::ibv_qp_attr, mask: i32) -> Result<(), VerbsError> {
+        // SAFETY: the queue pair is alive, and the call reads the attributes only.
+        match unsafe { sys::ibv_modify_qp(self.raw, attributes, mask) } {
+            0 => Ok(()),
+            code => Err(VerbsError::code("ibv_modify_qp", code.abs())),
+        }
+    }
+
+    /// Posts the receives; from the state INIT on.
+    pub(super) fn post_receives(&mut self) -> Result<(), VerbsError> {
+        self.receive.post(self.raw)
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        // SAFETY: the queue pair is alive while its connection is being made; the number is constant.
+        unsafe { (*self.raw).qp_num }
+    }
+
+    pub(super) fn own(&mut self, connection: Connection) {
+        self.connection = Some(connection);
+    }
+
+    /// Where memory for it is registered.
+    #[must_use]
+    pub fn domain(&self) -> &Domain {
+        &self.domain
+    }
+
+    /// Work requests that may be open.
+    #[must_use]
+    pub fn send_len(&self) -> usize {
+        self.send.len()
+    }
+
+    /// Bytes of one write at most, as the port says.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub fn write_len_max(&self) -> Result<usize, VerbsError> {
+        Ok(self.domain.context().port(self.port)?.max_msg_sz as usize)
+    }
+
+    /// Queues a write of the pieces, one behind the other; with an immediate, the peer is told when it stands there.
+    /// It goes out with the next [`QueuePair::ring_doorbell`] at the latest. The regions are held until it is done.
+    ///
+    /// # Panics
+    /// With too many pieces ([`super::PIECES_MAX`]), pieces outside their region, of another domain or longer than
+    /// 4 GiB, or more than `send_len` requests open.
+    pub fn write(
+        &mut self,
+        pieces: &[Piece<'_>],
+        target: Target,
+        immediate: Option<u32>,
+        id: u64,
+        signalled: bool,
+    ) {
+        for piece in pieces {
+            assert!(piece.region.domain().is(&self.domain), "a region of another queue pair's domain");
+        }
+        self.send.write(pieces, target, immediate, id, signalled);
+        self.post_full_batch();
+    }
+
+    /// Queues a message. Its bytes are copied.
+    ///
+    /// # Panics
+    /// With more than `send_len` requests open.
+    pub fn send(&mut self, bytes: &[u8; MESSAGE_LEN], id: u64, signalled: bool) {
+        self.send.message(bytes, id, signalled);
+        self.post_full_batch();
+    }
+
+    fn post_full_batch(&mut self) {
+        if self.send.batch_is_full() {
+            // What fails is told with the next doorbell.
+            let _ = self.ring_doorbell();
+        }
+    }
+
+    /// Hands what is queued to the device.
+    ///
+    /// # Errors
+    /// The queue pair has failed.
+    pub fn ring_doorbell(&mut self) -> Result<(), Failure> {
+        if let Some(failure) = self.failure {
+            self.send.forget_batch();
+            return Err(failure);
+        }
+        self.send.post(self.raw).map_err(|error| self.fail(error.into()))
+    }
+
+    /// The first failure stands.
+    fn fail(&mut self, failure: Failure) -> Failure {
+        *self.failure.get_or_insert(failure)
+    }
+
+    /// Takes completions, and posts consumed receives again. Returns how many were taken.
+    ///
+    /// # Errors
+    /// The queue pair has failed; what completed well before was returned by earlier calls.
+    pub fn poll(&mut self, completions: &mut [Completion]) -> Result<usize, Failure> {
+        let mut count = 0;
+        while count < completions.len()
+            && let Some(completion) = self.left.pop_front()
+        {
+            completions[count] = completion;
+            count += 1;
+        }
+        if count > 0 {
+            return Ok(count);
+        }
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        let mut room = [const { MaybeUninit::uninit() }; BATCH_LEN];
+        let wanted = completions.len().min(BATCH_LEN);
+        let taken = match self.completions.take(&mut room[..wanted]) {
+            Ok(taken) => taken,
+            Err(error) => return Err(self.fail(error.into())),
+        };
+        for (at, entry) in taken.iter().enumerate() {
+            match translate(entry, &mut self.send, &mut self.receive) {
+                Ok(completion) => completions[count] = completion,
+                Err(failure) => {
+                    self.failure = Some(cause_of(failure, &taken[at..]));
+                    break;
+                }
+            }
+            count += 1;
+        }
+        match self.failure {
+            Some(failure) if count == 0 => return Err(failure),
+            Some(_) => {}
+            None => {
+                if let Err(error) = self.receive.post(self.raw) {
+                    self.fail(error.into());
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// Looks for events of the connection, the device and the completion channel. Two or more system calls.
+    ///
+    /// # Errors
+    /// One of them ended the connection.
+    pub fn check(&mut self) -> Result<(), Failure> {
+        let Some(connection) = &self.connection else {
+            return Err(self.fail(Failure::Closed));
+        };
+        let none = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut descriptors =
+            [connection.events(), self.domain.context().events(), self.completions.events()].map(
+                |descriptor| {
+                    rustix::event::PollFd::from_borrowed_fd(descriptor, rustix::event::PollFlags::IN)
+                },
+            );
+        // An interrupted poll is repeated with the next check.
+        let _ = rustix::event::poll(&mut descriptors, Some(&none));
+        let [connection_ready, device_ready, completion_ready] = descriptors.map(|d| !d.revents().is_empty());
+        let mut ended = None;
+        if device_ready {
+            ended = self.domain.context().next_event(self.port).map(Failure::Device);
+        }
+        if connection_ready {
+            ended = ended.or_else(|| connection.ended());
+        }
+        if completion_ready {
+            self.completions.take_event();
+        }
+        ended.or(self.failure).map_or(Ok(()), |failure| Err(self.fail(failure)))
+    }
+
+    /// Asks that one of [`QueuePair::descriptors`] become readable with the next completion. Poll once more after it.
+    ///
+    /// # Errors
+    /// The queue pair has failed.
+    pub fn notify(&mut self) -> Result<(), Failure> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        self.completions.notify().map_err(|error| self.fail(error.into()))
+    }
+
+    /// What becomes readable when [`QueuePair::check`] or, after [`QueuePair::notify`], [`QueuePair::poll`] has something:
+    /// completions, device, connection. The last one is gone after the cut.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let mut descriptors = vec![self.completions.events(), self.domain.context().events()];
+        descriptors.extend(self.connection.as_ref().map(Connection::events));
+        descriptors
+    }
+
+    /// Destroys the queue pair: when this returns nothing of the peer's lands in our memory any more and nothing of ours
+    /// goes out, whoever still holds a region of its domain. What completed before can still be polled. The peer is
+    /// told, in the background. Idempotent.
+    pub fn cut(&mut self) {
+        if self.raw.is_null() {
+            return;
+        }
+        self.stop();
+        self.drain();
+        // SAFETY: created once, destroyed once, and not used after: `raw` becomes null. When the call returns the device
+        // neither reads nor writes for this queue pair any more.
+        let code = unsafe { sys::ibv_destroy_qp(self.raw) };
+        self.raw = std::ptr::null_mut();
+        // A device that does not let go of the queue pair may still read what was posted: that memory is never freed.
+        if code == 0 {
+            self.send.release();
+        } else {
+            self.send.leak();
+        }
+        if code != 0 {
+            self.receive.leak();
+        }
+        self.fail(Failure::Closed);
+        if let Some(connection) = self.connection.take() {
+            connection.close();
+        }
+    }
+
+    /// To the state ERR: what is posted is flushed, and arriving packets are dropped.
+    fn stop(&mut self) {
+        // SAFETY: zeroes are valid for this plain C structure; only the state is read, as the mask says.
+        let mut attributes: sys::ibv_qp_attr = unsafe { std::mem::zeroed() };
+        attributes.qp_state = ibv_qp_state::IBV_QPS_ERR;
+        // Failing, it leaves the rest to the destruction that follows.
+        let _ = self.modify(&mut attributes, sys::ibv_qp_attr_mask::IBV_QP_STATE.0.cast_signed());
+    }
+
+    /// Takes what completed well off the completion queue: some devices drop it along with the queue pair.
+    fn drain(&mut self) {
+        if self.failure.is_some_and(|failure| matches!(failure, Failure::WorkRequest { .. })) {
+            return;
+        }
+        // No more completions can be there than requests.
+        for _ in 0..=(self.send.len() + self.receive.len()) / BATCH_LEN + 1 {
+            let mut room = [const { MaybeUninit::uninit() }; BATCH_LEN];
+            let Ok(taken) = self.completions.take(&mut room) else { return };
+            if taken.is_empty() {
+                return;
+            }
+            for entry in taken {
+                match translate(entry, &mut self.send, &mut self.receive) {
+                    Ok(completion) => self.left.push_back(completion),
+                    Err(_) => return,
+                }
+            }
+        }
+    }
+}
+
+/// What a completion queue's entry means.
+fn translate(
+    entry: &sys::ibv_wc,
+    send: &mut SendQueue,
+    receive: &mut ReceiveQueue,
+) -> Result<Completion, Failure> {
+    const NONSENSE: Failure = Failure::Device("it completed what was never posted");
+    if entry.status != ibv_wc_status::IBV_WC_SUCCESS {
+        return Err(Failure::WorkRequest { status: entry.status });
+    }
+    if entry.wr_id & RECEIVE == 0 {
+        return send.done(entry.wr_id).map(|id| Completion::Done { id }).ok_or(NONSENSE);
+    }
+    let index = entry.wr_id & !RECEIVE;
+    if !receive.consume(index) {
+        return Err(NONSENSE);
+    }
+    if entry.opcode == ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM {
+        // SAFETY: this opcode comes with an immediate; both members of the union are plain 32-bit numbers.
+        let immediate = u32::from_be(unsafe { entry.imm_data_invalidated_rkey_union.imm_data });
+        return Ok(Completion::Placed { immediate });
+    }
+    if entry.byte_len as usize != MESSAGE_LEN {
+        return Ok(Completion::Short { len: entry.byte_len });
+    }
+    Ok(Completion::Message { bytes: receive.message(index) })
+}
+
+/// The request that failed is the cause; those flushed after it may come first.
+fn cause_of(first: Failure, entries: &[sys::ibv_wc]) -> Failure {
+    const FLUSHED: u32 = ibv_wc_status::IBV_WC_WR_FLUSH_ERR;
+    let (Failure::WorkRequest { status: FLUSHED }, false) = (first, entries.is_empty()) else { return first };
+    let statuses = entries.iter().map(|entry| entry.status);
+    let cause =
+        statuses.into_iter().find(|status| ![FLUSHED, ibv_wc_status::IBV_WC_SUCCESS].contains(status));
+    cause.map_or(first, |status| Failure::WorkRequest { status })
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        // Before any field: queue, regions, domain.
+        self.cut();
+    }
+}
+
+impl fmt::Debug for QueuePair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let open = self.send.open();
+        f.debug_struct("QueuePair")
+            .field("open", &open)
+            .field("failure", &self.failure)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,473 @@
+//! With a device: both ends in one process, over the device that has `COSTANDBY_RDMA_ADDRESS`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::mapping::{Mapping, Span};
+
+const RING_LEN: usize = 1 << 20;
+const SETTINGS: Settings = Settings { send_len: 64, receive_len: 128, ack_timeout: 14 };
+
+/// One test at a time: some count the process's descriptors and pinned pages.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn device() -> Option<(IpAddr, MutexGuard<'static, ()>)> {
+    let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
+        println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
+        return None;
+    };
+    let alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    Some((address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address"), alone))
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+/// One end of a connection, with a ring of its own.
+struct End {
+    queue_pair: QueuePair,
+    ring: Span,
+    ring_region: Region,
+    peer_ring: Target,
+    source: Arc<Mapping>,
+    region: Region,
+}
+
+fn register_ring(domain: &Domain) -> (Region, Span, Vec<u8>) {
+    let mapping = Mapping::ring(RING_LEN).unwrap();
+    let ring = mapping.span(0, 2 * RING_LEN);
+    let region = Region::ring(domain, &ring).unwrap();
+    let mut private = region.address().to_le_bytes().to_vec();
+    private.extend(region.remote_key().to_le_bytes());
+    (region, ring, private)
+}
+
+impl End {
+    fn new(established: Established, ring_region: Region, ring: Span) -> Self {
+        let Established { queue_pair, private } = established;
+        let address = u64::from_le_bytes(private[..8].try_into().unwrap());
+        let peer_ring = Target { address, key: u32::from_le_bytes(private[8..12].try_into().unwrap()) };
+        let source = Mapping::anonymous(RING_LEN).unwrap();
+        let region = Region::source(queue_pair.domain(), &source.span(0, RING_LEN)).unwrap();
+        Self { queue_pair, ring, ring_region, peer_ring, source, region }
+    }
+
+    /// A write of `len` bytes from the source's beginning to the same offset in the peer's ring.
+    fn write(&mut self, offset: usize, len: usize, immediate: Option<u32>, id: u64, signalled: bool) {
+        let target = Target { address: self.peer_ring.address + offset as u64, ..self.peer_ring };
+        let piece = Piece { region: &self.region, offset, len };
+        self.queue_pair.write(&[piece], target, immediate, id, signalled);
+    }
+
+    /// Polls until `count` completions are here.
+    fn expect(&mut self, count: usize) -> Vec<Completion> {
+        let deadline = soon();
+        let mut found = Vec::new();
+        let mut room = [Completion::Done { id: 0 }; 16];
+        while found.len() < count {
+            assert!(Instant::now() < deadline, "only {found:?}");
+            let taken = self.queue_pair.poll(&mut room).unwrap();
+            found.extend_from_slice(&room[..taken]);
+        }
+        found
+    }
+
+    /// Polls and checks until it fails.
+    fn failure(&mut self) -> Failure {
+        let deadline = soon();
+        let mut room = [Completion::Done { id: 0 }; 16];
+        loop {
+            assert!(Instant::now() < deadline, "no failure");
+            if let Err(failure) = self.queue_pair.poll(&mut room).and_then(|_| self.queue_pair.check()) {
+                return failure;
+            }
+        }
+    }
+
+    fn ring_bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.ring.sub(offset, len).read_into(&mut bytes);
+        bytes
+    }
+
+    fn fill(&self, byte: u8) {
+        self.source.span(0, RING_LEN).write_from(&vec![byte; RING_LEN]);
+    }
+}
+
+/// Two connected ends; the first one connected to the second.
+fn pair(address: IpAddr) -> (End, End) {
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    let peer = listener.local_address();
+    assert_ne!(peer.port(), 0);
+    let passive = thread::spawn(move || {
+        let request = listener.request(soon()).unwrap().expect("somebody connects");
+        assert_eq!(request.peer().ip(), address);
+        let request = request.open().unwrap();
+        let (region, ring, private) = register_ring(request.domain());
+        End::new(request.accept(&SETTINGS, &private, soon()).unwrap(), region, ring)
+    });
+    let resolved = Resolved::new(None, peer, soon()).unwrap();
+    let (region, ring, private) = register_ring(resolved.domain());
+    let active = End::new(resolved.connect(&SETTINGS, &private, soon()).unwrap(), region, ring);
+    (active, passive.join().unwrap())
+}
+
+#[test]
+fn the_device_is_described() {
+    let Some((address, _alone)) = device() else { return };
+    let devices = devices().unwrap();
+    println!("{devices:#?}");
+    let device = devices.iter().find(|device| device.has_address(address)).expect("a device has the address");
+    if let Ok(name) = std::env::var("COSTANDBY_RDMA_DEVICE") {
+        assert_eq!(device.name, name);
+    }
+    let port = &device.ports[0];
+    assert_eq!(port.state, PortState::Active);
+    assert!(port.mtu >= 1024 && port.mtu <= port.mtu_max && port.message_len_max >= 1 << 20);
+    assert!(
+        device.limits.work_requests >= 1024
+            && device.limits.pieces >= 4
+            && device.limits.region_len >= 1 << 30
+    );
+    assert!(!device.netdevs().is_empty());
+}
+
+#[test]
+fn writes_land_and_messages_arrive_in_order_both_ways() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    for (from, to) in [(0, 1), (1, 0)] {
+        let (sender, receiver) = if from < to { (&mut a, &mut b) } else { (&mut b, &mut a) };
+        sender.fill(0x5a);
+        sender.write(4096, 8192, Some(0x0102_0304), 7, true);
+        sender.queue_pair.send(&[9; MESSAGE_LEN], 8, false);
+        sender.write(0, 64, None, 9, true);
+        sender.queue_pair.ring_doorbell().unwrap();
+        let expected =
+            [Completion::Placed { immediate: 0x0102_0304 }, Completion::Message { bytes: [9; MESSAGE_LEN] }];
+        assert_eq!(receiver.expect(2), expected);
+        assert_eq!(sender.expect(2), [Completion::Done { id: 7 }, Completion::Done { id: 9 }]);
+        assert_eq!(receiver.ring_bytes(4096, 8192), vec![0x5a; 8192]);
+        assert_eq!(receiver.ring_bytes(4096 + 8192, 64), vec![0; 64], "and not a byte more");
+        sender.queue_pair.check().unwrap();
+    }
+}
+
+#[test]
+fn a_write_gathers_its_pieces_and_may_cross_the_lap() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    for (at, byte) in [(0, 1), (5000, 2), (70_000, 3)] {
+        a.source.span(at, 64).write_from(&[byte; 64]);
+    }
+    let pieces = [0, 5000, 70_000].map(|offset| Piece { region: &a.region, offset, len: 64 });
+    let target = Target { address: a.peer_ring.address + RING_LEN as u64 - 64, ..a.peer_ring };
+    a.queue_pair.write(&pieces, target, Some(1), 0, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    b.expect(1);
+    assert_eq!(b.ring_bytes(RING_LEN - 64, 192), [vec![1; 64], vec![2; 64], vec![3; 64]].concat());
+    assert_eq!(b.ring_bytes(0, 64), vec![2; 64], "the second lap is the first");
+}
+
+#[test]
+fn thousands_of_writes_with_one_in_32_signalled() {
+    const COUNT: u64 = 5000;
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let (mut open, mut posted, mut placed) = (0, 0, 0);
+    let mut room = [Completion::Done { id: 0 }; 32];
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while placed < COUNT {
+        assert!(Instant::now() < deadline, "{posted} posted, {placed} placed");
+        while posted < COUNT && open < SETTINGS.send_len && posted - placed < u64::from(SETTINGS.receive_len)
+        {
+            let last = posted + 1 == COUNT;
+            a.write(64, 64, Some(u32::try_from(posted).unwrap()), posted, posted % 32 == 31 || last);
+            (open, posted) = (open + 1, posted + 1);
+        }
+        a.queue_pair.ring_doorbell().unwrap();
+        let taken = a.queue_pair.poll(&mut room).unwrap();
+        for completion in &room[..taken] {
+            let Completion::Done { id } = completion else { panic!("{completion:?}") };
+            open = u32::try_from(posted - 1 - id).unwrap();
+        }
+        let taken = b.queue_pair.poll(&mut room).unwrap();
+        for completion in &room[..taken] {
+            assert_eq!(*completion, Completion::Placed { immediate: u32::try_from(placed).unwrap() });
+            placed += 1;
+        }
+    }
+}
+
+#[test]
+fn a_wrong_key_ends_the_connection_at_both_ends() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    a.fill(7);
+    a.peer_ring.key ^= 0x5500;
+    a.write(0, 64, Some(1), 1, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    let failure = a.failure();
+    assert_eq!(failure, Failure::WorkRequest { status: 10 }, "{failure}");
+    b.failure();
+    assert_eq!(b.ring_bytes(0, 64), vec![0; 64]);
+}
+
+#[test]
+fn a_write_past_the_ring_is_denied() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, _b) = pair(address);
+    a.peer_ring.address += 2 * RING_LEN as u64 - 32;
+    a.write(0, 64, Some(1), 1, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    assert_eq!(a.failure(), Failure::WorkRequest { status: 10 });
+}
+
+#[test]
+fn a_message_of_a_wrong_length_is_named() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    a.queue_pair.send.message(&[1; MESSAGE_LEN], 1, true);
+    a.queue_pair.send.shorten_last(48);
+    a.queue_pair.ring_doorbell().unwrap();
+    assert_eq!(b.expect(1), [Completion::Short { len: 48 }]);
+}
+
+#[test]
+fn what_completed_before_the_cut_is_kept_and_what_comes_after_does_not_land() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    a.fill(1);
+    for at in 0..3 {
+        a.write(at * 64, 64, Some(u32::try_from(at).unwrap()), 0, true);
+    }
+    a.queue_pair.ring_doorbell().unwrap();
+    a.expect(3);
+    b.queue_pair.cut();
+    b.queue_pair.cut();
+    a.fill(2);
+    a.write(0, 4096, Some(9), 1, true);
+    let _ = a.queue_pair.ring_doorbell();
+    let placed = |immediate| Completion::Placed { immediate };
+    assert_eq!(b.expect(3), [placed(0), placed(1), placed(2)]);
+    let mut room = [placed(0); 4];
+    assert_eq!(b.queue_pair.poll(&mut room), Err(Failure::Closed));
+    assert_eq!(b.queue_pair.check(), Err(Failure::Closed));
+    a.failure();
+    assert_eq!(b.ring_bytes(0, 192), vec![1; 192]);
+    assert_eq!(b.ring_bytes(192, 4096), vec![0; 4096]);
+    drop(b.ring_region);
+}
+
+#[test]
+fn the_peer_learns_of_a_close_at_once_and_of_nothing_else() {
+    let Some((address, _alone)) = device() else { return };
+    let (a, mut b) = pair(address);
+    b.queue_pair.check().unwrap();
+    let start = Instant::now();
+    drop(a);
+    b.failure();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+}
+
+/// Not a test of its own: the other process of the next one.
+#[test]
+fn peer_process() {
+    let Ok(peer) = std::env::var("COSTANDBY_RDMA_TEST_PEER") else { return };
+    let resolved = Resolved::new(None, peer.parse().unwrap(), soon()).unwrap();
+    let (_region, _ring, private) = register_ring(resolved.domain());
+    let _established = resolved.connect(&SETTINGS, &private, soon()).unwrap();
+    thread::sleep(Duration::from_secs(30));
+}
+
+#[test]
+fn a_killed_peer_is_noticed_within_a_second() {
+    let Some((address, _alone)) = device() else { return };
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "verbs::tests::device::peer_process"])
+        .env("COSTANDBY_RDMA_TEST_PEER", listener.local_address().to_string())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let request = listener.request(soon()).unwrap().expect("the child connects");
+    let request = request.open().unwrap();
+    let (region, ring, private) = register_ring(request.domain());
+    let mut end = End::new(request.accept(&SETTINGS, &private, soon()).unwrap(), region, ring);
+    end.queue_pair.check().unwrap();
+    let start = Instant::now();
+    child.kill().unwrap();
+    end.failure();
+    println!("noticed after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    let start = Instant::now();
+    end.queue_pair.cut();
+    drop(end);
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_sleeper_is_woken_by_a_completion() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let readable = |end: &End, limit: Duration| {
+        let descriptors = end.queue_pair.descriptors();
+        let mut polled: Vec<_> = descriptors
+            .into_iter()
+            .map(|fd| rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::IN))
+            .collect();
+        rustix::event::poll(&mut polled, Some(&limit.try_into().unwrap())).unwrap() > 0
+    };
+    for _ in 0..3 {
+        // The connection manager's leftovers (the connection is up) are taken here.
+        b.queue_pair.check().unwrap();
+        b.queue_pair.notify().unwrap();
+        assert!(!readable(&b, Duration::from_millis(20)), "asleep");
+        a.queue_pair.send(&[1; MESSAGE_LEN], 0, true);
+        a.queue_pair.ring_doorbell().unwrap();
+        assert!(readable(&b, Duration::from_secs(5)), "woken");
+        b.queue_pair.check().unwrap();
+        assert!(!readable(&b, Duration::ZERO), "the event is taken");
+        b.expect(1);
+        a.expect(1);
+    }
+}
+
+#[test]
+fn private_data_travel_both_ways_and_a_rejection_is_told_from_a_refusal() {
+    let Some((address, _alone)) = device() else { return };
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    let peer = listener.local_address();
+    assert!(listener.request(Instant::now()).unwrap().is_none(), "nobody there, no wait");
+    let passive = thread::spawn(move || {
+        let request = listener.request(soon()).unwrap().unwrap();
+        assert!(request.private().starts_with(&[3; PRIVATE_LEN_MAX]), "{:?}", request.private());
+        request.reject();
+        let request = listener.request(soon()).unwrap().unwrap();
+        request.open().unwrap().accept(&SETTINGS, &[4; PRIVATE_LEN_MAX], soon()).unwrap()
+    });
+    let connect = || Resolved::new(Some(address), peer, soon()).unwrap().connect(&SETTINGS, &[3; 56], soon());
+    let rejected = connect();
+    assert!(matches!(rejected, Err(VerbsError::Rejected { .. })), "{rejected:?}");
+    let established = connect().unwrap();
+    assert!(established.private.starts_with(&[4; PRIVATE_LEN_MAX]), "{:?}", established.private);
+    drop(passive.join().unwrap());
+    let start = Instant::now();
+    let refused = connect();
+    assert!(matches!(refused, Err(VerbsError::Refused { .. })), "{refused:?}");
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_host_without_an_answer_is_unreachable_or_times_out() {
+    let Some((address, _alone)) = device() else { return };
+    let IpAddr::V4(v4) = address else { return };
+    let [a, b, c, _] = v4.octets();
+    let nobody = SocketAddr::from(([a, b, c, 250], 9));
+    let start = Instant::now();
+    let deadline = start + Duration::from_secs(2);
+    let error = Resolved::new(None, nobody, deadline).unwrap_err();
+    let timely = matches!(error, VerbsError::Unreachable { .. } | VerbsError::Timeout { .. });
+    assert!(timely && start.elapsed() < Duration::from_secs(4), "{error} after {:?}", start.elapsed());
+    let elsewhere = Listener::bind(SocketAddr::from(([127, 0, 0, 1], 0)));
+    assert!(matches!(elsewhere, Err(VerbsError::NoDeviceAt { .. })), "{elsewhere:?}");
+    let elsewhere = Resolved::new(Some(IpAddr::from([192, 0, 2, 1])), nobody, deadline);
+    assert!(matches!(elsewhere, Err(VerbsError::NoDeviceAt { .. })), "{elsewhere:?}");
+}
+
+#[test]
+fn a_request_nobody_answers_ends_with_the_deadline() {
+    let Some((address, _alone)) = device() else { return };
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    let resolved = Resolved::new(None, listener.local_address(), soon()).unwrap();
+    let start = Instant::now();
+    let error = resolved.connect(&SETTINGS, &[], start + Duration::from_millis(300)).unwrap_err();
+    assert!(matches!(error, VerbsError::Timeout { .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[test]
+fn regions_in_flight_outlive_their_owner() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let memory = Mapping::anonymous(1 << 20).unwrap();
+    memory.span(0, 1 << 20).write_from(&vec![6; 1 << 20]);
+    let region = Region::source(a.queue_pair.domain(), &memory.span(0, 1 << 20)).unwrap();
+    let weak = Arc::downgrade(&memory);
+    let piece = Piece { region: &region, offset: 0, len: 1 << 19 };
+    a.queue_pair.write(&[piece], a.peer_ring, Some(5), 3, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    drop((region, memory));
+    assert!(weak.upgrade().is_some(), "held while the device may read it");
+    assert_eq!(b.expect(1), [Completion::Placed { immediate: 5 }]);
+    assert_eq!(b.ring_bytes(0, 1 << 19), vec![6; 1 << 19]);
+    assert_eq!(a.expect(1), [Completion::Done { id: 3 }]);
+    assert!(weak.upgrade().is_none(), "and given back when it is done");
+    // Dropped with requests open: nothing hangs, nothing lands later.
+    for id in 0..32 {
+        a.write(0, 1 << 19, None, id, false);
+    }
+    a.queue_pair.ring_doorbell().unwrap();
+    drop(a);
+    b.failure();
+}
+
+#[test]
+fn a_trim_keeps_off_what_is_registered() {
+    let Some((address, _alone)) = device() else { return };
+    let (a, _b) = pair(address);
+    let mapping = a.source.clone();
+    let unpinned = mapping.hold_unpinned(0, RING_LEN);
+    assert_eq!(unpinned.free().count(), 0, "all of it is registered");
+    drop(unpinned);
+    let domain = a.queue_pair.domain().clone();
+    drop(a);
+    let unpinned = mapping.hold_unpinned(0, RING_LEN);
+    assert_eq!(unpinned.free().count(), 1);
+    let error = Region::source(&domain, &mapping.span(4096, 4096)).unwrap_err();
+    assert!(matches!(error, VerbsError::Busy), "{error}");
+    drop(unpinned);
+    Region::source(&domain, &mapping.span(4096, 4096)).unwrap();
+}
+
+#[test]
+fn no_connection_leaves_anything_behind() {
+    let Some((address, _alone)) = device() else { return };
+    let count = || (std::fs::read_dir("/proc/self/fd").unwrap().count(), memlock().1);
+    let cycle = || {
+        let (mut a, mut b) = pair(address);
+        a.write(0, 64, Some(1), 1, true);
+        a.queue_pair.ring_doorbell().unwrap();
+        b.expect(1);
+    };
+    // Once for what the libraries keep for good.
+    cycle();
+    settle(&count, None);
+    let before = count();
+    for _ in 0..100 {
+        cycle();
+    }
+    assert_eq!(settle(&count, Some(before)), before);
+}
+
+/// Waits until the reaper is through: until the count is `wanted`, or has not changed for a while.
+fn settle(count: &impl Fn() -> (usize, u64), wanted: Option<(usize, u64)>) -> (usize, u64) {
+    let deadline = soon();
+    let (mut last, mut since) = (count(), Instant::now());
+    while Instant::now() < deadline && wanted != Some(last) {
+        thread::sleep(Duration::from_millis(10));
+        let now = count();
+        if now != last {
+            (last, since) = (now, Instant::now());
+        } else if wanted.is_none() && since.elapsed() > Duration::from_millis(500) {
+            break;
+        }
+    }
+    last
+}
