@@ -218,12 +218,11 @@ impl Volume {
         };
         let Some(link) = &mut self.link else { return false };
         std::mem::swap(link, &mut switch.other);
+        // The peer's silence is measured on the new link from here.
         std::mem::swap(&mut self.heard_bytes, &mut switch.other_bytes);
         switch.swapped = true;
         switch.old_slots = self.arrived.len() + usize::from(self.access_job.is_some());
         switch.moved = now;
-        // The peer's silence is measured on the new link from here.
-        self.last_heard = now;
         true
     }
 

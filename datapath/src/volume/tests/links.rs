@@ -3,6 +3,7 @@
 use super::*;
 use crate::limits::{SWITCH_HELD_MAX, SWITCH_OFFER_S_MAX, SWITCH_STUCK_S_MAX};
 use crate::transport::fault::{FaultLink, Plan};
+use crate::transport::rdma::fake::{self, Manner};
 use crate::transport::tcp::TcpLink;
 use crate::units::Seq;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -14,6 +15,8 @@ pub(super) type Ends = (Box<dyn Link>, Box<dyn Link>);
 pub(super) enum Make {
     Loopback,
     Tcp,
+    /// RDMA over memory, which completes late and in heaps.
+    Rdma,
     /// Seldom looked at, at both ends.
     Slow,
 }
@@ -32,6 +35,11 @@ impl Make {
                 let link = |stream| Box::new(TcpLink::new(stream, RING_LEN, RING_LEN).expect("link"));
                 (link(here), link(there))
             }
+            Self::Rdma => {
+                let manner = Manner { seed: Some(11), ..Manner::default() };
+                let (here, there) = fake::pair(RING_LEN, manner).expect("memory");
+                (Box::new(here), Box::new(there))
+            }
             Self::Slow => {
                 let plan = Plan { poll_every: Some(7), ..Plan::default() };
                 faulty(plan, plan)
@@ -45,7 +53,7 @@ fn faulty(here: Plan, there: Plan) -> Ends {
     (Box::new(FaultLink::new(a, here)), Box::new(FaultLink::new(b, there)))
 }
 
-const MAKES: [Make; 3] = [Make::Loopback, Make::Tcp, Make::Slow];
+const MAKES: [Make; 4] = [Make::Loopback, Make::Tcp, Make::Rdma, Make::Slow];
 
 pub(super) fn is_down(event: &Event) -> bool {
     matches!(event, Event::LinkDown { .. })
@@ -209,7 +217,7 @@ fn every_kind_of_link_follows_every_other_under_load() {
 fn a_hundred_changes_in_a_row_under_load() {
     let mut load = Load::over(Make::Tcp.ends(), false, 100);
     for serial in 1..=100 {
-        let make = MAKES[usize::try_from(serial).expect("few") % 3];
+        let make = MAKES[usize::try_from(serial).expect("few") % MAKES.len()];
         let ends = make.ends();
         let name = ends.0.name();
         load.steps(usize::try_from(serial % 7).expect("few"));
@@ -256,7 +264,7 @@ fn a_node_that_is_told_late_holds_nothing_up() {
 
 #[test]
 fn a_copy_goes_on_over_the_new_link() {
-    for (old, new) in [(Make::Slow, Make::Loopback), (Make::Tcp, Make::Slow)] {
+    for (old, new) in [(Make::Slow, Make::Loopback), (Make::Tcp, Make::Rdma), (Make::Rdma, Make::Slow)] {
         let mut load = Load::over(old.ends(), true, 10);
         load.pair.a.fill(ByteRange::new(0, SIZE), 3);
         load.pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
