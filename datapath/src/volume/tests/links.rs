@@ -49,7 +49,10 @@ impl Make {
 }
 
 fn faulty(here: Plan, there: Plan) -> Ends {
-    let (a, b) = loopback::pair(RING_LEN).expect("ring memory");
+    with_faults(loopback::pair(RING_LEN).expect("ring memory"), here, there)
+}
+
+fn with_faults<L: Link + 'static>((a, b): (L, L), here: Plan, there: Plan) -> Ends {
     (Box::new(FaultLink::new(a, here)), Box::new(FaultLink::new(b, there)))
 }
 
@@ -392,14 +395,20 @@ fn killed(old: Ends, new: Ends, told_apart: usize) -> bool {
 #[test]
 fn whichever_link_dies_at_whatever_frame_both_ends_agree_and_every_write_is_answered_once() {
     let (mut lived, mut died) = (0, 0);
-    for (count, which) in (1..60).flat_map(|count| (0..8).map(move |which| (count, which))) {
+    for (count, which) in (1..60).flat_map(|count| (0..16).map(move |which| (count, which))) {
         let plan = if which & 1 == 0 {
             Plan { cut_after_arrivals: Some(count), ..Plan::default() }
         } else {
             Plan { cut_after_frames: Some(count), ..Plan::default() }
         };
         let none = Plan::default();
-        let broken = if which & 2 == 0 { faulty(plan, none) } else { faulty(none, plan) };
+        let (here, there) = if which & 2 == 0 { (plan, none) } else { (none, plan) };
+        let broken = if which & 8 == 0 {
+            faulty(here, there)
+        } else {
+            let manner = Manner { seed: Some(count), ..Manner::default() };
+            with_faults(fake::pair(RING_LEN, manner).expect("memory"), here, there)
+        };
         let whole = faulty(none, none);
         let (old, new) = if which & 4 == 0 { (broken, whole) } else { (whole, broken) };
         let told_apart = usize::try_from(count % 3).expect("few") * 4;
