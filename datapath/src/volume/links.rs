@@ -61,6 +61,23 @@ impl Switching {
         self.held.len()
     }
 
+    /// Whether `other` is looked at besides the volume's `link`.
+    fn reads_too(&self) -> bool {
+        // With too much kept back it is looked at again once the two have changed places.
+        let full = !self.swapped && self.held.len() >= SWITCH_HELD_MAX;
+        !self.other_down && !self.closed && !full
+    }
+
+    /// The link that is to be looked at besides the volume's `link`.
+    pub(super) fn read_too(&self) -> Option<&dyn Link> {
+        self.reads_too().then(|| &*self.other)
+    }
+
+    /// The same, to act on.
+    pub(super) fn read_too_mut(&mut self) -> Option<&mut Box<dyn Link>> {
+        if self.reads_too() { Some(&mut self.other) } else { None }
+    }
+
     /// The link that takes the session's frames.
     pub(super) fn speaks<'a>(&'a mut self, link: &'a mut Box<dyn Link>) -> &'a mut Box<dyn Link> {
         self.pick(self.steps.sends_on(), link)
@@ -124,7 +141,8 @@ impl Volume {
 
     pub(super) fn switch_has_backlog(&self) -> bool {
         self.switch.as_ref().is_some_and(|switch| {
-            (switch.swapped && !switch.held.is_empty()) || (!switch.other_down && switch.other.has_backlog())
+            (switch.swapped && !switch.held.is_empty())
+                || switch.read_too().is_some_and(|other| other.has_backlog())
         })
     }
 
@@ -200,23 +218,16 @@ impl Volume {
         };
         let Some(link) = &mut self.link else { return false };
         std::mem::swap(link, &mut switch.other);
+        // The peer's silence is measured on the new link from here.
         std::mem::swap(&mut self.heard_bytes, &mut switch.other_bytes);
         switch.swapped = true;
         switch.old_slots = self.arrived.len() + usize::from(self.access_job.is_some());
         switch.moved = now;
-        // The peer's silence is measured on the new link from here.
-        self.last_heard = now;
         true
     }
 
     fn poll_other(&mut self, now: Instant) -> bool {
-        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.other_down && !switch.closed) else {
-            return false;
-        };
-        if !switch.swapped && switch.held.len() >= SWITCH_HELD_MAX {
-            // Asked again once the two have changed places.
-            return false;
-        }
+        let Some(switch) = self.switch.as_mut().filter(|switch| switch.reads_too()) else { return false };
         let mut events = std::mem::take(&mut self.link_events);
         switch.other.poll(&mut events);
         let bytes = switch.other.received_bytes();

@@ -3,6 +3,7 @@
 use super::*;
 use crate::limits::{SWITCH_HELD_MAX, SWITCH_OFFER_S_MAX, SWITCH_STUCK_S_MAX};
 use crate::transport::fault::{FaultLink, Plan};
+use crate::transport::rdma::fake::{self, Manner};
 use crate::transport::tcp::TcpLink;
 use crate::units::Seq;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -14,6 +15,8 @@ pub(super) type Ends = (Box<dyn Link>, Box<dyn Link>);
 pub(super) enum Make {
     Loopback,
     Tcp,
+    /// RDMA over memory, which completes late and in heaps.
+    Rdma,
     /// Seldom looked at, at both ends.
     Slow,
 }
@@ -32,6 +35,11 @@ impl Make {
                 let link = |stream| Box::new(TcpLink::new(stream, RING_LEN, RING_LEN).expect("link"));
                 (link(here), link(there))
             }
+            Self::Rdma => {
+                let manner = Manner { seed: Some(11), ..Manner::default() };
+                let (here, there) = fake::pair(RING_LEN, manner).expect("memory");
+                (Box::new(here), Box::new(there))
+            }
             Self::Slow => {
                 let plan = Plan { poll_every: Some(7), ..Plan::default() };
                 faulty(plan, plan)
@@ -41,11 +49,14 @@ impl Make {
 }
 
 fn faulty(here: Plan, there: Plan) -> Ends {
-    let (a, b) = loopback::pair(RING_LEN).expect("ring memory");
+    with_faults(loopback::pair(RING_LEN).expect("ring memory"), here, there)
+}
+
+fn with_faults<L: Link + 'static>((a, b): (L, L), here: Plan, there: Plan) -> Ends {
     (Box::new(FaultLink::new(a, here)), Box::new(FaultLink::new(b, there)))
 }
 
-const MAKES: [Make; 3] = [Make::Loopback, Make::Tcp, Make::Slow];
+const MAKES: [Make; 4] = [Make::Loopback, Make::Tcp, Make::Rdma, Make::Slow];
 
 pub(super) fn is_down(event: &Event) -> bool {
     matches!(event, Event::LinkDown { .. })
@@ -209,7 +220,7 @@ fn every_kind_of_link_follows_every_other_under_load() {
 fn a_hundred_changes_in_a_row_under_load() {
     let mut load = Load::over(Make::Tcp.ends(), false, 100);
     for serial in 1..=100 {
-        let make = MAKES[usize::try_from(serial).expect("few") % 3];
+        let make = MAKES[usize::try_from(serial).expect("few") % MAKES.len()];
         let ends = make.ends();
         let name = ends.0.name();
         load.steps(usize::try_from(serial % 7).expect("few"));
@@ -256,7 +267,7 @@ fn a_node_that_is_told_late_holds_nothing_up() {
 
 #[test]
 fn a_copy_goes_on_over_the_new_link() {
-    for (old, new) in [(Make::Slow, Make::Loopback), (Make::Tcp, Make::Slow)] {
+    for (old, new) in [(Make::Slow, Make::Loopback), (Make::Tcp, Make::Rdma), (Make::Rdma, Make::Slow)] {
         let mut load = Load::over(old.ends(), true, 10);
         load.pair.a.fill(ByteRange::new(0, SIZE), 3);
         load.pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
@@ -384,14 +395,20 @@ fn killed(old: Ends, new: Ends, told_apart: usize) -> bool {
 #[test]
 fn whichever_link_dies_at_whatever_frame_both_ends_agree_and_every_write_is_answered_once() {
     let (mut lived, mut died) = (0, 0);
-    for (count, which) in (1..60).flat_map(|count| (0..8).map(move |which| (count, which))) {
+    for (count, which) in (1..60).flat_map(|count| (0..16).map(move |which| (count, which))) {
         let plan = if which & 1 == 0 {
             Plan { cut_after_arrivals: Some(count), ..Plan::default() }
         } else {
             Plan { cut_after_frames: Some(count), ..Plan::default() }
         };
         let none = Plan::default();
-        let broken = if which & 2 == 0 { faulty(plan, none) } else { faulty(none, plan) };
+        let (here, there) = if which & 2 == 0 { (plan, none) } else { (none, plan) };
+        let broken = if which & 8 == 0 {
+            faulty(here, there)
+        } else {
+            let manner = Manner { seed: Some(count), ..Manner::default() };
+            with_faults(fake::pair(RING_LEN, manner).expect("memory"), here, there)
+        };
         let whole = faulty(none, none);
         let (old, new) = if which & 4 == 0 { (broken, whole) } else { (whole, broken) };
         let told_apart = usize::try_from(count % 3).expect("few") * 4;
