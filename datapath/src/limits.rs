@@ -120,6 +120,14 @@ pub const HELLO_LEN_MAX: u32 = 64 << 10;
 /// Generations a superblock remembers behind the current one.
 pub const GENERATION_HISTORY_LEN: usize = 8;
 
+/// Strangers and outdated secrets turned away by one RDMA listener before it gives up: it waits for one peer, for seconds.
+pub const RDMA_REFUSED_MAX: u32 = 64;
+
+/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. Seven times
+/// over, a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
+/// itself is noticed first), while an emulated peer that is held up for a tenth of one costs only repetitions.
+pub const RDMA_ACK_TIMEOUT: u8 = 14;
+
 /// Largest RDMA ring a peer may announce: far beyond any that helps, and small enough that every place in it, counted
 /// in frame headers (64 bytes), fits the 32 bits of an immediate sixteen times over.
 pub const RDMA_RING_LEN_MAX: u64 = 16 << 30;

@@ -74,10 +74,16 @@ need_cargo_tool() {
     echo "installed ${crate} in $((SECONDS - start)) s"
 }
 
+# The bindings to the RDMA libraries are made from their headers while building (bindgen, cmake).
+has_libclang() { compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib*/libclang.so*'; }
+
 need_build() {
     need_rust
     need gcc links_cc
     need libc6-dev links_cc
+    need cmake cmake --version
+    need make make --version
+    need libclang-dev has_libclang
     install_packages
 }
 

@@ -216,6 +216,15 @@ impl Domain {
         self.inner.context.device_name()
     }
 
+    /// What its device can do.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub fn limits(&self) -> Result<Limits, VerbsError> {
+        let context = &self.inner.context;
+        Ok(context.limits(&context.attributes()?))
+    }
+
     /// Whether the other is this one.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)

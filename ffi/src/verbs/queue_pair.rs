@@ -173,7 +173,7 @@ unsafe impl Send for QueuePair {}
 impl QueuePair {
     /// A queue pair in the state RESET.
     pub(super) fn new(domain: &Domain, settings: &Settings, port: u8) -> Result<Self, VerbsError> {
-        let limits = domain.context().limits(&domain.context().attributes()?);
+        let limits = domain.limits()?;
         let enough = |what, found: u32, needed: u32| {
             let error = || VerbsError::Limit {
                 device: domain.device_name(),

@@ -53,7 +53,11 @@ pub mod endpoint;
 pub mod fake;
 mod placement;
 pub mod private;
+#[cfg(feature = "rdma")]
+pub mod setup;
 mod stage;
+#[cfg(feature = "rdma")]
+pub mod verbs;
 pub mod windows;
 
 /// What a connection was made with, beside its endpoint.

@@ -1,0 +1,150 @@
+//! The endpoint over a real device: [`Endpoint`] in terms of the verbs of `ffi`.
+//!
+//! Nothing is decided here. What a write reads from is held by the queue pair until it is done; the ring is registered
+//! for as long as the endpoint is not cut.
+
+use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
+use crate::limits::RDMA_COMPLETIONS_MAX;
+use costandby_ffi::mapping::Span;
+use costandby_ffi::verbs::{self, Domain, Failure, QueuePair, Region, Target, VerbsError};
+use std::io;
+use std::os::fd::BorrowedFd;
+
+const _: () = assert!(verbs::MESSAGE_LEN == MESSAGE_LEN);
+
+/// Registers memory in one connection's domain.
+#[derive(Clone, Debug)]
+pub struct VerbsRegistrar {
+    domain: Domain,
+}
+
+impl Registrar for VerbsRegistrar {
+    type Region = Region;
+
+    fn register(&self, span: &Span) -> io::Result<Region> {
+        Region::source(&self.domain, span).map_err(io::Error::from)
+    }
+}
+
+/// A connected queue pair, the ring the peer writes into, and where the peer's ring is.
+#[derive(Debug)]
+pub struct VerbsEndpoint {
+    queue_pair: QueuePair,
+    peer_ring: Target,
+    write_len_max: usize,
+    /// Registered for the peer; `None` once cut.
+    ring: Option<Region>,
+    /// Room for completions, so that polling clears none.
+    room: [verbs::Completion; RDMA_COMPLETIONS_MAX],
+}
+
+impl VerbsEndpoint {
+    /// Of a connection just made. `ring` is what the peer was told to write into, `peer_ring` where it told us to.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub(super) fn new(queue_pair: QueuePair, ring: Region, peer_ring: Target) -> Result<Self, VerbsError> {
+        let write_len_max = queue_pair.write_len_max()?;
+        let room = [verbs::Completion::Done { id: 0 }; RDMA_COMPLETIONS_MAX];
+        Ok(Self { queue_pair, peer_ring, write_len_max, ring: Some(ring), room })
+    }
+}
+
+impl From<Failure> for EndpointError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Closed => Self::Closed,
+            Failure::WorkRequest { status } => {
+                Self::WorkRequest { status: verbs::status_text(status), code: status }
+            }
+            Failure::Device(what) => Self::Device(what),
+            Failure::Call { call, errno } => {
+                let source = io::Error::from_raw_os_error(errno);
+                Self::Io(io::Error::new(source.kind(), format!("{call}: {source}")))
+            }
+        }
+    }
+}
+
+impl Endpoint for VerbsEndpoint {
+    type Region = Region;
+    type Registrar = VerbsRegistrar;
+
+    fn send_len(&self) -> usize {
+        self.queue_pair.send_len()
+    }
+
+    fn pieces_max(&self) -> usize {
+        verbs::PIECES_MAX
+    }
+
+    fn write_len_max(&self) -> usize {
+        self.write_len_max
+    }
+
+    fn registrar(&self) -> VerbsRegistrar {
+        VerbsRegistrar { domain: self.queue_pair.domain().clone() }
+    }
+
+    fn write(
+        &mut self,
+        pieces: &[Piece<'_, Region>],
+        ring_offset: u64,
+        immediate: Option<u32>,
+        id: u64,
+        signalled: bool,
+    ) {
+        assert!((1..=verbs::PIECES_MAX).contains(&pieces.len()), "a write of {} pieces", pieces.len());
+        let one = |piece: &Piece<'_, _>| (piece.offset, piece.len);
+        let (offset, len) = one(&pieces[0]);
+        let mut gathered = [verbs::Piece { region: pieces[0].region, offset, len }; verbs::PIECES_MAX];
+        for (to, from) in gathered.iter_mut().zip(pieces).skip(1) {
+            let (offset, len) = one(from);
+            *to = verbs::Piece { region: from.region, offset, len };
+        }
+        // Wrapping: where the peer's ring is, is the peer's word, and it was checked when it was given.
+        let address = self.peer_ring.address.wrapping_add(ring_offset);
+        let target = Target { address, key: self.peer_ring.key };
+        self.queue_pair.write(&gathered[..pieces.len()], target, immediate, id, signalled);
+    }
+
+    fn send(&mut self, bytes: &[u8; MESSAGE_LEN], id: u64, signalled: bool) {
+        self.queue_pair.send(bytes, id, signalled);
+    }
+
+    fn ring_doorbell(&mut self) -> Result<(), EndpointError> {
+        self.queue_pair.ring_doorbell().map_err(EndpointError::from)
+    }
+
+    fn poll(&mut self, completions: &mut [Completion]) -> Result<usize, EndpointError> {
+        let wanted = completions.len().min(self.room.len());
+        let taken = self.queue_pair.poll(&mut self.room[..wanted])?;
+        for (to, from) in completions.iter_mut().zip(&self.room[..taken]) {
+            *to = match *from {
+                verbs::Completion::Done { id } => Completion::Done { id },
+                verbs::Completion::Placed { immediate } => Completion::Placed { immediate },
+                verbs::Completion::Message { bytes } => Completion::Message { bytes },
+                verbs::Completion::Short { len } => Completion::MessageLength { found: len },
+            };
+        }
+        Ok(taken)
+    }
+
+    fn check(&mut self) -> Result<(), EndpointError> {
+        self.queue_pair.check().map_err(EndpointError::from)
+    }
+
+    fn notify(&mut self) -> Result<(), EndpointError> {
+        self.queue_pair.notify().map_err(EndpointError::from)
+    }
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        self.queue_pair.descriptors()
+    }
+
+    fn cut(&mut self) {
+        // The queue pair first: from then on the key opens nothing, whoever else holds the region.
+        self.queue_pair.cut();
+        self.ring = None;
+    }
+}
