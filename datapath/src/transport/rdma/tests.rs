@@ -454,6 +454,69 @@ fn too_small_a_ring_or_too_few_receives_make_no_link() {
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
 }
 
+/// Neither end reads until it can send nothing more; both then wait with full queues, and only what is reserved gets out.
+#[test]
+fn two_ends_that_used_up_each_others_receives_get_out_of_it() {
+    let (here, there) =
+        fake::pair(RING_LEN_MIN, Manner { receives: 16, ..Manner::default() }).expect("memory");
+    let source = Source::new(64);
+    let mut ends = [End::new(Box::new(here)), End::new(Box::new(there))];
+    let mut issued = [0, 0];
+    for (end, issued) in ends.iter_mut().zip(&mut issued) {
+        while end.link().send(plain(Kind::Flush, *issued)).is_ok() {
+            *issued += 1;
+        }
+        end.link().kick();
+    }
+    until("all is through", || {
+        ends.iter_mut().for_each(|end| end.turn(&source));
+        ends[0].heard.len() as u64 == issued[1] && ends[1].heard.len() as u64 == issued[0]
+    });
+}
+
+/// A frame that waits half way, for room in the stage, began with counts that nothing newer may overtake.
+#[test]
+fn no_sign_of_life_overtakes_a_frame_that_has_begun() {
+    const MIB: usize = 1 << 20;
+    let (here, there) = fake::pair(32 * MIB, Manner { windows_max: 0, ..Manner::default() }).expect("memory");
+    let source = Source::new(9 * MIB);
+    let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
+    for seq in 0..3 {
+        let (header, span) = source.write(seq, 0, 9 * MIB);
+        assert!(there.post(header, Some(span)));
+    }
+    until("three that fill the ring", || {
+        there.turn(&source);
+        here.turn(&source);
+        here.held.len() == 3
+    });
+    let (header, span) = source.write(0, 0, 6 * MIB);
+    assert!(here.post(header, Some(span)));
+    for _ in 0..2 {
+        here.release(&source);
+        here.link().kick();
+    }
+    until("the frame", || {
+        here.turn(&source);
+        there.turn(&source);
+        assert!(there.down.is_none(), "{:?}", there.down);
+        !there.held.is_empty()
+    });
+}
+
+#[test]
+fn all_that_had_arrived_is_told_before_the_end_however_much() {
+    let mut hostile = Hostile::new();
+    let count = 3 * LINK_EVENTS_MAX as u64;
+    for seq in 0..count {
+        hostile.send(&plain(Kind::Flush, seq));
+    }
+    hostile.peer.cut();
+    assert!(!hostile.end.link().prepare_sleep());
+    assert!(matches!(hostile.end(), DownReason::Closed));
+    assert_eq!(hostile.end.heard.len() as u64, count);
+}
+
 #[test]
 fn a_poll_after_a_sleep_that_was_called_off_tells_what_was_taken() {
     let mut hostile = Hostile::new();
