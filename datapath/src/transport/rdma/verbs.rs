@@ -148,3 +148,6 @@ impl Endpoint for VerbsEndpoint {
         self.ring = None;
     }
 }
+
+#[cfg(test)]
+mod tests;
