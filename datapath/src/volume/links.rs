@@ -70,7 +70,7 @@ impl Switching {
 
     /// The link that is to be looked at besides the volume's `link`.
     pub(super) fn read_too(&self) -> Option<&dyn Link> {
-        self.reads_too().then(|| &*self.other)
+        if self.reads_too() { Some(&*self.other) } else { None }
     }
 
     /// The same, to act on.
@@ -141,8 +141,7 @@ impl Volume {
 
     pub(super) fn switch_has_backlog(&self) -> bool {
         self.switch.as_ref().is_some_and(|switch| {
-            (switch.swapped && !switch.held.is_empty())
-                || switch.read_too().is_some_and(|other| other.has_backlog())
+            (switch.swapped && !switch.held.is_empty()) || switch.read_too().is_some_and(Link::has_backlog)
         })
     }
 

@@ -344,7 +344,7 @@ impl Volume {
     pub fn link_polls_for_free(&self) -> bool {
         let other = self.switch.as_ref().and_then(|switch| switch.read_too());
         self.link.as_ref().is_some_and(|link| link.polls_for_free())
-            || other.is_some_and(|link| link.polls_for_free())
+            || other.is_some_and(Link::polls_for_free)
     }
 
     /// Before the reactor sleeps on the link's descriptor, or both links'. False when the link has something to tell already.
