@@ -123,8 +123,8 @@ pub const GENERATION_HISTORY_LEN: usize = 8;
 /// Strangers and outdated secrets turned away by one RDMA listener before it gives up: it waits for one peer, for seconds.
 pub const RDMA_REFUSED_MAX: u32 = 64;
 
-/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. Seven times
-/// over, a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
+/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. After
+/// six repetitions a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
 /// itself is noticed first), while an emulated peer that is held up for a tenth of one costs only repetitions.
 pub const RDMA_ACK_TIMEOUT: u8 = 14;
 
@@ -137,6 +137,23 @@ pub const RDMA_RECEIVES_MIN: u32 = 16;
 
 /// Most receives a peer may announce: what the widest queue pair of a known device takes (soft-RoCE's 2^20).
 pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
+
+/// Bytes of the disk registered at a time: a few milliseconds' work for the registrar's thread, four thousand pages a
+/// key, and 64 keys for a GiB, where RDMA devices have tens of thousands.
+pub const RDMA_WINDOW_LEN: usize = 16 << 20;
+
+/// Smallest window, where little may be registered: the largest usual request, so that most still have one source.
+pub const RDMA_WINDOW_LEN_MIN: usize = 1 << 20;
+
+/// Windows a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger windows.
+pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
+
+/// Share of the machine's memory that may be registered for sending from the disks, where the configuration does not
+/// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.
+pub const RDMA_MEMORY_SHARE: u64 = 4;
+
+/// Bytes one RDMA link locks whatever its disk: two laps of its ring (128 MiB), the stage, headers and messages.
+pub const RDMA_LINK_LOCKED_LEN: u64 = 136 << 20;
 
 /// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
 /// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
