@@ -138,6 +138,23 @@ pub const RDMA_RECEIVES_MIN: u32 = 16;
 /// Most receives a peer may announce: what the widest queue pair of a known device takes (soft-RoCE's 2^20).
 pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
 
+/// Bytes of the disk registered at a time: a few milliseconds' work for the registrar's thread, four thousand pages a
+/// key, and 64 keys for a GiB, where RDMA devices have tens of thousands.
+pub const RDMA_WINDOW_LEN: usize = 16 << 20;
+
+/// Smallest window, where little may be registered: the largest usual request, so that most still have one source.
+pub const RDMA_WINDOW_LEN_MIN: usize = 1 << 20;
+
+/// Windows a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger windows.
+pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
+
+/// Share of the machine's memory that may be registered for sending from the disks, where the configuration does not
+/// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.
+pub const RDMA_MEMORY_SHARE: u64 = 4;
+
+/// Bytes one RDMA link locks whatever its disk: two laps of its ring (128 MiB), the stage, headers and messages.
+pub const RDMA_LINK_LOCKED_LEN: u64 = 136 << 20;
+
 /// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
 /// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
 pub const RDMA_STAGE_LEN: usize = 4 << 20;

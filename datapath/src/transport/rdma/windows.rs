@@ -1,11 +1,32 @@
-//! Where the bytes of a write are sent from: registered windows of the disk, or the stage.
+//! Where the bytes of a change are sent from: registered windows of the disk, or the stage.
 //!
-//! Skeleton: everything goes through the stage.
+//! Stands between the link, which posts, and the registrar, which takes milliseconds for a window. Nothing waits for
+//! it: what is not registered (yet, or any more, or cannot be) is copied through the stage ([`super::stage`]), which was
+//! registered when the link was made. Which windows are worth their registration is decided in [`cache`], and carried
+//! out by a thread of its own in [`registry`]; how much may be registered is worked out in [`memory`].
+//!
+//! Invariants:
+//! - Per write from a registered window: no copy, allocation, lock or system call. While a registration is under way
+//!   there is one look at a channel besides.
+//! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the stage.
+//! - A mapping that is poisoned sends nothing: neither what stands in it now nor the pages a device holds of it.
+//!
+//! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
+//! them: the window is staged and tried again much later, and want of memory lowers the limit.
 
 use super::endpoint::{Piece, Registrar};
 use super::stage::Stage;
-use costandby_ffi::mapping::Span;
+use costandby_ffi::mapping::{Mapping, Span};
 use std::io;
+use std::sync::Arc;
+
+mod cache;
+mod memory;
+mod registry;
+
+use cache::Cache;
+pub use memory::{Machine, disk_memory};
+use registry::Registry;
 
 /// The next bytes of a change, ready to be named by a work request.
 #[derive(Debug)]
@@ -26,7 +47,7 @@ pub enum Source<'a, Region> {
 pub struct WindowCounters {
     /// Windows registered now.
     pub windows: u64,
-    /// Bytes of the disk registered now.
+    /// Bytes of the disk registered, or being registered, now.
     pub registered_bytes: u64,
     /// Bytes that may be registered: the configured limit, or less where the system refused more.
     pub limit_bytes: u64,
@@ -42,7 +63,18 @@ pub struct WindowCounters {
 #[derive(Debug)]
 pub struct Windows<R: Registrar> {
     stage: Stage<R::Region>,
+    registry: Registry<R::Region>,
     limit_bytes: u64,
+    disk: Option<Disk<R::Region>>,
+}
+
+/// The mapping that is registered from.
+#[derive(Debug)]
+struct Disk<Region> {
+    mapping: Arc<Mapping>,
+    cache: Cache<Region>,
+    /// A registration is under way.
+    pending: bool,
 }
 
 impl<R: Registrar> Windows<R> {
@@ -52,11 +84,13 @@ impl<R: Registrar> Windows<R> {
     /// # Errors
     /// When the stage cannot be registered, or the system gives no thread.
     pub fn new(registrar: &R, limit_bytes: u64) -> io::Result<Self> {
-        Ok(Self { stage: Stage::new(registrar)?, limit_bytes })
+        let stage = Stage::new(registrar)?;
+        let registry = Registry::start(registrar.clone())?;
+        Ok(Self { stage, registry, limit_bytes, disk: None })
     }
 
     /// Where to send `span`'s bytes from `from` on, at most `len_max` of them and perhaps fewer, with the work request
-    /// `id` that is posted next. `resync`: a step of the background copy, which has nothing registered.
+    /// `id` (counted from 1) that is posted next. `resync`: a step of the background copy, for which nothing is registered.
     ///
     /// # Panics
     /// When nothing is left of the span or `len_max` is 0, or when ids go backwards.
@@ -68,27 +102,102 @@ impl<R: Registrar> Windows<R> {
         resync: bool,
         id: u64,
     ) -> Source<'_, R::Region> {
-        let _ = resync;
-        let rest = span.sub(from, (span.len() - from).min(len_max));
-        match self.stage.copy(&rest, id) {
+        let mut len = (span.len() - from).min(len_max);
+        assert!(len > 0, "nothing to send");
+        if span.mapping().is_poisoned() {
+            return Source::Medium;
+        }
+        if self.disk.is_none() && !resync {
+            self.adopt(span.mapping());
+        }
+        if let Some(disk) = self.disk.as_mut().filter(|disk| Arc::ptr_eq(&disk.mapping, span.mapping())) {
+            if disk.pending {
+                disk.settle(self.registry.poll());
+            }
+            let at = span.offset() + from;
+            let window = disk.cache.window_of(at);
+            len = len.min(disk.cache.bytes(window).end - at);
+            let slot = disk.cache.touch(window, !resync, id);
+            if slot.is_none() && !resync {
+                disk.ask(window, &self.registry);
+            }
+            if let Some(slot) = slot {
+                let disk = self.disk.as_ref().expect("looked up above");
+                let (region, start) = disk.cache.region(slot);
+                return Source::Direct(Piece { region, offset: at - start, len });
+            }
+        }
+        match self.stage.copy(&span.sub(from, len), id) {
+            // The copy may have been what met the failing medium.
             Some(_) if span.mapping().is_poisoned() => Source::Medium,
             Some(piece) => Source::Staged(piece),
             None => Source::Wait,
         }
     }
 
+    fn adopt(&mut self, mapping: &Arc<Mapping>) {
+        let limit = usize::try_from(self.limit_bytes).unwrap_or(usize::MAX);
+        let cache = Cache::new(mapping.len(), limit);
+        self.disk = Some(Disk { mapping: Arc::clone(mapping), cache, pending: false });
+    }
+
     /// The work requests up to `id` are done: what they named may be used again.
     pub fn done_up_to(&mut self, id: u64) {
         self.stage.done_up_to(id);
+        if let Some(disk) = &mut self.disk {
+            disk.cache.done_up_to(id);
+        }
     }
 
     /// What was done so far.
     #[must_use]
     pub fn counters(&self) -> WindowCounters {
-        WindowCounters {
-            staged_bytes: self.stage.staged_bytes(),
+        let staged = WindowCounters {
             limit_bytes: self.limit_bytes,
+            staged_bytes: self.stage.staged_bytes(),
             ..WindowCounters::default()
+        };
+        let Some(Disk { cache, .. }) = &self.disk else { return staged };
+        WindowCounters {
+            windows: cache.windows() as u64,
+            registered_bytes: cache.registered_bytes() as u64,
+            limit_bytes: cache.limit() as u64,
+            evictions: cache.evictions(),
+            failures: cache.failures(),
+            ..staged
         }
     }
 }
+
+impl<Region: Send + 'static> Disk<Region> {
+    /// Takes in what a registration came to, if it has come.
+    fn settle(&mut self, result: Option<io::Result<Region>>) {
+        let Some(result) = result else { return };
+        self.pending = false;
+        if let Err(error) = &result {
+            tracing::debug!(%error, "a window of the disk cannot be registered; it goes through the stage");
+        }
+        self.cache.registered(result);
+    }
+
+    /// Has the window registered, if it is worth it.
+    #[cold]
+    fn ask(&mut self, window: u32, registry: &Registry<Region>) {
+        let Some(end) = self.cache.wants(window) else { return };
+        let bytes = self.cache.bytes(window);
+        registry.register(end, self.mapping.span(bytes.start, bytes.len()));
+        self.pending = true;
+    }
+}
+
+impl<R: Registrar> Drop for Windows<R> {
+    /// Leaves the registrations to the thread: ending many takes long, and the reactor has a promotion to see to.
+    fn drop(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            self.registry.end(disk.cache.take_all());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,188 @@
+//! Which windows come and go, decision by decision.
+
+use super::*;
+use std::io::{Error, ErrorKind};
+
+const MIB: usize = 1 << 20;
+
+/// A disk of twelve windows and a bit, of which three may be registered.
+fn small() -> Cache<u32> {
+    let cache = Cache::new(12 * MIB + 4096, 3 * MIB);
+    assert_eq!((cache.entries.len(), cache.bytes(12)), (13, 12 * MIB..12 * MIB + 4096));
+    cache
+}
+
+/// Writes of clients, each done when the next comes.
+struct Clients {
+    id: u64,
+}
+
+impl Clients {
+    fn write(&mut self, cache: &mut Cache<u32>, window: u32) -> Option<u32> {
+        cache.done_up_to(self.id);
+        self.id += 1;
+        cache.touch(window, true, self.id)
+    }
+
+    /// Writes until the window is registered; returns how often, and what went for it.
+    fn insist(&mut self, cache: &mut Cache<u32>, window: u32) -> (u32, Vec<u32>) {
+        for writes in 1..100_000 {
+            assert_eq!(self.write(cache, window), None);
+            if let Some(ended) = cache.wants(window) {
+                cache.registered(Ok(window));
+                return (writes, ended);
+            }
+        }
+        panic!("window {window} is never registered");
+    }
+}
+
+#[test]
+fn the_second_write_of_clients_counts() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    for id in 1..10 {
+        assert_eq!(cache.touch(5, false, id), None);
+        assert_eq!(cache.wants(5), None, "the background copy asks for nothing");
+    }
+    clients.id = 10;
+    clients.write(&mut cache, 5);
+    assert_eq!(cache.wants(5), None);
+    assert_eq!(cache.touch(5, true, clients.id), None);
+    assert_eq!(cache.wants(5), None, "asked twice for one write");
+    clients.write(&mut cache, 5);
+    assert_eq!(cache.wants(5), Some(vec![]));
+    clients.write(&mut cache, 5);
+    clients.write(&mut cache, 6);
+    clients.write(&mut cache, 6);
+    assert_eq!((cache.wants(5), cache.wants(6)), (None, None), "one at a time");
+    assert_eq!(cache.registered_bytes(), MIB);
+    cache.registered(Ok(55));
+    let slot = cache.touch(5, false, 100).expect("registered, for the background copy too");
+    assert_eq!(cache.region(slot), (&55, 5 * MIB));
+    assert_eq!((cache.windows(), cache.wants(5)), (1, None));
+}
+
+#[test]
+fn writes_far_apart_do_not_count() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    clients.write(&mut cache, 0);
+    for _ in 0..ERA_LEN {
+        clients.write(&mut cache, 1);
+    }
+    clients.write(&mut cache, 0);
+    assert_eq!(cache.wants(0), None);
+}
+
+#[test]
+fn the_oldest_goes_for_a_much_hotter_one() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    for window in [3, 1, 2] {
+        assert_eq!(clients.insist(&mut cache, window), (2, vec![]));
+    }
+    for _ in 0..4 {
+        clients.write(&mut cache, 3).expect("registered");
+    }
+    // 1 is the oldest, of heat 2.
+    assert_eq!(clients.insist(&mut cache, 7), (5, vec![1]));
+    // Then 2, of heat 2; then 3, of heat 6.
+    assert_eq!(clients.insist(&mut cache, 8), (5, vec![2]));
+    assert_eq!(clients.insist(&mut cache, 9), (13, vec![3]));
+    assert_eq!((cache.evictions(), cache.windows(), cache.registered_bytes()), (3, 3, 3 * MIB));
+    // The background copy makes nothing newer: 7, of heat 5, goes next all the same. 1 remembers its first two writes.
+    cache.touch(7, false, clients.id).expect("registered");
+    assert_eq!(clients.insist(&mut cache, 1), (9, vec![7]));
+    // The short window at the end needs one of the others out all the same.
+    assert_eq!(clients.insist(&mut cache, 12), (11, vec![8]));
+    assert_eq!(cache.registered_bytes(), 2 * MIB + 4096);
+}
+
+#[test]
+fn what_a_work_request_names_stays() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    for window in 0..3 {
+        clients.insist(&mut cache, window);
+    }
+    let id = 1000;
+    cache.touch(0, false, id).expect("registered");
+    for other in 0..50 {
+        cache.touch(5, true, id + other);
+        assert_eq!(cache.wants(5), None, "window 0 is being sent from");
+    }
+    cache.done_up_to(id);
+    assert_eq!(cache.wants(5), Some(vec![0]));
+}
+
+#[test]
+fn a_failed_registration_is_put_off() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    let mut fail = |cache: &mut Cache<u32>, kind: ErrorKind| {
+        let mut writes = 0;
+        while cache.wants(4).is_none() {
+            clients.write(cache, 4);
+            writes += 1;
+        }
+        cache.registered(Err(Error::from(kind)));
+        writes
+    };
+    assert_eq!(fail(&mut cache, ErrorKind::WouldBlock), 2);
+    assert_eq!(fail(&mut cache, ErrorKind::WouldBlock), PUT_OFF_BUSY);
+    assert_eq!(fail(&mut cache, ErrorKind::Other), PUT_OFF_BUSY);
+    for doubled in 0..5 {
+        assert_eq!(fail(&mut cache, ErrorKind::Other), PUT_OFF << doubled);
+    }
+    assert_eq!((cache.failures(), cache.registered_bytes(), cache.windows()), (8, 0, 0));
+    // Others are not held up.
+    assert_eq!(clients.insist(&mut cache, 5), (2, vec![]));
+}
+
+#[test]
+fn want_of_memory_lowers_the_limit_for_a_while() {
+    let (mut cache, mut clients) = (small(), Clients { id: 0 });
+    clients.insist(&mut cache, 0);
+    clients.write(&mut cache, 1);
+    clients.write(&mut cache, 1);
+    assert_eq!(cache.wants(1), Some(vec![]));
+    cache.registered(Err(Error::from_raw_os_error(12)));
+    assert_eq!((cache.limit(), cache.registered_bytes()), (MIB, MIB));
+    // One may be had for another, none more.
+    assert_eq!(clients.insist(&mut cache, 2), (5, vec![0]));
+    let mut writes = 5;
+    while cache.limit() == MIB {
+        clients.write(&mut cache, 3);
+        assert_eq!(clients.write(&mut cache, 2), Some(0));
+        writes += 2;
+        if let Some(ended) = cache.wants(3) {
+            assert_eq!(ended, []);
+            cache.registered(Ok(3));
+        }
+    }
+    assert_eq!((cache.limit(), cache.windows()), (2 * MIB, 2));
+    assert_eq!(writes, LIMIT_TRIED_AFTER + 1, "tried again when the time has come");
+}
+
+#[test]
+fn nothing_is_registered_where_nothing_may_be() {
+    let mut cache = Cache::<u32>::new(64 * MIB, 4096);
+    for id in 1..1000 {
+        cache.touch(0, true, id);
+        assert_eq!(cache.wants(0), None);
+    }
+}
+
+#[test]
+fn windows_fit_the_disk_and_the_limit() {
+    let shifts = [
+        (64 << 30, 8 << 30, RDMA_WINDOW_LEN),
+        (4096, 4096, RDMA_WINDOW_LEN),
+        (MIB, MIB, RDMA_WINDOW_LEN),
+        // Little may be registered: four windows of it at least, while they are not tiny.
+        (64 << 30, 32 * MIB, 8 * MIB),
+        (64 << 30, 0, RDMA_WINDOW_LEN_MIN),
+        (32 << 40, 8 << 30, 2 * RDMA_WINDOW_LEN),
+    ];
+    for (disk, limit, len) in shifts {
+        assert_eq!(1_usize << window_shift(disk, limit), len, "{disk} {limit}");
+    }
+    let whole = Cache::<u32>::new(5000, 5000);
+    assert_eq!((whole.entries.len(), whole.bytes(0)), (1, 0..5000));
+}
