@@ -49,6 +49,12 @@ pub const PEER_TIMEOUT_MIN: Duration = Duration::from_millis(50);
 /// Longest `peer_timeout`: with `ack = "memory"` a write hangs as long as this when the peer dies.
 pub const PEER_TIMEOUT_MAX: Duration = Duration::from_secs(300);
 
+/// Least `rdma_memory` other than none: one window of the smallest kind; less could register nothing.
+pub const RDMA_MEMORY_MIN: u64 = limits::RDMA_WINDOW_LEN_MIN as u64;
+
+/// Most `rdma_memory`: more memory than a machine has, so that a slip of the unit is noticed.
+pub const RDMA_MEMORY_MAX: u64 = 64 << 40;
+
 /// A node's or volume's name: ASCII letters, digits, `.`, `_`, `-`, beginning with a letter or digit.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Name(String);
@@ -187,6 +193,9 @@ pub struct Node {
     pub metrics: Option<SocketAddr>,
     /// How the reactor waits.
     pub poll: PollMode,
+    /// Bytes of its disks that may be registered with RDMA devices at a time, all volumes together. Left out: what
+    /// `datapath` finds the machine can spare.
+    pub rdma_memory: Option<u64>,
 }
 
 /// One `[volumes.NAME]`.
@@ -354,7 +363,7 @@ fn peer_timeout(top: &Table<'_>) -> Result<Duration, ConfigError> {
 
 fn node(checker: &mut check::Checker<'_>, key: &str, table: &Table<'_>) -> Result<Node, ConfigError> {
     let name = checker.name(key, "node", table.at())?;
-    table.only(&["listen", "admin", "nbd", "metrics", "poll"])?;
+    table.only(&["listen", "admin", "nbd", "metrics", "poll", "rdma_memory"])?;
     let address = "an address such as \"10.9.0.1:7790\"";
     let (text, at) = table
         .string("listen", address)?
@@ -378,7 +387,21 @@ fn node(checker: &mut check::Checker<'_>, key: &str, table: &Table<'_>) -> Resul
     };
     let words = [("busy", PollMode::Busy), ("adaptive", PollMode::Adaptive), ("event", PollMode::Event)];
     let poll = table.choice("poll", &words, PollMode::default())?;
-    Ok(Node { name, listen, admin, nbd, metrics, poll })
+    let rdma_memory = rdma_memory(table)?;
+    Ok(Node { name, listen, admin, nbd, metrics, poll, rdma_memory })
+}
+
+fn rdma_memory(table: &Table<'_>) -> Result<Option<u64>, ConfigError> {
+    let key = "rdma_memory";
+    let expected = "a size such as \"256MiB\" or a number of bytes";
+    let Some((text, at)) = table.string_or_integer(key, expected)? else { return Ok(None) };
+    let bytes = table.quantity(key, at, quantity::parse_size(&text))?;
+    if bytes == 0 || (RDMA_MEMORY_MIN..=RDMA_MEMORY_MAX).contains(&bytes) {
+        return Ok(Some(bytes));
+    }
+    let (min, max) = (quantity::display_size(RDMA_MEMORY_MIN), quantity::display_size(RDMA_MEMORY_MAX));
+    let bounds = format!("0, to copy everything that is sent, or between {min} and {max}");
+    Err(table.bounds(key, at, &text, bounds))
 }
 
 fn volume(

@@ -137,8 +137,8 @@ pub const GENERATION_HISTORY_LEN: usize = 8;
 /// Strangers and outdated secrets turned away by one RDMA listener before it gives up: it waits for one peer, for seconds.
 pub const RDMA_REFUSED_MAX: u32 = 64;
 
-/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. Seven times
-/// over, a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
+/// How long a packet may stay unacknowledged before an RDMA device sends it again: 4.096 µs × 2^14 = 67 ms. After
+/// six repetitions a dead peer is noticed after half a second (a device may take up to four times as long, and then the silence
 /// itself is noticed first), while an emulated peer that is held up for a tenth of one costs only repetitions.
 pub const RDMA_ACK_TIMEOUT: u8 = 14;
 

@@ -5,10 +5,13 @@
 //! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
 //! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
+//! - `counting`: an allocator for tests (feature `testing`)
 //! - `guard`: a medium that fails under a mapping poisons that mapping instead of killing the process
 //! - `copy`, `crc`: what the process itself does to such memory, over raw pointers only
 
 mod copy;
+#[cfg(feature = "testing")]
+pub mod counting;
 mod crc;
 mod guard;
 pub mod mapping;

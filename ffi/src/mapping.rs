@@ -19,8 +19,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
-use rustix::fs::{FsWord, MemfdFlags};
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::{FallocateFlags, FsWord, MemfdFlags};
 
 use crate::guard::Guard;
 use crate::{copy, crc};
@@ -79,6 +79,10 @@ impl Mapping {
     /// `len` bytes of zeroed memory mapped twice, back to back: bytes `i` and `i + len` are the same memory, so that
     /// whatever starts below `len` and is no longer than `len` is contiguous. [`Mapping::len`] is `2 * len`.
     ///
+    /// Where the machine has free huge pages and `len` is whole ones, it consists of them ([`Mapping::page_len`]): a
+    /// device then has a few dozen addresses to look up instead of thousands. They are taken at once, so none is missing
+    /// later.
+    ///
     /// # Errors
     /// `InvalidInput` unless `len` is a positive multiple of the page size; otherwise what mmap(2) says.
     pub fn ring(len: usize) -> io::Result<Arc<Self>> {
@@ -88,20 +92,45 @@ impl Mapping {
             let text = format!("a ring of {len} bytes: it must be a positive multiple of {page_len}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         };
+        if let Some(ring) = Self::huge_ring(len, both) {
+            return Ok(ring);
+        }
         let memory_file = rustix::fs::memfd_create("costandby-ring", MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&memory_file, len as u64)?;
-        let memory = MmapRaw::from(MmapMut::map_anon(both)?);
+        let room = MmapOptions::new().len(both).map_anon()?;
+        Self::twice(room.into(), memory_file.as_fd(), len, page_len)
+    }
+
+    /// A ring of huge pages, if they can be had: of whatever size is the system's default.
+    fn huge_ring(len: usize, both: usize) -> Option<Arc<Self>> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
+        let memory_file = rustix::fs::memfd_create("costandby-ring", flags).ok()?;
+        let page_len = page_len_of(memory_file.as_fd()).ok()?;
+        if !len.is_multiple_of(page_len) {
+            return None;
+        }
+        rustix::fs::ftruncate(&memory_file, len as u64).ok()?;
+        rustix::fs::fallocate(&memory_file, FallocateFlags::empty(), 0, len as u64).ok()?;
+        // Room for huge pages, so that it starts where one may; no page of its own is set aside for it.
+        let bits = u8::try_from(page_len.ilog2()).ok()?;
+        let room = MmapOptions::new().len(both).huge(Some(bits)).no_reserve_swap().map_anon().ok()?;
+        Self::twice(room.into(), memory_file.as_fd(), len, page_len).ok()
+    }
+
+    /// Puts the file's first `len` bytes into both halves of `room`.
+    fn twice(room: MmapRaw, file: BorrowedFd<'_>, len: usize, page_len: usize) -> io::Result<Arc<Self>> {
+        assert_eq!(room.len(), 2 * len, "room for two");
         for copy in 0..2 {
-            // SAFETY: `memory` reserves `both` bytes that nothing refers to yet, and MAP_FIXED replaces exactly one
-            // half of them. `memory` unmaps the whole range when dropped, also if this fails half way. No device knows
+            // SAFETY: `room` reserves twice `len` bytes that nothing refers to yet, and MAP_FIXED replaces exactly one
+            // half of them. `room` unmaps the whole range when dropped, also if this fails half way. No device knows
             // of the range before it is handed out.
             let mapped = unsafe {
                 libc::mmap(
-                    memory.as_mut_ptr().add(copy * len).cast(),
+                    room.as_mut_ptr().add(copy * len).cast(),
                     len,
                     libc::PROT_READ | libc::PROT_WRITE,
                     libc::MAP_SHARED | libc::MAP_FIXED,
-                    memory_file.as_raw_fd(),
+                    file.as_raw_fd(),
                     0,
                 )
             };
@@ -109,7 +138,7 @@ impl Mapping {
                 return Err(io::Error::last_os_error());
             }
         }
-        Self::guarded(memory, page_len)
+        Self::guarded(room, page_len)
     }
 
     fn guarded(memory: MmapRaw, page_len: usize) -> io::Result<Arc<Self>> {
@@ -134,6 +163,12 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Bytes of its pages: what the machine has, or huge ones.
+    #[must_use]
+    pub fn page_len(&self) -> usize {
+        self.pins.page_len()
     }
 
     /// Whether a page could not be read or written since the mapping was made, and zeroes stand in its place, or

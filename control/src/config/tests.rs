@@ -19,6 +19,7 @@ poll    = "busy"
 listen  = "10.9.0.2:7790"
 admin   = "/run/costandby/beta.sock"
 nbd     = ["unix:/run/costandby/beta.nbd"]
+rdma_memory = "256MiB"
 
 [volumes.db]
 size    = "64GiB"
@@ -51,7 +52,8 @@ fn the_designs_example_means_what_it_says() {
     let alpha = config.node("alpha").expect("alpha is there");
     assert_eq!(alpha.listen, "10.9.0.1:7790".parse().expect("an address"));
     assert_eq!(alpha.metrics, Some("10.9.0.1:9790".parse().expect("an address")));
-    assert_eq!(alpha.poll, PollMode::Busy);
+    assert_eq!((alpha.poll, alpha.rdma_memory), (PollMode::Busy, None));
+    assert_eq!(config.node("beta").expect("beta is there").rdma_memory, Some(256 << 20));
     assert_eq!(
         alpha.nbd,
         [
@@ -81,6 +83,7 @@ fn what_is_not_said_has_the_documented_default() {
     assert_eq!(config.peer_timeout, Duration::from_millis(500));
     let node = config.node("a").expect("there");
     assert_eq!((node.poll, node.nbd.len(), node.metrics), (PollMode::Adaptive, 0, None));
+    assert_eq!(node.rdma_memory, None);
     let volume = config.volume("v").expect("there");
     assert_eq!(volume.size, 8192);
     assert_eq!(
@@ -93,7 +96,7 @@ fn what_is_not_said_has_the_documented_default() {
 const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("poll    =", "pol =", &["c.toml:9: unknown key \"pol\" in [nodes.alpha]", "did you mean \"poll\"?"]),
     ("peer_timeout", "peer_timeot", &["c.toml:2:", "did you mean \"peer_timeout\"?"]),
-    ("on_peer_loss", "zzzzzzzz", &["c.toml:21:", "there are size, primary, link, ack, on_peer_loss, disk"]),
+    ("on_peer_loss", "zzzzzzzz", &["c.toml:22:", "there are size, primary, link, ack, on_peer_loss, disk"]),
     ("insecure = true", "insecure = 1", &["c.toml:1:", "is an integer", "true or false"]),
     ("\"750ms\"", "750", &["c.toml:2:", "is an integer", "500ms"]),
     ("\"750ms\"", "\"750\"", &["c.toml:2:", "us, ms, s, m, h"]),
@@ -113,22 +116,35 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("[\"unix:/run/costandby/beta.nbd\"]", "\"unix:/b\"", &["c.toml:14:", "is a string", "a list such as"]),
     ("\"busy\"", "\"bussy\"", &["c.toml:9:", "did you mean \"busy\"?"]),
     ("\"busy\"", "\"quick\"", &["there are busy, adaptive, event"]),
-    ("\"durable\"", "\"sync\"", &["c.toml:20:", "async"]),
-    ("\"64GiB\"", "\"64G\"", &["c.toml:17:", "64GiB", "64GB"]),
-    ("\"64GiB\"", "\"lots\"", &["c.toml:17:", "\"64GiB\""]),
-    ("\"64GiB\"", "4097", &["c.toml:17:", "a multiple of 512"]),
+    (
+        "rdma_memory",
+        "rdma_memry",
+        &["c.toml:15: unknown key", "[nodes.beta]", "did you mean \"rdma_memory\"?"],
+    ),
+    ("\"256MiB\"", "\"256M\"", &["c.toml:15:", "256MiB", "256MB"]),
+    ("\"256MiB\"", "[]", &["c.toml:15:", "rdma_memory of [nodes.beta] is an array", "such as \"256MiB\""]),
+    (
+        "\"256MiB\"",
+        "4096",
+        &["c.toml:15:", "0, to copy everything that is sent, or between 1 MiB and 64 TiB"],
+    ),
+    ("\"256MiB\"", "\"256PiB\"", &["c.toml:15:", "between 1 MiB and 64 TiB"]),
+    ("\"durable\"", "\"sync\"", &["c.toml:21:", "async"]),
+    ("\"64GiB\"", "\"64G\"", &["c.toml:18:", "64GiB", "64GB"]),
+    ("\"64GiB\"", "\"lots\"", &["c.toml:18:", "\"64GiB\""]),
+    ("\"64GiB\"", "4097", &["c.toml:18:", "a multiple of 512"]),
     ("\"64GiB\"", "512", &["from 4096 to"]),
-    ("\"64GiB\"", "-4096", &["c.toml:17:", "not a size"]),
+    ("\"64GiB\"", "-4096", &["c.toml:18:", "not a size"]),
     ("\"64GiB\"", "64.5", &["is a float"]),
     ("\"64GiB\"", "\"16EiB\"", &["too large"]),
     ("\"64GiB\"", "\"8EiB\"", &["a multiple of 512 from"]),
-    ("primary = \"alpha\"", "primary = \"alpa\"", &["c.toml:18:", "did you mean \"alpha\"?"]),
+    ("primary = \"alpha\"", "primary = \"alpa\"", &["c.toml:19:", "did you mean \"alpha\"?"]),
     ("primary = \"alpha\"", "", &["[volumes.db] has no primary", "\"alpha\" or \"beta\""]),
-    ("disk.beta ", "disk.gamma ", &["c.toml:23:", "names node \"gamma\"", "there are alpha, beta"]),
+    ("disk.beta ", "disk.gamma ", &["c.toml:24:", "names node \"gamma\"", "there are alpha, beta"]),
     ("disk.beta  = \"memory:\"", "", &["has 1 disks", "exactly two"]),
-    ("memory:", "memory:4GiB", &["c.toml:23:", "just \"memory:\""]),
-    ("memory:", "db.img", &["c.toml:23:", "whole path"]),
-    ("[volumes.db]", "[volumes.\"a/b\"]", &["c.toml:16:", "\"a/b\" is no name for a volume", "letters"]),
+    ("memory:", "memory:4GiB", &["c.toml:24:", "just \"memory:\""]),
+    ("memory:", "db.img", &["c.toml:24:", "whole path"]),
+    ("[volumes.db]", "[volumes.\"a/b\"]", &["c.toml:17:", "\"a/b\" is no name for a volume", "letters"]),
     ("[volumes.db]", "[volumes.\".db\"]", &["begin with a letter or a digit"]),
     ("[volumes.db]", "[volumes.\"\"]", &["it is empty"]),
     ("[volumes.db]", "[volumes]", &["is a string", "[volumes.db]"]),
@@ -145,6 +161,14 @@ fn each_mistake_gets_its_place_and_its_remedy() {
             assert!(complaint.contains(part), "{to:?} for {from:?}: {part:?} is not in: {complaint}");
         }
         assert_eq!(complaint.lines().count(), 1, "more than a line: {complaint}");
+    }
+}
+
+#[test]
+fn registering_nothing_can_be_asked_for() {
+    for (text, bytes) in [("0", 0), ("\"0\"", 0), ("1048576", 1 << 20), ("\"64TiB\"", 64 << 40)] {
+        let config = parse(&EXAMPLE.replace("\"256MiB\"", text)).expect(text);
+        assert_eq!(config.node("beta").expect("there").rdma_memory, Some(bytes), "{text}");
     }
 }
 
@@ -166,7 +190,7 @@ fn a_disk_has_one_user_on_a_machine() {
         format!("{EXAMPLE}{second}disk.alpha = \"/srv/x/../costandby/db.img\"\ndisk.beta = \"/srv/o\"\n");
     let error = parse(&same).expect_err("db and web share a disk").to_string();
     assert!(error.contains("volume db on node alpha and by volume web on node alpha"), "{error}");
-    assert!(error.starts_with("c.toml:27:"), "{error}");
+    assert!(error.starts_with("c.toml:28:"), "{error}");
 
     let meta =
         format!("{EXAMPLE}{second}disk.alpha = \"/srv/costandby/db.img.meta\"\ndisk.beta = \"/srv/o\"\n");

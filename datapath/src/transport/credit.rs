@@ -251,6 +251,11 @@ impl OwnRing {
         self.released < self.arrived
     }
 
+    /// Whether the peer may know that nothing is held: then its next frame may stand anywhere.
+    pub(crate) fn is_told_empty(&self) -> bool {
+        self.told == self.arrived
+    }
+
     /// The user gives back the frame for which [`OwnRing::arrive`] gave `position`.
     pub(crate) fn release(&mut self, frame_len: usize, position: u64) {
         self.released += frame_len as u64;

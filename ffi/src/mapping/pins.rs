@@ -75,6 +75,10 @@ impl Pins {
         Self { skew, page_len, table: Mutex::default() }
     }
 
+    pub(super) fn page_len(&self) -> usize {
+        self.page_len
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().expect("nobody panics with the table in hand")
     }

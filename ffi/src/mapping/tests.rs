@@ -52,7 +52,7 @@ fn a_file_holds_what_its_mapping_was_given() {
 #[test]
 fn a_ring_never_wraps() {
     let ring = Mapping::ring(2 * PAGE).expect("ring");
-    assert_eq!(ring.len(), 4 * PAGE);
+    assert_eq!((ring.len(), ring.page_len()), (4 * PAGE, PAGE));
     let across = ring.span(2 * PAGE - 10, 20);
     across.write_from(&counting(20));
     let mut read = [0; 10];
@@ -60,6 +60,47 @@ fn a_ring_never_wraps() {
     assert_eq!(read[..], counting(20)[10..], "the second half is the first again");
     ring.span(4 * PAGE - 10, 10).read_into(&mut read);
     assert_eq!(read[..], counting(20)[..10], "and the first is the second");
+}
+
+/// Huge pages nobody has taken, and their length.
+fn huge_pages_free() -> (usize, usize) {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").expect("/proc is there");
+    let number = |key: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key)).unwrap_or("0");
+        line.trim().trim_end_matches("kB").trim().parse::<usize>().expect("a number")
+    };
+    (number("HugePages_Free:"), number("Hugepagesize:") << 10)
+}
+
+#[test]
+fn a_ring_takes_huge_pages_where_they_are_free() {
+    let (free, huge) = huge_pages_free();
+    if free < 4 {
+        return eprintln!("skipped: {free} huge pages are free, 4 are needed (/proc/sys/vm/nr_hugepages)");
+    }
+    let ring = Mapping::ring(2 * huge).expect("ring");
+    assert_eq!((ring.page_len(), ring.len()), (huge, 4 * huge));
+    assert_eq!(huge_pages_free().0, free - 2, "the two laps are the same pages, taken at once");
+    let across = ring.span(2 * huge - 10, 20);
+    across.write_from(&counting(20));
+    let mut read = [0; 10];
+    ring.span(0, 10).read_into(&mut read);
+    assert_eq!(read[..], counting(20)[10..], "the second half is the first again");
+    ring.span(4 * huge - 10, 10).read_into(&mut read);
+    assert_eq!(read[..], counting(20)[..10], "and the first is the second");
+    // A pin covers huge pages whole.
+    let pin = ring.pin(huge + 1, 1).expect("nothing is held");
+    assert_eq!(ring.hold_unpinned(0, 2 * huge).free().collect::<Vec<_>>(), [(0, huge)]);
+    drop((pin, across));
+    drop(ring);
+    assert_eq!(huge_pages_free().0, free, "given back");
+    // What is not whole huge pages, and what there are too few for, has ordinary ones.
+    for len in [huge + PAGE, (free + 1) * huge] {
+        let ring = Mapping::ring(len).expect("ring");
+        assert_eq!(ring.page_len(), PAGE, "{len}");
+        ring.span(2 * len - 10, 10).write_from(&counting(10));
+    }
+    assert_eq!(huge_pages_free().0, free);
 }
 
 #[test]

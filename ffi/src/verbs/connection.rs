@@ -27,8 +27,9 @@ use super::reaper;
 /// Requests that may wait to be taken by [`Listener::request`]: both nodes' volumes reconnecting at once.
 const BACKLOG: i32 = 128;
 
-/// Times a packet is sent again: the most the field has room for.
-const RETRIES: u8 = 7;
+/// Times a packet is sent again. One less than the field has room for: soft-RoCE takes 7 for "for ever", and a host that
+/// lost its power would never be noticed.
+const RETRIES: u8 = 6;
 
 /// Times a packet is sent again that found no receive posted: credits see to it that one always is, so this only bounds
 /// how long a peer that breaks the rules is humoured. 7 would be for ever.

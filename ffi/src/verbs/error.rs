@@ -208,7 +208,7 @@ impl From<VerbsError> for io::Error {
 pub fn memlock() -> (Memlock, u64) {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     // A process that may lock without limit is not asked for the number.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let capabilities = field("CapEff:").and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0);
     let limit = if capabilities & CAP_IPC_LOCK == 0 { limit } else { None };

@@ -34,7 +34,7 @@ pub struct Settings {
     pub send_len: u32,
     /// Receives posted: writes with an immediate and messages of the peer's that may be here and not polled.
     pub receive_len: u32,
-    /// Unanswered packets are sent again after 4.096 µs × 2^this, seven times; then the connection has failed. 0..=31;
+    /// Unanswered packets are sent again after 4.096 µs × 2^this, six times; then the connection has failed. 0..=31;
     /// 0 is never.
     pub ack_timeout: u8,
 }
@@ -345,13 +345,15 @@ impl QueuePair {
         };
         for (at, entry) in taken.iter().enumerate() {
             match translate(entry, &mut self.send, &mut self.receive) {
-                Ok(completion) => completions[count] = completion,
+                Ok(completion) => {
+                    completions[count] = completion;
+                    count += 1;
+                }
+                // The other direction may have completed something well before it was told of this one's failure.
                 Err(failure) => {
-                    self.failure = Some(cause_of(failure, &taken[at..]));
-                    break;
+                    self.failure.get_or_insert_with(|| cause_of(failure, &taken[at..]));
                 }
             }
-            count += 1;
         }
         match self.failure {
             Some(failure) if count == 0 => return Err(failure),
@@ -455,9 +457,6 @@ impl QueuePair {
 
     /// Takes what completed well off the completion queue: some devices drop it along with the queue pair.
     fn drain(&mut self) {
-        if self.failure.is_some_and(|failure| matches!(failure, Failure::WorkRequest { .. })) {
-            return;
-        }
         // No more completions can be there than requests.
         for _ in 0..=(self.send.len() + self.receive.len()) / BATCH_LEN + 1 {
             let mut room = [const { MaybeUninit::uninit() }; BATCH_LEN];
@@ -465,12 +464,9 @@ impl QueuePair {
             if taken.is_empty() {
                 return;
             }
-            for entry in taken {
-                match translate(entry, &mut self.send, &mut self.receive) {
-                    Ok(completion) => self.left.push_back(completion),
-                    Err(_) => return,
-                }
-            }
+            let good =
+                taken.iter().filter_map(|entry| translate(entry, &mut self.send, &mut self.receive).ok());
+            self.left.extend(good);
         }
     }
 }

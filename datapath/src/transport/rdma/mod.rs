@@ -492,7 +492,7 @@ impl<E: Endpoint> RdmaLink<E> {
     /// A change stands in our ring, the peer says.
     fn placed(&mut self, immediate: u32) -> Result<LinkEvent, DownReason> {
         self.own_receives.consume();
-        let place = self.own_places.locate(immediate, self.own.holds_any())?;
+        let place = self.own_places.locate(immediate, self.own.is_told_empty())?;
         let mut bytes = [0; HEADER_LEN];
         self.ring.sub(place, HEADER_LEN).read_into(&mut bytes);
         let header = self.header(&bytes, true)?;

@@ -6,8 +6,7 @@
 //! over at its beginning, so that a link with little in flight stays in the same few pages.
 //!
 //! Invariants: places are multiples of 64 and below the ring's length. A sender starts over only when everything it sent
-//! was returned, so its receiver, who returned it, holds nothing by then: it accepts the beginning only while it holds
-//! nothing. The receiver never accepts a place in a change that it still holds, whatever the peer says.
+//! was returned, and its receiver accepts the beginning only when it has told so. The receiver never accepts a place in a change that it still holds, whatever the peer says.
 //!
 //! Failures survived: numbers that name no place, or another; frames repeated or lost on the way.
 
@@ -71,11 +70,11 @@ impl OwnPlaces {
         Self(Cursor::new(ring_len))
     }
 
-    /// The first byte of the change that `immediate` names, unless another place was due. `holds_any`: some change is not
-    /// released.
-    pub(super) fn locate(&self, immediate: u32, holds_any: bool) -> Result<usize, Violation> {
+    /// The first byte of the change that `immediate` names, unless another place was due. `empty`: the peer was told
+    /// that all it sent is released.
+    pub(super) fn locate(&self, immediate: u32, empty: bool) -> Result<usize, Violation> {
         let (found, expected) = (u64::from(immediate) * GRAIN, self.0.place);
-        if found == expected || (found == 0 && !holds_any) {
+        if found == expected || (found == 0 && empty) {
             return Ok(usize::try_from(found).expect("64-bit"));
         }
         Err(Violation::Place { found, expected })
@@ -102,7 +101,7 @@ mod tests {
         {
             let chosen = peer.next(frame_len, empty);
             assert_eq!(chosen, place);
-            let located = own.locate(PeerPlaces::immediate(chosen), !empty).expect("was due");
+            let located = own.locate(PeerPlaces::immediate(chosen), empty).expect("was due");
             assert_eq!(located as u64, place);
             own.arrive(located, frame_len);
         }
@@ -112,12 +111,12 @@ mod tests {
     fn no_place_but_the_due_one_is_accepted() {
         let mut own = OwnPlaces::new(RING);
         own.arrive(0, 128);
-        assert_eq!(own.locate(2, true), Ok(128));
+        assert_eq!(own.locate(2, false), Ok(128));
         for immediate in [0, 1, 3, 16, u32::MAX] {
             let refused = Violation::Place { found: u64::from(immediate) * 64, expected: 128 };
-            assert_eq!(own.locate(immediate, true), Err(refused));
+            assert_eq!(own.locate(immediate, false), Err(refused));
         }
-        assert_eq!(own.locate(0, false), Ok(0), "a sender may start over once nothing is held");
-        assert!(own.locate(1, false).is_err());
+        assert_eq!(own.locate(0, true), Ok(0), "a sender may start over once nothing is held");
+        assert!(own.locate(1, true).is_err());
     }
 }

@@ -265,6 +265,25 @@ fn what_completed_before_the_cut_is_kept_and_what_comes_after_does_not_land() {
 }
 
 #[test]
+fn a_write_that_is_landing_is_stopped_by_the_cut() {
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let len = RING_LEN / 2;
+    a.fill(1);
+    for at in 0..32 {
+        a.write((at % 2) * len, len, Some(0), 0, true);
+    }
+    a.queue_pair.ring_doorbell().unwrap();
+    b.expect(1);
+    b.queue_pair.cut();
+    // Wiped after the cut: whatever lands now is seen.
+    b.ring.sub(0, RING_LEN).fill_zero();
+    a.failure();
+    thread::sleep(Duration::from_millis(100));
+    assert!(b.ring.is_zero(), "a write landed after the cut");
+}
+
+#[test]
 fn the_peer_learns_of_a_close_at_once_and_of_nothing_else() {
     let Some((address, _alone)) = device() else { return };
     let (a, mut b) = pair(address);
@@ -289,12 +308,8 @@ fn peer_process() {
 fn a_killed_peer_is_noticed_within_a_second() {
     let Some((address, _alone)) = device() else { return };
     let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "verbs::tests::device::peer_process"])
-        .env("COSTANDBY_RDMA_TEST_PEER", listener.local_address().to_string())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child =
+        process("peer_process", &[], "COSTANDBY_RDMA_TEST_PEER", &listener.local_address().to_string());
     let request = listener.request(soon()).unwrap().expect("the child connects");
     let request = request.open().unwrap();
     let (region, ring, private) = register_ring(request.domain());
@@ -436,6 +451,133 @@ fn a_trim_keeps_off_what_is_registered() {
     Region::source(&domain, &mapping.span(4096, 4096)).unwrap();
 }
 
+/// Runs another test of this file in a process of its own, by way of `wrapper`, and returns it.
+fn process(test: &str, wrapper: &[&str], variable: &str, value: &str) -> std::process::Child {
+    let exe = std::env::current_exe().unwrap();
+    let test = format!("verbs::tests::device::{test}");
+    let command = wrapper.iter().map(std::ffi::OsStr::new).chain([exe.as_os_str()]).collect::<Vec<_>>();
+    std::process::Command::new(command[0])
+        .args(&command[1..])
+        .args(["--exact", &test, "--nocapture"])
+        .env(variable, value)
+        .spawn()
+        .unwrap()
+}
+
+/// Not a test of its own: without the right to lock more than it may. The kernel lets nobody use RDMA descriptors whose
+/// capabilities changed since they were opened, so this is not done to a thread.
+#[test]
+fn limited_process() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let (Ok(_), Some((address, _alone))) = (std::env::var("COSTANDBY_RDMA_TEST_LIMITED"), device()) else {
+        return;
+    };
+    setrlimit(Resource::Memlock, Rlimit { current: Some(64 << 20), maximum: Some(64 << 20) }).unwrap();
+    let (a, _b) = pair(address);
+    let (limit, pinned) = memlock();
+    assert_eq!(limit, Memlock(Some(64 << 20)));
+    assert!(pinned >= 4 * RING_LEN as u64, "rings and arenas: {pinned}");
+    let len = 64 << 20;
+    let memory = Mapping::anonymous(len).unwrap();
+    let refused = Region::source(a.queue_pair.domain(), &memory.span(0, len));
+    let Err(VerbsError::Memlock { asked, limit: Memlock(Some(told)), pinned: counted }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!((asked, told, counted), (len, 64 << 20, pinned));
+    Region::source(a.queue_pair.domain(), &memory.span(0, 1 << 20)).unwrap();
+}
+
+#[test]
+fn too_little_locked_memory_is_told_in_bytes() {
+    let Some(_device) = device() else { return };
+    let wrapper = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"];
+    let mut child = process("limited_process", &wrapper, "COSTANDBY_RDMA_TEST_LIMITED", "1");
+    assert!(child.wait().unwrap().success());
+}
+
+fn rdma(args: &[&str]) -> bool {
+    std::process::Command::new("rdma").args(args).status().unwrap().success()
+}
+
+/// Not a test of its own: loses its device. What the libraries keep of it goes with the process, and only then does the
+/// kernel finish removing a software device.
+#[test]
+fn bereft_process() {
+    let Ok(name) = std::env::var("COSTANDBY_RDMA_TEST_REMOVE") else { return };
+    let Some((address, _alone)) = device() else { return };
+    let (mut a, mut b) = pair(address);
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    let mut remover = std::process::Command::new("rdma").args(["link", "delete", &name]).spawn().unwrap();
+    let start = Instant::now();
+    let failures = [a.failure(), b.failure()];
+    println!("{failures:?} after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    let gone = listener.request(soon());
+    assert!(matches!(gone, Err(VerbsError::Removed)), "{gone:?}");
+    let start = Instant::now();
+    drop((a, b, listener));
+    println!("dropped in {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    let _ = remover.try_wait();
+}
+
+/// To be run alone: a process that used the device holds it.
+#[test]
+fn a_removed_device_ends_the_connection_and_may_come_back() {
+    let Ok(netdev) = std::env::var("COSTANDBY_RDMA_NETDEV") else {
+        println!("SKIPPED: no software RDMA device that may be removed (COSTANDBY_RDMA_NETDEV is not set)");
+        return;
+    };
+    let Some((address, _alone)) = device() else { return };
+    let name = std::env::var("COSTANDBY_RDMA_DEVICE").expect("the name of the device to remove");
+    let mut child = process("bereft_process", &[], "COSTANDBY_RDMA_TEST_REMOVE", &name);
+    assert!(child.wait().unwrap().success());
+    let deadline = soon();
+    while !rdma(&["link", "add", &name, "type", "rxe", "netdev", &netdev])
+        || Listener::bind(SocketAddr::new(address, 0)).is_err()
+    {
+        assert!(Instant::now() < deadline, "the device does not come back");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let (mut a, mut b) = pair(address);
+    a.write(0, 64, Some(1), 1, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    assert_eq!(b.expect(1), [Completion::Placed { immediate: 1 }]);
+}
+
+#[test]
+fn a_port_without_a_wire_ends_the_connection_and_the_next_one_works() {
+    let Some((address, _alone)) = device() else { return };
+    let Ok(netdev) = std::env::var("COSTANDBY_RDMA_NETDEV") else {
+        println!("SKIPPED: no interface that may be switched off (COSTANDBY_RDMA_NETDEV is not set)");
+        return;
+    };
+    let switch = |to: &str| {
+        let status = std::process::Command::new("ip").args(["link", "set", &netdev, to]).status().unwrap();
+        assert!(status.success(), "ip link set {netdev} {to}");
+    };
+    let (mut a, mut b) = pair(address);
+    switch("down");
+    let start = Instant::now();
+    let failures = [a.failure(), b.failure()];
+    println!("{failures:?} after {:?}", start.elapsed());
+    assert_eq!(failures, [Failure::Device("the port went down"); 2]);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    drop((a, b));
+    // Long enough that a good-bye said at once would have gone out, or tried to.
+    thread::sleep(Duration::from_millis(300));
+    switch("up");
+    let deadline = soon();
+    while devices().unwrap()[0].ports[0].state != PortState::Active {
+        assert!(Instant::now() < deadline, "the port does not come back");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (mut a, mut b) = pair(address);
+    a.write(0, 64, Some(1), 1, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    assert_eq!(b.expect(1), [Completion::Placed { immediate: 1 }]);
+}
+
 #[test]
 fn no_connection_leaves_anything_behind() {
     let Some((address, _alone)) = device() else { return };
@@ -470,4 +612,60 @@ fn settle(count: &impl Fn() -> (usize, u64), wanted: Option<(usize, u64)>) -> (u
         }
     }
     last
+}
+
+/// On two machines at once, which share the directory `COSTANDBY_RDMA_SHARE`: node 2 connects to node 1 and loses its
+/// power. Only the device can tell then, as nobody closes anything.
+#[test]
+fn a_host_without_power_is_noticed() {
+    let Some((address, _alone)) = device() else { return };
+    let (Ok(share), Ok(node)) = (std::env::var("COSTANDBY_RDMA_SHARE"), std::env::var("NODE")) else {
+        println!("SKIPPED: one machine only (COSTANDBY_RDMA_SHARE and NODE are not set)");
+        return;
+    };
+    let file = std::path::Path::new(&share).join("verbs-listener");
+    let patience = Instant::now() + Duration::from_secs(40);
+    if node == "2" {
+        let peer = loop {
+            assert!(Instant::now() < patience, "node 1 does not listen");
+            match std::fs::read_to_string(&file).map(|text| text.parse()) {
+                Ok(Ok(peer)) => break peer,
+                _ => thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        let resolved = Resolved::new(None, peer, soon()).unwrap();
+        let (_region, _ring, private) = register_ring(resolved.domain());
+        let mut queue_pair = resolved.connect(&SETTINGS, &private, soon()).unwrap().queue_pair;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            queue_pair.poll(&mut [Completion::Done { id: 0 }; 16]).unwrap();
+        }
+        std::fs::write("/proc/sysrq-trigger", "o").unwrap();
+        thread::sleep(Duration::from_secs(20));
+    }
+    let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+    std::fs::write(&file, listener.local_address().to_string()).unwrap();
+    let request = listener.request(patience).unwrap().expect("node 2 connects").open().unwrap();
+    let (region, ring, private) = register_ring(request.domain());
+    let mut end = End::new(request.accept(&SETTINGS, &private, soon()).unwrap(), region, ring);
+    let mut last = Instant::now();
+    let failure = 'alive: loop {
+        end.write(0, 64, Some(1), 1, true);
+        end.queue_pair.ring_doorbell().unwrap();
+        loop {
+            assert!(last.elapsed() < Duration::from_secs(10), "not noticed");
+            match end.queue_pair.poll(&mut [Completion::Done { id: 0 }; 16]) {
+                Ok(0) => {}
+                Ok(_) => break,
+                Err(failure) => break 'alive failure,
+            }
+        }
+        last = Instant::now();
+        thread::sleep(Duration::from_millis(10));
+    };
+    println!("{failure}, {:?} after the last sign of life", last.elapsed());
+    assert!(last.elapsed() < Duration::from_secs(2), "{:?}", last.elapsed());
+    let start = Instant::now();
+    drop(end);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
 }

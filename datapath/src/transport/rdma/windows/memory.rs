@@ -43,14 +43,15 @@ fn capabilities_of(status: &str) -> Option<u64> {
 
 /// Bytes of one disk of `disk_len` bytes that its link may register, on a node with `links` of them. `configured` is for
 /// all together; by default it is a share of the memory ([`RDMA_MEMORY_SHARE`]). In both cases no more than may be
-/// locked.
+/// locked, and than leaves the machine a quarter of its memory.
 #[must_use]
 pub fn disk_memory(configured: Option<u64>, machine: &Machine, links: usize, disk_len: u64) -> u64 {
     let links = links.max(1) as u64;
     let wanted = configured.unwrap_or(machine.memory / RDMA_MEMORY_SHARE);
     let set_aside = (2 * RDMA_LINK_LOCKED_LEN).saturating_mul(links);
     let lockable = machine.lockable.map_or(u64::MAX, |limit| limit.saturating_sub(set_aside));
-    (wanted.min(lockable) / links).min(disk_len)
+    let spared = if machine.memory == 0 { u64::MAX } else { machine.memory / 4 * 3 };
+    (wanted.min(lockable).min(spared) / links).min(disk_len)
 }
 
 #[cfg(test)]
@@ -77,6 +78,10 @@ mod tests {
         assert_eq!(disk_memory(None, &free, 1, GIB), GIB);
         assert_eq!(disk_memory(Some(256 << 20), &free, 2, GIB), 128 << 20);
         assert_eq!(disk_memory(Some(0), &free, 1, GIB), 0);
+        assert_eq!(disk_memory(Some(1 << 40), &free, 2, 1 << 40), 24 * GIB);
+        let unknown = Machine { memory: 0, lockable: None };
+        assert_eq!(disk_memory(None, &unknown, 1, GIB), 0);
+        assert_eq!(disk_memory(Some(GIB), &unknown, 1, GIB), GIB);
         let limited = Machine { memory: 64 * GIB, lockable: Some(2 * GIB) };
         assert_eq!(disk_memory(None, &limited, 1, 1 << 40), 2 * GIB - 2 * RDMA_LINK_LOCKED_LEN);
         assert_eq!(disk_memory(Some(8 * GIB), &limited, 2, 1 << 40), GIB - 2 * RDMA_LINK_LOCKED_LEN);
