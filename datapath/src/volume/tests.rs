@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 mod faults;
+mod links;
 mod random;
 
 /// Not a whole number of grains, and room for the copy to have several steps.
