@@ -3,9 +3,9 @@
 use super::*;
 use crate::limits::RING_LEN_MIN;
 use crate::transport::laws::{End, Ends, Source, plain, until};
+use crate::transport::loopback;
 use crate::transport::rdma::fake::{self, Manner};
 use crate::transport::tcp::TcpLink;
-use crate::transport::loopback;
 use crate::wire::Kind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
