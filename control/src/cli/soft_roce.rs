@@ -349,7 +349,13 @@ mod tests {
                 Ok(Output { status, stdout: vec![], stderr })
             };
             let release = "6.1.0-9-amd64".to_owned();
-            let mut machine = Machine { sys: sys.path().to_owned(), proc: sys.path().join("proc"), release, root: *root, run: &mut run };
+            let mut machine = Machine {
+                sys: sys.path().to_owned(),
+                proc: sys.path().join("proc"),
+                release,
+                root: *root,
+                run: &mut run,
+            };
             act(&mut machine).unwrap_or_else(|error| format!("error: {error}"))
         }
 

@@ -46,18 +46,7 @@ pub(super) struct Switching {
     moved: Instant,
 }
 
-/// Which of the volume's two links.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum InUse {
-    Link,
-    Other,
-}
-
 impl Switching {
-    fn at(&self, side: Side) -> InUse {
-        if (side == Side::New) == self.swapped { InUse::Link } else { InUse::Other }
-    }
-
     /// What the volume's `link` is.
     fn link_side(&self) -> Side {
         if self.swapped { Side::New } else { Side::Old }
@@ -72,9 +61,30 @@ impl Switching {
         self.held.len()
     }
 
-    /// Where the session's frames go, if anywhere.
-    pub(super) fn sends_on(&self) -> Option<InUse> {
-        self.steps.sends_on().map(|side| self.at(side))
+    /// Whether `other` is looked at besides the volume's `link`.
+    fn reads_too(&self) -> bool {
+        // With too much kept back it is looked at again once the two have changed places.
+        let full = !self.swapped && self.held.len() >= SWITCH_HELD_MAX;
+        !self.other_down && !self.closed && !full
+    }
+
+    /// The link that is to be looked at besides the volume's `link`.
+    pub(super) fn read_too(&self) -> Option<&dyn Link> {
+        if self.reads_too() { Some(&*self.other) } else { None }
+    }
+
+    /// The same, to act on.
+    pub(super) fn read_too_mut(&mut self) -> Option<&mut Box<dyn Link>> {
+        if self.reads_too() { Some(&mut self.other) } else { None }
+    }
+
+    /// The link that takes the session's frames.
+    pub(super) fn speaks<'a>(&'a mut self, link: &'a mut Box<dyn Link>) -> &'a mut Box<dyn Link> {
+        self.pick(self.steps.sends_on(), link)
+    }
+
+    fn pick<'a>(&'a mut self, side: Side, link: &'a mut Box<dyn Link>) -> &'a mut Box<dyn Link> {
+        if side == self.link_side() { link } else { &mut self.other }
     }
 }
 
@@ -131,7 +141,7 @@ impl Volume {
 
     pub(super) fn switch_has_backlog(&self) -> bool {
         self.switch.as_ref().is_some_and(|switch| {
-            (switch.swapped && !switch.held.is_empty()) || (!switch.other_down && switch.other.has_backlog())
+            (switch.swapped && !switch.held.is_empty()) || switch.read_too().is_some_and(Link::has_backlog)
         })
     }
 
@@ -207,23 +217,16 @@ impl Volume {
         };
         let Some(link) = &mut self.link else { return false };
         std::mem::swap(link, &mut switch.other);
+        // The peer's silence is measured on the new link from here.
         std::mem::swap(&mut self.heard_bytes, &mut switch.other_bytes);
         switch.swapped = true;
         switch.old_slots = self.arrived.len() + usize::from(self.access_job.is_some());
         switch.moved = now;
-        // The peer's silence is measured on the new link from here.
-        self.last_heard = now;
         true
     }
 
     fn poll_other(&mut self, now: Instant) -> bool {
-        let Some(switch) = self.switch.as_mut().filter(|switch| !switch.other_down && !switch.closed) else {
-            return false;
-        };
-        if !switch.swapped && switch.held.len() >= SWITCH_HELD_MAX {
-            // Asked again once the two have changed places.
-            return false;
-        }
+        let Some(switch) = self.switch.as_mut().filter(|switch| switch.reads_too()) else { return false };
         let mut events = std::mem::take(&mut self.link_events);
         switch.other.poll(&mut events);
         let bytes = switch.other.received_bytes();
@@ -281,9 +284,8 @@ impl Volume {
             && let Some(link) = &mut self.link
             && let Some((side, step)) = switch.steps.due()
         {
-            let at = switch.at(side);
-            let speaks = if at == InUse::Link { link } else { &mut switch.other };
-            if speaks.send(switch.steps.frame(step, self.epoch)).is_err() {
+            let frame = switch.steps.frame(step, self.epoch);
+            if switch.pick(side, link).send(frame).is_err() {
                 break;
             }
             switch.steps.said(step);

@@ -342,12 +342,17 @@ impl Volume {
     /// Whether the link is to be looked at each turn, as that costs nothing.
     #[must_use]
     pub fn link_polls_for_free(&self) -> bool {
+        let other = self.switch.as_ref().and_then(|switch| switch.read_too());
         self.link.as_ref().is_some_and(|link| link.polls_for_free())
+            || other.is_some_and(Link::polls_for_free)
     }
 
-    /// Before the reactor sleeps on the link's descriptor. False when the link has something to tell already.
+    /// Before the reactor sleeps on the link's descriptor, or both links'. False when the link has something to tell already.
     pub fn prepare_sleep(&mut self) -> bool {
-        self.link.as_mut().is_none_or(|link| link.prepare_sleep())
+        let link = self.link.as_mut().is_none_or(|link| link.prepare_sleep());
+        let other = self.switch.as_mut().and_then(|switch| switch.read_too_mut());
+        // Each is to be asked, whatever the first says.
+        other.is_none_or(|link| link.prepare_sleep()) && link
     }
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.

@@ -1,6 +1,5 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
-use super::links::InUse;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
@@ -360,14 +359,9 @@ impl Volume {
         if self.switch.is_some() {
             self.pump_switch(now);
         }
-        let link = match &mut self.switch {
-            None => self.link.as_mut(),
-            Some(switch) => match switch.sends_on() {
-                Some(InUse::Link) => self.link.as_mut(),
-                Some(InUse::Other) => Some(&mut switch.other),
-                // The last frame on the old link goes first.
-                None => return,
-            },
+        let link = match (&mut self.switch, &mut self.link) {
+            (Some(switch), Some(link)) => Some(switch.speaks(link)),
+            (_, link) => link.as_mut(),
         };
         let Some(link) = link else {
             self.outbox.clear();

@@ -105,7 +105,7 @@ impl Steps {
         self.serial
     }
 
-    /// The step to say next, and on which link. Nothing else may go out on the old link before a *Last* that is due.
+    /// The step to say next, and on which link, before anything else that link is given.
     pub(super) fn due(&self) -> Option<(Side, Step)> {
         match self.said {
             Said::Nothing => Some((Side::New, Step::Offer)),
@@ -138,13 +138,9 @@ impl Steps {
         header
     }
 
-    /// Where the session's frames go now, if anywhere.
-    pub(super) fn sends_on(&self) -> Option<Side> {
-        match self.said {
-            Said::Last | Said::Done => Some(Side::New),
-            _ if matches!(self.due(), Some((_, Step::Last))) => None,
-            Said::Nothing | Said::Offer | Said::Accept => Some(Side::Old),
-        }
+    /// Where the session's frames go now.
+    pub(super) fn sends_on(&self) -> Side {
+        if self.said >= Said::Last { Side::New } else { Side::Old }
     }
 
     /// Both ends' *Last* are said: the new link is the session's in both directions, and is read.

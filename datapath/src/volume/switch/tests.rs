@@ -52,6 +52,9 @@ struct World {
     harmed: bool,
 }
 
+/// Takes a move to make from the state at hand.
+type Then<'a> = dyn FnMut(&dyn Fn(&mut World)) + 'a;
+
 fn at(side: Side) -> usize {
     side as usize
 }
@@ -201,7 +204,7 @@ impl World {
     }
 
     /// Either link dies, with any part of what is on its way still arriving.
-    fn deaths(&self, then: &mut dyn FnMut(&dyn Fn(&mut Self))) {
+    fn deaths(&self, then: &mut Then<'_>) {
         let accepted = self.ends.iter().any(|end| match end.mode {
             Mode::Changing(steps) => steps.accept_heard,
             Mode::Old { .. } => false,
@@ -223,12 +226,12 @@ impl World {
         }
     }
 
-    fn traffic(&self, who: usize, then: &mut dyn FnMut(&dyn Fn(&mut Self))) {
+    fn traffic(&self, who: usize, then: &mut Then<'_>) {
         let end = &self.ends[who];
         let (sends_on, reads, crossed) = match &end.mode {
             Mode::Old { .. } => (Some(Side::Old), [true, false], false),
             Mode::New => (Some(Side::New), [false, true], true),
-            Mode::Changing(steps) => (steps.sends_on(), [true, true], steps.crossed()),
+            Mode::Changing(steps) => (Some(steps.sends_on()), [true, true], steps.crossed()),
             Mode::Down => (None, [false, false], false),
         };
         if let Some(side) = sends_on

@@ -59,7 +59,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => (1..6u8).prop_map(Step::Turns),
         1 => any::<(bool, bool)>().prop_map(|(recorded, by_peer)| Step::Cut { recorded, by_peer }),
         2 => any::<bool>().prop_map(|resync| Step::Connect { resync }),
-        1 => prop::sample::select(vec![Make::Loopback, Make::Slow]).prop_map(Step::NewLink),
+        1 => prop::sample::select(vec![Make::Loopback, Make::Rdma, Make::Slow]).prop_map(Step::NewLink),
         3 => any::<bool>().prop_map(|source| Step::Tell { source }),
         2 => any::<bool>().prop_map(|source| Step::Say { source }),
     ];
@@ -133,7 +133,8 @@ impl Run {
             Step::Cut { recorded, by_peer } => self.cut(recorded, by_peer),
             Step::Connect { resync } => self.connect(resync),
             Step::NewLink(make) => {
-                self.new_link = Some(make.ends()).map_or([None, None], |(a, b)| [Some(a), Some(b)])
+                let (here, there) = make.ends();
+                self.new_link = [Some(here), Some(there)];
             }
             Step::Tell { source } => self.tell(usize::from(!source)),
             Step::Say { source } => self.say(usize::from(!source)),
