@@ -1,9 +1,10 @@
-//! What a mirrored write costs on the primary while it polls busily: no allocation, and no system call but the doorbell
-//! of the device's driver.
+//! What a mirrored write costs on the primary while it polls busily: no allocation, no copy of its payload, and no system
+//! call but the doorbell of the device's driver.
 //!
 //! Over endpoints in memory everywhere, and over a real device where `COSTANDBY_RDMA_ADDRESS` names one. System calls are
 //! counted by `strace`, which runs this program once more with a fixed number of writes.
 
+use costandby_datapath::limits::RDMA_LOOK_MS;
 use costandby_datapath::transport::rdma::RdmaLink;
 use costandby_datapath::transport::rdma::endpoint::Endpoint;
 use costandby_datapath::transport::rdma::fake::{self, Manner};
@@ -22,7 +23,7 @@ static ALLOCATOR: Counting = Counting;
 const LEN: usize = 4096;
 
 /// Bytes of the disk: writes go round it.
-const DISK_LEN: usize = 4 << 20;
+const DISK_LEN: usize = 1 << 20;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -117,19 +118,28 @@ fn write<E: Endpoint>(primary: &mut Primary<E>, count: u64, mut other: impl FnMu
     }
 }
 
-/// What is known to settle has settled: windows are registered, queues as long as they get.
-const WARM_UP: u64 = 3 * (DISK_LEN / LEN) as u64;
+/// Writes round the disk until all of it is registered and nothing is copied any more.
+fn warm_up<E: Endpoint>(primary: &mut Primary<E>, mut other: impl FnMut()) {
+    let begun = Instant::now();
+    loop {
+        let before = primary.link.window_counters().staged_bytes;
+        write(primary, (DISK_LEN / LEN) as u64, &mut other);
+        if primary.link.window_counters().staged_bytes == before {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the disk is never registered");
+    }
+}
 
 #[test]
 fn rdma_write_allocates_nothing_in_memory() {
     let (first, second) = fake::pair(16 << 20, Manner::default()).expect("memory");
     let (mut primary, mut standby) = (Primary::new(first), Standby::new(second));
-    write(&mut primary, WARM_UP, || assert!(standby.turn()));
-    let before = allocations();
+    warm_up(&mut primary, || assert!(standby.turn()));
+    let before = (allocations(), primary.link.window_counters().staged_bytes);
     write(&mut primary, 10_000, || assert!(standby.turn()));
-    assert_eq!(allocations() - before, 0, "on either end");
-    let counters = primary.link.window_counters();
-    assert!(counters.windows > 0, "{counters:?}");
+    let after = (allocations(), primary.link.window_counters().staged_bytes);
+    assert_eq!(after, before, "allocations on either end, bytes copied");
 }
 
 #[cfg(feature = "rdma")]
@@ -147,7 +157,7 @@ mod rdma_device {
     const RING_LEN: usize = 64 << 20;
 
     /// Writes that `strace` watches.
-    const WATCHED: u64 = 500;
+    const WATCHED: u64 = 300;
 
     fn address() -> Option<IpAddr> {
         let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
@@ -182,7 +192,8 @@ mod rdma_device {
                 let connected = listening.accept(RING_LEN, deadline).expect("the primary comes");
                 let mut standby = Standby::new(link(connected));
                 while !stop.load(Ordering::Relaxed) && standby.turn() {
-                    std::thread::yield_now();
+                    // Not a yield: a system call that nobody is watching for slows all the others down.
+                    std::hint::spin_loop();
                 }
             });
             let connected = dial(address, peer, secret, RING_LEN, deadline).expect("the standby is there");
@@ -197,18 +208,21 @@ mod rdma_device {
     fn rdma_write_allocates_nothing_on_a_device() {
         let Some(address) = address() else { return };
         with_primary(address, |primary| {
-            write(primary, WARM_UP, || ());
-            let before = allocations();
+            warm_up(primary, || ());
+            let before = (allocations(), primary.link.window_counters().staged_bytes);
             write(primary, 1000, || ());
-            assert_eq!(allocations() - before, 0);
-            let counters = primary.link.window_counters();
-            println!("{counters:?}");
-            assert!(counters.windows > 0, "{counters:?}");
+            let after = (allocations(), primary.link.window_counters().staged_bytes);
+            assert_eq!(after, before, "allocations, bytes copied");
         });
     }
 
     const BEGIN: &str = "costandby: begin";
     const END: &str = "costandby: end";
+
+    /// One system call that is easy to find.
+    fn mark(text: &str) {
+        std::io::stderr().write_all(format!("{text}\n").as_bytes()).expect("stderr");
+    }
 
     /// What `strace` watches; does nothing else.
     #[test]
@@ -216,11 +230,11 @@ mod rdma_device {
     fn rdma_writes_to_be_watched() {
         let address = address().expect("the test below asked");
         with_primary(address, |primary| {
-            write(primary, WARM_UP, || ());
+            warm_up(primary, || ());
             let begun = Instant::now();
-            writeln!(std::io::stderr(), "{BEGIN}").expect("stderr");
+            mark(BEGIN);
             write(primary, WATCHED, || ());
-            writeln!(std::io::stderr(), "{END} {}", begun.elapsed().as_millis()).expect("stderr");
+            mark(&format!("{END} {}", begun.elapsed().as_millis()));
         });
     }
 
@@ -266,11 +280,16 @@ mod rdma_device {
         let trace = String::from_utf8_lossy(&std::fs::read(&trace).expect("the trace")).into_owned();
         let (calls, elapsed_ms) = calls_between_marks(&trace);
         println!("{WATCHED} writes in {elapsed_ms} ms: {calls:?}");
-        let doorbells = calls.values().copied().max().unwrap_or(0);
-        let others: u64 = calls.values().sum::<u64>() - doorbells;
-        assert!(doorbells <= WATCHED + WATCHED / 10, "one doorbell a write: {calls:?}");
+        let all_of = |name: &str| -> u64 {
+            calls.iter().filter(|(call, _)| call.starts_with(name)).map(|(_, count)| count).sum()
+        };
+        // The driver's doorbell is a write to its device. Where the clock is a system call (emulated machines have no
+        // other), the look that comes every so many polls shows up too.
+        let (doorbells, clock) = (all_of("write("), all_of("clock_gettime("));
+        assert!((1..=WATCHED + WATCHED / 10).contains(&doorbells), "one doorbell a write: {calls:?}");
         // Looks at what no completion tells: a few calls each, every few milliseconds, however many writes there are.
-        let looks = elapsed_ms / 5 + 1;
-        assert!(others <= 6 * looks, "more than {looks} looks explain: {calls:?}");
+        let others = calls.values().sum::<u64>() - doorbells - clock;
+        let looks = elapsed_ms / RDMA_LOOK_MS + 1;
+        assert!(others <= 2 * looks, "more than {looks} looks explain: {calls:?}");
     }
 }

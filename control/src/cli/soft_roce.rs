@@ -78,6 +78,16 @@ pub enum SoftRoceError {
         /// Where.
         netdev: String,
     },
+    /// The kernel would wait for somebody, and there is no interrupting that.
+    #[error(
+        "{device} is in use by {users}: the kernel would wait, uninterruptibly, until that ends; stop it first"
+    )]
+    InUse {
+        /// Which.
+        device: String,
+        /// Programs that have it open.
+        users: String,
+    },
     /// It could not even be tried.
     #[error("running `{program}`: {source}")]
     Run {
@@ -102,6 +112,7 @@ type Runner<'a> = dyn FnMut(&'static str, &[&str]) -> io::Result<Output> + 'a;
 /// The machine: /sys, the running kernel and how programs are run, so that tests can make one up.
 struct Machine<'a> {
     sys: PathBuf,
+    proc: PathBuf,
     release: String,
     root: bool,
     run: &'a mut Runner<'a>,
@@ -115,6 +126,7 @@ pub(super) fn run(args: &super::SoftRoceArgs) -> Result<(), CliError> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut machine = Machine {
         sys: PathBuf::from("/sys"),
+        proc: PathBuf::from("/proc"),
         release: release.trim().to_owned(),
         root: rustix::process::geteuid().is_root(),
         run: &mut |program, args| {
@@ -166,6 +178,10 @@ impl Machine<'_> {
             };
         };
         self.check_root()?;
+        let users = self.users_of(&device.name);
+        if !users.is_empty() {
+            return Err(SoftRoceError::InUse { device: device.name.clone(), users: users.join(", ") });
+        }
         self.rdma(&["link", "delete", &device.name])?;
         Ok(format!("{} on {netdev} is gone; volumes with link = \"auto\" go on over TCP", device.name))
     }
@@ -207,6 +223,36 @@ impl Machine<'_> {
             }
         }
         found
+    }
+
+    /// The programs that have a device open: a soft-RoCE device is not removed under them. The connection manager's
+    /// library keeps the last device open for as long as its program lives.
+    fn users_of(&self, device: &str) -> Vec<String> {
+        let class = self.sys.join("class/infiniband_verbs");
+        let names = names_in(&class).into_iter();
+        let files: Vec<_> = names
+            .filter(|name| {
+                let owner = std::fs::read_to_string(class.join(name).join("ibdev"));
+                owner.is_ok_and(|owner| owner.trim() == device)
+            })
+            .map(|name| PathBuf::from("/dev/infiniband").join(name))
+            .collect();
+        let opened = |process: &PathBuf| {
+            let open = names_in(&process.join("fd"));
+            open.iter().any(|fd| {
+                std::fs::read_link(process.join("fd").join(fd)).is_ok_and(|target| files.contains(&target))
+            })
+        };
+        let processes = names_in(&self.proc).into_iter().filter(|name| name.parse::<u32>().is_ok());
+        let mut users = Vec::new();
+        for id in processes {
+            let process = self.proc.join(&id);
+            if opened(&process) {
+                let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+                users.push(format!("{} (process {id})", name.trim()));
+            }
+        }
+        users
     }
 
     /// Loads a module unless it is there, built in or loaded.
@@ -303,7 +349,13 @@ mod tests {
                 Ok(Output { status, stdout: vec![], stderr })
             };
             let release = "6.1.0-9-amd64".to_owned();
-            let mut machine = Machine { sys: sys.path().to_owned(), release, root: *root, run: &mut run };
+            let mut machine = Machine {
+                sys: sys.path().to_owned(),
+                proc: sys.path().join("proc"),
+                release,
+                root: *root,
+                run: &mut run,
+            };
             act(&mut machine).unwrap_or_else(|error| format!("error: {error}"))
         }
 
@@ -347,6 +399,28 @@ mod tests {
         assert_eq!(fake.ran, ["rdma link delete rxe7"]);
         fake.root = false;
         assert!(fake.down("eth0").contains("run it with sudo"));
+    }
+
+    #[test]
+    fn a_device_that_a_program_has_open_is_not_waited_for() {
+        let mut fake = Fake::new();
+        fake.add("class/infiniband/rxe7/parent", "eth0\n");
+        fake.add("class/infiniband_verbs/uverbs3/ibdev", "rxe7\n");
+        fake.add("class/infiniband_verbs/uverbs4/ibdev", "rxe8\n");
+        fake.add("proc/12/comm", "costandby\n");
+        fake.add("proc/13/comm", "other\n");
+        let open = |id: &str, file: &str| {
+            let directory = fake.sys.path().join("proc").join(id).join("fd");
+            std::fs::create_dir_all(&directory).expect("made");
+            std::os::unix::fs::symlink(format!("/dev/infiniband/{file}"), directory.join("9")).expect("made");
+        };
+        open("12", "uverbs3");
+        open("13", "uverbs4");
+        let text = fake.down("eth0");
+        assert!(text.contains("rxe7 is in use by costandby (process 12): the kernel would wait"), "{text}");
+        assert_eq!(fake.ran, [""; 0]);
+        std::fs::remove_file(fake.sys.path().join("proc/12/fd/9")).expect("removed");
+        assert!(fake.down("eth0").starts_with("rxe7 on eth0 is gone"));
     }
 
     #[test]

@@ -1,15 +1,19 @@
-//! A link that fails on purpose: cut, damaged or held up at chosen points, and otherwise the link it wraps.
+//! A link that fails on purpose: cut, damaged or held up, its frames lost or doubled at chosen points, and otherwise the
+//! link it wraps.
 //!
 //! Tests and the simulator put it between a reactor and any transport. What goes wrong is a [`Plan`], so a failing run
-//! is repeated by its numbers. Nothing here decides by chance or by the clock.
+//! is repeated by its numbers. Nothing here decides by the clock or by chance that has no seed.
 //!
-//! Invariants: the laws of [`super`] still hold of the wrapped link (a damaged payload aside, which only the checksum
-//! that the access side computes can find); a cut is told as the peer's, never as ours.
+//! Invariants: the laws of [`super`] still hold of the wrapped link, but for what is planned: a damaged payload, which
+//! only the checksum that the access side computes can find, and a frame lost or doubled, which only its seq tells. A
+//! token is reported once and in order all the same. A cut is told as the peer's, never as ours.
 
+use super::laws::Dice;
 use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
 use crate::units::Token;
 use crate::wire::Header;
 use costandby_ffi::mapping::Span;
+use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 /// What goes wrong. Counts start at 1; `None` is never.
@@ -23,6 +27,12 @@ pub struct Plan {
     pub damage_write: Option<u64>,
     /// Of each so many polls only the last one looks: the peer seems slow, and its frames come in heaps.
     pub poll_every: Option<u32>,
+    /// What happened is told late and in handfuls, by dice of this seed.
+    pub delay: Option<u64>,
+    /// The so-manyth frame posted or sent here never leaves, and is reported as if it had.
+    pub lose_frame: Option<u64>,
+    /// The so-manyth frame posted or sent here leaves twice, if there is room for it.
+    pub double_frame: Option<u64>,
 }
 
 /// A link with a [`Plan`]. See the file's head.
@@ -35,13 +45,38 @@ pub struct FaultLink<L> {
     writes: u64,
     polls: u32,
     cut: bool,
+    dice: Dice,
+    /// What the link told and we did not yet.
+    late: VecDeque<LinkEvent>,
+    /// The token posted last.
+    last_post: Option<Token>,
+    /// The token reported last.
+    reported: Option<Token>,
+    /// A post that never left, and the one before it.
+    lost: Option<(Option<Token>, Token)>,
+    /// A post that left twice and was not reported yet.
+    doubled: Option<Token>,
 }
 
 impl<L: Link> FaultLink<L> {
     /// Wraps `inner`.
     #[must_use]
     pub fn new(inner: L, plan: Plan) -> Self {
-        Self { inner, plan, arrivals: 0, frames: 0, writes: 0, polls: 0, cut: false }
+        Self {
+            inner,
+            plan,
+            arrivals: 0,
+            frames: 0,
+            writes: 0,
+            polls: 0,
+            cut: false,
+            dice: Dice::new(plan.delay.unwrap_or(0)),
+            late: VecDeque::new(),
+            last_post: None,
+            reported: None,
+            lost: None,
+            doubled: None,
+        }
     }
 
     fn cut(&mut self) {
@@ -81,6 +116,37 @@ impl<L: Link> FaultLink<L> {
         }
     }
 
+    /// Reports a lost post behind the one before it, in the same way, and a doubled one once.
+    fn report_planned(&mut self, events: &mut Vec<LinkEvent>, first: usize) {
+        let mut at = first;
+        while at < events.len() {
+            let (token, sent) = match &events[at] {
+                LinkEvent::Sent(token) => (*token, true),
+                LinkEvent::Failed(token) => (*token, false),
+                _ => {
+                    at += 1;
+                    continue;
+                }
+            };
+            if self.reported == Some(token) && self.doubled.take_if(|doubled| *doubled == token).is_some() {
+                events.remove(at);
+                continue;
+            }
+            self.reported = Some(token);
+            at += 1;
+            if let Some((_, lost)) = self.lost.take_if(|(before, _)| *before == Some(token)) {
+                events.insert(at, if sent { LinkEvent::Sent(lost) } else { LinkEvent::Failed(lost) });
+                self.reported = Some(lost);
+                at += 1;
+            }
+        }
+        // Nothing was outstanding in front of it.
+        if let Some((_, lost)) = self.lost.take_if(|(before, _)| before.is_none()) {
+            events.insert(first, LinkEvent::Sent(lost));
+            self.reported = Some(lost);
+        }
+    }
+
     fn damage(&mut self, slot: &Slot) {
         if slot.payload.is_empty() {
             return;
@@ -100,12 +166,29 @@ impl<L: Link> Link for FaultLink<L> {
     }
 
     fn post(&mut self, permit: Permit, header: Header, span: Option<Span>, token: Token) {
-        self.inner.post(permit, header, span, token);
+        let before = self.last_post.replace(token);
+        if self.plan.lose_frame == Some(self.frames + 1) {
+            self.lost = Some((before.filter(|before| self.reported != Some(*before)), token));
+            return self.count_frame();
+        }
+        let twice = self.plan.double_frame == Some(self.frames + 1);
+        let second = twice.then(|| self.inner.claim(header.payload_len())).flatten();
+        self.inner.post(permit, header, span.clone(), token);
+        if let Some(permit) = second {
+            self.doubled = Some(token);
+            self.inner.post(permit, header, span, token);
+        }
         self.count_frame();
     }
 
     fn send(&mut self, message: Header) -> Result<(), NoCredit> {
-        self.inner.send(message)?;
+        if self.plan.lose_frame != Some(self.frames + 1) {
+            self.inner.send(message)?;
+        }
+        if self.plan.double_frame == Some(self.frames + 1) {
+            // Without credit for a second one there is none.
+            let _ = self.inner.send(message);
+        }
         self.count_frame();
         Ok(())
     }
@@ -121,19 +204,30 @@ impl<L: Link> Link for FaultLink<L> {
         }
         self.polls = 0;
         let first = events.len();
-        self.inner.poll(events);
-        self.look_at(events, first);
+        if self.late.is_empty() {
+            self.inner.poll(events);
+            self.look_at(events, first);
+            self.report_planned(events, first);
+        }
+        if self.plan.delay.is_some() {
+            self.late.extend(events.drain(first..));
+            if !self.late.is_empty() {
+                let handful = 1 + self.dice.below(self.late.len());
+                events.extend(self.late.drain(..handful));
+            }
+        }
         events.len() > first
     }
 
     fn has_backlog(&self) -> bool {
         // A poll that was skipped may have left anything behind, or nothing: a reactor then spins a few turns.
-        self.polls > 0 || self.inner.has_backlog()
+        let lost_first = self.lost.is_some_and(|(before, _)| before.is_none());
+        self.polls > 0 || !self.late.is_empty() || lost_first || self.inner.has_backlog()
     }
 
     fn prepare_sleep(&mut self) -> bool {
         // What a skipped poll left behind would not wake anybody.
-        self.polls == 0 && self.inner.prepare_sleep()
+        self.polls == 0 && self.late.is_empty() && self.inner.prepare_sleep()
     }
 
     fn polls_for_free(&self) -> bool {
@@ -157,6 +251,7 @@ impl<L: Link> Link for FaultLink<L> {
     }
 
     fn close(&mut self, reason: DownReason) {
+        self.late.retain(|event| !matches!(event, LinkEvent::Arrived(_) | LinkEvent::Message(_)));
         self.inner.close(reason);
     }
 
@@ -166,92 +261,4 @@ impl<L: Link> Link for FaultLink<L> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::limits::RING_LEN_MIN;
-    use crate::transport::laws::{End, Ends, Source, plain, until};
-    use crate::transport::loopback;
-    use crate::wire::Kind;
-
-    fn both(ring_len: usize, plan: Plan) -> Ends {
-        let (here, there) = loopback::pair(ring_len).expect("ring memory");
-        (Box::new(FaultLink::new(here, plan)), Box::new(FaultLink::new(there, plan)))
-    }
-
-    mod without_a_plan {
-        crate::link_laws!(|ring_len| super::both(ring_len, super::Plan::default()));
-    }
-
-    mod in_heaps {
-        crate::link_laws! {
-            |ring_len| super::both(ring_len, super::Plan { poll_every: Some(3), ..Default::default() }) =>
-                frames_and_messages_keep_one_order,
-                claim_waits_for_release,
-                closing_here_fails_each_token_once,
-                nothing_is_delivered_after_closing_here,
-        }
-    }
-
-    fn ends(plan: Plan) -> (End, End) {
-        let (here, there) = loopback::pair(RING_LEN_MIN).expect("ring memory");
-        (End::new(Box::new(here)), End::new(Box::new(FaultLink::new(there, plan))))
-    }
-
-    fn until_down(source: &Source, end: &mut End) -> String {
-        until("down", || {
-            end.turn(source);
-            end.down.is_some()
-        });
-        format!("{:?}", end.down)
-    }
-
-    #[test]
-    fn a_cut_after_arrivals_lets_exactly_those_through() {
-        let source = Source::new(64);
-        let (mut here, mut there) = ends(Plan { cut_after_arrivals: Some(3), ..Plan::default() });
-        (1..=8).for_each(|seq| assert!(here.post_plain(seq)));
-        here.turn(&source);
-        assert_eq!(until_down(&source, &mut there), "Some(Closed)");
-        assert_eq!(there.heard, [(Kind::Trim, 1), (Kind::Trim, 2), (Kind::Trim, 3)]);
-        assert_eq!(until_down(&source, &mut here), "Some(Closed)");
-        here.assert_each_token_once();
-    }
-
-    #[test]
-    fn a_cut_after_frames_fails_what_was_not_kicked() {
-        let source = Source::new(64);
-        let (mut here, mut there) = ends(Plan { cut_after_frames: Some(2), ..Plan::default() });
-        assert!(there.post_plain(1));
-        there.turn(&source);
-        assert!(there.post_plain(2));
-        assert_eq!(until_down(&source, &mut there), "Some(Closed)");
-        assert_eq!((there.sent.as_slice(), there.failed.as_slice()), ([0].as_slice(), [1].as_slice()));
-        assert_eq!(until_down(&source, &mut here), "Some(Closed)");
-        assert_eq!(here.heard, [(Kind::Trim, 1)]);
-    }
-
-    #[test]
-    fn damage_is_for_the_checksum_to_find() {
-        let source = Source::new(4096);
-        let (here, there) = loopback::pair(RING_LEN_MIN).expect("ring memory");
-        let (mut here, mut there) =
-            (here, FaultLink::new(there, Plan { damage_write: Some(2), ..Plan::default() }));
-        for seq in 1..=3 {
-            let (header, span) = source.write(seq, 0, 4096);
-            let permit = here.claim(4096).expect("room");
-            here.post(permit, header, Some(span), Token(seq));
-        }
-        assert!(here.send(plain(Kind::Flush, 3)).is_ok());
-        here.kick();
-        let mut events = Vec::new();
-        there.poll(&mut events);
-        let whole: Vec<bool> = events
-            .iter()
-            .filter_map(|event| match event {
-                LinkEvent::Arrived(slot) => Some(slot.payload.crc32c() == slot.header.payload_crc),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(whole, [true, false, true]);
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@
 //! for an acknowledgement; an identifier is destroyed before its channel.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -183,6 +184,19 @@ impl Identifier {
     pub(super) fn port(&self) -> u8 {
         // SAFETY: the identifier is alive; the field is set when it is bound to a device.
         unsafe { (*self.raw).port_num }
+    }
+
+    /// Whether its port is known to be down.
+    pub(super) fn port_is_down(&self) -> bool {
+        let mut attributes = MaybeUninit::<sys::ibv_port_attr>::zeroed();
+        // SAFETY: the identifier is alive, and so is the context it is bound to, if it is to one; the call writes at
+        // most the structure, for which zeroes are valid.
+        unsafe {
+            let (context, port) = ((*self.raw).verbs, (*self.raw).port_num);
+            !context.is_null()
+                && sys::ibv_query_port(context, port, attributes.as_mut_ptr()) == 0
+                && attributes.assume_init().state == sys::ibv_port_state::IBV_PORT_DOWN
+        }
     }
 
     pub(super) fn local_address(&self) -> Option<SocketAddr> {

@@ -21,6 +21,12 @@
 //!
 //! No fork duplicates a queue pair or region: child processes of this program are spawned, never forked off to run on.
 //! All registered memory is shared memory, which a fork would not copy anyway.
+//!
+//! # What a program has to know
+//! The kernel refuses RDMA descriptors to a thread whose user or capabilities changed after they were opened: whoever
+//! gives up privileges does so before the first call here. The libraries keep each device open that was ever used, until
+//! the process ends; a software device is only gone then, while a connection over it ends at once
+//! ([`Failure::Device`]).
 
 mod channel;
 mod completion;

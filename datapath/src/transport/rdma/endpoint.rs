@@ -2,8 +2,8 @@
 //!
 //! An endpoint is one connected RC queue pair with what belongs to it: send and receive completions, receives that are
 //! posted again as they are consumed, the registered ring the peer writes into, and the connection manager's events.
-//! The real one is [`super::verbs`]; [`super::fake`] plays the same rules in memory. The link is generic over it, so the
-//! choice costs nothing per write.
+//! The real one is `verbs` beside this file; [`super::fake`] plays the same rules in memory. The link is generic over
+//! it, so the choice costs nothing per write.
 //!
 //! Memory: an endpoint keeps a clone of every [`Endpoint::Region`] that a work request names until that request is
 //! complete or the queue pair is destroyed, so nothing a device may still read is ever unmapped or deregistered.

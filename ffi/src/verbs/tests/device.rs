@@ -546,6 +546,39 @@ fn a_removed_device_ends_the_connection_and_may_come_back() {
 }
 
 #[test]
+fn a_port_without_a_wire_ends_the_connection_and_the_next_one_works() {
+    let Some((address, _alone)) = device() else { return };
+    let Ok(netdev) = std::env::var("COSTANDBY_RDMA_NETDEV") else {
+        println!("SKIPPED: no interface that may be switched off (COSTANDBY_RDMA_NETDEV is not set)");
+        return;
+    };
+    let switch = |to: &str| {
+        let status = std::process::Command::new("ip").args(["link", "set", &netdev, to]).status().unwrap();
+        assert!(status.success(), "ip link set {netdev} {to}");
+    };
+    let (mut a, mut b) = pair(address);
+    switch("down");
+    let start = Instant::now();
+    let failures = [a.failure(), b.failure()];
+    println!("{failures:?} after {:?}", start.elapsed());
+    assert_eq!(failures, [Failure::Device("the port went down"); 2]);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    drop((a, b));
+    // Long enough that a good-bye said at once would have gone out, or tried to.
+    thread::sleep(Duration::from_millis(300));
+    switch("up");
+    let deadline = soon();
+    while devices().unwrap()[0].ports[0].state != PortState::Active {
+        assert!(Instant::now() < deadline, "the port does not come back");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let (mut a, mut b) = pair(address);
+    a.write(0, 64, Some(1), 1, true);
+    a.queue_pair.ring_doorbell().unwrap();
+    assert_eq!(b.expect(1), [Completion::Placed { immediate: 1 }]);
+}
+
+#[test]
 fn no_connection_leaves_anything_behind() {
     let Some((address, _alone)) = device() else { return };
     let count = || (std::fs::read_dir("/proc/self/fd").unwrap().count(), memlock().1);

@@ -12,6 +12,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "rdma")]
+mod device;
+
 const MIB: usize = 1 << 20;
 
 /// Plays the device: registers when the test says so, and counts what is registered.
