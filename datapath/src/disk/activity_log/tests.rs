@@ -80,6 +80,10 @@ fn an_extent_is_evicted_only_when_nothing_rests_on_it() {
     assert_eq!(log.touch(at(1)), Touch::Hot);
     assert_eq!(log.touch(at(2000)), Touch::Full, "the checkpoint has not ended");
     log.end_checkpoint();
+    let mut told = Vec::new();
+    log.for_each_unconfirmed(|range| told.push(range.start / E));
+    assert_eq!(told, [0], "written after the checkpoint began");
+    assert_eq!(log.evictable, SLOTS as usize - 2, "neither that nor the one being changed");
     assert_eq!(log.touch(at(2000)), Touch::Wait(Ticket(log.durable().0 + 1)));
     commit(&mut log);
     let hot: BTreeSet<u64> = log.hot_extents().map(|range| range.start / E).collect();
