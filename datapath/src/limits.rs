@@ -126,7 +126,7 @@ pub const DIRTY_GRAIN_LEN_MIN: u64 = 4 << 10;
 /// Largest grain: a stray write of 4 KiB then costs 1 MiB of copying, about as much as anyone would accept.
 pub const DIRTY_GRAIN_LEN_MAX: u64 = 1 << 20;
 
-/// Bytes of memory that a dirty map takes where nobody chose a grain: up to about 22 TiB the grain is 64 KiB, beyond
+/// Bytes of memory that a dirty map takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
 /// that it doubles, so that the metadata of any volume stays under 64 MiB.
 pub const DIRTY_MAP_LEN_WANTED: u64 = 48 << 20;
 
