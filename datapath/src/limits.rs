@@ -210,3 +210,44 @@ pub const RDMA_LOOK_MS: u64 = 5;
 /// Polls between looks at the clock, for [`RDMA_LOOK_MS`]: a busy poll takes a tenth of a microsecond or more, a clock
 /// without the kernel's help a microsecond.
 pub const RDMA_POLLS_PER_LOOK: u32 = 64;
+
+/// Smallest grain of a dirty bitmap: a page, below which the mapping itself cannot tell what was written.
+pub const DIRTY_GRAIN_LEN_MIN: u64 = 4 << 10;
+
+/// Largest grain: a stray write of 4 KiB then costs 1 MiB of copying, about as much as anyone would accept.
+pub const DIRTY_GRAIN_LEN_MAX: u64 = 1 << 20;
+
+/// Bytes of memory that a dirty map takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
+/// that it doubles, so that the metadata of any volume stays under 64 MiB.
+pub const DIRTY_MAP_LEN_WANTED: u64 = 48 << 20;
+
+/// Bytes of memory that a dirty map may take at all: 16 TiB at a grain of 4 KiB, 4 PiB at 1 MiB.
+pub const DIRTY_MAP_LEN_MAX: u64 = 576 << 20;
+
+/// Blocks of the dirty bitmap in one store: 1 MiB, one write's worth for a disk.
+pub const DIRTY_STORE_BLOCKS_MAX: usize = 256;
+
+/// Bytes of one activity log extent: what a crash makes dirty for each place that was being written to. 4 MiB is copied
+/// in a few tens of milliseconds and holds a file system's usual neighbourhood.
+pub const ACTIVITY_EXTENT_LEN: u64 = 4 << 20;
+
+/// Smallest extent: no less than the largest grain.
+pub const ACTIVITY_EXTENT_LEN_MIN: u64 = 1 << 20;
+
+/// Largest extent: 4096 of them are 64 GiB to copy after a crash, more than an hour's worth on a slow link.
+pub const ACTIVITY_EXTENT_LEN_MAX: u64 = 16 << 20;
+
+/// Extents that may be hot at once: 4 GiB of places being written to, half a minute's copy at 1 Gbit/s after a crash.
+pub const ACTIVITY_SLOTS: u32 = 1024;
+
+/// Fewest hot extents: with fewer, almost every write would wait for a transaction.
+pub const ACTIVITY_SLOTS_MIN: u32 = 64;
+
+/// Most hot extents: their table goes once through the ring's transactions with half of the ring to spare.
+pub const ACTIVITY_SLOTS_MAX: u32 = 4096;
+
+/// Transactions in the activity log's ring: twice what the largest table needs to be told once.
+pub const ACTIVITY_RING_LEN: u64 = 32;
+
+/// Damaged parts of a bitmap that a report names one by one; the rest is counted.
+pub const DAMAGE_LISTED_MAX: usize = 16;

@@ -21,6 +21,7 @@ use std::time::Duration;
 pub mod create;
 pub mod demo;
 pub mod doctor;
+pub mod dump_metadata;
 pub mod roles;
 pub mod soft_roce;
 pub mod status;
@@ -151,6 +152,15 @@ Exit status 1 when the time is over; the line on stderr says where it stood.")]
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
         timeout: Option<Duration>,
     },
+    /// Print what this node's disks say about themselves.
+    #[command(after_help = dump_metadata::EXAMPLES)]
+    DumpMetadata {
+        /// Which volume [default: all that have a disk on this node].
+        volume: Option<Name>,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Say what this machine can do, and what to change.
     #[command(after_help = "\
 Examples:
@@ -275,6 +285,14 @@ pub enum CliError {
     /// Waiting.
     #[error(transparent)]
     WaitSync(#[from] wait_sync::WaitError),
+    /// Metadata that no daemon would take.
+    #[error("volume {volume}: {text}")]
+    Metadata {
+        /// Which volume.
+        volume: Name,
+        /// Why.
+        text: String,
+    },
     /// A doctor with bad news.
     #[error("{count} of {total} checks failed; the lines marked fail say what to change")]
     Doctor {
@@ -342,6 +360,10 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Invalidate { volume } => roles::run(&place.client()?, &volume, AdminCommand::Invalidate),
         Command::Disconnect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Disconnect),
         Command::WaitSync { volume, timeout } => wait_sync::run(&place.client()?, &volume, timeout),
+        Command::DumpMetadata { volume, json } => {
+            let (config, node) = place.load()?;
+            dump_metadata::run(&config, &node, volume.as_ref(), json)
+        }
         Command::Doctor => doctor::run(&place),
         Command::SoftRoce(args) => soft_roce::run(&args),
         Command::Demo(args) => demo::run(&args),

@@ -1,8 +1,11 @@
 //! The emulated disk: its mapped backing, the locks on ranges in flight, what the peer may lack, and what the disk
 //! knows about itself.
 
+pub mod activity_log;
 pub mod bitmap;
+pub mod dirty_map;
 pub mod image;
 pub mod inflight;
+pub mod metadata;
 pub mod superblock;
 pub mod worker;

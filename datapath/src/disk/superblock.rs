@@ -50,8 +50,9 @@ pub const VERSION: u32 = 1;
 /// Bytes of a volume's or node's name: what a file name may have on any common file system.
 pub const NAME_LEN_MAX: usize = 255;
 
-const COPIES: [u64; 2] = [0, SUPERBLOCK_LEN as u64];
-const CHECKED_LEN: usize = SUPERBLOCK_LEN - 4;
+/// Where the copies stand in the area.
+pub(super) const COPIES: [u64; 2] = [0, SUPERBLOCK_LEN as u64];
+pub(super) const CHECKED_LEN: usize = SUPERBLOCK_LEN - 4;
 
 /// What the disk's content is worth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -182,6 +183,29 @@ impl Superblock {
         }
     }
 
+    /// Refuses the superblock of another volume, node or size; `path` is where it was read.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Foreign`].
+    pub(super) fn check_belongs(
+        &self,
+        path: &Path,
+        volume: &str,
+        node: &str,
+        size: u64,
+    ) -> Result<(), SuperblockError> {
+        let (what, found, expected) = if self.volume != volume {
+            ("volume", self.volume.clone(), volume.to_owned())
+        } else if self.node != node {
+            ("node", self.node.clone(), node.to_owned())
+        } else if self.size != size {
+            ("a volume of size", self.size.to_string(), size.to_string())
+        } else {
+            return Ok(());
+        };
+        Err(SuperblockError::Foreign { path: path.to_owned(), what, found, expected })
+    }
+
     /// Whether the disk never was in contact with a peer nor promoted.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
@@ -194,6 +218,11 @@ impl Superblock {
     /// When a name is longer than [`NAME_LEN_MAX`] or the disk state is `Diskless`.
     #[must_use]
     pub fn encode(&self, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
+        self.encode_as(VERSION, sequence, &[])
+    }
+
+    /// The block of a format `version`, with what that version has beyond the first in front of the reserved bytes.
+    pub(super) fn encode_as(&self, version: u32, sequence: u64, extension: &[u8]) -> [u8; SUPERBLOCK_LEN] {
         let flags = [
             (self.primary, flag::PRIMARY),
             (self.clean, flag::CLEAN),
@@ -204,9 +233,11 @@ impl Superblock {
         let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |flags, (_, bit)| flags | bit);
         let (volume_len, volume) = stored_name(&self.volume);
         let (node_len, node) = stored_name(&self.node);
+        let mut reserved = [0; RESERVED_LEN];
+        reserved[..extension.len()].copy_from_slice(extension);
         let mut raw = RawSuperblock {
             magic: MAGIC,
-            version: VERSION.into(),
+            version: version.into(),
             flags: flags.into(),
             sequence: sequence.into(),
             volume_id: self.volume_id,
@@ -220,7 +251,7 @@ impl Superblock {
             node_len,
             volume,
             node,
-            reserved: [0; RESERVED_LEN],
+            reserved,
             crc: 0.into(),
         };
         raw.crc = crc32c::crc32c(&raw.as_bytes()[..CHECKED_LEN]).into();
@@ -232,6 +263,11 @@ impl Superblock {
     /// # Errors
     /// Names what is wrong with the copy. The checksum comes before the version, so a newer format is told from damage.
     pub fn decode(bytes: &[u8]) -> Result<(Self, u64), CopyError> {
+        Self::decode_up_to(VERSION, bytes).map(|(superblock, sequence, _)| (superblock, sequence))
+    }
+
+    /// Reads one copy of any format up to `newest`, and says which it is.
+    pub(super) fn decode_up_to(newest: u32, bytes: &[u8]) -> Result<(Self, u64, u32), CopyError> {
         let raw =
             RawSuperblock::read_from_bytes(bytes).map_err(|_| CopyError::Length { found: bytes.len() })?;
         if raw.magic != MAGIC {
@@ -241,8 +277,9 @@ impl Superblock {
         if raw.crc.get() != computed {
             return Err(CopyError::Checksum { found: raw.crc.get(), computed });
         }
-        if raw.version.get() != VERSION {
-            return Err(CopyError::Version { found: raw.version.get() });
+        let version = raw.version.get();
+        if version == 0 || version > newest {
+            return Err(CopyError::Version { found: version, newest });
         }
         let flags = raw.flags.get();
         if flags & !flag::ALL != 0 {
@@ -268,7 +305,7 @@ impl Superblock {
             applying: flags & flag::APPLYING != 0,
             peer_has_current: flags & flag::PEER_HAS_CURRENT != 0,
         };
-        Ok((superblock, raw.sequence.get()))
+        Ok((superblock, raw.sequence.get(), version))
     }
 }
 
@@ -284,6 +321,8 @@ mod flag {
 const NAME_FIELD_LEN: usize = NAME_LEN_MAX + 1;
 const FIXED_LEN: usize =
     8 + 4 + 4 + 8 + 16 + 8 + 8 + 8 + 8 + 8 * GENERATION_HISTORY_LEN + 3 + 2 * NAME_FIELD_LEN + 4;
+/// Where a copy's reserved bytes begin: later formats keep what they add there.
+pub(super) const RESERVED_AT: usize = FIXED_LEN - 4;
 const RESERVED_LEN: usize = SUPERBLOCK_LEN - FIXED_LEN;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -346,10 +385,12 @@ pub enum CopyError {
         computed: u32,
     },
     /// Whole, but of another format.
-    #[error("format version {found}, this program reads {VERSION}")]
+    #[error("format version {found}, this program reads up to {newest}")]
     Version {
         /// As stored.
         found: u32,
+        /// The newest that the reader knows.
+        newest: u32,
     },
     /// Whole, of our version, but with a value that means nothing.
     #[error("unknown value in field {field}")]
@@ -416,13 +457,15 @@ pub enum SuperblockError {
     },
     /// Written by a release that knows more.
     #[error(
-        "metadata {path} has format version {found}, this program reads {VERSION}: run the release that wrote it"
+        "metadata {path} has format version {found}, this program reads up to {newest}: run the release that wrote it"
     )]
     Newer {
         /// Which file.
         path: PathBuf,
         /// As stored.
         found: u32,
+        /// The newest that this program knows.
+        newest: u32,
     },
     /// The disk of another volume, node or size than configured.
     #[error(
@@ -584,22 +627,8 @@ impl MetaStore {
         size: u64,
     ) -> Result<Opened, SuperblockError> {
         let opened = Self::open(location)?;
-        let found = &opened.superblock;
-        let differs = if found.volume != volume {
-            Some(("volume", found.volume.clone(), volume.to_owned()))
-        } else if found.node != node {
-            Some(("node", found.node.clone(), node.to_owned()))
-        } else if found.size != size {
-            Some(("a volume of size", found.size.to_string(), size.to_string()))
-        } else {
-            None
-        };
-        match differs {
-            None => Ok(opened),
-            Some((what, found, expected)) => {
-                Err(SuperblockError::Foreign { path: location.path.clone(), what, found, expected })
-            }
-        }
+        opened.superblock.check_belongs(&location.path, volume, node, size)?;
+        Ok(opened)
     }
 
     /// Replaces the older copy. When this returns `Ok`, `superblock` is on stable storage and is what a restart reads.
@@ -627,11 +656,11 @@ impl MetaStore {
     }
 }
 
-fn is_block_device(path: &Path) -> bool {
+pub(super) fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-fn lock(file: &File, path: &Path) -> Result<(), SuperblockError> {
+pub(super) fn lock(file: &File, path: &Path) -> Result<(), SuperblockError> {
     rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| {
         if errno == rustix::io::Errno::WOULDBLOCK {
             SuperblockError::Locked { path: path.to_owned() }
@@ -641,15 +670,21 @@ fn lock(file: &File, path: &Path) -> Result<(), SuperblockError> {
     })
 }
 
-type Decoded = Result<(Superblock, u64), CopyError>;
-type Picked = (usize, Superblock, u64, Option<(usize, CopyError)>);
+/// One copy as `T` and its sequence number.
+pub(super) type Decoded<T> = Result<(T, u64), CopyError>;
+/// Which copy is the newest good one, what it says, its sequence number, and what is wrong with the other.
+pub(super) type Picked<T> = (usize, T, u64, Option<(usize, CopyError)>);
 
-fn pick(first: Decoded, second: Decoded, path: &Path) -> Result<Picked, SuperblockError> {
+pub(super) fn pick<T>(
+    first: Decoded<T>,
+    second: Decoded<T>,
+    path: &Path,
+) -> Result<Picked<T>, SuperblockError> {
     // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
     // falling back to it would undo promotions and resyncs.
     for copy in [&first, &second] {
-        if let Err(CopyError::Version { found }) = copy {
-            return Err(SuperblockError::Newer { path: path.to_owned(), found: *found });
+        if let Err(CopyError::Version { found, newest }) = copy {
+            return Err(SuperblockError::Newer { path: path.to_owned(), found: *found, newest: *newest });
         }
     }
     match (first, second) {

@@ -1,0 +1,141 @@
+//! The superblock of format 2: what format 1 says, and in its reserved bytes the shape and the mark of the area.
+//!
+//! Either copy can be read without knowing anything else. Format 1 is read as well; a newer one than 2 is refused.
+
+use super::MetadataError;
+use super::layout::{Geometry, Layout};
+use super::medium::Medium;
+use crate::disk::activity_log::ring::NUMBER_END;
+use crate::disk::superblock::{
+    COPIES, CopyError, Picked, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError, pick,
+};
+use zerocopy::little_endian::{I64, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// The format written here.
+pub const FORMAT: u32 = 2;
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawShape {
+    area: U64,
+    grain_len: U64,
+    extent_len: U64,
+    slots: U32,
+    dirty_at: I64,
+    activity_known: U64,
+}
+
+const _: () = assert!(size_of::<RawShape>() == 44);
+
+/// What format 2 says beyond format 1.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shape {
+    /// Random number of this area, in every sector of it.
+    pub area: u64,
+    /// Grain, extents, slots; the size is the superblock's.
+    pub geometry: Geometry,
+    /// First byte of the bitmap, from the superblocks' start on; negative where it stands in front of them.
+    pub dirty_at: i64,
+    /// Number of an activity log transaction that was on stable storage when this was stored.
+    pub activity_known: u64,
+}
+
+/// One copy, decoded.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Header {
+    /// What every format says.
+    pub superblock: Superblock,
+    /// What format 2 adds; absent in format 1.
+    pub shape: Option<Shape>,
+}
+
+/// One copy: what it says and its sequence number, or what is wrong with it.
+pub type Copy = Result<(Header, u64), CopyError>;
+
+impl Shape {
+    /// Where the parts stand around superblocks at `offset`.
+    ///
+    /// # Errors
+    /// [`MetadataError::Geometry`] where they cannot stand there; `path` is for the message.
+    pub(super) fn layout(&self, path: &std::path::Path, offset: u64) -> Result<Layout, MetadataError> {
+        let layout = Layout::new(self.geometry, offset)
+            .map_err(|source| MetadataError::Geometry { path: path.into(), source })?;
+        if offset.checked_add_signed(self.dirty_at) == Some(layout.dirty_at) {
+            return Ok(layout);
+        }
+        // Whole and ours, but of a device that was resized or copied to one of another size.
+        Err(MetadataError::Moved { path: path.into() })
+    }
+}
+
+impl Header {
+    /// The block as it is stored, in format 2.
+    #[must_use]
+    pub fn encode(superblock: &Superblock, shape: &Shape, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
+        let raw = RawShape {
+            area: shape.area.into(),
+            grain_len: shape.geometry.grain_len().into(),
+            extent_len: shape.geometry.extent_len().into(),
+            slots: shape.geometry.slots().into(),
+            dirty_at: shape.dirty_at.into(),
+            activity_known: shape.activity_known.into(),
+        };
+        superblock.encode_as(FORMAT, sequence, raw.as_bytes())
+    }
+
+    /// Reads one copy of format 1 or 2.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode(bytes: &[u8]) -> Copy {
+        let (superblock, sequence, version) = Superblock::decode_up_to(FORMAT, bytes)?;
+        if sequence >= NUMBER_END {
+            return Err(CopyError::Field { field: "sequence" });
+        }
+        if version < FORMAT {
+            return Ok((Self { superblock, shape: None }, sequence));
+        }
+        let raw = RawShape::ref_from_prefix(&bytes[RESERVED_AT..]).map(|(raw, _)| raw);
+        let raw = raw.expect("the reserved bytes are long enough");
+        let field = |field| CopyError::Field { field };
+        let geometry =
+            Geometry::new(superblock.size, raw.grain_len.get(), raw.extent_len.get(), raw.slots.get())
+                .map_err(|_| field("shape of the metadata"))?;
+        if raw.activity_known.get() >= NUMBER_END {
+            return Err(field("activity log's transaction"));
+        }
+        let shape = Shape {
+            area: raw.area.get(),
+            geometry,
+            dirty_at: raw.dirty_at.get(),
+            activity_known: raw.activity_known.get(),
+        };
+        Ok((Self { superblock, shape: Some(shape) }, sequence))
+    }
+}
+
+/// Reads both copies.
+///
+/// # Errors
+/// [`SuperblockError::Truncated`], [`SuperblockError::Io`].
+pub(super) fn read_copies(medium: &dyn Medium, offset: u64) -> Result<[Copy; 2], SuperblockError> {
+    let io = |source| SuperblockError::Io { doing: "reading", path: medium.path().into(), source };
+    let found = medium.len().map_err(io)?.saturating_sub(offset);
+    if found < crate::disk::superblock::AREA_LEN {
+        return Err(SuperblockError::Truncated { path: medium.path().into(), found });
+    }
+    let mut copies = COPIES.map(|_| Err(CopyError::Length { found: 0 }));
+    for (copy, at) in copies.iter_mut().zip(COPIES) {
+        let mut bytes = [0; SUPERBLOCK_LEN];
+        medium.read(offset + at, &mut bytes).map_err(io)?;
+        *copy = Header::decode(&bytes);
+    }
+    Ok(copies)
+}
+
+/// The newest good copy. A newer format in either is refused: falling back would undo what that release did.
+pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Picked<Header>, SuperblockError> {
+    let [first, second] = copies;
+    pick(first, second, medium.path())
+}

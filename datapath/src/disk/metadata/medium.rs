@@ -1,0 +1,153 @@
+//! Where metadata is stored: the few calls that everything else here is built on, so that a simulator can stand in for
+//! a disk that tears and loses writes.
+//!
+//! Invariants: a write may be read back at once, but only [`Medium::sync`] brings it to stable storage; until then any
+//! subset of its 512-byte sectors may be there after a loss of power. A sync that failed says nothing about what is
+//! stored: callers give the medium up.
+//!
+//! Everything here blocks.
+
+use crate::disk::superblock::{self, SuperblockError};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// A file, a device, or a simulated one.
+pub trait Medium: Send + Sync + std::fmt::Debug {
+    /// What it is called in messages.
+    fn path(&self) -> &Path;
+
+    /// Bytes it has.
+    ///
+    /// # Errors
+    /// The system's.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Whether it has no byte.
+    ///
+    /// # Errors
+    /// The system's.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Makes it at least `len` bytes long; new bytes read as zeros. A device that is shorter refuses.
+    ///
+    /// # Errors
+    /// The system's.
+    fn grow(&self, len: u64) -> io::Result<()>;
+
+    /// Fills `bytes` from `at` on.
+    ///
+    /// # Errors
+    /// The system's, and where it ends too early.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Writes `bytes` from `at` on.
+    ///
+    /// # Errors
+    /// The system's.
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Brings every write so far to stable storage.
+    ///
+    /// # Errors
+    /// The system's.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A file beside a disk, or a block device, locked against other daemons until it is dropped.
+#[derive(Debug)]
+pub struct FileMedium {
+    file: File,
+    path: PathBuf,
+    device: bool,
+}
+
+impl FileMedium {
+    /// Opens and locks what is there.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Missing`], [`SuperblockError::Locked`], [`SuperblockError::Io`].
+    pub fn open(path: &Path) -> Result<Self, SuperblockError> {
+        let medium = Self::from_options(OpenOptions::new().read(true).write(true), path)?;
+        superblock::lock(&medium.file, path)?;
+        Ok(medium)
+    }
+
+    /// Opens what is there for looking at it only: nothing is locked and nothing can be written. Says also whether
+    /// somebody else has it locked.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Missing`], [`SuperblockError::Io`].
+    pub fn look(path: &Path) -> Result<(Self, bool), SuperblockError> {
+        let medium = Self::from_options(OpenOptions::new().read(true), path)?;
+        let operation = rustix::fs::FlockOperation::NonBlockingLockShared;
+        let in_use = rustix::fs::flock(&medium.file, operation) == Err(rustix::io::Errno::WOULDBLOCK);
+        if !in_use {
+            // A look must not keep a daemon from starting.
+            let _ = rustix::fs::flock(&medium.file, rustix::fs::FlockOperation::Unlock);
+        }
+        Ok((medium, in_use))
+    }
+
+    /// Makes a file that is not there yet (or, with `force`, may be), or opens a device, and locks it.
+    ///
+    /// # Errors
+    /// [`SuperblockError::Exists`], [`SuperblockError::Locked`], [`SuperblockError::Io`].
+    pub fn create(path: &Path, force: bool) -> Result<Self, SuperblockError> {
+        let device = superblock::is_block_device(path);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(!device).create_new(!device && !force);
+        let medium = Self::from_options(&options, path)?;
+        superblock::lock(&medium.file, path)?;
+        if !device {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            File::open(parent.unwrap_or(Path::new(".")))
+                .and_then(|directory| directory.sync_all())
+                .map_err(|source| SuperblockError::Io { doing: "creating", path: path.into(), source })?;
+        }
+        Ok(medium)
+    }
+
+    fn from_options(options: &OpenOptions, path: &Path) -> Result<Self, SuperblockError> {
+        let file = options.open(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => SuperblockError::Missing { path: path.into() },
+            io::ErrorKind::AlreadyExists => SuperblockError::Exists { path: path.into() },
+            _ => SuperblockError::Io { doing: "opening", path: path.into(), source },
+        })?;
+        Ok(Self { file, path: path.into(), device: superblock::is_block_device(path) })
+    }
+}
+
+impl Medium for FileMedium {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        // Seeking gives a block device's size too, which its inode does not.
+        Ok(rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0))?)
+    }
+
+    fn grow(&self, len: u64) -> io::Result<()> {
+        match self.len()? {
+            found if found >= len => Ok(()),
+            _ if self.device => Err(io::ErrorKind::StorageFull.into()),
+            _ => self.file.set_len(len),
+        }
+    }
+
+    fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, at)
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, at)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}

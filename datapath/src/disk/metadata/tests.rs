@@ -1,0 +1,388 @@
+//! The metadata area on simulated and real media: damage in every part, upgrades, foreign and newer areas, and size.
+
+use super::medium::FileMedium;
+use super::simulated::{Dice, Simulated};
+use super::*;
+use crate::disk::activity_log::Touch;
+use crate::limits::DIRTY_GRAIN_LEN;
+use crate::units::Epoch;
+use proptest::prelude::*;
+
+mod power;
+
+const SIZE: u64 = 8 << 30;
+const AREA: u64 = 0x5ca1_ab1e;
+
+fn superblock() -> Superblock {
+    Superblock::fresh("db", "alpha", SIZE, true)
+}
+
+fn geometry() -> Geometry {
+    Geometry::for_volume(SIZE).expect("usual")
+}
+
+fn created() -> Simulated {
+    let medium = Simulated::default();
+    create(&medium, 0, &superblock(), geometry(), AREA, false).expect("made");
+    medium
+}
+
+fn reopen(medium: &Simulated) -> Opened<Simulated> {
+    open(medium.clone(), 0, "db", "alpha", SIZE, 77).expect("opens")
+}
+
+fn range(start: u64, len: u64) -> ByteRange {
+    ByteRange::new(start, len)
+}
+
+/// Dirty from 1 GiB on for 1 MiB, and an extent hot at 4 GiB, on record.
+fn used() -> Simulated {
+    let medium = created();
+    let mut opened = reopen(&medium);
+    let _ = opened.dirty.set(range(1 << 30, 1 << 20));
+    opened.area.store_unsaved(&mut opened.dirty).expect("stored");
+    assert!(matches!(opened.activity.touch(range(4 << 30, 4096)), Touch::Wait(_)));
+    let transaction = opened.activity.next_transaction().expect("due");
+    opened.area.commit(&transaction).expect("stored");
+    medium
+}
+
+fn dirty_of(opened: &Opened<Simulated>) -> Vec<ByteRange> {
+    let mut runs = Vec::new();
+    while let Some(run) = opened.dirty.next_dirty(runs.last().map_or(0, |r: &ByteRange| r.end()), SIZE) {
+        runs.push(run);
+        if run.end() == SIZE {
+            break;
+        }
+    }
+    runs
+}
+
+#[test]
+fn what_was_stored_is_read_again() {
+    let medium = used();
+    let mut opened = reopen(&medium);
+    assert_eq!(dirty_of(&opened), [range(1 << 30, 1 << 20), range(4 << 30, 4 << 20)]);
+    assert_eq!(opened.report, Report { hot_extents: 1, ..Report::default() });
+    opened.recover().expect("recovers");
+    let opened = reopen(&medium);
+    assert_eq!(opened.report, Report::default(), "the log is empty");
+    assert_eq!(dirty_of(&opened), [range(1 << 30, 1 << 20), range(4 << 30, 4 << 20)]);
+}
+
+#[test]
+fn superblocks_alternate_and_a_torn_store_leaves_the_state_before_it() {
+    let medium = created();
+    let mut later = superblock();
+    let mut epochs = Vec::new();
+    for steps in 0..=9 {
+        let mut opened = reopen(&medium);
+        let before = opened.superblock.epoch;
+        later.epoch = Epoch(before.0 + 1);
+        medium.cut_after(steps);
+        let stored = opened.superblocks.store(&later);
+        medium.restart(true, &mut Dice::new(steps + 3));
+        let found = reopen(&medium).superblock.epoch;
+        assert!(found == before || found == later.epoch, "{found}");
+        if stored.is_ok() {
+            assert_eq!(found, later.epoch);
+        } else {
+            let again = opened.superblocks.store(&later);
+            assert!(matches!(again, Err(SuperblockError::FailedBefore { .. })), "{again:?}");
+            let refused = opened.area.store_dirty(&[]);
+            assert!(matches!(refused, Err(SuperblockError::FailedBefore { .. })), "the other half too");
+        }
+        epochs.push(stored.is_ok());
+    }
+    assert_eq!(epochs.iter().filter(|ok| **ok).count(), 1, "eight sectors and a sync");
+}
+
+#[test]
+fn one_damaged_superblock_is_reported_and_two_are_refused() {
+    let medium = used();
+    medium.flip(COPIES[0] + 500, 1);
+    let opened = reopen(&medium);
+    assert!(matches!(opened.report.damaged_copy, Some((0, CopyError::Checksum { .. }))));
+    medium.flip(COPIES[1] + 4000, 0x80);
+    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("neither is good");
+    assert!(matches!(error, MetadataError::Superblock(SuperblockError::Unreadable { .. })), "{error}");
+    assert!(error.to_string().contains("create --force"), "{error}");
+}
+
+#[test]
+fn a_damaged_part_of_the_bitmap_is_dirty_and_named() {
+    let layout = Layout::new(geometry(), 0).expect("a file");
+    for at in 0..SECTOR_LEN as u64 {
+        let medium = used();
+        // A sector stands for 3840 × 64 KiB; this one has no bit set and stands in the block that was stored.
+        medium.flip(layout.dirty_at + 6 * SECTOR_LEN as u64 + at, 4);
+        let opened = reopen(&medium);
+        let len = SECTOR_BITS * DIRTY_GRAIN_LEN;
+        assert_eq!(opened.report.dirty_damage.sectors, 1);
+        assert_eq!(opened.report.dirty_damage.first, [(range(6 * len, len), SectorFault::Checksum)]);
+        let runs = dirty_of(&opened);
+        assert_eq!(runs, [range(1 << 30, 1 << 20), range(6 * len, len), range(4 << 30, 4 << 20)]);
+    }
+}
+
+#[test]
+fn a_misplaced_or_foreign_part_of_the_bitmap_is_dirty() {
+    let layout = Layout::new(geometry(), 0).expect("a file");
+    let medium = used();
+    medium.copy(layout.dirty_at, layout.dirty_at + SECTOR_LEN as u64, SECTOR_LEN);
+    let found = reopen(&medium).report.dirty_damage;
+    assert_eq!((found.sectors, found.first[0].1), (1, SectorFault::Misplaced { index: 0 }));
+    // The bitmap of an earlier life, or of another disk, under a new superblock.
+    let medium = used();
+    let shape = Shape { area: AREA + 1, ..shape_at(0, geometry(), layout, 0) };
+    medium.write(0, &Header::encode(&superblock(), &shape, 90)).expect("simulated");
+    let found = reopen(&medium);
+    assert_eq!(found.report.dirty_damage.first[0].1, SectorFault::Foreign);
+    assert_eq!(dirty_of(&found), [range(0, SIZE)], "and so is all, for the log is not its own either");
+}
+
+#[test]
+fn a_damaged_log_makes_everything_dirty_and_is_replaced() {
+    let layout = Layout::new(geometry(), 0).expect("a file");
+    let first = layout.activity_at + BLOCK_LEN as u64;
+    for at in (0..BLOCK_LEN as u64).step_by(37) {
+        let medium = used();
+        medium.flip(first + at, 0x10);
+        let mut opened = reopen(&medium);
+        assert!(opened.report.activity_damage.is_some(), "byte {at}");
+        assert_eq!(opened.dirty.dirty_bytes(), SIZE);
+        opened.recover().expect("recovers");
+        let opened = reopen(&medium);
+        assert_eq!((opened.report, opened.dirty.dirty_bytes()), (Report::default(), SIZE));
+    }
+}
+
+#[test]
+fn a_log_that_lost_what_was_stored_is_found() {
+    let medium = used();
+    let mut opened = reopen(&medium);
+    opened.activity.begin_checkpoint();
+    opened.activity.end_checkpoint();
+    assert!(matches!(opened.activity.touch(range(0, 1)), Touch::Wait(_)));
+    let transaction = opened.activity.next_transaction().expect("due");
+    opened.area.commit(&transaction).expect("stored");
+    opened.superblocks.store(&superblock()).expect("stored, and knows of two transactions");
+    let layout = Layout::new(geometry(), 0).expect("a file");
+    medium.write(layout.activity_at + 2 * BLOCK_LEN as u64, &[0; BLOCK_LEN]).expect("simulated");
+    let opened = reopen(&medium);
+    assert_eq!(opened.report.activity_damage, Some(ring::Damage::Behind { last: 1, known: 2 }));
+    assert_eq!(opened.dirty.dirty_bytes(), SIZE);
+}
+
+#[test]
+fn another_volumes_metadata_is_refused_and_a_cut_one_too() {
+    let medium = used();
+    for (volume, node, size) in [("logs", "alpha", SIZE), ("db", "beta", SIZE), ("db", "alpha", SIZE + 4096)]
+    {
+        let error = open(medium.clone(), 0, volume, node, size, 1).expect_err("foreign");
+        assert!(matches!(error, MetadataError::Superblock(SuperblockError::Foreign { .. })), "{error}");
+    }
+    let end = Layout::new(geometry(), 0).expect("a file").end;
+    medium.truncate(end - 1);
+    let error = open(medium.clone(), 0, "db", "alpha", SIZE, 1).expect_err("cut");
+    assert!(
+        matches!(error, MetadataError::Truncated { found, needed, .. } if (found, needed) == (end - 1, end)),
+        "{error}"
+    );
+    medium.truncate(9000);
+    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("cut");
+    assert!(matches!(error, MetadataError::Superblock(SuperblockError::Truncated { .. })), "{error}");
+}
+
+#[test]
+fn a_newer_format_in_either_copy_is_refused() {
+    for copy in COPIES {
+        let medium = used();
+        let newer = superblock().encode_as(FORMAT_AFTER, 1, &[]);
+        medium.write(copy, &newer).expect("simulated");
+        let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("newer");
+        let text = error.to_string();
+        assert!(text.contains("format version 3, this program reads up to 2: run the release"), "{text}");
+    }
+}
+
+const FORMAT_AFTER: u32 = header::FORMAT + 1;
+
+#[test]
+fn metadata_is_not_made_over_other_metadata() {
+    let medium = used();
+    let again = |force| create(&medium, 0, &superblock(), geometry(), AREA + 9, force);
+    let error = again(false).expect_err("there is one");
+    assert!(matches!(error, MetadataError::Superblock(SuperblockError::Exists { .. })), "{error}");
+    again(true).expect("by force");
+    let opened = reopen(&medium);
+    assert_eq!((opened.report, opened.dirty.dirty_bytes()), (Report::default(), 0), "nothing is left over");
+}
+
+/// What a daemon of format 1 leaves behind.
+fn format_1(superblock: &Superblock) -> Simulated {
+    let medium = Simulated::with_len(super::super::superblock::AREA_LEN);
+    medium.write(COPIES[0], &superblock.encode(4)).expect("simulated");
+    medium.write(COPIES[1], &superblock.encode(3)).expect("simulated");
+    medium.sync().expect("simulated");
+    medium
+}
+
+#[test]
+fn format_1_becomes_format_2_with_what_it_knew() {
+    let in_sync = Superblock {
+        generations: crate::disk::superblock::Generations { current: Generation(5), ..Default::default() },
+        peer_has_current: true,
+        ..superblock()
+    };
+    let base = crate::disk::superblock::Generations { base: Generation(4), ..in_sync.generations };
+    for (before, dirty) in [
+        (superblock(), 0),
+        (in_sync.clone(), 0),
+        (Superblock { clean: false, ..in_sync.clone() }, SIZE),
+        (Superblock { applying: true, ..in_sync.clone() }, SIZE),
+        (Superblock { disk_state: DiskState::Inconsistent, ..in_sync.clone() }, SIZE),
+        (Superblock { generations: base, ..in_sync.clone() }, SIZE),
+        (Superblock { peer_has_current: false, ..in_sync.clone() }, SIZE),
+    ] {
+        let medium = format_1(&before);
+        let opened = reopen(&medium);
+        assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, dirty));
+        assert!(opened.report.upgraded);
+        let opened = reopen(&medium);
+        assert!(!opened.report.upgraded, "once");
+        assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, dirty));
+        for at in COPIES {
+            let mut copy = [0; SUPERBLOCK_LEN];
+            medium.read(at, &mut copy).expect("simulated");
+            assert!(matches!(Superblock::decode(&copy), Err(CopyError::Version { found: 2, newest: 1 })));
+        }
+    }
+}
+
+#[test]
+fn an_upgrade_cut_short_at_any_point_loses_nothing() {
+    let before = Superblock { clean: false, peer_has_current: true, ..superblock() };
+    for steps in 0..60 {
+        for seed in 0..4 {
+            let medium = format_1(&before);
+            medium.cut_after(steps);
+            let cut = open(medium.clone(), 0, "db", "alpha", SIZE, AREA);
+            drop(cut);
+            medium.restart(true, &mut Dice::new(seed * 77 + steps));
+            let opened = reopen(&medium);
+            assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, SIZE), "{steps}");
+        }
+    }
+}
+
+#[test]
+fn a_device_keeps_its_bitmap_in_front_where_it_is_large() {
+    let size = 1 << 40;
+    let geometry = Geometry::for_volume(size).expect("usual");
+    let offset = size + (8 << 20);
+    let medium = Simulated::with_len(offset + super::super::superblock::DEVICE_METADATA_LEN);
+    let superblock = Superblock::fresh("db", "alpha", size, true);
+    create(&medium, offset, &superblock, geometry, AREA, false).expect("made");
+    let mut opened = open(medium.clone(), offset, "db", "alpha", size, 1).expect("opens");
+    let _ = opened.dirty.set_all();
+    opened.area.store_unsaved(&mut opened.dirty).expect("stored");
+    let mut volume = vec![0; 1 << 20];
+    medium.read(size - (1 << 20), &mut volume).expect("simulated");
+    assert!(volume.iter().all(|byte| *byte == 0), "the volume's own bytes are not touched");
+    assert_eq!(open(medium, offset, "db", "alpha", size, 1).expect("opens").dirty.dirty_bytes(), size);
+    let full = Simulated::with_len(size + (1 << 20));
+    let error = create(&full, size, &superblock, geometry, AREA, false).expect_err("no room");
+    assert!(error.to_string().contains("the volume and its bitmap need"), "{error}");
+}
+
+#[test]
+fn an_area_that_moved_is_refused() {
+    let medium = used();
+    let layout = Layout::new(geometry(), 0).expect("a file");
+    let shape = Shape { dirty_at: -4096, ..shape_at(AREA, geometry(), layout, 0) };
+    medium.write(0, &Header::encode(&superblock(), &shape, 90)).expect("simulated");
+    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("moved");
+    assert!(matches!(error, MetadataError::Moved { .. }), "{error}");
+}
+
+#[test]
+fn a_transaction_is_one_block_and_one_sync() {
+    let medium = created();
+    let mut opened = reopen(&medium);
+    for extent in 0..100 {
+        assert!(matches!(opened.activity.touch(range(extent << 22, 4096)), Touch::Wait(_)));
+    }
+    let before = medium.cost();
+    let transaction = opened.activity.next_transaction().expect("due");
+    opened.area.commit(&transaction).expect("stored");
+    let after = medium.cost();
+    assert_eq!((after.0 - before.0, after.1 - before.1), (4096, 1), "for a hundred extents");
+}
+
+#[test]
+fn a_look_changes_nothing_and_says_it_all() {
+    let medium = used();
+    let before = medium.cost();
+    let seen = inspect::inspect(&medium, 0, 8).expect("readable");
+    assert_eq!(medium.cost(), before);
+    let area = seen.area.expect("format 2").expect("whole");
+    assert_eq!(area.hot_extents, [range(4 << 30, 4 << 20)]);
+    assert_eq!((area.bitmap_dirty_bytes, area.dirty_bytes), (1 << 20, 5 << 20));
+    assert_eq!(area.dirty_first, [range(1 << 30, 1 << 20), range(4 << 30, 4 << 20)]);
+    assert_eq!((area.last_transaction, area.torn_transaction, area.activity_damage), (1, false, None));
+    medium.flip(COPIES[0], 1);
+    medium.flip(COPIES[1], 1);
+    let seen = inspect::inspect(&medium, 0, 8).expect("readable");
+    assert!(seen.newest.is_err() && seen.area.is_none());
+    let seen = inspect::inspect(&format_1(&superblock()), 0, 8).expect("readable");
+    assert!(seen.newest.is_ok() && seen.area.is_none(), "format 1 has nothing more");
+}
+
+#[test]
+fn a_second_daemon_is_kept_out_and_a_look_is_not() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("db.img.meta");
+    assert!(matches!(FileMedium::open(&path), Err(SuperblockError::Missing { .. })));
+    let medium = FileMedium::create(&path, false).expect("made");
+    create(&medium, 0, &superblock(), geometry(), AREA, false).expect("made");
+    assert!(matches!(FileMedium::open(&path), Err(SuperblockError::Locked { .. })));
+    assert!(matches!(FileMedium::create(&path, false), Err(SuperblockError::Exists { .. })));
+    assert!(matches!(FileMedium::create(&path, true), Err(SuperblockError::Locked { .. })));
+    let (seen, in_use) = FileMedium::look(&path).expect("may look");
+    assert!(in_use && inspect::inspect(&seen, 0, 1).expect("readable").newest.is_ok());
+    assert!(seen.write(0, &[0]).is_err(), "and do nothing else");
+    drop(medium);
+    assert!(!FileMedium::look(&path).expect("may look").1);
+    FileMedium::open(&path).expect("a look does not lock");
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 44), size in any::<u64>()) {
+        let block = Superblock { size, ..superblock() }.encode_as(header::FORMAT, 1, &tail);
+        if let Ok((header, sequence)) = Header::decode(&block) {
+            let shape = header.shape.expect("format 2");
+            prop_assert_eq!(Header::encode(&header.superblock, &shape, sequence), block);
+            let _ = shape.layout(std::path::Path::new("x"), 1 << 20);
+        }
+    }
+
+    /// Whatever is done to the bytes behind the superblocks: it opens or says why not, nothing panics, and what was dirty
+    /// is, unless the very bytes that said so were replaced by zeros.
+    #[test]
+    fn flipped_bits_never_hide_what_is_dirty(flips in proptest::collection::vec((any::<prop::sample::Index>(), 1..=255u8), 1..12)) {
+        let medium = used();
+        let layout = Layout::new(geometry(), 0).expect("a file");
+        for (at, mask) in flips {
+            let len = usize::try_from(layout.end - layout.activity_at).expect("small");
+            medium.flip(layout.activity_at + at.index(len) as u64, mask);
+        }
+        let opened = reopen(&medium);
+        for must in [range(1 << 30, 1 << 20), range(4 << 30, 4 << 20)] {
+            let run = opened.dirty.next_dirty(must.start, must.len);
+            prop_assert_eq!(run, Some(must));
+        }
+        prop_assert!(medium.sectors() > 0);
+    }
+}
