@@ -9,6 +9,7 @@ pub mod ledger;
 pub mod pair;
 pub mod process;
 pub mod proxy;
+pub mod sim;
 
 use std::time::{Duration, Instant};
 
