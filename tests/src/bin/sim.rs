@@ -1,7 +1,7 @@
 //! Runs the simulator: `sim SEED` replays one run and tells its story, `sim --soak` runs one seed after the other until
 //! stopped or until a rule is broken, `sim --seeds A..B [--seconds N]` runs a range of them.
 
-use costandby_tests::sim::{Outcome, catch_panics, run};
+use costandby_tests::sim::{Options, Outcome, catch_panics, run};
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// Lines of a story that are printed: what a reader goes back over at first.
 const LINES: usize = 120;
 
-const USAGE: &str =
-    "usage: sim SEED [--lines N] | sim --soak [--from SEED] | sim --seeds A..B [--seconds N] [--keep-going]";
+const USAGE: &str = "usage: sim SEED [--lines N] | sim --soak [--from SEED] | sim --seeds A..B [--seconds N] [--keep-going]\n\
+    --strict-power: a power failure of the primary alone is no excuse either";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,23 +20,27 @@ fn main() -> ExitCode {
     };
     catch_panics();
     let seconds = value("--seconds").map_or(Duration::MAX, Duration::from_secs);
+    let strict_power = arguments.iter().any(|argument| argument == "--strict-power");
     let keep_going = arguments.iter().any(|argument| argument == "--keep-going");
     match arguments.first().map(String::as_str) {
         Some("--soak") => {
             let since_1970 = || std::time::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
             let from = value("--from").unwrap_or_else(since_1970);
-            many(from..u64::MAX, seconds, keep_going)
+            many(from..u64::MAX, seconds, keep_going, strict_power)
         }
         Some("--seeds") => {
             let range = arguments
                 .get(1)
                 .and_then(|text| text.split_once(".."))
                 .and_then(|(from, to)| Some(from.parse().ok()?..to.parse().ok()?));
-            range.map_or_else(usage, |range| many(range, seconds, keep_going))
+            range.map_or_else(usage, |range| many(range, seconds, keep_going, strict_power))
         }
         Some(seed) => seed.parse().map_or_else(
             |_| usage(),
-            |seed| tell(seed, usize::try_from(value("--lines").unwrap_or(LINES as u64)).unwrap_or(LINES)),
+            |seed| {
+                let lines = value("--lines").and_then(|lines| usize::try_from(lines).ok()).unwrap_or(LINES);
+                tell(seed, lines, strict_power)
+            },
         ),
         None => usage(),
     }
@@ -47,8 +51,8 @@ fn usage() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn tell(seed: u64, lines: usize) -> ExitCode {
-    let outcome = run(seed, true);
+fn tell(seed: u64, lines: usize, strict_power: bool) -> ExitCode {
+    let outcome = run(seed, Options { told: true, strict_power });
     let from = outcome.story.len().saturating_sub(lines);
     println!("seed {seed}: {}", outcome.config);
     for line in &outcome.story[from..] {
@@ -70,7 +74,7 @@ fn verdict(outcome: &Outcome) -> ExitCode {
     }
 }
 
-fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool) -> ExitCode {
+fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool, strict_power: bool) -> ExitCode {
     let began = Instant::now();
     let mut nanos = 0;
     let (mut runs, mut sessions, mut answered, mut failed, mut broken) = (0_u64, 0, 0, 0, 0_u64);
@@ -78,7 +82,7 @@ fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool) -> ExitC
     let mut rules: BTreeMap<&str, u64> = BTreeMap::new();
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     for seed in seeds {
-        let outcome = run(seed, false);
+        let outcome = run(seed, Options { told: false, strict_power });
         runs += 1;
         nanos += outcome.nanos;
         sessions += outcome.sessions;

@@ -79,8 +79,10 @@ struct Duty {
     durable: Vec<Nanos>,
     /// What reads have shown.
     seen: Vec<Nanos>,
-    /// When its content was last lost in part, replaced or given up.
+    /// When its content was last lost in part or given up; 0 once a copy has made it whole again.
     upset: Nanos,
+    /// When anything but requests last changed its content.
+    since: Nanos,
     /// When its host last lost power.
     lost_power: Nanos,
     /// An operator made it serve content of unknown worth, or gave it up: what it lacks is the operator's loss.
@@ -108,7 +110,7 @@ pub(super) struct Checker {
     servers: BTreeMap<(u64, u64), usize>,
     /// How often each rule was applied, so that a run can show what it covered.
     pub(super) applied: BTreeMap<&'static str, u64>,
-    /// Whether a power failure of the primary alone excuses what only the peer still has. See `docs`.
+    /// Whether a power failure of a copy's source excuses what only its target still had.
     pub(super) power_excuses: bool,
 }
 
@@ -377,7 +379,7 @@ impl Checker {
         // The youngest acknowledged write of each sector that had ended before the newest one held was asked for.
         let mut floor = vec![0; content.len() / SECTOR_LEN];
         // What was acknowledged before a disk was upset may be lost or have been given up.
-        let since = self.duties[0].upset.max(self.duties[1].upset);
+        let since = self.duties[0].since.max(self.duties[1].since);
         for change in self.changes.iter().filter(|c| c.acked && c.asked > since && c.ended < newest.0) {
             raise(&mut floor[sectors(change.range)], change.asked);
         }
@@ -389,6 +391,7 @@ impl Checker {
     pub(super) fn lost_power(&mut self, now: Nanos, node: usize, disk: &SimDisk, record: Record) -> Verdict {
         let duty = &mut self.duties[node];
         duty.upset = now;
+        duty.since = now;
         duty.lost_power = now;
         duty.seen.fill(0);
         let settled = record.up_to_date && !record.primary && !record.applying;
@@ -438,6 +441,7 @@ impl Checker {
         }
         let duty = &mut self.duties[node];
         duty.upset = now;
+        duty.since = now;
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
             list.fill(0);
         }
@@ -447,7 +451,8 @@ impl Checker {
     /// `node` has put on record that it holds what its peer holds.
     pub(super) fn copied(&mut self, now: Nanos, node: usize, disk: &SimDisk) -> Verdict {
         self.count("lost");
-        self.duties[node].upset = now;
+        self.duties[node].upset = 0;
+        self.duties[node].since = now;
         let source = self.duties[1 - node].clone();
         // With `async`, what was acknowledged may still be on its way.
         let floor = if self.ack == AckLevel::Async { &source.durable } else { &source.floor };
@@ -465,6 +470,7 @@ impl Checker {
     pub(super) fn gave_up(&mut self, now: Nanos, node: usize) {
         let duty = &mut self.duties[node];
         duty.upset = now;
+        duty.since = now;
         duty.excused = true;
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
             list.fill(0);

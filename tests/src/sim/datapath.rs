@@ -89,7 +89,7 @@ impl World {
         let now = self.now();
         match self.reactor(at) {
             Some(reactor) if reactor.turn_at == Some(now) && reactor.held_until <= now => {
-                reactor.turn_at = None
+                reactor.turn_at = None;
             }
             _ => return Ok(()),
         }
@@ -185,7 +185,7 @@ impl World {
             for notice in notices {
                 match notice {
                     Notice::Granted { origin: Origin::Queue { slot, .. }, token } => {
-                        self.go(at, OpId(slot), token)?
+                        self.go(at, OpId(slot), token)?;
                     }
                     Notice::Done { origin: Origin::Queue { slot, .. }, result } => {
                         self.live(at).full = false;

@@ -133,8 +133,12 @@ impl Wire {
         let now = ether.clock.now();
         let on_wire = self.ends[to].pending.iter().filter(|(due, _)| *due > now).count();
         let lost = usize::try_from(ether.rng.below(on_wire as u64 + 1)).expect("few");
-        let keep = self.ends[to].pending.len() - lost;
-        self.ends[to].pending.truncate(keep);
+        let kept = self.ends[to].pending.len() - lost;
+        let cut = self.ends[to].pending.split_off(kept);
+        // An end that is to be told stays told.
+        self.ends[to]
+            .pending
+            .extend(cut.into_iter().filter(|(_, event)| matches!(event, LinkEvent::Down(_))));
         self.ends[to].last_due = NEVER;
     }
 

@@ -37,7 +37,7 @@ pub(super) struct SimDisk {
     pub(super) image: Arc<DiskImage>,
     /// What is on the medium.
     pub(super) shadow: Vec<u8>,
-    /// When each page last went to the medium, so that an older flush does not take it back.
+    /// How old what the medium has of each page is, so that a flush that began before does not take it back.
     written: Vec<u64>,
     serial: u64,
 }
@@ -77,15 +77,15 @@ impl SimDisk {
     }
 
     pub(super) fn begin_flush(&mut self) -> FlushBegun {
+        self.serial += 1;
         FlushBegun { content: self.content(), serial: self.serial }
     }
 
     pub(super) fn end_flush(&mut self, begun: &FlushBegun) {
-        self.serial += 1;
         for (at, page) in begun.content.chunks(PAGE_LEN).enumerate() {
             if self.written[at] <= begun.serial {
                 self.shadow[at * PAGE_LEN..][..page.len()].copy_from_slice(page);
-                self.written[at] = self.serial;
+                self.written[at] = begun.serial;
             }
         }
     }
@@ -159,8 +159,11 @@ impl SimMeta {
         Location { path: PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd())), offset: 0 }
     }
 
-    pub(super) fn open(&self, node: &str, size: u64) -> Result<Opened, String> {
-        MetaStore::open_for(&self.location(), "db", node, size).map_err(|error| error.to_string())
+    /// As a daemon opens it, which begins by syncing what the one before may have left in the cache.
+    pub(super) fn open(&mut self, node: &str, size: u64) -> Result<Opened, String> {
+        let opened = MetaStore::open_for(&self.location(), "db", node, size);
+        self.settle();
+        opened.map_err(|error| error.to_string())
     }
 
     fn content(&self) -> Vec<u8> {
@@ -214,7 +217,7 @@ impl Record {
     fn newest(area: &[u8]) -> Self {
         let copies = [0, SUPERBLOCK_LEN].map(|at| Superblock::decode(&area[at..at + SUPERBLOCK_LEN]).ok());
         let newest = copies.into_iter().flatten().max_by_key(|(_, sequence)| *sequence);
-        let (superblock, _) = newest.expect("a store never risks both copies");
+        let (superblock, _) = newest.expect("one of two copies is good");
         Self {
             epoch: superblock.epoch.0,
             generation: superblock.generations.current.0,
