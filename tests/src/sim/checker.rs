@@ -448,22 +448,26 @@ impl Checker {
         Ok(())
     }
 
-    /// `node` has put on record that it holds what its peer holds.
+    /// `source` has it on record, and tells its peer, that the peer holds what it holds itself.
+    pub(super) fn vouched(&mut self, source: usize) {
+        let had = self.duties[source].clone();
+        let duty = &mut self.duties[1 - source];
+        // With `async`, what was acknowledged may still be on its way.
+        duty.floor = if self.ack == AckLevel::Async { had.durable.clone() } else { had.floor };
+        duty.durable = had.durable;
+        duty.upset = 0;
+    }
+
+    /// `node` has put on record that it holds what its peer vouched for. The peer may have gone on since.
     pub(super) fn copied(&mut self, now: Nanos, node: usize, disk: &SimDisk) -> Verdict {
         self.count("lost");
-        self.duties[node].upset = 0;
-        self.duties[node].since = now;
-        let source = self.duties[1 - node].clone();
-        // With `async`, what was acknowledged may still be on its way.
-        let floor = if self.ack == AckLevel::Async { &source.durable } else { &source.floor };
-        let duty = &mut self.duties[node];
-        raise_all(&mut duty.floor, floor);
-        raise_all(&mut duty.durable, &source.durable);
-        duty.excused = false;
-        self.duties[1 - node].excused = false;
-        // Held in memory; on the medium as far as the source had promised its clients.
-        self.hold("lost", NAMES[node], &disk.content(), 0, floor)?;
-        self.hold("lost", &format!("{}'s medium", NAMES[node]), &disk.shadow, 0, &source.durable)
+        for duty in &mut self.duties {
+            duty.since = now;
+            duty.excused = false;
+        }
+        let duty = &self.duties[node];
+        self.hold("lost", NAMES[node], &disk.content(), 0, &duty.floor)?;
+        self.hold("lost", &format!("{}'s medium", NAMES[node]), &disk.shadow, 0, &duty.durable)
     }
 
     /// An operator gave up what `node` holds (`create --force`), or its medium failed.

@@ -39,6 +39,8 @@ pub(super) struct Reactor {
     pub(super) commands: VecDeque<(Nanos, Command)>,
     pub(super) operations: VecDeque<OpId>,
     pub(super) full: bool,
+    /// The last turn found something to do: the next follows at once.
+    busy: bool,
     next_deadline: Nanos,
     pub(super) turn_at: Option<Nanos>,
     /// Held up until then, as by a page fault on a slow disk.
@@ -56,6 +58,7 @@ impl Reactor {
             commands: VecDeque::new(),
             operations: VecDeque::new(),
             full: false,
+            busy: true,
             next_deadline: 0,
             turn_at: None,
             held_until: 0,
@@ -63,7 +66,8 @@ impl Reactor {
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.calls.is_empty()
+        !self.busy
+            && self.calls.is_empty()
             && self.jobs_done.is_empty()
             && self.commands.is_empty()
             && self.operations.is_empty()
@@ -116,6 +120,7 @@ impl World {
         let next = self.live(at).next_deadline;
         let soon = now + US + self.rng.below(5 * US);
         let again = any || self.volume(at).has_backlog();
+        self.live(at).busy = again;
         self.wake(at, if again { soon } else { next });
         Ok(())
     }

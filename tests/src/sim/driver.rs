@@ -469,6 +469,9 @@ impl World {
             _ => "?",
         };
         self.tell(at, format_args!("says: {name} ({arg:x})"));
+        if code == code::RESYNC_FINISH {
+            self.checker.vouched(at);
+        }
         self.send(at, Command::SendPeer { volume: 0, code, arg });
     }
 
