@@ -1,5 +1,6 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), and programs run with a limit ([`process`]).
+//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), and two nodes in
+//! virtual time ([`sim`]).
 //!
 //! Invariants: every wait is bounded, every process is ended by its own id when its guard is dropped, and every file
 //! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
