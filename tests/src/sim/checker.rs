@@ -13,9 +13,12 @@
 //! - `durable-here`, `durable-there`: after a flush everything acknowledged before it was asked is on the media of both,
 //!   alone on record aside; a FUA write and the level `durable` promise it of the write itself;
 //! - `stale-read`: a read shows nothing older than what was acknowledged on this disk, or was read from it, before;
+//! - `read-there`: of a write that is not acknowledged yet a read shows only what the peer has too, so that a failover
+//!   takes nothing back that was seen;
 //! - `prefix`: a disk that holds a write holds all that was acknowledged before that write was asked for;
 //! - `lost`: what a settled disk has to hold is there after a power failure, and no copy overwrites a disk that has to
 //!   hold more than its source, but where an operator said so;
+//! - `unmarked`: a disk is on record as a mixture before the first byte of a copy may reach it;
 //! - `serving`: answers come only from a disk on record as up to date and primary, and writes under one pair of
 //!   generation and epoch are acknowledged by one node;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
@@ -335,8 +338,16 @@ impl Checker {
     }
 
     /// A client reads these bytes.
-    pub(super) fn read(&mut self, node: usize, range: ByteRange, bytes: &[u8], record: Record) -> Verdict {
-        self.serves(node, false, record)?;
+    pub(super) fn read(
+        &mut self,
+        node: usize,
+        range: ByteRange,
+        bytes: &[u8],
+        disks: [&SimDisk; 2],
+        records: [Record; 2],
+    ) -> Verdict {
+        self.serves(node, false, records[node])?;
+        self.read_there(node, range, bytes, disks[1 - node], records[node])?;
         self.count("stale-read");
         let span = sectors(range);
         self.hold("stale-read", NAMES[node], bytes, span.start, &self.duties[node].floor[span.clone()])?;
@@ -345,6 +356,30 @@ impl Checker {
             let (_, asked, _) = self.age(bytes, sector)?;
             let seen = &mut self.duties[node].seen[sector];
             *seen = asked.max(*seen);
+        }
+        Ok(())
+    }
+
+    /// What a client was shown of a write that is still under way is not lost with this node.
+    fn read_there(
+        &mut self,
+        node: usize,
+        range: ByteRange,
+        bytes: &[u8],
+        peer: &SimDisk,
+        record: Record,
+    ) -> Verdict {
+        if !record.peer_has_current || self.ack == AckLevel::Async {
+            return Ok(());
+        }
+        self.count("read-there");
+        let there = peer.read(range);
+        let pairs = bytes.chunks(SECTOR_LEN).zip(there.chunks(SECTOR_LEN));
+        for (sector, (shown, held)) in sectors(range).zip(pairs) {
+            let (ended, asked, id) = self.age(shown, sector)?;
+            if id > 0 && ended == Nanos::MAX && self.duties[1 - node].upset < asked {
+                self.hold("read-there", NAMES[1 - node], held, sector, &[asked])?;
+            }
         }
         Ok(())
     }
@@ -444,6 +479,17 @@ impl Checker {
         duty.since = now;
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
             list.fill(0);
+        }
+        Ok(())
+    }
+
+    /// `source` is about to send the first byte of a copy to a peer with this record.
+    pub(super) fn copies(&mut self, source: usize, target: Record) -> Verdict {
+        self.count("unmarked");
+        if target.up_to_date && target.generation != 0 {
+            let text =
+                format!("{} is about to be copied over and its record says {target:?}", NAMES[1 - source]);
+            return broken("unmarked", text);
         }
         Ok(())
     }

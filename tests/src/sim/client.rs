@@ -188,7 +188,7 @@ impl World {
                 if self.nodes[at].disk.image.is_failed() {
                     return self.op_done(id, Err(IoError::DiskFailed));
                 }
-                let record = self.nodes[at].meta.durable();
+                let records = [self.record(0), self.record(1)];
                 self.close(id, true);
                 self.tell(
                     at,
@@ -197,7 +197,7 @@ impl World {
                         u64::from_le_bytes(bytes[..8].try_into().expect("8"))
                     ),
                 );
-                self.checker.read(at, range, &bytes, record)
+                self.checker.read(at, range, &bytes, [&self.nodes[0].disk, &self.nodes[1].disk], records)
             }
             Op::Change(Kind::Write) => {
                 let bytes = payload(change.expect("a change"), range);

@@ -492,6 +492,10 @@ impl World {
         if let Some(stream) = conversation.and_then(|c| c.stream) {
             let (wire, both) = self.take_wire(at, stream);
             let link: Box<dyn Link> = Box::new(SimLink::new(wire, at));
+            if side == (SessionSide::Source { resync: true }) {
+                let target = self.record(1 - at);
+                self.checker.copies(at, target)?;
+            }
             let direction = match side {
                 SessionSide::Source { resync } => Direction::Source { resync },
                 SessionSide::Target => Direction::Target,
