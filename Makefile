@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rdma vm bench bench-rdma fuzz fmt clean
+.PHONY: help demo test test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 60
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: ## two nodes on loopback, one killed in mid-write, every write accounted for (ARGS="--seconds 5 --json")
 	@tests/tools/need.sh build
@@ -44,6 +44,18 @@ bench-rdma: ## measure the RDMA link in a virtual machine, beside bare verbs, pe
 fuzz: ## fuzz each decoder for FUZZ_SECONDS (60), or only TARGET=wire_frame
 	@tests/tools/need.sh test
 	@tests/fuzz/run.sh $(FUZZ_SECONDS) $(TARGET)
+
+sim: ## replay one run of the simulator and tell its story: SEED=7 (ARGS="--lines 1000")
+	@tests/tools/need.sh build
+	@cargo run --quiet --locked --package costandby-tests --bin sim -- $(SEED) $(ARGS)
+
+soak: ## run the simulator, one seed after the other, until stopped or until a rule is broken (ARGS="--from 1000")
+	@tests/tools/need.sh build
+	@cargo run --quiet --locked --package costandby-tests --bin sim -- --soak $(ARGS)
+
+planted-bugs: ## put each deliberate bug into a copy of the sources and see the simulator catch it (ONLY=name)
+	@tests/tools/need.sh build
+	@tests/tools/planted-bugs.sh $(ONLY)
 
 fmt: ## format the code
 	@cargo fmt --all

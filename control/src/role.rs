@@ -362,6 +362,8 @@ pub struct VolumeController {
     shutdown_deadline: Option<Duration>,
     /// Why there is no session although the peer is there.
     refusal: Option<String>,
+    /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
+    medium_failed: bool,
 }
 
 impl VolumeController {
@@ -388,6 +390,7 @@ impl VolumeController {
             demotion: None,
             shutdown_deadline: None,
             refusal: None,
+            medium_failed: false,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), and virtual
-//! machines with an RDMA device ([`vm`]).
+//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), two nodes in
+//! virtual time ([`sim`]), and virtual machines with an RDMA device ([`vm`]).
 //!
 //! Invariants: every wait is bounded, every process is ended by its own id when its guard is dropped, and every file
 //! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
@@ -10,6 +10,7 @@ pub mod ledger;
 pub mod pair;
 pub mod process;
 pub mod proxy;
+pub mod sim;
 pub mod vm;
 
 use std::time::{Duration, Instant};

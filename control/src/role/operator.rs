@@ -19,6 +19,11 @@ impl VolumeController {
             return self.reply(id, Err("the daemon is shutting down".to_owned()), actions);
         }
         match command {
+            Command::Promote { .. } | Command::Connect { .. } if self.medium_failed => {
+                // The datapath has given the disk up until the next start: a session over it would end as it begins.
+                let text = self.refusal.clone().unwrap_or_else(|| "the disk failed".to_owned());
+                self.reply(id, Err(text), actions);
+            }
             Command::Promote { force } => self.on_promote(now, id, force, actions),
             Command::Demote => self.on_demote(now, id, actions),
             Command::Connect { discard_my_data: false } => self.on_connect(id, "connecting", actions),
@@ -256,7 +261,7 @@ impl VolumeController {
 
     pub(super) fn on_disk_failed(&mut self, text: &str, actions: &mut Vec<Action>) {
         // Storing the state below may fail in turn and be reported again.
-        if self.superblock.disk_state == DiskState::Failed && self.connection == Connection::Standalone {
+        if self.medium_failed && self.connection == Connection::Standalone {
             return;
         }
         let text =
@@ -275,6 +280,7 @@ impl VolumeController {
         self.alone = false;
         self.part(actions);
         self.refusal = Some(text);
+        self.medium_failed = true;
         self.superblock.disk_state = DiskState::Failed;
         self.superblock.primary = false;
         self.store(actions);

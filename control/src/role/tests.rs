@@ -660,6 +660,11 @@ fn a_failing_disk_stops_serving_and_leaves_the_peer_alone() {
     assert!(down.disk_state == DiskState::Failed && !down.primary);
     assert_eq!(one.on(failed()), [], "storing that may fail too");
     reply(&one.command(promote(false))).expect_err("no disk");
+    for command in [promote(true), Command::Connect { discard_my_data: false }] {
+        let actions = one.command(command);
+        assert!(reply(&actions).expect_err("until the next start").contains("restart"), "{actions:?}");
+        assert_eq!(one.controller.connection, Connection::Standalone);
+    }
 }
 
 #[test]

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Invariants: a store writes the copy that is *not* the newest and returns only when it is on stable storage, so the
-//! newest good copy is never at risk; every copy carries a sequence number and a CRC-32C in its last four bytes,
-//! whatever its version; one open [`MetaStore`] holds an exclusive lock, so two daemons never share a disk.
+//! newest good copy is never at risk; opening first brings to stable storage what an earlier daemon only wrote; every copy
+//! carries a sequence number and a CRC-32C in its last four bytes, whatever its version; one open [`MetaStore`] holds an exclusive lock, so two daemons never share a disk.
 //!
 //! Survives: power loss during a store (the older copy is read), one damaged copy (reported), garbage, truncation, a
 //! foreign volume's file, a newer release's format (each its own error). After a failed store nothing more is stored:
@@ -604,6 +604,9 @@ impl MetaStore {
         if found < AREA_LEN {
             return Err(SuperblockError::Truncated { path: path.clone(), found });
         }
+        // A daemon that was killed between writing a copy and syncing it left one that only the cache holds. It is about
+        // to be trusted, and the next store writes over the other copy: it must be on the medium before.
+        file.sync_data().map_err(io("flushing"))?;
         let mut copies = Vec::with_capacity(COPIES.len());
         for at in COPIES {
             let mut copy = [0; SUPERBLOCK_LEN];

@@ -76,6 +76,15 @@ impl DiskWorkers {
         Ok(Self { jobs: Some(jobs), threads })
     }
 
+    /// No threads: whoever holds the receiver makes the calls, when and in what order it likes, and hands the results to
+    /// the volume itself. For simulations, where a thread would spoil that a run repeats.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn by_hand() -> (Self, Receiver<Job>) {
+        let (jobs, queue) = crossbeam_channel::unbounded();
+        (Self { jobs: Some(jobs), threads: Vec::new() }, queue)
+    }
+
     /// Queues a job. Does not block.
     ///
     /// # Panics

@@ -1,0 +1,560 @@
+//! Control's part of a node: the production [`VolumeController`], and a driver for it in virtual time.
+//!
+//! Stands beside `VolumeTask` (control/src/node/volume.rs), which talks to tokio, the reactor's thread and real files; what
+//! it decides itself (when to dial, when a conversation is over, what a failed store leaves undone) is repeated here in
+//! the same order and under the same names. Keep the two comparable. A store suspends the list of actions until the
+//! medium has it, and so may, at random, any other action: a process may die between two of them.
+
+use super::checker::{NAMES, Verdict};
+use super::clock::{MS, Nanos, US};
+use super::network::SimLink;
+use super::streams::StreamId;
+use super::world::{Event, World};
+use costandby_control::hello::{Message, Ready};
+use costandby_control::role::{self, Action, Connection, ReplyId, Role, SessionSide, VolumeController, code};
+use costandby_datapath::disk::superblock::{DiskState, MetaStore, Superblock};
+use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
+use costandby_datapath::transport::Link;
+use costandby_datapath::units::Epoch;
+use std::collections::VecDeque;
+
+/// As in `VolumeTask`.
+pub(super) const TICK: Nanos = 100 * MS;
+const DIAL_PAUSE_MAX: Nanos = 500 * MS;
+
+/// What the task is told.
+pub(super) enum Input {
+    Reactor(ReactorEvent),
+    Accepted { stream: StreamId, hello: Box<costandby_control::hello::Hello> },
+    Dialled { stream: Option<StreamId> },
+    Heard { serial: u64, stream: StreamId, heard: Result<Message, String> },
+    Operator { id: ReplyId, command: role::Command },
+    Shutdown,
+    Tick,
+}
+
+struct Conversation {
+    serial: u64,
+    stream: Option<StreamId>,
+}
+
+/// Actions being carried out, and what comes after them.
+struct Work {
+    actions: VecDeque<Action>,
+    before: Connection,
+    failure: Option<String>,
+    /// The event was said in a conversation.
+    heard: bool,
+    /// The list that follows a failed store.
+    last_will: bool,
+}
+
+/// The task of one process.
+pub(super) struct Driver {
+    pub(super) controller: VolumeController,
+    store: MetaStore,
+    pub(super) inbox: VecDeque<(Nanos, Input)>,
+    work: Option<Work>,
+    /// What is being stored, and whether it will fail.
+    storing: Option<(Box<Superblock>, bool)>,
+    conversation: Option<Conversation>,
+    serial: u64,
+    dials: bool,
+    dial_under_way: bool,
+    dial_pause: Nanos,
+    next_dial: Nanos,
+    link_up: bool,
+    epoch: Epoch,
+    refusal_told: String,
+    pub(super) finished: bool,
+}
+
+impl Driver {
+    pub(super) fn new(controller: VolumeController, store: MetaStore) -> Self {
+        Self {
+            controller,
+            store,
+            inbox: VecDeque::new(),
+            work: None,
+            storing: None,
+            conversation: None,
+            serial: 0,
+            dials: false,
+            dial_under_way: false,
+            dial_pause: TICK,
+            next_dial: 0,
+            link_up: false,
+            epoch: Epoch::ZERO,
+            refusal_told: String::new(),
+            finished: false,
+        }
+    }
+
+    /// A store is under way: its bytes may be in the cache, on the medium, or half there.
+    pub(super) fn is_storing(&self) -> bool {
+        self.storing.is_some()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.work.is_none() && self.inbox.is_empty()
+    }
+}
+
+impl World {
+    /// Puts something in the task's inbox, to be looked at a little later.
+    pub(super) fn post_input(&mut self, at: usize, input: Input) {
+        let due = self.now() + US + self.rng.below(self.config.control_delay);
+        let Some(process) = &mut self.nodes[at].process else { return };
+        let inbox = &mut process.driver.inbox;
+        let due = inbox.back().map_or(due, |(last, _)| due.max(*last));
+        inbox.push_back((due, input));
+        let life = self.nodes[at].life;
+        self.agenda.at(due, Event::Control { at, life });
+    }
+
+    /// Takes what is due from the inbox, unless a list of actions is still being carried out.
+    pub(super) fn control(&mut self, at: usize) -> Verdict {
+        let now = self.now();
+        while self.nodes[at].process.is_some() && self.driver(at).work.is_none() {
+            if self.driver(at).finished {
+                self.end_process(at);
+                return Ok(());
+            }
+            if self.driver(at).inbox.front().is_none_or(|(due, _)| *due > now) {
+                return Ok(());
+            }
+            let (_, input) = self.driver(at).inbox.pop_front().expect("just seen");
+            self.take(at, input)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, at: usize, input: Input) -> Verdict {
+        match input {
+            Input::Reactor(event) => self.take_reactor(at, event),
+            Input::Accepted { stream, hello } => {
+                if let Some(older) = self.driver(at).conversation.take() {
+                    self.drop_conversation(at, &older);
+                    let event = role::Event::SessionFailed { text: "it began anew".into() };
+                    self.handle(at, event, false)?;
+                    if self.driver(at).work.is_some() {
+                        // It is handled to its end before the newer hello is looked at.
+                        let now = self.now();
+                        self.driver(at).inbox.push_front((now, Input::Accepted { stream, hello }));
+                        return Ok(());
+                    }
+                }
+                let ours = self.begin_conversation(at);
+                let serial = self.driver(at).serial;
+                self.say(at, stream, &ours);
+                self.post_input(at, Input::Heard { serial, stream, heard: Ok(Message::Hello(hello)) });
+                Ok(())
+            }
+            Input::Dialled { stream } => {
+                self.driver(at).dial_under_way = false;
+                self.dialled(at, stream);
+                Ok(())
+            }
+            Input::Heard { serial, stream, heard } => {
+                if self.driver(at).conversation.as_ref().is_some_and(|c| c.serial == serial) {
+                    self.heard(at, stream, heard)
+                } else {
+                    self.close_stream(at, stream);
+                    Ok(())
+                }
+            }
+            Input::Operator { id, command } => {
+                self.tell(at, format_args!("operator: {command:?}"));
+                self.note_command(at, command);
+                self.handle(at, role::Event::Operator { id, command }, false)
+            }
+            Input::Shutdown => self.handle(at, role::Event::Shutdown, false),
+            Input::Tick => {
+                self.handle(at, role::Event::Tick, false)?;
+                if self.nodes[at].process.is_some() {
+                    self.dial_if_due(at);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn take_reactor(&mut self, at: usize, event: ReactorEvent) -> Verdict {
+        let event = match event {
+            ReactorEvent::LinkDown { reason, undurable, .. } => {
+                self.tell(at, format_args!("link down: {reason}; undurable: {undurable}"));
+                self.driver(at).link_up = false;
+                self.pause_dialling(at, false);
+                if self.driver(at).controller.status().connection == Connection::Connected {
+                    self.check_prefix(at)?;
+                }
+                role::Event::LinkDown { reason, undurable }
+            }
+            ReactorEvent::Settled { .. } => role::Event::Settled,
+            ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
+            ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
+            ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
+            ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
+            ReactorEvent::Quiesced { .. } => role::Event::Quiesced,
+            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } => {
+                panic!("the simulator changes no links")
+            }
+            ReactorEvent::Stopped => return Ok(()),
+        };
+        self.handle(at, event, false)
+    }
+
+    fn begin_conversation(&mut self, at: usize) -> Message {
+        let ring_len = self.config.ring_len as u64;
+        let driver = self.driver(at);
+        driver.serial += 1;
+        driver.conversation = Some(Conversation { serial: driver.serial, stream: None });
+        Message::Hello(Box::new(driver.controller.hello(ring_len, &["tcp"])))
+    }
+
+    fn dial_if_due(&mut self, at: usize) {
+        let now = self.now();
+        let driver = self.driver(at);
+        let idle = driver.conversation.is_none() && !driver.link_up && !driver.dial_under_way;
+        if driver.dials && idle && now >= driver.next_dial {
+            driver.dial_under_way = true;
+            self.dial(at);
+        }
+    }
+
+    fn pause_dialling(&mut self, at: usize, longer: bool) {
+        let now = self.now();
+        let driver = self.driver(at);
+        driver.dial_pause = if longer { (driver.dial_pause * 2).min(DIAL_PAUSE_MAX) } else { TICK };
+        driver.next_dial = now + driver.dial_pause;
+    }
+
+    fn dialled(&mut self, at: usize, stream: Option<StreamId>) {
+        let Some(stream) = stream else { return self.pause_dialling(at, true) };
+        let driver = self.driver(at);
+        if !driver.dials || driver.conversation.is_some() || driver.link_up {
+            return self.close_stream(at, stream);
+        }
+        let ours = self.begin_conversation(at);
+        let serial = self.driver(at).serial;
+        self.converse(at, serial, stream, &ours);
+    }
+
+    fn heard(&mut self, at: usize, stream: StreamId, heard: Result<Message, String>) -> Verdict {
+        let event = match heard {
+            Ok(Message::Hello(hello)) => {
+                self.driver(at).conversation.as_mut().expect("the caller looked").stream = Some(stream);
+                role::Event::HelloReceived(hello)
+            }
+            Ok(Message::Ready(ready)) => {
+                self.driver(at).conversation.as_mut().expect("the caller looked").stream = Some(stream);
+                role::Event::SessionReady(ready)
+            }
+            Ok(Message::Refuse(refuse)) => {
+                self.driver(at).conversation = None;
+                self.close_stream(at, stream);
+                role::Event::SessionFailed { text: refuse.text }
+            }
+            Ok(Message::Link(_) | Message::Upgrade(_) | Message::Offer(_)) => {
+                panic!("the simulated nodes speak TCP only")
+            }
+            Err(text) => {
+                self.driver(at).conversation = None;
+                self.close_stream(at, stream);
+                role::Event::SessionFailed { text }
+            }
+        };
+        if matches!(event, role::Event::SessionFailed { .. }) {
+            self.pause_dialling(at, true);
+        }
+        self.handle(at, event, true)
+    }
+
+    /// Gives an event to the controller and begins to do what it says.
+    pub(super) fn handle(&mut self, at: usize, event: role::Event, heard: bool) -> Verdict {
+        let local = self.nodes[at].skew.duration(self.now());
+        if !matches!(event, role::Event::Tick) {
+            self.tell(at, format_args!("control hears {}", brief(&event)));
+        }
+        let driver = self.driver(at);
+        let before = driver.controller.status().connection;
+        let mut actions = Vec::new();
+        driver.controller.handle(local, event, &mut actions);
+        driver.work = Some(Work { actions: actions.into(), before, failure: None, heard, last_will: false });
+        self.work(at)
+    }
+
+    /// Goes on with the list of actions, to its end or to the next pause.
+    fn work(&mut self, at: usize) -> Verdict {
+        loop {
+            let Some(work) = &mut self.driver(at).work else { return Ok(()) };
+            let Some(action) = work.actions.pop_front() else { break };
+            match (work.failure.clone(), work.last_will) {
+                (Some(error), false) => self.leave_undone(at, &action, &error),
+                (_, true) if matches!(action, Action::StoreMetadata(_)) => {}
+                _ => {
+                    if let Action::StoreMetadata(superblock) = action {
+                        self.begin_store(at, superblock);
+                        return Ok(());
+                    }
+                    self.perform(at, action)?;
+                    if self.rng.below(100) == 0 {
+                        // Preempted.
+                        let life = self.nodes[at].life;
+                        let due = self.now() + self.rng.below(2 * MS);
+                        self.agenda.at(due, Event::Work { at, life });
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        self.finish_work(at)
+    }
+
+    /// The medium has the superblock, or refused it; or the processor is ours again.
+    pub(super) fn resume(&mut self, at: usize) -> Verdict {
+        if let Some((superblock, fails)) = self.driver(at).storing.take() {
+            if fails {
+                let work = self.driver(at).work.as_mut().expect("it was suspended");
+                work.failure = Some("simulated: input/output error".to_owned());
+            } else {
+                let before = self.nodes[at].meta.durable();
+                self.nodes[at].meta.settle();
+                self.stored(at, before, &superblock)?;
+            }
+        }
+        self.work(at)?;
+        self.control(at)
+    }
+
+    fn begin_store(&mut self, at: usize, superblock: Box<Superblock>) {
+        let fails = std::mem::take(&mut self.nodes[at].store_fails);
+        let takes = self.store_takes(at);
+        self.tell(at, format_args!("stores {} ({} µs)", named(&superblock), takes / US));
+        let driver = self.driver(at);
+        if !fails {
+            driver.store.store(&superblock).expect("a memory file takes it");
+        }
+        driver.storing = Some((superblock, fails));
+        let life = self.nodes[at].life;
+        self.agenda.at(self.now() + takes, Event::Work { at, life });
+    }
+
+    fn finish_work(&mut self, at: usize) -> Verdict {
+        let work = self.driver(at).work.take().expect("it was under way");
+        let status = self.driver(at).controller.status();
+        if work.before == Connection::SyncSource
+            && status.connection == Connection::Connected
+            && !work.last_will
+        {
+            self.send(at, Command::PeerInSync { volume: 0 });
+        }
+        self.tell_refusal(at, &status);
+        if work.failure.is_some() && !work.last_will {
+            // The record could not be made durable: nothing that rests on it was done, and nothing may be any more.
+            self.send(at, Command::CloseLink { volume: 0, reason: "the metadata cannot be stored" });
+            self.send(at, Command::StopServing { volume: 0 });
+            let now = self.now();
+            self.checker.gave_up(now, at);
+            let local = self.nodes[at].skew.duration(now);
+            let driver = self.driver(at);
+            let mut actions = Vec::new();
+            let text = work.failure.clone().expect("just seen");
+            driver.controller.handle(local, role::Event::DiskFailed { text }, &mut actions);
+            driver.work = Some(Work { actions: actions.into(), last_will: true, ..work });
+            return self.work(at);
+        }
+        if work.heard && self.driver(at).conversation.as_ref().is_some_and(|c| c.stream.is_some()) {
+            // A controller that neither answered nor made a session of it is done with the connection.
+            let over = self.driver(at).conversation.take().expect("just seen");
+            self.drop_conversation(at, &over);
+            self.pause_dialling(at, true);
+        }
+        Ok(())
+    }
+
+    fn leave_undone(&mut self, at: usize, action: &Action, error: &str) {
+        if let Action::StartSession { .. } = action {
+            if let Some(over) = self.driver(at).conversation.take() {
+                self.drop_conversation(at, &over);
+            }
+            let (volume, reason) = (0, error.to_owned());
+            self.post_input(at, Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true }));
+            self.post_input(at, Input::Reactor(ReactorEvent::Settled { volume }));
+        }
+    }
+
+    fn tell_refusal(&mut self, at: usize, status: &role::Status) {
+        if status.role == Role::Primary {
+            return;
+        }
+        let text = format!("{:?}, {:?}", status.role, status.peer_primary);
+        if text != self.driver(at).refusal_told {
+            self.driver(at).refusal_told.clone_from(&text);
+            self.send(at, Command::Refusal { volume: 0, text });
+        }
+    }
+
+    /// Hands the reactor a command; it takes it up a little later.
+    fn send(&mut self, at: usize, command: Command) {
+        let due = self.now() + self.rng.below(self.config.control_delay);
+        let commands = &mut self.live(at).commands;
+        let due = commands.back().map_or(due, |(last, _)| due.max(*last));
+        commands.push_back((due, command));
+        self.wake(at, due);
+    }
+
+    fn perform(&mut self, at: usize, action: Action) -> Verdict {
+        let volume = 0;
+        match action {
+            Action::StoreMetadata(_) => panic!("suspends"),
+            Action::Dial => {
+                let now = self.now();
+                self.driver(at).dials = true;
+                self.driver(at).next_dial = now;
+                self.dial_if_due(at);
+            }
+            Action::StopDialing => self.driver(at).dials = false,
+            Action::SendReady(ready) => self.send_ready(at, ready),
+            Action::Refuse(refuse) => {
+                if let Some(Conversation { stream: Some(stream), .. }) = self.driver(at).conversation.take() {
+                    self.say(at, stream, &Message::Refuse(refuse));
+                    self.close_stream(at, stream);
+                }
+                self.pause_dialling(at, true);
+            }
+            Action::StartSession { side, serve, epoch } => self.start_session(at, side, serve, epoch)?,
+            Action::AdoptEpoch(epoch) => {
+                self.driver(at).epoch = epoch;
+                self.send(at, Command::Direct { volume, direction: Direction::Target, epoch });
+            }
+            Action::Serve { epoch } => {
+                self.driver(at).epoch = epoch;
+                if self.driver(at).link_up {
+                    let resync = self.driver(at).controller.status().connection == Connection::SyncSource;
+                    self.send(at, Command::Direct { volume, direction: Direction::Source { resync }, epoch });
+                }
+                self.send(at, Command::Serve { volume });
+            }
+            Action::StopServing => {
+                self.send(at, Command::StopServing { volume });
+                // A copy under way goes on without clients.
+                if self.driver(at).link_up
+                    && self.driver(at).controller.status().connection != Connection::SyncSource
+                {
+                    let epoch = self.driver(at).epoch;
+                    self.send(at, Command::Direct { volume, direction: Direction::Target, epoch });
+                }
+            }
+            Action::GoAlone => self.send(at, Command::GoAlone { volume }),
+            Action::CloseLink => {
+                if let Some(over) = self.driver(at).conversation.take() {
+                    self.drop_conversation(at, &over);
+                }
+                if self.driver(at).link_up {
+                    self.send(at, Command::CloseLink { volume, reason: "by this node's decision" });
+                }
+            }
+            Action::SendPeer { code, arg } => self.send_peer(at, code, arg),
+            Action::Quiesce => self.send(at, Command::Quiesce { volume }),
+            Action::Reply { id, result } => self.replied(at, id, &result),
+            Action::Log { text, .. } => self.tell(at, format_args!("log: {text}")),
+            Action::ShutdownComplete => self.driver(at).finished = true,
+        }
+        Ok(())
+    }
+
+    fn send_peer(&mut self, at: usize, code: u64, arg: u64) {
+        let name = match code {
+            code::PROMOTE_REQUEST => "may I become primary",
+            code::PROMOTE_GRANT => "you may",
+            code::PROMOTE_DENY => "you may not",
+            code::DEMOTED => "I am standby",
+            code::RESYNC_FINISH => "you hold this generation",
+            code::RESYNC_FINISHED => "on record",
+            _ => "?",
+        };
+        self.tell(at, format_args!("says: {name} ({arg:x})"));
+        if code == code::RESYNC_FINISH {
+            self.checker.vouched(at);
+        }
+        self.send(at, Command::SendPeer { volume: 0, code, arg });
+    }
+
+    fn send_ready(&mut self, at: usize, ready: Ready) {
+        let serial = self.driver(at).serial;
+        let stream = self.driver(at).conversation.as_mut().and_then(|c| c.stream.take());
+        if let Some(stream) = stream {
+            self.tell(at, format_args!("ready: {:?}", ready.agreement));
+            self.converse(at, serial, stream, &Message::Ready(ready));
+        }
+    }
+
+    fn start_session(&mut self, at: usize, side: SessionSide, serve: bool, epoch: Epoch) -> Verdict {
+        let conversation = self.driver(at).conversation.take();
+        self.driver(at).epoch = epoch;
+        self.driver(at).link_up = true;
+        let volume = 0;
+        if let Some(stream) = conversation.and_then(|c| c.stream) {
+            let (wire, both) = self.take_wire(at, stream);
+            let link: Box<dyn Link> = Box::new(SimLink::new(wire, at));
+            if side == (SessionSide::Source { resync: true }) {
+                let target = self.record(1 - at);
+                self.checker.copies(at, target)?;
+            }
+            let direction = match side {
+                SessionSide::Source { resync } => Direction::Source { resync },
+                SessionSide::Target => Direction::Target,
+            };
+            self.sessions += 1;
+            if both {
+                self.check_session()?;
+            }
+            self.send(at, Command::Session { volume, link, direction, epoch });
+        } else {
+            let reason = "the connection is gone".to_owned();
+            self.post_input(at, Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true }));
+        }
+        if serve {
+            self.send(at, Command::Serve { volume });
+        }
+        Ok(())
+    }
+
+    fn drop_conversation(&mut self, at: usize, over: &Conversation) {
+        if let Some(stream) = over.stream {
+            self.close_stream(at, stream);
+        } else {
+            self.stop_listening(at, over.serial);
+        }
+    }
+
+    pub(super) fn driver(&mut self, at: usize) -> &mut Driver {
+        let process = self.nodes[at].process.as_mut();
+        &mut process.unwrap_or_else(|| panic!("{} is up", NAMES[at])).driver
+    }
+}
+
+fn named(superblock: &Superblock) -> String {
+    let state = match superblock.disk_state {
+        DiskState::UpToDate => "",
+        other => other.as_str(),
+    };
+    let flags = [
+        (superblock.primary, "primary"),
+        (superblock.clean, "clean"),
+        (superblock.applying, "applying"),
+        (superblock.peer_has_current, "peer has it"),
+    ];
+    let flags: Vec<&str> = flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect();
+    let generation = superblock.generations.current.0 >> 48;
+    format!("generation {generation:04x}…, epoch {}, {state} [{}]", superblock.epoch.0, flags.join(", "))
+}
+
+fn brief(event: &role::Event) -> String {
+    match event {
+        role::Event::HelloReceived(hello) => format!("hello from {}", hello.node),
+        role::Event::SessionReady(_) => "ready".to_owned(),
+        other => format!("{other:?}"),
+    }
+}
