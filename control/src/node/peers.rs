@@ -121,7 +121,7 @@ pub(super) fn ask_upgrade(
 /// Makes the peer the offer that it asked for, and tells the volume's task what came of it.
 pub(super) fn offer_upgrade(
     mut stream: TcpStream,
-    upgrade: Upgrade,
+    upgrade: &Upgrade,
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
