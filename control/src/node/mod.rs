@@ -13,6 +13,7 @@ use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
 use costandby_datapath::disk::superblock::{Location, MetaStore, Superblock, SuperblockError};
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
+use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
 use link::LinkStatus;
 use std::collections::HashMap;
 use std::io;
@@ -29,10 +30,6 @@ mod negotiate;
 mod peers;
 mod rdma;
 mod volume;
-
-/// Bytes of a disk that an RDMA link may register: what clients of one volume write to again and again is rarely more, and
-/// where the limit on locked memory is lower, the rest goes through the link's stage.
-const RDMA_WINDOWS_LIMIT: u64 = 1 << 30;
 
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
@@ -239,10 +236,12 @@ async fn serve(
     peer_listener: std::net::TcpListener,
 ) -> Result<(), NodeError> {
     let system = |doing| move |source| NodeError::System { doing, source };
-    let rdma = rdma::setup(RDMA_WINDOWS_LIMIT);
+    let (rdma_memory, machine, links) =
+        (config.node(node.as_str())?.rdma_memory, Machine::here(), opened.len());
     let mut shared = Vec::new();
     let mut tasks = Vec::new();
     for (index, open) in opened.into_iter().enumerate() {
+        let size = open.config.size;
         let peer = open.config.peer_of(node.as_str()).expect("the configuration was checked").clone();
         let settings = VolumeSettings {
             volume: open.config.name.as_str().to_owned(),
@@ -268,7 +267,7 @@ async fn serve(
             peer_address: config.node(peer.as_str())?.listen,
             node: node.as_str().to_owned(),
             local: config.node(node.as_str())?.listen.ip(),
-            rdma: Arc::clone(&rdma),
+            rdma: rdma::setup(disk_memory(rdma_memory, &machine, links, size)),
         };
         tasks.push(VolumeTask::new(
             index,

@@ -121,12 +121,12 @@ pub(super) fn ask_upgrade(
 /// Makes the peer the offer that it asked for, and tells the volume's task what came of it.
 pub(super) fn offer_upgrade(
     mut stream: TcpStream,
-    upgrade: Upgrade,
+    upgrade: &Upgrade,
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
+    let (session, serial) = (upgrade.session, upgrade.serial);
     tokio::spawn(async move {
-        let (session, serial) = (upgrade.session, upgrade.serial);
         let upgraded = negotiate::offer_upgrade(&mut stream, &terms).await;
         let upgraded = upgraded.map(|prepared| (stream, prepared));
         let _ = inbox.send(Input::Upgraded { session, serial, upgraded });

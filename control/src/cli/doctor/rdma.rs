@@ -65,7 +65,9 @@ pub(super) fn device_checks(device: &Device) -> Vec<Check> {
     let what = format!("rdma {}", device.name);
     let kind = match device.transport {
         Transport::InfiniBand => "",
-        Transport::Iwarp => ", iWARP: sends without a ring's immediate were never tried on it",
+        Transport::Iwarp => {
+            ", iWARP: of use only if it has writes with immediate data (RFC 7306); never tried"
+        }
         Transport::Other => ", of a kind that cannot be used",
     };
     let netdevs = device.netdevs();

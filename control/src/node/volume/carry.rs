@@ -159,7 +159,7 @@ impl VolumeTask {
         };
         session.serial = upgrade.serial;
         session.switching = Some(upgrade.serial);
-        peers::offer_upgrade(stream, upgrade, self.terms(), self.shared.inbox.clone());
+        peers::offer_upgrade(stream, &upgrade, self.terms(), self.shared.inbox.clone());
     }
 
     /// Both nodes have an RDMA connection for the session, or not. The reactor tells how the change itself ends.
