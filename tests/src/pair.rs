@@ -246,6 +246,12 @@ impl Pair {
         kib << 10
     }
 
+    /// Whether the nodes' device may keep pages of the disks, which a trim then fills with zeros instead of releasing them.
+    #[must_use]
+    pub fn device_keeps_pages(&self) -> bool {
+        self.settings.link == "rdma"
+    }
+
     /// The proxy between the nodes.
     ///
     /// # Panics

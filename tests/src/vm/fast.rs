@@ -2,7 +2,7 @@
 //!
 //! Everything is built on the host, where compiling is ten times as fast, and run in the guest from there. One boot
 //! serves all steps; each has its own limit and its own log. A step whose copies are to go by RDMA has failed if the
-//! device sent no packets, whatever its programs say, and so has a step of tests that ran none or skipped one.
+//! device sent no packets, whatever its programs say, and so has a step of tests that ran none or found no device.
 
 use super::guest::{Guest, Settings};
 use super::{DEVICE, Rig, Steps, VmError, io_error, last_lines, quoted};
@@ -21,6 +21,11 @@ const STEP_GRACE: Duration = Duration::from_secs(20);
 /// Packets that a step over the device sends at least; connections alone take fewer.
 const PACKETS_MIN: u64 = 100;
 
+/// How a test says that it was left out,
+const SKIPPED: &str = "SKIPPED: ";
+/// and what must not be the reason where there is a device.
+const NO_DEVICE: &str = "no RDMA device";
+
 /// Lines of a failed step's log that are printed.
 const LOG_LINES: usize = 30;
 
@@ -29,6 +34,8 @@ const LOG_LINES: usize = 30;
 enum Work {
     /// Tests of a package whose names contain `filter`; of one test program only, or of all.
     Tests { package: &'static str, program: Option<&'static str>, filter: &'static str },
+    /// The same for a test that takes the device away, and so wants a process of its own.
+    Removal { package: &'static str, filter: &'static str },
     /// A shell command.
     Command(String),
 }
@@ -51,15 +58,23 @@ pub struct Step {
 pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
     let seconds = Duration::from_secs;
     let tests = |package, program, filter| Work::Tests { package, program, filter };
+    let removal = |filter| Work::Removal { package: "costandby-ffi", filter };
     let costandby = quoted(&rig.program("costandby").display().to_string());
     let device = format!(
-        "ibv_devinfo -d {DEVICE} && (ib_write_lat -R -n 100 >/dev/null & sleep 1; \
-         ib_write_lat -R -n 100 $COSTANDBY_RDMA_ADDRESS && wait $!)"
+        "ibv_devinfo -d {DEVICE} || exit\n\
+         ib_write_lat -R -n 100 >/dev/null &\n\
+         for _ in {{1..20}}; do\n\
+         sleep 0.5; ib_write_lat -R -n 100 $COSTANDBY_RDMA_ADDRESS && exit\n\
+         done\n\
+         exit 1\n"
     );
+    // The last try is the command's outcome: nothing tells when perftest's server is ready.
     let step = |id, title, limit, over_link, work| Step { id, title, limit: seconds(limit), over_link, work };
     vec![
         step("device", "the device: perftest's ib_write_lat", 30, true, Work::Command(device)),
-        step("ffi", "tests of ffi on the device", 60, true, tests("costandby-ffi", None, "verbs")),
+        step("ffi", "tests of ffi on the device", 120, true, tests("costandby-ffi", None, "verbs")),
+        step("removed", "the device is removed and comes back", 60, false, removal("a_removed_device")),
+        step("unplugged", "its port goes down and up", 60, false, removal("a_port_without_a_wire")),
         step(
             "datapath",
             "tests of datapath on the device",
@@ -74,7 +89,7 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
             false,
             tests("costandby-control", None, "rdma"),
         ),
-        step("clients", "NBD clients", 240, true, tests("costandby-tests", Some("real_clients"), "")),
+        step("clients", "NBD clients", 300, true, tests("costandby-tests", Some("real_clients"), "")),
         step(
             "demo",
             "the demo",
@@ -133,12 +148,16 @@ fn test_program(message: &str) -> Option<TestProgram> {
 fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
     let (package, program, filter) = match &step.work {
         Work::Command(command) => return Some(command.clone()),
-        Work::Tests { package, program, filter } => (package, program, filter),
+        Work::Tests { package, program, filter } => (package, *program, filter),
+        Work::Removal { package, filter } => (package, None, filter),
     };
     let wanted = |found: &&TestProgram| {
         found.package == *package && program.is_none_or(|program| found.name == program)
     };
     let mut commands = String::from("failed=0\n");
+    if matches!(step.work, Work::Removal { .. }) {
+        commands.push_str("export COSTANDBY_RDMA_NETDEV=wire0\n");
+    }
     let mut any = false;
     for found in programs.iter().filter(wanted) {
         any = true;
@@ -158,7 +177,9 @@ while read -r id limit; do
     echo "#begin $id"
     timeout --kill-after=5 "$limit" bash "/share/$id.sh" >"/share/$id.log" 2>&1 </dev/null
     status=$?
-    echo "#end $id $status $(($(<$counter) - before))"
+    after=$(<$counter)
+    # A device that was made anew counts from nothing.
+    echo "#end $id $status $((after < before ? after : after - before))"
 done </share/steps
 "##;
 
@@ -232,9 +253,10 @@ fn judge(step: &Step, link: &str, ended: &str, log: &str) -> Verdict {
         _ => return Verdict::Failed(format!("ended with status {status}")),
     }
     let mut note = String::new();
-    if matches!(step.work, Work::Tests { .. }) {
-        if let Some(skipped) = log.lines().find(|line| line.contains("SKIPPED:")) {
-            return Verdict::Failed(format!("skipped a test where there is a device: {}", skipped.trim()));
+    if !matches!(step.work, Work::Command(_)) {
+        let mut skipped = log.lines().filter_map(|line| line.split_once(SKIPPED)).map(|(_, why)| why.trim());
+        if let Some(why) = skipped.clone().find(|why| why.starts_with(NO_DEVICE)) {
+            return Verdict::Failed(format!("a test found no device: {why}"));
         }
         let passed = tests_passed(log);
         if passed == 0 && link != "rdma" {
@@ -245,6 +267,9 @@ fn judge(step: &Step, link: &str, ended: &str, log: &str) -> Verdict {
             return Verdict::Failed("no test was run".to_owned());
         }
         let _ = write!(note, "{passed} tests, ");
+        if let Some(why) = skipped.next() {
+            let _ = write!(note, "{} SKIPPED ({why}), ", 1 + skipped.count());
+        }
     }
     let needs_packets = step.over_link && (link == "rdma" || step.id == "device");
     if needs_packets && packets < PACKETS_MIN {
@@ -279,7 +304,10 @@ mod tests {
         assert!(failed("124 500", log), "its limit");
         assert!(failed("0 5", log), "too few packets");
         assert!(failed("0 500", "test result: ok. 0 passed; 0 failed\n"), "no test");
-        assert!(failed("0 500", &format!("{log}SKIPPED: no RDMA device\n")), "a skipped test");
+        assert!(failed("0 500", &format!("{log}SKIPPED: no RDMA device\n")), "a test that found no device");
+        let other = judge(&tests, "rdma", "0 500", &format!("{log}SKIPPED: one machine only\n"));
+        let note = "7 tests, 1 SKIPPED (one machine only), 500 packets over rxe0".to_owned();
+        assert_eq!(other, Verdict::Passed(note));
         assert!(failed("", log), "garbage");
     }
 
