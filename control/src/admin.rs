@@ -328,12 +328,12 @@ struct ConnectBody {
 }
 
 /// A command's options: the body as JSON, or none of them for an empty one. `shape` is for the one who got it wrong.
-fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) -> Result<T, Response> {
+fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) -> Result<T, String> {
     if body.is_empty() {
         return Ok(T::default());
     }
     serde_json::from_slice(body)
-        .map_err(|error| failure(StatusCode::BAD_REQUEST, &format!("the body of {shape} or empty: {error}")))
+        .map_err(|error| format!("the body of {shape} or empty: {error}"))
 }
 
 async fn command(
@@ -357,7 +357,7 @@ async fn command(
     };
     let command = match command {
         Ok(command) => command,
-        Err(response) => return response,
+        Err(text) => return failure(StatusCode::BAD_REQUEST, &text),
     };
     match backend.command(volume, command).await {
         Ok(message) => axum::Json(serde_json::json!({ "message": message })).into_response(),
