@@ -352,7 +352,7 @@ async fn command(
         _ => {
             let text =
                 format!("no command {word:?}: there are promote, demote, connect, disconnect, invalidate");
-            Err(failure(StatusCode::NOT_FOUND, &text))
+            return failure(StatusCode::NOT_FOUND, &text);
         }
     };
     let command = match command {
