@@ -125,8 +125,8 @@ pub(super) fn offer_upgrade(
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
+    let (session, serial) = (upgrade.session, upgrade.serial);
     tokio::spawn(async move {
-        let (session, serial) = (upgrade.session, upgrade.serial);
         let upgraded = negotiate::offer_upgrade(&mut stream, &terms).await;
         let upgraded = upgraded.map(|prepared| (stream, prepared));
         let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
