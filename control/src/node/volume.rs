@@ -192,7 +192,7 @@ impl VolumeTask {
                     self.met(stream, met).await;
                 }
             }
-            Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, upgrade),
+            Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, &upgrade),
             Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {

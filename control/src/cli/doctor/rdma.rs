@@ -3,6 +3,7 @@
 //! A machine without RDMA is in order, since TCP does it too; only a volume that is set to `rdma` makes a fault of it.
 
 use super::Check;
+#[cfg(feature = "rdma")]
 use super::machine::{module, read};
 use crate::config::quantity::display_size;
 use crate::config::{LinkKind, Node, Volume};

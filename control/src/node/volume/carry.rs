@@ -144,7 +144,7 @@ impl VolumeTask {
     }
 
     /// The peer asks for it.
-    pub(super) fn upgrade_asked(&mut self, stream: TcpStream, upgrade: Upgrade) {
+    pub(super) fn upgrade_asked(&mut self, stream: TcpStream, upgrade: &Upgrade) {
         let auto = self.shared.config.link == LinkKind::Auto;
         let session = self.session.as_mut().filter(|session| {
             let over_tcp = auto && session.kind == Kind::Tcp && session.switching.is_none();
@@ -159,7 +159,7 @@ impl VolumeTask {
         };
         session.serial = upgrade.serial;
         session.switching = Some(upgrade.serial);
-        peers::offer_upgrade(stream, &upgrade, self.terms(), self.shared.inbox.clone());
+        peers::offer_upgrade(stream, upgrade, self.terms(), self.shared.inbox.clone());
     }
 
     /// Both nodes have an RDMA connection for the session, or not. The reactor tells how the change itself ends.
