@@ -332,8 +332,7 @@ fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) ->
     if body.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(body)
-        .map_err(|error| format!("the body of {shape} or empty: {error}"))
+    serde_json::from_slice(body).map_err(|error| format!("the body of {shape} or empty: {error}"))
 }
 
 async fn command(
