@@ -246,9 +246,6 @@ fn errors_in_the_configuration_name_what_was_meant() {
             assert!(said.contains(word), "{bad_text}: {word:?} is not in {said}");
         }
     }
-    fs::write(pair.config(ALPHA), good.replace("link = \"tcp\"", "link = \"rdma\""))
-        .expect("a configuration");
-    assert!(refusal(&pair.cli(ALPHA, &["up"])).contains("not built in yet"));
 }
 
 #[test]
