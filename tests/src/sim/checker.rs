@@ -494,7 +494,8 @@ impl Checker {
     /// `source` is about to send the first byte of a copy to a peer with this record.
     pub(super) fn copies(&mut self, source: usize, target: Record) -> Verdict {
         self.count("unmarked");
-        if target.up_to_date && target.generation != 0 {
+        // A target is no primary; one that is has restarted since, and been promoted: the connection is dead.
+        if target.up_to_date && !target.primary && target.generation != 0 {
             let text =
                 format!("{} is about to be copied over and its record says {target:?}", NAMES[1 - source]);
             return broken("unmarked", text);
