@@ -19,7 +19,8 @@
 //! - `lost`: what a settled disk has to hold is there after a power failure, and no copy overwrites a disk that has to
 //!   hold more than its source, but where an operator said so;
 //! - `unmarked`: a disk is on record as a mixture before the first byte of a copy may reach it;
-//! - `serving`: answers come only from a disk on record as up to date and primary, and writes under one pair of
+//! - `serving`: answers come only from a disk on record as up to date and primary, and not from a standby's that lost power
+//!   while it applied, until that is made good; writes under one pair of
 //!   generation and epoch are acknowledged by one node;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
@@ -90,6 +91,8 @@ struct Duty {
     lost_power: Nanos,
     /// An operator made it serve content of unknown worth, or gave it up: what it lacks is the operator's loss.
     excused: bool,
+    /// It lost power while it applied what a primary sent, and nothing has made it whole since.
+    torn: bool,
     /// An operator forced it to acknowledge alone.
     forced_alone: bool,
 }
@@ -386,8 +389,12 @@ impl Checker {
 
     fn serves(&mut self, node: usize, acks: bool, record: Record) -> Verdict {
         self.count("serving");
-        if !record.up_to_date || !record.primary {
-            return broken("serving", format!("{} answers while its record says {record:?}", NAMES[node]));
+        if !record.up_to_date || !record.primary || self.duties[node].torn {
+            let torn = if self.duties[node].torn { " and it is torn" } else { "" };
+            return broken(
+                "serving",
+                format!("{} answers while its record says {record:?}{torn}", NAMES[node]),
+            );
         }
         if acks {
             let first = *self.servers.entry((record.generation, record.epoch)).or_insert(node);
@@ -432,6 +439,7 @@ impl Checker {
         let settled = record.up_to_date && !record.primary && !record.applying;
         if !settled {
             duty.floor = duty.durable.clone();
+            duty.torn = record.applying;
         }
         if !record.up_to_date {
             return Ok(());
@@ -486,7 +494,8 @@ impl Checker {
     /// `source` is about to send the first byte of a copy to a peer with this record.
     pub(super) fn copies(&mut self, source: usize, target: Record) -> Verdict {
         self.count("unmarked");
-        if target.up_to_date && target.generation != 0 {
+        // A target is no primary; one that is has restarted since, and been promoted: the connection is dead.
+        if target.up_to_date && !target.primary && target.generation != 0 {
             let text =
                 format!("{} is about to be copied over and its record says {target:?}", NAMES[1 - source]);
             return broken("unmarked", text);
@@ -502,6 +511,7 @@ impl Checker {
         duty.floor = if self.ack == AckLevel::Async { had.durable.clone() } else { had.floor };
         duty.durable = had.durable;
         duty.upset = 0;
+        duty.torn = false;
     }
 
     /// `node` has put on record that it holds what its peer vouched for. The peer may have gone on since.
@@ -522,6 +532,7 @@ impl Checker {
         duty.upset = now;
         duty.since = now;
         duty.excused = true;
+        duty.torn = false;
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
             list.fill(0);
         }
@@ -531,6 +542,7 @@ impl Checker {
     pub(super) fn forced(&mut self, node: usize, record: Record) {
         if !record.up_to_date || record.applying {
             self.duties[node].excused = true;
+            self.duties[node].torn = false;
             self.duties[node].floor.fill(0);
             self.duties[node].durable.fill(0);
         }
