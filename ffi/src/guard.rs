@@ -23,6 +23,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 /// zeroes that cost no memory until used, and is scanned only when a mapping is made or a medium fails.
 pub(crate) const GUARDED_MAX: usize = 4096;
 
+/// Pages replaced one by one, in the whole process, after which ranges are replaced whole: by then it is not a bad sector
+/// but a medium that is gone. A sixty-fourth of the kernel's usual `vm.max_map_count`, as each may cost two mappings
+/// and other parts of the process need theirs.
+const SCATTERED_MAX: usize = 1024;
+
+static SCATTERED: AtomicUsize = AtomicUsize::new(0);
 static TABLE: [Slot; GUARDED_MAX] = [const { Slot::free() }; GUARDED_MAX];
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
@@ -179,9 +185,12 @@ fn cover(address: usize) -> bool {
         }
         slot.poisoned.store(true, SeqCst);
         let page = address & !(range.page_len - 1);
-        // One page hides least. Where the kernel will have no further mapping (each scattered page is one, and there
-        // is a limit), the whole range in one piece needs none.
-        return map_zeroes(page, range.page_len) || map_zeroes(range.base, range.len);
+        // One page hides least. But each scattered page is a mapping of its own, of which the kernel has a limited
+        // number, and at the limit some kernels (6.1) refuse even one that would replace thousands. So long before, the
+        // whole range goes in one piece.
+        let scattered = SCATTERED.fetch_add(1, SeqCst);
+        return scattered < SCATTERED_MAX && map_zeroes(page, range.page_len)
+            || map_zeroes(range.base, range.len);
     }
     false
 }
