@@ -6,4 +6,6 @@
 use costandby_datapath::transport::rdma::hostile;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| hostile::play(data));
+fuzz_target!(|data: &[u8]| {
+    hostile::play(data);
+});
