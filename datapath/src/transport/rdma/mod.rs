@@ -51,6 +51,8 @@ use std::time::{Duration, Instant};
 pub mod endpoint;
 #[doc(hidden)]
 pub mod fake;
+#[doc(hidden)]
+pub mod hostile;
 mod placement;
 pub mod private;
 #[cfg(feature = "rdma")]
