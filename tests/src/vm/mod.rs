@@ -20,7 +20,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// What carries the copies in the rig's runs, unless its caller says otherwise.
-pub const LINK: &str = "tcp";
+pub const LINK: &str = "rdma";
 
 /// The device that each guest has.
 pub const DEVICE: &str = "rxe0";
