@@ -137,7 +137,7 @@ pub(super) fn open_files_check(limit: Option<u64>) -> Check {
 pub(super) fn hugepages(count: Option<u64>) -> Check {
     match count {
         Some(count) if count > 0 => Check::ok("huge pages", format!("{count} reserved")),
-        _ => Check::ok("huge pages", "none reserved; not used by this version"),
+        _ => Check::ok("huge pages", "none reserved; the rings of links would take free ones"),
     }
 }
 
