@@ -362,6 +362,8 @@ pub struct VolumeController {
     shutdown_deadline: Option<Duration>,
     /// Why there is no session although the peer is there.
     refusal: Option<String>,
+    /// The last hello showed a split brain: giving up this disk's data leads to a session.
+    split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
 }
@@ -390,6 +392,7 @@ impl VolumeController {
             demotion: None,
             shutdown_deadline: None,
             refusal: None,
+            split_brain: false,
             medium_failed: false,
         }
     }

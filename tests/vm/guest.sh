@@ -67,8 +67,8 @@ for _ in {1..100}; do
 done
 rdma link show rxe0/1 | grep -q 'state ACTIVE' || fail "rxe0 does not become active"
 
-export COSTANDBY_RDMA_DEVICE=rxe0 COSTANDBY_RDMA_ADDRESS=$ADDRESS
 . /share/environment
+export COSTANDBY_RDMA_DEVICE=rxe0 COSTANDBY_RDMA_ADDRESS=$ADDRESS
 cd "$(</share/directory)" 2>/dev/null || cd /
 if [ "$SHELL_ON_CONSOLE" = 1 ]; then
     # Held open, for a terminal that nobody has open forgets its size.

@@ -43,7 +43,7 @@ fetch_kernel() {
     # A meta package names the real one; a real one has its files itself.
     local real
     real=$(private_apt apt-cache depends --important "$package" 2>>"$dir/apt/log" |
-        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1) || real=
     (cd "$new" && private_apt apt-get download "${real:-$package}" >>"$dir/apt/log" 2>&1) || {
         tail -n 5 "$dir/apt/log" >&2
         fail "the package ${real:-$package} cannot be downloaded: is there a network, and a Debian mirror in /etc/apt?"

@@ -79,7 +79,13 @@ impl VolumeController {
     /// Both went on without the other, and this node's side is the one to lose.
     fn on_discard(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
         let VolumeSettings { volume, peer, .. } = &self.settings;
-        let refusal = if self.peer.is_some() {
+        let refusal = if self.peer.is_none() && !self.split_brain {
+            // It may be the only good copy, or the copying refused for another reason all the same.
+            Err(format!(
+                "no split brain with {peer} was seen since this daemon started, so nothing is given up: \
+                 `costandby connect {volume}` on both nodes shows what the two disks are to each other"
+            ))
+        } else if self.peer.is_some() {
             Err(format!(
                 "connected to {peer}: there is nothing to discard; `costandby invalidate {volume}` copies anew"
             ))
@@ -111,6 +117,14 @@ impl VolumeController {
             Some(_) if !self.in_session() => Err(format!("the link to {name} is closing; try again")),
             Some(_) if self.connection == Connection::SyncTarget => {
                 Err(format!("being copied from {name} already"))
+            }
+            Some(peer)
+                if !peer.primary
+                    && self.role == Role::Standby
+                    && self.connection == Connection::Connected =>
+            {
+                // Two standbys might both be told so, and leave no copy at all.
+                Err(format!("{name} does not serve: `costandby promote {volume}` there first"))
             }
             Some(_) if self.connection != Connection::Connected => {
                 Err(format!("{name} is being copied to from here: its disk is not whole yet"))

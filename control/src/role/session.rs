@@ -56,6 +56,7 @@ impl VolumeController {
             }
             Verdict::SplitBrain | Verdict::Unrelated | Verdict::SizeDiffers => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
+                self.split_brain = agreement.verdict == Verdict::SplitBrain;
                 self.refuse(RefuseCode::Disks, &text, actions);
                 self.log(Level::Error, &text, actions);
                 actions.push(Action::StopDialing);
@@ -68,6 +69,7 @@ impl VolumeController {
     /// Puts on record what the agreement asks of this disk, then says so.
     fn accept(&mut self, pending: Pending, actions: &mut Vec<Action>) {
         let Ready { agreement, lineage } = pending.ready;
+        self.split_brain = false;
         let before = self.superblock.clone();
         let superblock = &mut self.superblock;
         superblock.epoch = Epoch(agreement.epoch);

@@ -84,7 +84,7 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
         ),
         step(
             "control",
-            "tests of control on the device",
+            "tests of control in the guest (its RDMA is a double)",
             60,
             false,
             tests("costandby-control", None, "rdma"),

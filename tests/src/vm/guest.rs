@@ -28,7 +28,9 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 const COVERED: [&str; 5] = ["/tmp", "/run", "/dev", "/var/tmp", "/share"];
 
 /// Variables of this process that a guest's command gets too.
-const PASSED_ON: [&str; 5] = ["COSTANDBY_", "RUST_", "CARGO_", "NO_COLOR", "TERM"];
+/// Nothing else: what is passed on stands in a file, and other variables may be secrets.
+const PASSED_ON: [&str; 6] =
+    ["COSTANDBY_TEST_", "COSTANDBY_LOG", "RUST_BACKTRACE", "RUST_LOG", "NO_COLOR", "TERM"];
 
 /// The wire between two guests: the socket of this end and that of the other.
 #[derive(Clone, Debug)]
@@ -302,14 +304,18 @@ fn qemu(rig: &Rig, logs: &Path, share: &Path, settings: &Settings) -> Command {
         "-no-user-config",
         "-no-reboot",
     ]);
-    qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-display", "none"]);
+    // sse4.2=off: the emulator works a checksum instruction out bit by bit, several times slower than a table does.
+    qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,sse4.2=off", "-display", "none"]);
     qemu.arg("-smp").arg(settings.cpus.to_string()).arg("-m").arg(settings.memory_mib.to_string());
     qemu.arg("-kernel")
         .arg(rig.vm.join("image/vmlinuz"))
         .arg("-initrd")
         .arg(rig.vm.join("image/initramfs.gz"));
     // mitigations=off: they cost much under emulation and protect nobody here. panic=-1: the end, rather than a hang.
-    qemu.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check"]);
+    // tsc: the emulated processors count alike, and any other clock is a device to be asked by a system call.
+    let options =
+        "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check tsc=reliable clocksource=tsc";
+    qemu.args(["-append", options]);
     qemu.arg("-serial").arg(format!("file:{}", logs.join("console").display()));
     qemu.args(["-device", "virtio-serial-pci"]);
     qemu.arg("-chardev").arg(format!("file,id=output,path={}", in_option(&logs.join("output"))));

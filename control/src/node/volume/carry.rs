@@ -247,9 +247,11 @@ impl VolumeTask {
                 self.send(Command::Session { volume, link, direction, epoch });
             }
             Err(error) => {
-                // The controller hears of it as of any link that ends.
-                let event = ReactorEvent::LinkDown { volume, reason: error.to_string(), undurable: true };
-                let _ = self.shared.inbox.send(super::Input::Reactor(event));
+                // The controller hears of it as of any link that ends: nothing was applied that could be torn.
+                let down = ReactorEvent::LinkDown { volume, reason: error.to_string(), undurable: true };
+                for event in [down, ReactorEvent::Settled { volume }] {
+                    let _ = self.shared.inbox.send(super::Input::Reactor(event));
+                }
             }
         }
         if serve {
