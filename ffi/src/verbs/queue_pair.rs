@@ -395,7 +395,12 @@ impl QueuePair {
         if completion_ready {
             self.completions.take_event();
         }
-        ended.or(self.failure).map_or(Ok(()), |failure| Err(self.fail(failure)))
+        if let Some(ended) = ended {
+            // Told even where a request failed before: how it ended is the better reason.
+            self.fail(ended);
+            return Err(ended);
+        }
+        self.failure.map_or(Ok(()), Err)
     }
 
     /// Asks that one of [`QueuePair::descriptors`] become readable with the next completion. Poll once more after it.

@@ -607,6 +607,12 @@ impl<E: Endpoint> Link for RdmaLink<E> {
             return true;
         }
         self.slept = true;
+        // What an end or an event made readable while we were awake is not announced again: look before sleeping.
+        self.look_around();
+        if !self.state.is_open() {
+            return false;
+        }
+        self.slept = true;
         if let Err(error) = self.endpoint.notify() {
             self.fail(error);
             return false;

@@ -316,6 +316,18 @@ fn the_companions_end_is_the_peers_after_all_that_arrived() {
 }
 
 #[test]
+fn nobody_falls_asleep_over_an_end_that_came_while_awake() {
+    let (companion, theirs) = sockets();
+    let mut hostile = Hostile::with(Manner::default(), Some(companion));
+    hostile.turn();
+    assert!(hostile.end.link().prepare_sleep(), "nothing is there");
+    hostile.turn();
+    drop(theirs);
+    until("the end is noticed", || !hostile.end.link().prepare_sleep());
+    assert!(matches!(hostile.end(), DownReason::Closed));
+}
+
+#[test]
 fn nothing_may_be_said_on_the_companion() {
     let (companion, mut theirs) = sockets();
     let mut hostile = Hostile::with(Manner::default(), Some(companion));
