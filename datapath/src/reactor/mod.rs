@@ -511,6 +511,7 @@ impl Reactor {
                 self.end_clients(volume, now, |_| true);
             }
             Command::GoAlone { volume } => self.volumes[volume].go_alone(),
+            Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
             Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
             Command::Quiesce { volume } => {
