@@ -172,6 +172,8 @@ pub enum Event {
         reason: String,
         /// Some write is in flight, or not confirmed durable by the peer.
         undurable: bool,
+        /// The dirty map is not empty.
+        dirty: bool,
     },
     /// What a target had applied when its session ended is on stable storage. It may take as long as a flush does, and
     /// a promotion does not wait for it: until then the disk is a clean prefix unless this node loses power.
@@ -421,7 +423,7 @@ impl VolumeController {
             Event::HelloReceived(hello) => self.on_hello(&hello, actions),
             Event::SessionReady(ready) => self.on_ready(ready, actions),
             Event::SessionFailed { text } => self.on_session_failed(&text, actions),
-            Event::LinkDown { reason, undurable } => self.on_link_down(&reason, undurable, actions),
+            Event::LinkDown { reason, undurable, .. } => self.on_link_down(&reason, undurable, actions),
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),

@@ -137,6 +137,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
             disk: Arc::clone(&o.disk),
             ack: o.config.ack,
             on_peer_loss: o.config.on_peer_loss,
+            record: costandby_datapath::disk::record::Record::in_memory(o.disk.size()),
         })
         .collect();
     let reactor_config = ReactorConfig { poll: this.poll, peer_timeout: config.peer_timeout, nbd_listeners };

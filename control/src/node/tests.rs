@@ -40,7 +40,13 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let volume = config.volume("db").expect("there").clone();
     let disk = DiskImage::memory("db", SIZE).expect("memory");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
-    let spec = VolumeSpec { name: "db".into(), disk, ack, on_peer_loss };
+    let spec = VolumeSpec {
+        name: "db".into(),
+        disk,
+        ack,
+        on_peer_loss,
+        record: costandby_datapath::disk::record::Record::in_memory(SIZE),
+    };
     let (sender, events) = crossbeam_channel::unbounded();
     let reactor_config =
         ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(5), nbd_listeners: vec![] };

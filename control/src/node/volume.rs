@@ -211,11 +211,11 @@ impl VolumeTask {
 
     async fn take_reactor(&mut self, event: ReactorEvent) {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, .. } => {
+            ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
                 self.link_up = false;
                 self.link_ended(&reason);
                 self.pause_dialling(false);
-                Event::LinkDown { reason, undurable }
+                Event::LinkDown { reason, undurable, dirty }
             }
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
@@ -335,7 +335,7 @@ impl VolumeTask {
                 self.conversation = None;
                 let (volume, reason) = (self.index, not_stored(error));
                 for event in [
-                    ReactorEvent::LinkDown { volume, reason, undurable: true },
+                    ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true },
                     ReactorEvent::Settled { volume },
                 ] {
                     let _ = self.shared.inbox.send(Input::Reactor(event));
@@ -392,7 +392,7 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                self.send(Command::Direct { volume, direction: Direction::Target, epoch });
+                self.send(Command::Direct { volume, direction: Direction::Target { resync: false }, epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -406,7 +406,11 @@ impl VolumeTask {
                 self.send(Command::StopServing { volume });
                 // A copy under way goes on without clients.
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
-                    self.send(Command::Direct { volume, direction: Direction::Target, epoch: self.epoch });
+                    self.send(Command::Direct {
+                        volume,
+                        direction: Direction::Target { resync: false },
+                        epoch: self.epoch,
+                    });
                 }
             }
             Action::GoAlone => self.send(Command::GoAlone { volume }),

@@ -137,7 +137,7 @@ fn reply(actions: &[Action]) -> Result<&str, &str> {
 }
 
 fn lost(undurable: bool) -> Event {
-    Event::LinkDown { reason: "cut".to_owned(), undurable }
+    Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable }
 }
 
 fn promote(force: bool) -> Command {

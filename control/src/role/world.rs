@@ -369,7 +369,7 @@ impl World {
             let node = &mut self.nodes[at];
             (node.link, node.side) = (None, None);
             node.inbox.clear();
-            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable });
+            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable });
             if !self.chance(4) {
                 self.event(at, Event::Settled);
             }

@@ -323,6 +323,7 @@ impl World {
             disk: Arc::clone(&node.disk.image),
             ack: self.config.ack,
             on_peer_loss: self.config.on_loss,
+            record: costandby_datapath::disk::record::Record::in_memory(node.disk.image.size()),
         };
         let life = node.life;
         let now = self.clock.now();

@@ -47,8 +47,13 @@ fn sealed_store(superblock: &Superblock) -> MetaStore {
 fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
     let config = Config::parse(CONFIG, Path::new("c.toml")).expect("parses");
     let disk = DiskImage::memory("db", SIZE).expect("memory");
-    let spec =
-        VolumeSpec { name: "db".into(), disk, ack: AckLevel::Memory, on_peer_loss: OnPeerLoss::Continue };
+    let spec = VolumeSpec {
+        name: "db".into(),
+        disk,
+        ack: AckLevel::Memory,
+        on_peer_loss: OnPeerLoss::Continue,
+        record: costandby_datapath::disk::record::Record::in_memory(SIZE),
+    };
     let (events, _) = crossbeam_channel::unbounded();
     let reactor_config =
         ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(1), nbd_listeners: vec![] };
