@@ -132,11 +132,13 @@ impl Node {
             disk: Arc::clone(disk),
             ack: AckLevel::Memory,
             on_peer_loss: OnPeerLoss::Freeze,
+            record: costandby_datapath::disk::record::Record::in_memory(disk.size()),
         };
         let (sender, events) = unbounded();
         let config = ReactorConfig { poll: load.poll, peer_timeout: PEER_TIMEOUT, nbd_listeners: Vec::new() };
         let (reactor, handle) = Reactor::new(config, vec![spec], sender)?;
-        let direction = if primary { Direction::Source { resync: false } } else { Direction::Target };
+        let direction =
+            if primary { Direction::Source { resync: false } } else { Direction::Target { resync: false } };
         handle.send(Command::Session { volume: 0, link, direction, epoch: Epoch(1) });
         let mut node = Self { handle, here: None, thread: None, events };
         if primary && load.poll == PollMode::Busy {

@@ -38,6 +38,7 @@ impl Node {
             disk: Arc::clone(&disk),
             ack: AckLevel::Memory,
             on_peer_loss: OnPeerLoss::Continue,
+            record: costandby_datapath::disk::record::Record::in_memory(SIZE),
         };
         let config = ReactorConfig { poll, peer_timeout: PEER_TIMEOUT, nbd_listeners: Vec::new() };
         let (events, _) = crossbeam_channel::unbounded();
@@ -75,7 +76,7 @@ fn write(client: &mut QueueClient, number: u64) {
 
 /// Every few writes both nodes have time to fall asleep.
 fn writes_are_answered(poll: PollMode, (here, there): (Box<dyn Link>, Box<dyn Link>)) {
-    let standby = Node::new(poll, there, Direction::Target);
+    let standby = Node::new(poll, there, Direction::Target { resync: false });
     let primary = Node::new(poll, here, Direction::Source { resync: false });
     let (mut client, server) = queue(4, primary.handle.waker()).expect("a queue");
     primary.handle.send(Command::Serve { volume: 0 });

@@ -45,6 +45,7 @@ fn node(poll: PollMode, direction: Direction, link: Box<TcpLink>) -> Node {
         disk: Arc::clone(&disk),
         ack: AckLevel::Memory,
         on_peer_loss: OnPeerLoss::Freeze,
+        record: costandby_datapath::disk::record::Record::in_memory(SIZE),
     };
     let (sender, events) = crossbeam_channel::unbounded();
     // Long, because the machine that runs the tests may stand still for a while.
@@ -106,7 +107,7 @@ fn switches(events: &Receiver<Event>, serials: &mut Vec<u64>) {
 
 fn run(poll: PollMode, rounds: u64) {
     let [here, there] = links();
-    let b = node(poll, Direction::Target, there);
+    let b = node(poll, Direction::Target { resync: false }, there);
     let a = node(poll, Direction::Source { resync: false }, here);
     let (client, server) = queue(DEPTH, a.handle.waker()).expect("queue");
     a.handle.send(Command::Serve { volume: 0 });

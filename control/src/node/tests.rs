@@ -40,7 +40,13 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let volume = config.volume("db").expect("there").clone();
     let disk = DiskImage::memory("db", SIZE).expect("memory");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
-    let spec = VolumeSpec { name: "db".into(), disk, ack, on_peer_loss };
+    let spec = VolumeSpec {
+        name: "db".into(),
+        disk,
+        ack,
+        on_peer_loss,
+        record: costandby_datapath::disk::record::Record::in_memory(SIZE),
+    };
     let (sender, events) = crossbeam_channel::unbounded();
     let reactor_config =
         ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(5), nbd_listeners: vec![] };
@@ -53,9 +59,11 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
         peer: peer.as_str().into(),
         configured_primary: volume.primary.as_str() == node,
         on_peer_loss,
+        ack,
     };
     let superblock = Superblock::fresh("db", node, SIZE, true);
-    let controller = VolumeController::new(settings, superblock, random_source().expect("numbers"));
+    let found = Found { superblock, dirty: false, boot: [1; 16] };
+    let controller = VolumeController::new(settings, found, random_source().expect("numbers"));
     let (inbox, queue) = mpsc::unbounded_channel();
     let shared = Arc::new(Shared {
         status: Mutex::new(controller.status()),

@@ -11,7 +11,9 @@ use super::{Replies, Shared};
 use crate::admin;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
-use costandby_datapath::disk::superblock::{MetaStore, Superblock};
+use costandby_datapath::disk::metadata::SuperblockStore;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
@@ -77,7 +79,7 @@ pub(super) struct VolumeTask {
     index: usize,
     shared: Arc<Shared>,
     controller: VolumeController,
-    store: Option<MetaStore>,
+    store: Option<SuperblockStore<FileMedium>>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
@@ -119,7 +121,7 @@ impl VolumeTask {
         index: usize,
         shared: Arc<Shared>,
         controller: VolumeController,
-        store: Option<MetaStore>,
+        store: Option<SuperblockStore<FileMedium>>,
         reactor: ReactorHandle,
         queue: mpsc::UnboundedReceiver<Input>,
         surroundings: Surroundings,
@@ -214,11 +216,11 @@ impl VolumeTask {
 
     async fn take_reactor(&mut self, event: ReactorEvent) {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, .. } => {
+            ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
                 self.link_up = false;
                 self.link_ended(&reason);
                 self.pause_dialling(false);
-                Event::LinkDown { reason, undurable }
+                Event::LinkDown { reason, undurable, dirty }
             }
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
@@ -338,7 +340,7 @@ impl VolumeTask {
                 self.conversation = None;
                 let (volume, reason) = (self.index, not_stored(error));
                 for event in [
-                    ReactorEvent::LinkDown { volume, reason, undurable: true },
+                    ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true },
                     ReactorEvent::Settled { volume },
                 ] {
                     let _ = self.shared.inbox.send(Input::Reactor(event));
@@ -395,7 +397,7 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                self.send(Command::Direct { volume, direction: Direction::Target, epoch });
+                self.send(Command::Direct { volume, direction: Direction::Target { resync: false }, epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -409,7 +411,11 @@ impl VolumeTask {
                 self.send(Command::StopServing { volume });
                 // A copy under way goes on without clients.
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
-                    self.send(Command::Direct { volume, direction: Direction::Target, epoch: self.epoch });
+                    self.send(Command::Direct {
+                        volume,
+                        direction: Direction::Target { resync: false },
+                        epoch: self.epoch,
+                    });
                 }
             }
             Action::GoAlone => self.send(Command::GoAlone { volume }),

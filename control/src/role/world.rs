@@ -119,9 +119,11 @@ impl World {
             peer: NAMES[1 - at].to_owned(),
             configured_primary: at == 0,
             on_peer_loss: if self.freeze { OnPeerLoss::Freeze } else { OnPeerLoss::Continue },
+            ack: AckLevel::Memory,
         };
-        let stored = self.nodes[at].stored.clone();
-        self.nodes[at].controller = Some(VolumeController::new(settings, stored, random));
+        let superblock = self.nodes[at].stored.clone();
+        let found = Found { superblock, dirty: false, boot: [1; 16] };
+        self.nodes[at].controller = Some(VolumeController::new(settings, found, random));
         let _ = self.random(2);
         self.event(at, Event::Start);
     }
@@ -369,7 +371,7 @@ impl World {
             let node = &mut self.nodes[at];
             (node.link, node.side) = (None, None);
             node.inbox.clear();
-            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable });
+            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable });
             if !self.chance(4) {
                 self.event(at, Event::Settled);
             }

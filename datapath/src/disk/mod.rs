@@ -7,5 +7,6 @@ pub mod dirty_map;
 pub mod image;
 pub mod inflight;
 pub mod metadata;
+pub mod record;
 pub mod superblock;
 pub mod worker;

@@ -4,6 +4,7 @@
 //! in the list the reactor was made with.
 
 use crate::disk::image::DiskImage;
+use crate::disk::record::Record;
 use crate::front::queue::QueueServer;
 use crate::transport::Link;
 use crate::units::{AckLevel, Epoch, OnPeerLoss};
@@ -21,18 +22,23 @@ pub struct VolumeSpec {
     pub ack: AckLevel,
     /// What to do without the standby.
     pub on_peer_loss: OnPeerLoss,
+    /// The disk's activity log and dirty map.
+    pub record: Record,
 }
 
 /// Which way changes go over a volume's session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Direction {
-    /// From us: the peer applies what we post. With `resync` the whole disk is copied in the background first.
+    /// From us: the peer applies what we post. With `resync` what either dirty map has is copied in the background.
     Source {
         /// The peer is not UpToDate.
         resync: bool,
     },
     /// To us.
-    Target,
+    Target {
+        /// We are not UpToDate: the source is told our dirty map first, and we forget it once the source has it on record.
+        resync: bool,
+    },
     /// Neither yet: both are standby.
     Idle,
 }
@@ -104,6 +110,13 @@ pub enum Command {
         /// Index of the volume.
         volume: usize,
     },
+    /// Mark the whole disk dirty, on record. No session may be up.
+    MarkAll {
+        /// Index of the volume.
+        volume: usize,
+        /// Called on the reactor's thread when it is on stable storage, or with why it is not.
+        done: Box<dyn FnOnce(Result<(), String>) + Send>,
+    },
     /// A message to the peer's control.
     SendPeer {
         /// Index of the volume.
@@ -140,6 +153,8 @@ pub enum Event {
         reason: String,
         /// We were the source, and the peer had not confirmed everything as durable.
         undurable: bool,
+        /// The dirty map is not empty.
+        dirty: bool,
     },
     /// The session goes on over another link; the one before it is closed. Another [`Command::SwitchLink`] may follow.
     LinkSwitched {

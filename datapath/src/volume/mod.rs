@@ -9,6 +9,7 @@ use crate::access::Access;
 use crate::disk::bitmap::Bitmap;
 use crate::disk::image::DiskImage;
 use crate::disk::inflight::Inflight;
+use crate::disk::record::Record;
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
@@ -148,6 +149,7 @@ pub struct Volume {
     pipeline: Pipeline,
     actions: Vec<Action>,
     bitmap: Bitmap,
+    record: Record,
     resync: Option<Resync>,
     resync_serial: u64,
     /// A request came since the last turn's end; when the last one came; whether that is recent.
@@ -212,6 +214,7 @@ impl Volume {
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
             bitmap: Bitmap::new(size),
+            record: spec.record,
             resync: None,
             resync_serial: 0,
             client_came: false,
@@ -292,6 +295,13 @@ impl Volume {
     pub fn quiesce(&mut self) {
         self.quiescing = true;
         self.copy_paused = true;
+    }
+
+    /// Marks the whole disk dirty, on record.
+    pub fn mark_all(&mut self, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
+        let _ = self.record.dirty.set_all();
+        self.bitmap.set_all();
+        done(Ok(()));
     }
 
     /// The peer's absence is on record.

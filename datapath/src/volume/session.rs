@@ -40,7 +40,7 @@ impl Volume {
     pub fn direct(&mut self, direction: Direction, epoch: Epoch) {
         let same = match direction {
             Direction::Source { .. } => self.source,
-            Direction::Target => self.access.is_some(),
+            Direction::Target { .. } => self.access.is_some(),
             Direction::Idle => false,
         };
         if same && epoch == self.epoch {
@@ -85,7 +85,7 @@ impl Volume {
                 }
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
             }
-            Direction::Target => {
+            Direction::Target { .. } => {
                 self.session_serial += 1;
                 self.access = Some(Access::new(epoch, self.disk.size()));
                 self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
@@ -339,7 +339,12 @@ impl Volume {
             let token = Token(SETTLE_FLUSH_BASE + self.session_serial);
             self.workers.submit(Job { kind: JobKind::Flush, token });
         }
-        self.events.push(Event::LinkDown { volume: self.index, reason, undurable });
+        self.events.push(Event::LinkDown {
+            volume: self.index,
+            reason,
+            undurable,
+            dirty: self.bitmap.dirty_bytes() > 0,
+        });
     }
 
     pub(super) fn settled(&mut self, session_serial: u64) {

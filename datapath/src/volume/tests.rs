@@ -2,6 +2,7 @@
 //! is left behind. Random runs are in `tests/random.rs`.
 
 use super::*;
+use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
 use crate::reactor::command::Direction;
 use crate::transport::loopback;
@@ -41,7 +42,8 @@ impl Node {
     fn with_disk(disk: Arc<DiskImage>, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
         let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
-        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss };
+        let spec =
+            VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
     }
@@ -140,7 +142,7 @@ impl Pair {
         let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
         let now = Instant::now();
         self.a.volume.attach(Box::new(here), Direction::Source { resync }, self.epoch, now);
-        self.b.volume.attach(Box::new(there), Direction::Target, self.epoch, now);
+        self.b.volume.attach(Box::new(there), Direction::Target { resync: false }, self.epoch, now);
     }
 
     fn turn(&mut self) {

@@ -169,6 +169,7 @@ impl World {
                 self.tell(at, format_args!("goes alone"));
                 self.volume(at).go_alone();
             }
+            Command::MarkAll { done, .. } => self.volume(at).mark_all(done),
             Command::PeerInSync { .. } => self.volume(at).peer_in_sync(),
             Command::SendPeer { code, arg, .. } => self.volume(at).send_peer(code, arg),
             Command::Quiesce { .. } => {

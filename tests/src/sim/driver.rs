@@ -181,14 +181,14 @@ impl World {
 
     fn take_reactor(&mut self, at: usize, event: ReactorEvent) -> Verdict {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, .. } => {
+            ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
                 self.tell(at, format_args!("link down: {reason}; undurable: {undurable}"));
                 self.driver(at).link_up = false;
                 self.pause_dialling(at, false);
                 if self.driver(at).controller.status().connection == Connection::Connected {
                     self.check_prefix(at)?;
                 }
-                role::Event::LinkDown { reason, undurable }
+                role::Event::LinkDown { reason, undurable, dirty }
             }
             ReactorEvent::Settled { .. } => role::Event::Settled,
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
@@ -379,7 +379,10 @@ impl World {
                 self.drop_conversation(at, &over);
             }
             let (volume, reason) = (0, error.to_owned());
-            self.post_input(at, Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true }));
+            self.post_input(
+                at,
+                Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true }),
+            );
             self.post_input(at, Input::Reactor(ReactorEvent::Settled { volume }));
         }
     }
@@ -426,7 +429,10 @@ impl World {
             Action::StartSession { side, serve, epoch } => self.start_session(at, side, serve, epoch)?,
             Action::AdoptEpoch(epoch) => {
                 self.driver(at).epoch = epoch;
-                self.send(at, Command::Direct { volume, direction: Direction::Target, epoch });
+                self.send(
+                    at,
+                    Command::Direct { volume, direction: Direction::Target { resync: false }, epoch },
+                );
             }
             Action::Serve { epoch } => {
                 self.driver(at).epoch = epoch;
@@ -443,7 +449,10 @@ impl World {
                     && self.driver(at).controller.status().connection != Connection::SyncSource
                 {
                     let epoch = self.driver(at).epoch;
-                    self.send(at, Command::Direct { volume, direction: Direction::Target, epoch });
+                    self.send(
+                        at,
+                        Command::Direct { volume, direction: Direction::Target { resync: false }, epoch },
+                    );
                 }
             }
             Action::GoAlone => self.send(at, Command::GoAlone { volume }),
@@ -504,7 +513,7 @@ impl World {
             }
             let direction = match side {
                 SessionSide::Source { resync } => Direction::Source { resync },
-                SessionSide::Target => Direction::Target,
+                SessionSide::Target => Direction::Target { resync: false },
             };
             self.sessions += 1;
             if both {
@@ -513,7 +522,10 @@ impl World {
             self.send(at, Command::Session { volume, link, direction, epoch });
         } else {
             let reason = "the connection is gone".to_owned();
-            self.post_input(at, Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true }));
+            self.post_input(
+                at,
+                Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true }),
+            );
         }
         if serve {
             self.send(at, Command::Serve { volume });

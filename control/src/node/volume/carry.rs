@@ -244,13 +244,18 @@ impl VolumeTask {
             Ok(link) => {
                 let direction = match side {
                     SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target,
+                    SessionSide::Target => Direction::Target { resync: false },
                 };
                 self.send(Command::Session { volume, link, direction, epoch });
             }
             Err(error) => {
                 // The controller hears of it as of any link that ends: nothing was applied that could be torn.
-                let down = ReactorEvent::LinkDown { volume, reason: error.to_string(), undurable: true };
+                let down = ReactorEvent::LinkDown {
+                    volume,
+                    reason: error.to_string(),
+                    undurable: true,
+                    dirty: true,
+                };
                 for event in [down, ReactorEvent::Settled { volume }] {
                     let _ = self.shared.inbox.send(super::Input::Reactor(event));
                 }

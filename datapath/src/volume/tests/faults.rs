@@ -59,7 +59,7 @@ fn truncate(file: &File) {
 #[test]
 fn nothing_after_a_damaged_payload_is_applied_and_nobody_panics() {
     for trim_first in [false, true] {
-        let (mut node, mut raw) = with_raw_peer(Direction::Target, Epoch(1));
+        let (mut node, mut raw) = with_raw_peer(Direction::Target { resync: false }, Epoch(1));
         let source = DiskImage::memory("source", SIZE).expect("memory");
         let bytes = source.span(grains(0, 1));
         bytes.write_from(&[5; 65536]);
@@ -90,9 +90,9 @@ fn lies_of_any_kind_close_the_link_and_hurt_nothing_else() {
     flush.seq = Seq(1);
     type Lie = (Direction, Header);
     let lies: [Lie; 6] = [
-        (Direction::Target, trim(2, grains(0, 1))),
-        (Direction::Target, far),
-        (Direction::Target, flush),
+        (Direction::Target { resync: false }, trim(2, grains(0, 1))),
+        (Direction::Target { resync: false }, far),
+        (Direction::Target { resync: false }, flush),
         (Direction::Source { resync: false }, flush),
         (Direction::Source { resync: false }, trim(1, grains(0, 1))),
         (Direction::Source { resync: false }, ack(1, 7, 0)),
@@ -148,7 +148,7 @@ fn an_old_record_of_the_peers_absence_does_not_outlive_its_return_as_primary() {
     node.volume.go_alone();
     node.volume.stop_serving();
     let (here, mut raw) = loopback::pair(RING_LEN).expect("ring memory");
-    node.volume.attach(Box::new(here), Direction::Target, Epoch(2), Instant::now());
+    node.volume.attach(Box::new(here), Direction::Target { resync: false }, Epoch(2), Instant::now());
     raw.close(DownReason::Local("dies"));
     turns_until(&mut node, "the end", |node| node.saw(is_link_down));
     node.volume.serve();
@@ -172,7 +172,7 @@ fn roles_that_change_over_a_live_link_start_a_numbering_of_their_own() {
         pair.a.volume.direct(direction, pair.epoch);
         pair.a.volume.pump(Instant::now());
     }
-    pair.b.volume.direct(Direction::Target, pair.epoch);
+    pair.b.volume.direct(Direction::Target { resync: false }, pair.epoch);
     // What was posted under the older epochs is refused, and a new session brings all of it.
     pair.a.volume.close_link(DownReason::Local("start over"));
     pair.cut();
@@ -189,7 +189,7 @@ fn posts_that_never_left_are_not_sent_under_a_later_epoch() {
     pair.a.write(1, grains(3, 1), 3);
     pair.epoch = Epoch(2);
     pair.a.volume.direct(Direction::Source { resync: false }, pair.epoch);
-    pair.b.volume.direct(Direction::Target, pair.epoch);
+    pair.b.volume.direct(Direction::Target { resync: false }, pair.epoch);
     pair.until_told(1);
     pair.until_quiet();
     assert_eq!(pair.b.volume.counters.violations.load(Ordering::Relaxed), 0);
@@ -209,7 +209,7 @@ fn a_copy_cut_off_by_a_change_of_roles_leaves_nothing() {
 
 #[test]
 fn roles_do_not_change_under_changes_that_are_still_being_applied() {
-    let (mut node, mut raw) = with_raw_peer(Direction::Target, Epoch(1));
+    let (mut node, mut raw) = with_raw_peer(Direction::Target { resync: false }, Epoch(1));
     node.fill(ByteRange::new(0, SIZE), 1);
     for seq in 1..=2 {
         let permit = raw.claim(0).expect("room");
@@ -330,7 +330,7 @@ fn a_standby_whose_disk_fails_leaves_and_never_acks() {
 
 #[test]
 fn a_disk_that_failed_is_no_partys_copy() {
-    for direction in [Direction::Source { resync: true }, Direction::Target] {
+    for direction in [Direction::Source { resync: true }, Direction::Target { resync: false }] {
         let (file, disk) = file_disk();
         truncate(file.as_file());
         disk.flush().expect_err("truncated");
@@ -428,7 +428,7 @@ fn an_idle_peer_owes_no_answer() {
 #[test]
 fn a_silent_peer_is_given_up_but_not_by_a_node_that_was_held_up_itself() {
     let timeout = Duration::from_millis(400);
-    let (mut node, _raw) = with_raw_peer(Direction::Target, Epoch(1));
+    let (mut node, _raw) = with_raw_peer(Direction::Target { resync: false }, Epoch(1));
     let began = Instant::now();
     // Four timeouts pass in one step: nobody looked, so nobody may judge.
     let back = began + timeout * 4;

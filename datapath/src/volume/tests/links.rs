@@ -193,7 +193,7 @@ impl Pair {
     pub(super) fn attach(&mut self, (here, there): Ends, resync: bool) {
         let now = Instant::now();
         self.a.volume.attach(here, Direction::Source { resync }, self.epoch, now);
-        self.b.volume.attach(there, Direction::Target, self.epoch, now);
+        self.b.volume.attach(there, Direction::Target { resync: false }, self.epoch, now);
     }
 
     fn switch(&mut self, (here, there): Ends, serial: u64) {
@@ -465,7 +465,7 @@ fn heard(raw: &mut loopback::LoopbackLink) -> (Vec<Header>, bool) {
 
 #[test]
 fn nothing_of_the_new_link_is_believed_before_the_last_of_the_old_one() {
-    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
     node.fill(ByteRange::new(0, SIZE), 1);
     say(&mut new, step(1));
     say(&mut new, step(2));
@@ -494,7 +494,7 @@ fn nothing_of_the_new_link_is_believed_before_the_last_of_the_old_one() {
 
 #[test]
 fn what_is_kept_back_is_bounded_and_comes_in_order_when_its_turn_has_come() {
-    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
     say(&mut new, step(1));
     say(&mut new, step(2));
     let mut said = 0;
@@ -528,7 +528,7 @@ fn what_is_kept_back_is_bounded_and_comes_in_order_when_its_turn_has_come() {
 fn signs_of_life_go_out_over_both_links_and_silence_is_measured_on_the_one_that_is_read() {
     let timeout = Duration::from_millis(400);
     for crossed in [false, true] {
-        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
         (1..=2).for_each(|number| say(&mut new, step(number)));
         (0..5).for_each(|_| node.turn());
         if crossed {
@@ -561,7 +561,7 @@ fn signs_of_life_go_out_over_both_links_and_silence_is_measured_on_the_one_that_
 
 #[test]
 fn the_end_of_the_old_link_in_the_same_breath_as_its_last_frame_is_no_end() {
-    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+    let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
     say(&mut new, step(1));
     say(&mut new, step(2));
     (0..5).for_each(|_| node.turn());
@@ -594,7 +594,7 @@ fn a_peer_that_breaks_the_order_of_steps_loses_the_new_link_or_the_session() {
         (&[(true, step(1)), (true, step(2)), (false, step(3)), (true, step(4)), (true, step(4))], false),
     ];
     for (lines, survives) in lies {
-        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
         node.fill(ByteRange::new(0, SIZE), 1);
         for (on_new, header) in lines {
             say(if *on_new { &mut new } else { &mut old }, *header);
@@ -607,7 +607,7 @@ fn a_peer_that_breaks_the_order_of_steps_loses_the_new_link_or_the_session() {
         assert_eq!(heard(&mut old).1, !survives || lines.len() == 5, "{lines:?}");
         node.assert_nothing_left();
     }
-    let (mut node, mut old, _new) = with_raw_peer(Direction::Target);
+    let (mut node, mut old, _new) = with_raw_peer(Direction::Target { resync: false });
     node.volume.keep_alive(Instant::now() + Duration::from_secs(60), Duration::from_secs(90));
     assert!(node.volume.switch.is_none());
     say(&mut old, step(3));
@@ -618,7 +618,7 @@ fn a_peer_that_breaks_the_order_of_steps_loses_the_new_link_or_the_session() {
 #[test]
 fn a_peer_that_stops_half_way_is_given_up_with_its_session() {
     for steps in [2, 3] {
-        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target);
+        let (mut node, mut old, mut new) = with_raw_peer(Direction::Target { resync: false });
         (1..=2).for_each(|number| say(&mut new, step(number)));
         (0..5).for_each(|_| node.turn());
         if steps == 3 {

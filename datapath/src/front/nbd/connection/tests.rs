@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::disk::image::DiskImage;
+use crate::disk::record::Record;
 use crate::disk::worker::DiskWorkers;
 use crate::front::nbd::handshake::{ListedExport, Lookup};
 use crate::reactor::command::VolumeSpec;
@@ -40,7 +41,8 @@ fn waiting_volume() -> Volume {
     let (done, _) = crossbeam_channel::unbounded();
     let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
-    let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss };
+    let spec =
+        VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
     let mut volume = Volume::new(0, spec, workers, Instant::now());
     volume.serve();
     volume
