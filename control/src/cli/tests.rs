@@ -5,7 +5,9 @@ use crate::admin::{
     AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, Status, UP_TO_DATE,
     VolumeStatus,
 };
-use costandby_datapath::disk::superblock::{Location, MetaStore};
+use costandby_datapath::disk::metadata::inspect::inspect;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::{Location, Superblock};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -107,6 +109,7 @@ fn db() -> VolumeStatus {
         advice: None,
         in_flight: 0,
         frozen: false,
+        violations: 0,
     }
 }
 
@@ -119,6 +122,7 @@ fn catching_up() -> VolumeStatus {
         advice: Some("give it time".into()),
         link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
+        violations: 2,
         ..db()
     }
 }
@@ -143,6 +147,7 @@ node alpha
 VOLUME   ROLE              DISK      PEER               LINK            ACK      EPOCH  SIZE    BEHIND
 archive  primary           UpToDate  beta Inconsistent  tcp connected   durable  3      64 GiB  1.5 GiB (97.6% in sync)
   link tcp: alpha has no RDMA: no device
+  protocol: links closed because of what beta sent: 2; the log says what
   -> give it time
 db       primary           UpToDate  beta UpToDate      tcp connected   memory   3      64 GiB  -
 web      standby (frozen)  UpToDate  beta Unknown       tcp connecting  memory   3      64 GiB  -
@@ -188,10 +193,11 @@ fn status_json_has_the_fixed_keys() {
         "in_flight",
         "frozen",
         "link_note",
+        "violations",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 17, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 18, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.
@@ -230,8 +236,12 @@ impl Bench {
         self.run(node, args).expect_err("must fail").to_string()
     }
 
-    fn superblock(&self) -> costandby_datapath::disk::superblock::Superblock {
-        MetaStore::open(&Location::beside(&self.path("a.img"))).expect("metadata").superblock
+    fn superblock(&self) -> Superblock {
+        let location = Location::beside(&self.path("a.img"));
+        let (medium, _) = FileMedium::look(&location.path).expect("metadata");
+        let found = inspect(&medium, 0, 0).expect("readable");
+        assert!(matches!(found.area, Some(Ok(_))), "of format 2");
+        found.newest.expect("good").1
     }
 }
 
@@ -279,7 +289,7 @@ fn create_touches_nothing_that_is_there() {
 fn create_refuses_a_disk_in_use_metadata_without_disk_and_a_longer_file() {
     let bench = Bench::new("1048576");
     bench.run("alpha", &["create", "db"]).expect("made");
-    let daemon = MetaStore::open(&Location::beside(&bench.path("a.img"))).expect("opened");
+    let daemon = FileMedium::open(&Location::beside(&bench.path("a.img")).path).expect("opened");
     assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("in use"));
     drop(daemon);
 

@@ -4,14 +4,16 @@
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
 use super::link::LinkKeeper;
-use super::negotiate::{Met, NoLink, out_of_turn};
+use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
 use crate::admin;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
-use costandby_datapath::disk::superblock::{MetaStore, Superblock};
+use costandby_datapath::disk::metadata::SuperblockStore;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
@@ -20,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 mod carry;
 
@@ -77,11 +79,13 @@ pub(super) struct VolumeTask {
     index: usize,
     shared: Arc<Shared>,
     controller: VolumeController,
-    store: Option<MetaStore>,
+    store: Option<SuperblockStore<FileMedium>>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// Room for RDMA listeners.
+    listeners: Arc<Semaphore>,
     /// From the making of its link to its end.
     session: Option<SessionState>,
     began: Instant,
@@ -117,7 +121,7 @@ impl VolumeTask {
         index: usize,
         shared: Arc<Shared>,
         controller: VolumeController,
-        store: Option<MetaStore>,
+        store: Option<SuperblockStore<FileMedium>>,
         reactor: ReactorHandle,
         queue: mpsc::UnboundedReceiver<Input>,
         surroundings: Surroundings,
@@ -133,6 +137,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             session: None,
             began: now,
             conversation: None,
