@@ -242,7 +242,7 @@ impl VolumeTask {
             Ok(link) => {
                 let direction = match side {
                     SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target { resync: false },
+                    SessionSide::Target { resync } => Direction::Target { resync },
                 };
                 self.send(Command::Session { volume, link, direction, epoch });
             }
