@@ -50,6 +50,9 @@ struct Work {
     last_will: bool,
 }
 
+/// What came of marking everything.
+type Marked = Result<(), String>;
+
 /// The task of one process.
 pub(super) struct Driver {
     pub(super) controller: VolumeController,
@@ -59,7 +62,7 @@ pub(super) struct Driver {
     /// What is being stored, and whether it will fail.
     storing: Option<(Box<Superblock>, bool)>,
     /// Where the reactor says what came of marking everything, when it has.
-    marking: Option<Arc<Mutex<Option<Result<(), String>>>>>,
+    marking: Option<Arc<Mutex<Option<Marked>>>>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,
