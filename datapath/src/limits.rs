@@ -231,8 +231,8 @@ pub const DIRTY_STORE_BLOCKS_MAX: usize = 256;
 /// in a few tens of milliseconds and holds a file system's usual neighbourhood.
 pub const ACTIVITY_EXTENT_LEN: u64 = 4 << 20;
 
-/// Smallest extent: no less than the largest grain.
-pub const ACTIVITY_EXTENT_LEN_MIN: u64 = 1 << 20;
+/// Smallest extent: no less than the smallest grain. Only volumes as small as the simulator's are served well by it.
+pub const ACTIVITY_EXTENT_LEN_MIN: u64 = 4 << 10;
 
 /// Largest extent: 4096 of them are 64 GiB to copy after a crash, more than an hour's worth on a slow link.
 pub const ACTIVITY_EXTENT_LEN_MAX: u64 = 16 << 20;
@@ -241,7 +241,7 @@ pub const ACTIVITY_EXTENT_LEN_MAX: u64 = 16 << 20;
 pub const ACTIVITY_SLOTS: u32 = 1024;
 
 /// Fewest hot extents: with fewer, almost every write would wait for a transaction.
-pub const ACTIVITY_SLOTS_MIN: u32 = 64;
+pub const ACTIVITY_SLOTS_MIN: u32 = 16;
 
 /// Most hot extents: their table goes once through the ring's transactions with half of the ring to spare.
 pub const ACTIVITY_SLOTS_MAX: u32 = 4096;
