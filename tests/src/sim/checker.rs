@@ -25,7 +25,7 @@
 //! - `uncovered`: what is on record on neither side as possibly different is the same on both media (see `coverage`);
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
-//!   since the disks were equal, only those that were written to since;
+//!   since the disks were equal, only those that were written to since no record named them;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;
@@ -134,9 +134,9 @@ pub(super) struct Checker {
     zeroes: Vec<Zeroes>,
     duties: [Duty; 2],
     servers: BTreeMap<(u64, u64), usize>,
-    /// When the disks were last made equal: what was asked for since may have to be copied.
-    equal_since: Nanos,
-    /// Since then a process ended, a disk was given up or a copy of everything began: more may have to be.
+    /// When neither record last named a sector: what was asked for since may have to be copied.
+    unnamed_at: Vec<Nanos>,
+    /// Since the disks were equal a process ended, a disk was given up or a copy of everything began: more may have to be.
     crashed: bool,
     /// What the copy of each node may send; `None`: everything.
     copies: [Option<CopyBound>; 2],
@@ -191,7 +191,7 @@ impl Checker {
             duties: [duty(), duty()],
             servers: BTreeMap::new(),
             related: false,
-            equal_since: 0,
+            unnamed_at: vec![0; count],
             crashed: true,
             copies: [None, None],
             applied: BTreeMap::new(),
@@ -547,7 +547,7 @@ impl Checker {
     }
 
     /// The copy from `source` begins; with `delta` only what is on record as possibly different needs to be sent, and
-    /// where no process ended since the disks were equal, only what was asked for since then.
+    /// where no process ended since the disks were equal, only what was asked for since no record named it.
     pub(super) fn begin_copy(&mut self, now: Nanos, source: usize, delta: bool, coverages: [&Coverage; 2]) {
         if !delta {
             self.copies[source] = None;
@@ -558,7 +558,7 @@ impl Checker {
         let count = self.zeroes.len();
         let mut allowed: Vec<bool> = (0..count).map(|s| coverages.iter().any(|c| c.names(s))).collect();
         if !self.crashed {
-            let asked = self.grains_asked(self.equal_since, grain_sectors);
+            let asked = self.grains_asked(|at| self.unnamed_at[at], grain_sectors);
             for (allowed, asked) in allowed.iter_mut().zip(asked) {
                 *allowed &= asked;
             }
@@ -566,14 +566,16 @@ impl Checker {
         self.copies[source] = Some(CopyBound { began: now, grain_sectors, allowed });
     }
 
-    /// Sectors whose grain some change was asked for that had not ended before `since`.
-    fn grains_asked(&self, since: Nanos, grain_sectors: usize) -> Vec<bool> {
+    /// Sectors of grains that some change was asked for that had not ended before `since`, a moment for each sector.
+    fn grains_asked(&self, since: impl Fn(usize) -> Nanos, grain_sectors: usize) -> Vec<bool> {
         let mut asked = vec![false; self.zeroes.len()];
-        for change in self.changes.iter().skip(1).filter(|change| change.ended >= since) {
+        for change in self.changes.iter().skip(1) {
             let span = sectors(change.range);
             let start = span.start / grain_sectors * grain_sectors;
             let end = span.end.next_multiple_of(grain_sectors).min(asked.len());
-            asked[start..end].fill(true);
+            for (asked, sector) in asked[start..end].iter_mut().zip(start..) {
+                *asked |= change.ended >= since(sector);
+            }
         }
         asked
     }
@@ -584,7 +586,7 @@ impl Checker {
         let Some(bound) = &self.copies[source] else { return Ok(()) };
         let span = sectors(range);
         let Some(sector) = span.clone().find(|&sector| !bound.allowed[sector]) else { return Ok(()) };
-        let since = self.grains_asked(bound.began, bound.grain_sectors);
+        let since = self.grains_asked(|_| bound.began, bound.grain_sectors);
         if span.into_iter().all(|sector| bound.allowed[sector] || since[sector]) {
             return Ok(());
         }
@@ -647,9 +649,7 @@ impl Checker {
     }
 
     /// Both are in sync again: a word of force is used up.
-    /// They will be so as they were at `since`, but for what was asked for after it.
-    pub(super) fn in_sync(&mut self, since: Nanos) {
-        self.equal_since = since;
+    pub(super) fn in_sync(&mut self) {
         self.related = true;
         self.crashed = false;
         for duty in &mut self.duties {
@@ -681,6 +681,15 @@ impl Checker {
             }
         }
         Ok(())
+    }
+
+    /// Some record has changed.
+    pub(super) fn look_at_records(&mut self, now: Nanos, coverages: [&Coverage; 2]) {
+        for (sector, unnamed_at) in self.unnamed_at.iter_mut().enumerate() {
+            if coverages.iter().all(|coverage| !coverage.names(sector)) {
+                *unnamed_at = now;
+            }
+        }
     }
 
     /// What neither record names is the same in these two pictures of the disks.

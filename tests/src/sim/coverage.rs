@@ -27,6 +27,8 @@ pub(super) struct Coverage {
     named: Vec<bool>,
     /// Bytes a bit stands for.
     pub(super) grain_len: u64,
+    /// Extents that are hot.
+    pub(super) hot: Vec<u64>,
     /// What the medium held when it was last looked at.
     seen: Vec<u8>,
 }
@@ -84,6 +86,7 @@ impl Coverage {
         self.grain_len = geometry.grain_len();
         let Some(hot) = hot_extents(medium, shape.area, geometry.slots() as usize) else { return };
         self.named.fill(false);
+        self.hot.clone_from(&hot);
         for extent in hot {
             self.name(extent * geometry.extent_len(), geometry.extent_len());
         }

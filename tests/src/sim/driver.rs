@@ -82,9 +82,8 @@ pub(super) struct Driver {
     epoch: Epoch,
     refusal_told: String,
     pub(super) finished: bool,
-    /// Of the last session that was agreed, and when it began.
+    /// Of the last session that was agreed.
     pub(super) scope: Option<Scope>,
-    pub(super) session_began: Nanos,
     /// The command being carried out gives up this disk's data.
     pub(super) discards: bool,
 }
@@ -109,7 +108,6 @@ impl Driver {
             refusal_told: String::new(),
             finished: false,
             scope: None,
-            session_began: 0,
             discards: false,
         }
     }
@@ -554,7 +552,6 @@ impl World {
         let conversation = self.driver(at).conversation.take();
         self.driver(at).epoch = epoch;
         self.driver(at).link_up = true;
-        self.driver(at).session_began = self.now();
         let volume = 0;
         if let Some(stream) = conversation.and_then(|c| c.stream) {
             let (wire, both) = self.take_wire(at, stream);

@@ -491,8 +491,7 @@ impl World {
         }
         if !before.up_to_date && superblock.disk_state == DiskState::UpToDate && !superblock.primary {
             self.seen.insert("a copy ended");
-            let began = self.driver(at).session_began;
-            self.checker.in_sync(began);
+            self.checker.in_sync();
             return self.checker.copied(now, at, &self.nodes[at].disk);
         }
         Ok(())
@@ -500,7 +499,9 @@ impl World {
 
     /// What no record names is the same on both media.
     pub(super) fn check_coverage(&mut self, when: &str) -> Verdict {
+        let now = self.now();
         let [one, other] = &self.nodes;
+        self.checker.look_at_records(now, [one.meta.coverage(), other.meta.coverage()]);
         self.checker.uncovered(
             when,
             [&one.disk.shadow, &other.disk.shadow],
@@ -532,7 +533,11 @@ impl World {
         if let Some(at) = named {
             return broken(
                 "idle",
-                format!("long after the last request, {} still has something on record", NAMES[at]),
+                format!(
+                    "long after the last request, {} still has something on record (hot: {:?})",
+                    NAMES[at],
+                    self.nodes[at].meta.coverage().hot
+                ),
             );
         }
         self.check_coverage("after a long silence")
@@ -560,8 +565,7 @@ impl World {
             return Ok(());
         }
         self.seen.insert("a session in sync");
-        let now = self.now();
-        self.checker.in_sync(now);
+        self.checker.in_sync();
         self.check_equal("as a session begins")
     }
 
