@@ -3,7 +3,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use costandby_tests::vm::guest::{Guest, Settings};
-use costandby_tests::vm::{LINK, Rig, Steps, VmError, failover, fast, survivor};
+use costandby_tests::vm::{LINK, Rig, Steps, VmError, auto, failover, fast, lost_host, survivor};
 use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,7 +33,8 @@ enum Task {
         /// What carries the copies: rdma or tcp.
         #[arg(long, default_value = LINK)]
         link: String,
-        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, demo, two-guests.
+        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, demo, auto,
+        /// lost-host, two-guests.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Leave the logs there when all is well, too.
@@ -64,7 +65,22 @@ enum Task {
         /// Its socket for NBD clients.
         nbd: PathBuf,
     },
+    /// Inside a guest: say how the volume's connection changes. Used by `test`.
+    #[command(hide = true)]
+    Watch {
+        /// The daemon's admin socket.
+        admin: PathBuf,
+    },
+    /// Inside a guest without an RDMA device: a pair with `link = "auto"` gets one. Used by `test`.
+    #[command(hide = true)]
+    Auto {
+        /// The interface that the device is to be on.
+        netdev: String,
+    },
 }
+
+/// Steps with two guests.
+const WITH_TWO: [&str; 2] = ["lost-host", "two-guests"];
 
 #[derive(Args)]
 struct RunArgs {
@@ -93,6 +109,11 @@ fn main() -> ExitCode {
         Task::Survivor { link, admin, nbd } => {
             survivor::run(&admin, &nbd, &link).map(|()| 0).map_err(VmError::Failed)
         }
+        Task::Watch { admin } => survivor::watch(&admin).map(|()| 0).map_err(VmError::Failed),
+        Task::Auto { netdev } => {
+            auto::run(&netdev);
+            Ok(0)
+        }
     };
     match done {
         Ok(status) => ExitCode::from(status),
@@ -105,7 +126,7 @@ fn main() -> ExitCode {
 
 fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let rig = Rig::prepare()?;
-    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(["two-guests"]).collect();
+    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_TWO).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
     }
@@ -114,8 +135,11 @@ fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let mut steps = Steps::default();
     steps.run("building the programs", || rig.build_programs())?;
     let mut outcomes = Vec::new();
-    if known.iter().any(|id| *id != "two-guests" && wanted(id)) {
+    if known.iter().any(|id| !WITH_TWO.contains(id) && wanted(id)) {
         outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
+    }
+    if wanted("lost-host") {
+        outcomes.push(lost_host::run(&rig, &directory, &mut steps));
     }
     if wanted("two-guests") {
         outcomes.push(failover::run(&rig, &directory, link, &mut steps));
