@@ -459,6 +459,7 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         advice: status.advice,
         in_flight,
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
+        violations: counters.violations.load(Ordering::Relaxed),
     }
 }
 

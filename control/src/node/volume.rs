@@ -4,7 +4,7 @@
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
 use super::link::LinkKeeper;
-use super::negotiate::{Met, NoLink, out_of_turn};
+use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 mod carry;
 
@@ -84,6 +84,8 @@ pub(super) struct VolumeTask {
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// Room for RDMA listeners.
+    listeners: Arc<Semaphore>,
     /// From the making of its link to its end.
     session: Option<SessionState>,
     began: Instant,
@@ -135,6 +137,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             session: None,
             began: now,
             conversation: None,
@@ -366,6 +369,11 @@ impl VolumeTask {
         }
     }
 
+    /// Whether the session brings us what we lack.
+    fn is_sync_target(&self) -> bool {
+        self.controller.status().connection == Connection::SyncTarget
+    }
+
     fn send(&self, command: Command) {
         self.reactor.send(command);
     }
@@ -394,7 +402,8 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                self.send(Command::Direct { volume, direction: Direction::Target { resync: false }, epoch });
+                let direction = Direction::Target { resync: self.is_sync_target() };
+                self.send(Command::Direct { volume, direction, epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -410,7 +419,7 @@ impl VolumeTask {
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
                     self.send(Command::Direct {
                         volume,
-                        direction: Direction::Target { resync: false },
+                        direction: Direction::Target { resync: self.is_sync_target() },
                         epoch: self.epoch,
                     });
                 }

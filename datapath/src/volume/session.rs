@@ -1,5 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
+use super::resync::Telling;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::worker::{Job, JobKind};
@@ -10,7 +11,7 @@ use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{Epoch, Seq, Token};
-use crate::wire::{Header, Kind};
+use crate::wire::{Header, Kind, flags};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -55,9 +56,11 @@ impl Volume {
         }
         self.epoch = epoch;
         self.access = None;
+        self.telling = None;
         if self.source {
             self.source = false;
             self.resync = None;
+            self.end_source_record();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
@@ -78,17 +81,18 @@ impl Volume {
                 self.source = true;
                 self.resync_serial += 1;
                 if resync {
-                    self.bitmap.set_all();
-                    self.resync = Some(Resync::new(&self.bitmap));
+                    self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len()));
                 } else {
-                    self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                    self.record.clear_all();
                 }
+                self.record.session_began();
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
             }
-            Direction::Target { .. } => {
+            Direction::Target { resync } => {
                 self.session_serial += 1;
                 self.access = Some(Access::new(epoch, self.disk.size()));
-                self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                self.begin_target_record();
+                self.telling = resync.then_some(Telling::From(0));
             }
             Direction::Idle => {}
         }
@@ -234,6 +238,7 @@ impl Volume {
                 self.events.push(Event::PeerMessage { volume, code, arg });
                 Ok(())
             }
+            Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
             Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Write | Kind::WriteZeroes | Kind::Trim => panic!("changes arrive in slots"),
         }
@@ -320,6 +325,10 @@ impl Volume {
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
+        self.telling = None;
+        if self.source {
+            self.end_source_record();
+        }
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
@@ -343,7 +352,7 @@ impl Volume {
             volume: self.index,
             reason,
             undurable,
-            dirty: self.bitmap.dirty_bytes() > 0,
+            dirty: self.record.is_dirty(),
         });
     }
 
@@ -375,12 +384,19 @@ impl Volume {
         let mut sent = false;
         while let Some(outgoing) = self.outbox.front() {
             let posted = match *outgoing {
-                Outgoing::Post(seq, change) => post(link.as_mut(), &self.disk, self.epoch, seq, change),
+                Outgoing::Post(seq, change) => {
+                    let posted = post(link.as_mut(), &self.disk, self.epoch, seq, change);
+                    if posted && change.kind == Kind::Write {
+                        self.counters.posted(change.range.len, change.flags & flags::RESYNC != 0);
+                    }
+                    posted
+                }
                 Outgoing::Flush(seq) => {
                     let mut header = Header::new(Kind::Flush, self.epoch);
                     header.seq = seq;
                     link.send(header).is_ok()
                 }
+                Outgoing::MarksKept => link.send(Header::new(Kind::DirtyKept, self.epoch)).is_ok(),
                 Outgoing::Control { code, arg } => {
                     let mut header = Header::new(Kind::Control, self.epoch);
                     header.aux = code;
@@ -404,6 +420,10 @@ impl Volume {
                 access.untake_ack();
             }
             sent = true;
+        }
+        if let Some(telling) = &mut self.telling {
+            // Behind the ack, so that a long map does not take its place in the queue.
+            sent |= telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
         }
         link.kick();
         if sent {
