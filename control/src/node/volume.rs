@@ -369,8 +369,6 @@ impl VolumeTask {
         }
     }
 
-    /// Whether the session brings us what we lack.
-
     fn send(&self, command: Command) {
         self.reactor.send(command);
     }
