@@ -435,8 +435,6 @@ impl World {
     }
 
     /// Hands the reactor a command; it takes it up a little later.
-    /// Whether the session brings the node at `at` what it lacks.
-
     fn send(&mut self, at: usize, command: Command) {
         let due = self.now() + self.rng.below(self.config.control_delay);
         let commands = &mut self.live(at).commands;
