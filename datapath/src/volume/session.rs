@@ -80,10 +80,9 @@ impl Volume {
             Direction::Source { resync } => {
                 self.source = true;
                 self.resync_serial += 1;
+                // In sync, the map is empty but for what a verification found. Nobody clears a bit at its word alone.
                 if resync {
                     self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len()));
-                } else {
-                    self.record.clear_all();
                 }
                 self.record.session_began();
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
