@@ -4,7 +4,7 @@
 //! header in the ring is aligned. Everything is little-endian, versioned and checksummed; `docs/PROTOCOL.md` shows the
 //! dialogue. Decoding never panics and never trusts a field: it says which one was wrong.
 
-use crate::limits::PAYLOAD_LEN_MAX;
+use crate::limits::{PAYLOAD_LEN_MAX, VERIFY_LEN_MAX};
 use crate::units::{ByteRange, Epoch, Seq};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -38,6 +38,12 @@ pub enum Kind {
     Control = 7,
     /// A step of the change to another link: `aux` names the change, `seq` the step. See `volume::switch`.
     Switch = 8,
+    /// Compare `range`: the sender's digest of it is `aux` and `payload_crc`, see [`crate::disk::digest`]. It takes its
+    /// turn among the changes, changes nothing, and has no payload.
+    Verify = 12,
+    /// The bytes of `range` that the [`Kind::Verify`] numbered `seq` named are others here. Sent before the ack that
+    /// covers it.
+    Differs = 13,
 }
 
 impl Kind {
@@ -51,14 +57,17 @@ impl Kind {
             6 => Self::KeepAlive,
             7 => Self::Control,
             8 => Self::Switch,
+            12 => Self::Verify,
+            13 => Self::Differs,
             _ => return None,
         })
     }
 
-    /// Whether the frame changes the disk: it then has a seq of its own and is applied in seq order.
+    /// Whether the frame changes the disk, or looks at it in its turn among the changes: it then has a seq of its own and
+    /// is applied in seq order.
     #[must_use]
     pub fn is_change(self) -> bool {
-        matches!(self, Self::Write | Self::WriteZeroes | Self::Trim)
+        matches!(self, Self::Write | Self::WriteZeroes | Self::Trim | Self::Verify)
     }
 }
 
@@ -87,7 +96,7 @@ pub struct Header {
     pub range: ByteRange,
     /// What [`Kind`] says.
     pub aux: u64,
-    /// CRC-32C of the payload; 0 where there is none.
+    /// CRC-32C of the payload, or of what is to be compared; 0 where there is neither.
     pub payload_crc: u32,
     /// Filled in by the transport: bytes of the *receiver's peer's* ring released since the link came up.
     pub ring_returned: u64,
@@ -175,6 +184,9 @@ impl Header {
         }
         if kind == Kind::Write && range.len > PAYLOAD_LEN_MAX.into() {
             return Err(WireError::Length { found: raw.len.get() });
+        }
+        if kind == Kind::Verify && range.len > VERIFY_LEN_MAX {
+            return Err(WireError::VerifyLength { found: raw.len.get() });
         }
         Ok(Self {
             kind,
@@ -270,6 +282,12 @@ pub enum WireError {
         /// As sent.
         found: u32,
     },
+    /// More bytes to compare at once than one may ask for.
+    #[error("frame asks for {found} bytes to be compared, the limit is {VERIFY_LEN_MAX}")]
+    VerifyLength {
+        /// As sent.
+        found: u32,
+    },
 }
 
 #[cfg(test)]
@@ -286,7 +304,9 @@ mod tests {
             Just(Kind::Ack),
             Just(Kind::KeepAlive),
             Just(Kind::Control),
-            Just(Kind::Switch)
+            Just(Kind::Switch),
+            Just(Kind::Verify),
+            Just(Kind::Differs)
         ];
         let numbers = (any::<u64>(), any::<u64>(), 0..1u64 << 62, 1..=u64::from(PAYLOAD_LEN_MAX));
         (kind, 0..=flags::ALL, numbers, any::<u64>(), any::<[u32; 2]>(), any::<u64>()).prop_map(
@@ -295,7 +315,10 @@ mod tests {
                 flags,
                 epoch: Epoch(epoch),
                 seq: Seq(seq),
-                range: ByteRange::new(start, len),
+                range: ByteRange::new(
+                    start,
+                    if kind == Kind::Verify { len.min(VERIFY_LEN_MAX) } else { len },
+                ),
                 aux,
                 payload_crc,
                 ring_returned,

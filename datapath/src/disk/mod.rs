@@ -3,6 +3,7 @@
 
 pub mod activity_log;
 pub mod bitmap;
+pub mod digest;
 pub mod dirty_map;
 pub mod image;
 pub mod inflight;

@@ -110,6 +110,8 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
+    /// A comparison, and the peer says that its bytes are others.
+    differs: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -569,6 +571,7 @@ impl Request {
             locked: false,
             landed: true,
             completed: false,
+            differs: false,
         }
     }
 

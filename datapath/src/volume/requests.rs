@@ -78,6 +78,7 @@ impl Volume {
             locked: false,
             landed: false,
             completed: false,
+            differs: false,
         });
         match self.inflight.request(token, new.range, access) {
             Admission::Granted => {
@@ -274,6 +275,7 @@ impl Volume {
                 locked: false,
                 landed: false,
                 completed: false,
+                differs: false,
             });
             match self.inflight.request(token, range, Access::Change) {
                 Admission::Granted => self.start(token),
