@@ -67,13 +67,11 @@ pub const LINK_EVENTS_MAX: usize = 64;
 /// foreground write to the same range waits well under a millisecond on a 10 Gbit/s link.
 pub const RESYNC_CHUNK_LEN: u64 = 256 << 10;
 
-/// Background copy steps in flight while clients are busy: what a client's write has to wait behind.
-pub const RESYNC_CHUNKS_WITH_CLIENTS: usize = 1;
+/// Milliseconds for which clients count as busy after a request: one that writes now and then is not to find the link
+/// full each time, and a copy that waits so long for one that has gone loses nothing.
+pub const CLIENTS_BUSY_MS: u64 = 500;
 
-/// Milliseconds for which clients count as busy after a request.
-pub const CLIENTS_BUSY_MS: u64 = 20;
-
-/// Background copy steps in flight: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
+/// Background copy steps in flight while nobody is disturbed: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
 pub const RESYNC_CHUNKS_IN_FLIGHT: usize = 8;
 
 /// Bytes of the disk that one bit of the in-memory dirty bitmap stands for (64 KiB: 16 TiB costs 32 MiB).

@@ -5,5 +5,6 @@
 
 pub mod pace;
 pub mod pipeline;
+pub mod ranges;
 pub mod resync;
 pub mod verify;

@@ -4,10 +4,16 @@
 //! locks and the same pipeline as a client's write, so that the peer applies both in one order; writes that arrive
 //! meanwhile are mirrored wherever the cursor stands. Today every copy starts from a full bitmap; a copy of what really
 //! differs only has to set fewer bits.
+//!
+//! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
+//! grain by grain, and only grains that differ are sent. How long steps are and how many go at a time is
+//! [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain counts as copied when all of it is.
 
+use super::ranges::Ranges;
 use crate::disk::bitmap::Bitmap;
-use crate::limits::{DIRTY_GRAIN_LEN, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT, RESYNC_CHUNKS_WITH_CLIENTS};
+use crate::limits::DIRTY_GRAIN_LEN;
 use crate::units::ByteRange;
+use std::collections::VecDeque;
 
 /// Where a copy stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,39 +24,72 @@ pub enum Stage {
     Flushing,
 }
 
+/// What to do next about a stretch of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// The stretch. A step covers the first part of it, or all.
+    pub range: ByteRange,
+    /// The peer said that its bytes are others; otherwise a copy that compares first asks.
+    pub differs: bool,
+}
+
 /// One background copy, within one session.
 #[derive(Debug)]
 pub struct Resync {
+    size: u64,
     cursor: u64,
+    /// Stretches behind the cursor that need another step.
+    again: VecDeque<Wanted>,
     steps_in_flight: usize,
     stage: Stage,
     total: u64,
     /// Up to here, from the cursor on, the disk was found to hold data.
     data_until: u64,
+    compares: bool,
+    /// Covered by steps, but for the whole grains that were cleared already.
+    applied: Ranges,
 }
 
 impl Resync {
-    /// A copy of everything marked in `bitmap`.
+    /// A copy of everything marked in `bitmap`, of a disk of `size` bytes; `compares` where what is equal is not to be sent.
     #[must_use]
-    pub fn new(bitmap: &Bitmap) -> Self {
+    pub fn new(bitmap: &Bitmap, size: u64, compares: bool) -> Self {
         Self {
+            size,
             cursor: 0,
+            again: VecDeque::new(),
             steps_in_flight: 0,
             stage: Stage::Copying,
             total: bitmap.dirty_bytes(),
             data_until: 0,
+            compares,
+            applied: Ranges::default(),
         }
     }
 
-    /// The next dirty range to copy, or `None` while enough is under way or nothing is left. The caller says with
-    /// [`Resync::took`] how much of it the step covers.
+    /// Whether to ask the peer before sending `wanted`.
     #[must_use]
-    pub fn next(&self, bitmap: &Bitmap, clients_busy: bool) -> Option<ByteRange> {
-        let steps_max = if clients_busy { RESYNC_CHUNKS_WITH_CLIENTS } else { RESYNC_CHUNKS_IN_FLIGHT };
-        if self.stage != Stage::Copying || self.steps_in_flight >= steps_max {
+    pub fn compares(&self, wanted: Wanted) -> bool {
+        self.compares && !wanted.differs
+    }
+
+    /// What to do next, or `None` when nothing is left to begin. The caller says with [`Resync::took`] how much of it the
+    /// step covers.
+    #[must_use]
+    pub fn next(&self, bitmap: &Bitmap) -> Option<Wanted> {
+        if self.stage != Stage::Copying {
             return None;
         }
-        bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)
+        if let Some(again) = self.again.front() {
+            return Some(*again);
+        }
+        if self.cursor >= self.size {
+            return None;
+        }
+        let dirty = bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)?;
+        // The cursor may stand within a grain.
+        let start = dirty.start.max(self.cursor);
+        Some(Wanted { range: ByteRange::new(start, dirty.end() - start), differs: false })
     }
 
     /// How much of `dirty`, from its start on, is known to be data. A file system in memory looks at every page to find
@@ -66,42 +105,57 @@ impl Resync {
         self.data_until = range.end();
     }
 
-    /// A step over `range` is under way. Its length must be a multiple of the bitmap's grain, or end the disk.
+    /// A step over `range`, with which what was last wanted begins, is under way.
     pub fn took(&mut self, range: ByteRange) {
-        self.cursor = range.end().next_multiple_of(DIRTY_GRAIN_LEN);
+        assert!(range.len > 0, "a step covers something");
         self.steps_in_flight += 1;
+        let Some(again) = self.again.front_mut() else {
+            self.cursor = range.end();
+            return;
+        };
+        assert_eq!(again.range.start, range.start, "a step covers the beginning of what is wanted");
+        again.range = ByteRange::new(range.end(), again.range.end() - range.end());
+        if again.range.len == 0 {
+            self.again.pop_front();
+        }
     }
 
-    /// A step that was taken could not start: it comes again. So may those taken after it, unless they are applied by
-    /// then; that costs their bytes once more and nothing else.
-    pub fn untake(&mut self, range: ByteRange) {
-        self.cursor = self.cursor.min(range.start);
-        // What lies between may have been a hole.
+    /// A step that was taken could not start: it comes again.
+    pub fn untake(&mut self, range: ByteRange, differs: bool) {
+        self.again.push_front(Wanted { range, differs });
+        // What was found there may have changed.
         self.data_until = 0;
         self.steps_in_flight -= 1;
     }
 
-    /// The peer applied a step.
+    /// The peer applied a step, or found that it need not be sent.
     pub fn applied(&mut self, range: ByteRange, bitmap: &mut Bitmap) {
-        bitmap.clear(range);
         self.steps_in_flight -= 1;
+        self.applied.insert(range);
+        for whole in self.applied.take_whole(DIRTY_GRAIN_LEN, self.size) {
+            bitmap.clear(whole);
+        }
+    }
+
+    /// The peer holds other bytes in the range of a step that asked.
+    pub fn differs(&mut self, range: ByteRange) {
+        self.steps_in_flight -= 1;
+        let mut start = range.start;
+        while start < range.end() {
+            let len = DIRTY_GRAIN_LEN.min(range.end() - start);
+            let differs = len == range.len;
+            self.again.push_back(Wanted { range: ByteRange::new(start, len), differs });
+            start += len;
+        }
     }
 
     /// Whether it is time to flush the peer; says yes once.
     pub fn take_flush(&mut self, bitmap: &Bitmap) -> bool {
-        let done = self.stage == Stage::Copying
-            && self.steps_in_flight == 0
-            && bitmap.next_dirty(self.cursor, DIRTY_GRAIN_LEN).is_none();
+        let done = self.stage == Stage::Copying && self.steps_in_flight == 0 && self.next(bitmap).is_none();
         if done {
             self.stage = Stage::Flushing;
         }
         done
-    }
-
-    /// Bytes of data one step copies at most.
-    #[must_use]
-    pub fn chunk(range: ByteRange) -> ByteRange {
-        ByteRange::new(range.start, range.len.min(RESYNC_CHUNK_LEN))
     }
 
     /// Percent of the bytes to copy that the peer has applied.
@@ -114,57 +168,4 @@ impl Resync {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stretch_of_data_is_asked_for_once_and_anew_after_a_step_back() {
-        let mut bitmap = Bitmap::new(8 * RESYNC_CHUNK_LEN);
-        bitmap.set_all();
-        let mut resync = Resync::new(&bitmap);
-        let dirty = resync.next(&bitmap, false).expect("all of it");
-        assert_eq!(resync.known_data(dirty), None, "not asked yet");
-        resync.found_data(ByteRange::new(0, 3 * RESYNC_CHUNK_LEN));
-        let first = Resync::chunk(dirty);
-        resync.took(first);
-        let rest = resync.next(&bitmap, false).expect("more");
-        assert_eq!(resync.known_data(rest), Some(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN)));
-        resync.took(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN));
-        let beyond = resync.next(&bitmap, false).expect("more");
-        assert_eq!(resync.known_data(beyond), None, "the end of what was found");
-        resync.found_data(beyond);
-        resync.untake(first);
-        assert_eq!(resync.known_data(dirty), None, "there may be a hole in front");
-    }
-
-    #[test]
-    fn it_covers_every_dirty_byte_once_with_bounded_steps_then_flushes_once() {
-        let size = 10 * RESYNC_CHUNK_LEN + 4096;
-        let mut bitmap = Bitmap::new(size);
-        bitmap.set_all();
-        let mut resync = Resync::new(&bitmap);
-        let mut under_way = std::collections::VecDeque::new();
-        // Clients come when a third is copied and stay.
-        let clients_busy = |copied: u64| copied > size / 3;
-        let mut copied = 0;
-        while !resync.take_flush(&bitmap) {
-            while let Some(dirty) = resync.next(&bitmap, clients_busy(copied)) {
-                let step = Resync::chunk(dirty);
-                assert_eq!(step.start, copied, "in order, without gaps");
-                resync.took(step);
-                copied = step.end();
-                under_way.push_back(step);
-                let bound = if clients_busy(step.start) {
-                    RESYNC_CHUNKS_WITH_CLIENTS
-                } else {
-                    RESYNC_CHUNKS_IN_FLIGHT
-                };
-                assert!(under_way.len() <= bound, "{} steps", under_way.len());
-            }
-            resync.applied(under_way.pop_front().expect("steps under way until done"), &mut bitmap);
-        }
-        assert_eq!((copied, bitmap.dirty_bytes(), under_way.len()), (size, 0, 0));
-        assert!((resync.percent(&bitmap) - 100.0).abs() < 1e-9);
-        assert!(!resync.take_flush(&bitmap), "once");
-    }
-}
+mod tests;

@@ -106,20 +106,34 @@ impl Verify {
             return false;
         }
         self.findings.differing += range.len;
-        if self.last_end == Some(range.start) {
-            if self.findings.ranges == self.findings.listed.len() as u64
-                && let Some(last) = self.findings.listed.last_mut()
-            {
-                last.len += range.len;
-            }
-        } else {
-            self.findings.ranges += 1;
-            if self.findings.listed.len() < VERIFY_RANGES_LISTED_MAX {
-                self.findings.listed.push(range);
-            }
-        }
+        self.list(range);
         self.last_end = Some(range.end());
         true
+    }
+
+    /// Lists a finding, in order and as one with its neighbours: a short step may be answered before a long one in front
+    /// of it was taken apart.
+    fn list(&mut self, range: ByteRange) {
+        let Findings { ranges, listed, .. } = &mut self.findings;
+        let at = listed.partition_point(|held| held.end() < range.start);
+        let joins_before = listed.get(at).is_some_and(|held| held.end() == range.start);
+        let after = at + usize::from(joins_before);
+        let joins_after = listed.get(after).is_some_and(|held| held.start == range.end());
+        match (joins_before, joins_after) {
+            (true, true) => {
+                listed[at].len += range.len + listed[after].len;
+                listed.remove(after);
+                *ranges -= 1;
+            }
+            (true, false) => listed[at].len += range.len,
+            (false, true) => listed[after] = ByteRange::new(range.start, range.len + listed[after].len),
+            (false, false) if listed.len() < VERIFY_RANGES_LISTED_MAX => {
+                listed.insert(at, range);
+                *ranges += 1;
+            }
+            // Not listed, and so only known by where the last one ended.
+            (false, false) => *ranges += u64::from(self.last_end != Some(range.start)),
+        }
     }
 
     /// Begins no more steps.

@@ -13,6 +13,7 @@ use crate::disk::record::Record;
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
+use crate::mirror::pace::{Landed, Pace};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
@@ -26,10 +27,13 @@ use std::time::{Duration, Instant};
 
 mod links;
 mod requests;
+mod resync;
 mod session;
 mod switch;
+mod verify;
 
 pub use requests::{Begin, NewRequest, Op};
+pub use verify::Verified;
 
 /// Token of the flush the pipeline asked for.
 const PIPELINE_FLUSH: Token = Token(u64::MAX);
@@ -69,10 +73,22 @@ pub enum Origin {
         /// Tells it from an earlier copy's, which must not vouch for this one.
         serial: u64,
     },
+    /// A step of the verification number `serial`.
+    Verify {
+        /// Tells its steps from an earlier one's.
+        serial: u64,
+    },
     /// The flush that ends a quiesce.
     Quiesce,
     /// A client that is gone.
     Nobody,
+}
+
+impl Origin {
+    /// A step that no client asked for.
+    fn is_background(self) -> bool {
+        matches!(self, Self::Resync { .. } | Self::Verify { .. })
+    }
 }
 
 /// What a front end gets to hear.
@@ -112,6 +128,8 @@ struct Request {
     completed: bool,
     /// A comparison, and the peer says that its bytes are others.
     differs: bool,
+    /// When a client's change landed.
+    landed_at: Option<Landed>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -151,9 +169,20 @@ pub struct Volume {
     pipeline: Pipeline,
     actions: Vec<Action>,
     bitmap: Bitmap,
+    /// A copy asks the peer first whether its bytes are others.
+    checksum_first: bool,
     record: Record,
     resync: Option<Resync>,
     resync_serial: u64,
+    verifying: Option<verify::Verifying>,
+    verify_serial: u64,
+    /// How fast the copy and the verification may go, and when their next step is due.
+    pace: Pace,
+    pace_due: Option<Instant>,
+    /// When the present turn began.
+    now: Instant,
+    /// What the turn before spent on background steps: a request that came meanwhile waited for it unseen.
+    stalled: Duration,
     /// A request came since the last turn's end; when the last one came; whether that is recent.
     client_came: bool,
     last_client: Option<Instant>,
@@ -216,9 +245,16 @@ impl Volume {
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
             bitmap: Bitmap::new(size),
+            checksum_first: spec.checksum_first,
             record: spec.record,
             resync: None,
             resync_serial: 0,
+            verifying: None,
+            verify_serial: 0,
+            pace: Pace::new(),
+            pace_due: None,
+            now,
+            stalled: Duration::ZERO,
             client_came: false,
             last_client: None,
             clients_busy: false,
@@ -289,6 +325,7 @@ impl Volume {
     pub fn stop_serving(&mut self) {
         self.serving = false;
         self.quiescing = false;
+        self.end_verify("this node stopped serving the volume");
         self.fail_all(IoError::NotPrimary);
         self.copy_paused = false;
     }
@@ -314,7 +351,7 @@ impl Volume {
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
         // Until here a lost link left the peer behind.
-        self.resync = None;
+        self.end_copy();
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -367,8 +404,22 @@ impl Volume {
         other.is_none_or(|link| link.prepare_sleep()) && link
     }
 
+    /// A turn begins.
+    pub fn woke(&mut self, now: Instant) {
+        self.now = now;
+    }
+
+    /// When something is due that no event will announce.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.pace_due
+    }
+
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
+        self.now = now;
+        self.stalled = Duration::ZERO;
+        self.pace_due = None;
         self.serve_granted();
         if let Some(token) = self.inflight.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
@@ -378,7 +429,8 @@ impl Volume {
         }
         let busy = Duration::from_millis(CLIENTS_BUSY_MS);
         self.clients_busy = self.last_client.is_some_and(|at| now.duration_since(at) < busy);
-        self.step_resync();
+        self.step_resync(now);
+        self.step_verify(now);
         self.end_quiesce();
         if self.disk.is_failed() {
             self.disk_failed(
@@ -412,6 +464,7 @@ impl Volume {
             Ordering::Relaxed,
         );
         c.resyncing.store(self.resync.is_some(), Ordering::Relaxed);
+        self.publish_verify();
         if let Some(resync) = &self.resync {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=10000")]
             c.resync_percent_x100.store((resync.percent(&self.bitmap) * 100.0) as u64, Ordering::Relaxed);
@@ -446,13 +499,21 @@ impl Volume {
         self.inflight.release(change.token, change.range.start, &mut self.granted);
         let request = self.request_mut(change.token);
         request.locked = false;
-        let (origin, completed) = (request.origin, request.completed);
-        if let Origin::Resync { serial } = origin {
-            if serial == self.resync_serial
-                && let Some(resync) = &mut self.resync
-            {
-                resync.applied(change.range, &mut self.bitmap);
+        let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        if let Some(landed) = request.landed_at {
+            self.pace.released(landed, self.now);
+        }
+        if let Origin::Verify { serial } = origin {
+            let counts = self.verify_step_counts(serial);
+            self.step_compared(serial, change.range, equal);
+            // A step that a session's end cut off is never completed.
+            if !completed && !counts {
+                self.drop_request(change.token);
+                return;
             }
+        }
+        if let Origin::Resync { serial } = origin {
+            self.resync_step_released(serial, change.kind, change.range, !equal);
             // A step that a session's end cut off is never completed.
             if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
@@ -471,13 +532,13 @@ impl Volume {
         if !locked {
             self.drop_request(token);
         }
-        if matches!(op, Op::Change(_)) && !matches!(origin, Origin::Resync { .. }) {
+        if matches!(op, Op::Change(_)) && !origin.is_background() {
             self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
         }
         match origin {
-            Origin::Resync { .. } | Origin::Nobody => {}
+            Origin::Resync { .. } | Origin::Verify { .. } | Origin::Nobody => {}
             Origin::ResyncFlush { serial } => {
-                if self.resync.is_some() && serial == self.resync_serial {
+                if self.resync.is_some() && serial == self.resync_serial && !self.repair_done() {
                     self.events.push(Event::ResyncDone { volume: self.index });
                 }
             }
@@ -496,6 +557,7 @@ impl Volume {
         }
         self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
         self.close_link(crate::transport::DownReason::Local("the local disk failed"));
+        self.end_verify("the local disk failed");
         self.fail_all(IoError::DiskFailed);
     }
 
@@ -572,6 +634,7 @@ impl Request {
             landed: true,
             completed: false,
             differs: false,
+            landed_at: None,
         }
     }
 

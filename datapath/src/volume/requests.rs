@@ -1,13 +1,10 @@
-//! The front ends' side of a volume: admission, landing and the background copy's steps.
+//! The front ends' side of a volume: admission and landing.
 
 use super::{Notice, Origin, Request, Volume};
-use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
-use crate::limits::RESYNC_READ_AHEAD_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::mirror::resync::Resync;
 use crate::units::{ByteRange, Token};
 use crate::wire::{Kind, flags};
 
@@ -79,6 +76,7 @@ impl Volume {
             landed: false,
             completed: false,
             differs: false,
+            landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
             Admission::Granted => {
@@ -163,20 +161,24 @@ impl Volume {
     }
 
     fn hand_over(&mut self, token: Token) {
+        let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
         let request = self.request_mut(token);
         request.landed = true;
+        if !request.origin.is_background() {
+            request.landed_at = Some(landed);
+        }
         let Op::Change(kind) = request.op else { panic!("only changes land") };
         let change = request.change(token, kind);
         self.pipeline_event(PipelineEvent::Landed(change));
     }
 
     /// The range is ours: do what needs no client.
-    fn start(&mut self, token: Token) {
+    pub(super) fn start(&mut self, token: Token) {
         let request = self.request_mut(token);
         let (range, op) = (request.range, request.op);
         let Op::Change(kind) = op else { return };
         request.locked = true;
-        if matches!(request.origin, Origin::Resync { .. }) {
+        if request.origin.is_background() {
             self.hand_over(token);
             return;
         }
@@ -207,16 +209,18 @@ impl Volume {
             let mut granted = std::mem::take(&mut self.granted);
             for token in granted.drain(..) {
                 let request = *self.request_mut(token);
-                if let Origin::Resync { serial } = request.origin
-                    && !self.resync_step_holds(serial, &request)
-                {
+                let holds = match request.origin {
+                    Origin::Resync { serial } => self.resync_step_holds(serial, &request),
+                    Origin::Verify { serial } => self.verify_step_counts(serial),
+                    _ => true,
+                };
+                if !holds {
                     self.inflight.release(token, request.range.start, &mut self.granted);
                     self.drop_request(token);
                     continue;
                 }
                 self.start(token);
-                if matches!(request.op, Op::Read | Op::Change(Kind::Write))
-                    && !matches!(request.origin, Origin::Resync { .. })
+                if matches!(request.op, Op::Read | Op::Change(Kind::Write)) && !request.origin.is_background()
                 {
                     self.notices.push(Notice::Granted { origin: request.origin, token });
                 }
@@ -226,114 +230,5 @@ impl Volume {
                 return;
             }
         }
-    }
-
-    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
-    /// is still one. A client may have written there while the step waited; the step is then planned anew.
-    fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
-        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
-            return false;
-        };
-        let range = request.range;
-        if request.op == Op::Change(Kind::Write) {
-            return true;
-        }
-        let extent = self.disk.extent_at(range.start, range.end());
-        let holds = extent.hole && extent.range.len == range.len;
-        if !holds {
-            resync.untake(range);
-        }
-        holds
-    }
-
-    pub(super) fn step_resync(&mut self) {
-        if self.copy_paused && !self.pipeline.waits_for_copy() {
-            return;
-        }
-        loop {
-            let Some(resync) = &mut self.resync else { return };
-            let Some(dirty) = resync.next(&self.bitmap, self.clients_busy) else { break };
-            let extent = resync.known_data(dirty).map_or_else(
-                || self.disk.extent_at(dirty.start, dirty.end()),
-                |range| Extent { range, hole: false },
-            );
-            if !extent.hole {
-                resync.found_data(extent.range);
-            }
-            let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
-            resync.took(range);
-            if kind == Kind::Write {
-                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
-                self.disk.read_ahead(ahead);
-            }
-            let origin = Origin::Resync { serial: self.resync_serial };
-            let token = self.add_request(Request {
-                origin,
-                op: Op::Change(kind),
-                range,
-                flags: flags::RESYNC,
-                locked: false,
-                landed: false,
-                completed: false,
-                differs: false,
-            });
-            match self.inflight.request(token, range, Access::Change) {
-                Admission::Granted => self.start(token),
-                Admission::Waits => {}
-                // The table is full of clients' requests: copy on when there is room.
-                Admission::Full => {
-                    self.drop_request(token);
-                    let resync = self.resync.as_mut().expect("checked above");
-                    resync.untake(range);
-                    return;
-                }
-            }
-        }
-        if let Some(resync) = &mut self.resync
-            && resync.take_flush(&self.bitmap)
-        {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
-            self.pipeline_event(PipelineEvent::FlushBackground(token));
-        }
-    }
-}
-
-/// One step of the copy over the start of `dirty`, of which the first `extent_len` bytes are a hole or are not. Steps end
-/// on the bitmap's grain. A hole goes as a range without payload; where this disk has all its blocks allocated, the
-/// peer's keeps its blocks too.
-fn plan_step(dirty: ByteRange, extent_len: u64, hole: bool, sparse: bool) -> (Kind, ByteRange) {
-    let grain = crate::limits::DIRTY_GRAIN_LEN;
-    let whole = if extent_len >= dirty.len { dirty.len } else { extent_len / grain * grain };
-    if hole && whole > 0 {
-        let kind = if sparse { Kind::Trim } else { Kind::WriteZeroes };
-        return (kind, ByteRange::new(dirty.start, whole));
-    }
-    let data_len = if hole { grain } else { extent_len.next_multiple_of(grain) };
-    (Kind::Write, Resync::chunk(ByteRange::new(dirty.start, data_len.min(dirty.len))))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNK_LEN};
-
-    #[test]
-    fn steps_follow_holes_and_keep_to_the_grain() {
-        let dirty = ByteRange::new(G, 100 * G);
-        assert_eq!(plan_step(dirty, 100 * G, true, true), (Kind::Trim, dirty));
-        assert_eq!(plan_step(dirty, 2 * G + 1, true, false), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
-        assert_eq!(
-            plan_step(dirty, G - 1, true, true),
-            (Kind::Write, ByteRange::new(G, G)),
-            "less than a grain"
-        );
-        assert_eq!(plan_step(dirty, 1, false, true), (Kind::Write, ByteRange::new(G, G)));
-        assert_eq!(plan_step(dirty, 50 * G, false, true), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
-        let tail = ByteRange::new(G, 100);
-        assert_eq!(
-            plan_step(tail, 100, true, true),
-            (Kind::Trim, tail),
-            "the disk's end need not fill a grain"
-        );
     }
 }

@@ -7,11 +7,10 @@ use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, STALLED_PEER_TIMEOUTS};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
-use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{Epoch, Seq, Token};
-use crate::wire::{Header, Kind};
+use crate::wire::{Header, Kind, flags};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -58,7 +57,8 @@ impl Volume {
         self.access = None;
         if self.source {
             self.source = false;
-            self.resync = None;
+            self.end_copy();
+            self.end_verify("the roles changed");
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
@@ -77,10 +77,9 @@ impl Volume {
         match direction {
             Direction::Source { resync } => {
                 self.source = true;
-                self.resync_serial += 1;
                 if resync {
                     self.bitmap.set_all();
-                    self.resync = Some(Resync::new(&self.bitmap));
+                    self.begin_copy(self.checksum_first);
                 } else {
                     self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
                 }
@@ -334,7 +333,8 @@ impl Volume {
         let was_target = self.access.take().is_some();
         self.arrived.clear();
         self.outbox.clear();
-        self.resync = None;
+        self.end_copy();
+        self.end_verify("the session ended");
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
@@ -390,6 +390,12 @@ impl Volume {
         let mut sent = false;
         while let Some(outgoing) = self.outbox.front() {
             let posted = match *outgoing {
+                Outgoing::Post(seq, change) if change.flags & flags::RESYNC != 0 => {
+                    let began = Instant::now();
+                    let posted = post(link.as_mut(), &self.disk, self.epoch, seq, change);
+                    self.stalled += began.elapsed();
+                    posted
+                }
                 Outgoing::Post(seq, change) => post(link.as_mut(), &self.disk, self.epoch, seq, change),
                 Outgoing::Flush(seq) => {
                     let mut header = Header::new(Kind::Flush, self.epoch);
