@@ -97,6 +97,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        verify: None,
         link_note: None,
         ack: "memory".into(),
         epoch: 3,
@@ -119,6 +120,7 @@ fn catching_up() -> VolumeStatus {
         dirty_bytes: 3 << 29,
         resync_percent: 97.69,
         advice: Some("give it time".into()),
+        verify: None,
         link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
         ..db()

@@ -181,6 +181,7 @@ impl VolumeController {
         if self.peer.take().is_none() {
             return;
         }
+        self.unrepaired = false;
         if let Some(promotion) = self.promotion.take() {
             self.set_role(Role::Standby);
             let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);

@@ -1,6 +1,6 @@
 //! What the controller tells an operator about its volume.
 
-use super::{Connection, Role, VolumeController};
+use super::{Connection, Role, Verification, VolumeController};
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 
@@ -25,6 +25,8 @@ pub struct Status {
     pub alone: bool,
     /// Serving, without the peer, and not allowed to acknowledge writes.
     pub frozen: bool,
+    /// The verification under way, or the last one.
+    pub verification: Verification,
     /// What an operator may want to know or type.
     pub advice: Option<String>,
 }
@@ -77,6 +79,7 @@ impl VolumeController {
             generation: self.superblock.generations.current,
             alone: self.alone,
             frozen,
+            verification: self.verification.clone(),
             advice: self.advice(frozen),
         }
     }
@@ -116,6 +119,12 @@ impl VolumeController {
                 format!("waiting for {peer}; `costandby promote {volume}` to serve without it")
             }
             Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::Connected if self.unrepaired => {
+                format!(
+                    "{peer}'s disk differs from this one: `costandby verify {volume} --repair` copies what differs now, \
+                     disconnect and connect does as well"
+                )
+            }
             Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
                 format!("no node serves; `costandby promote {volume}` on the one that should")
             }

@@ -6,6 +6,8 @@ use crate::generation::{Side, Verdict, Why};
 use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
+mod verify;
+
 const ID: ReplyId = ReplyId(7);
 /// The boot that all took part in.
 const BOOT: [u8; 16] = [1; 16];

@@ -127,6 +127,11 @@ pub enum Command {
         /// Copy what differs.
         repair: bool,
     },
+    /// End the verification under way, if one is.
+    StopVerify {
+        /// Index of the volume.
+        volume: usize,
+    },
     /// A message to the peer's control.
     SendPeer {
         /// Index of the volume.
@@ -204,7 +209,7 @@ pub enum Event {
         /// Index of the volume.
         volume: usize,
         /// What came of it, or why nothing did.
-        outcome: Result<Verified, String>,
+        outcome: Verified,
     },
     /// The peer's control says something.
     PeerMessage {

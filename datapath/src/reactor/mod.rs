@@ -518,6 +518,7 @@ impl Reactor {
             Command::GoAlone { volume } => self.volumes[volume].go_alone(),
             Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
             Command::Verify { volume, repair } => self.volumes[volume].verify(repair),
+            Command::StopVerify { volume } => self.volumes[volume].stop_verify(),
             Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
             Command::Quiesce { volume } => {

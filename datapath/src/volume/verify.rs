@@ -16,13 +16,15 @@ use crate::wire::{Kind, flags};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-/// What became of a verification that reached its end.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What became of a verification.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Verified {
     /// What it compared, and what differed.
     pub findings: Findings,
     /// What differed is equal now, and durable on both nodes.
     pub repaired: bool,
+    /// Why it did not come to its end, or could not begin.
+    pub unfinished: Option<String>,
 }
 
 /// One that is under way.
@@ -57,18 +59,26 @@ impl Volume {
             });
             return;
         };
-        self.tell_verified(Err(refusal.to_owned()));
+        self.tell_verified(Verified { unfinished: Some(refusal.to_owned()), ..Verified::default() });
+    }
+
+    /// Lets a verification end early, with what it found so far.
+    pub fn stop_verify(&mut self) {
+        if let Some(Verifying { repairing: false, .. }) = &self.verifying {
+            self.end_verify("it was stopped");
+        }
     }
 
     /// Ends a verification before its end: it tells nothing about what it did not reach.
     pub(super) fn end_verify(&mut self, why: &str) {
-        if self.verifying.take().is_some() {
+        if let Some(Verifying { verify, .. }) = self.verifying.take() {
             self.pace.all_ended();
-            self.tell_verified(Err(format!("the verification ended early: {why}")));
+            let findings = verify.findings().clone();
+            self.tell_verified(Verified { findings, repaired: false, unfinished: Some(why.to_owned()) });
         }
     }
 
-    fn tell_verified(&mut self, outcome: Result<Verified, String>) {
+    fn tell_verified(&mut self, outcome: Verified) {
         self.events.push(Event::Verified { volume: self.index, outcome });
     }
 
@@ -157,7 +167,7 @@ impl Volume {
 
     fn finish_verify(&mut self, repaired: bool) {
         if let Some(Verifying { verify, .. }) = self.verifying.take() {
-            self.tell_verified(Ok(Verified { findings: verify.findings().clone(), repaired }));
+            self.tell_verified(Verified { findings: verify.findings().clone(), repaired, unfinished: None });
         }
     }
 

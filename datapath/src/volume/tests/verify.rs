@@ -4,6 +4,7 @@ use super::*;
 use crate::limits::DIRTY_GRAIN_LEN as G;
 
 impl Pair {
+    /// The findings and whether they were repaired, or why it was not finished.
     fn verified(&mut self) -> Result<Verified, String> {
         let mut outcome = None;
         self.until("the verification's end", |pair| {
@@ -16,7 +17,11 @@ impl Pair {
             });
             outcome.is_some()
         });
-        outcome.expect("told")
+        let outcome = outcome.expect("told");
+        match &outcome.unfinished {
+            Some(why) => Err(why.clone()),
+            None => Ok(outcome),
+        }
     }
 
     /// Nobody holds the copy back.
@@ -114,6 +119,40 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     pair.connect(true);
     pair.a.volume.verify(false);
     assert!(pair.verified().expect_err("not in sync").contains("copied"));
+}
+
+#[test]
+fn a_stopped_verification_tells_what_it_found() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    pair.flip(0);
+    let held = ByteRange::new(20 * G, 512);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), held, false) else { panic!("free") };
+    pair.be_idle();
+    pair.a.volume.verify(true);
+    for _ in 0..50 {
+        pair.turn();
+    }
+    pair.a.volume.stop_verify();
+    let mut outcome = None;
+    pair.until("the end", |pair| {
+        outcome = pair.a.events.iter().find_map(|event| match event {
+            Event::Verified { outcome, .. } => Some(outcome.clone()),
+            _ => None,
+        });
+        outcome.is_some()
+    });
+    let outcome = outcome.expect("told");
+    assert_eq!(outcome.findings.listed, [ByteRange::new(0, G)]);
+    assert!(!outcome.repaired && outcome.unfinished.is_some());
+    pair.a.volume.landed(token);
+    pair.until_told(1);
+    pair.until_quiet();
+    pair.a.assert_nothing_left();
+    pair.a.events.clear();
+    pair.a.volume.verify(true);
+    assert!(pair.verified().expect("it ends").repaired);
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
 }
 
 #[test]
