@@ -38,6 +38,13 @@ pub enum Kind {
     Control = 7,
     /// A step of the change to another link: `aux` names the change, `seq` the step. See `volume::switch`.
     Switch = 8,
+    /// Target to source, before a copy: `range` may differ. With `aux` not 0, `range` is 64 grains of the target's and bit
+    /// n of `aux` (from the lowest) says that of grain n; the last ones may lie behind the disk's end, with their bits 0.
+    Dirty = 9,
+    /// That was all of it.
+    DirtyEnd = 10,
+    /// Source to target: all of it is on the source's record, and the target may forget it.
+    DirtyKept = 11,
     /// Compare `range`: the sender's digest of it is `aux` and `payload_crc`, see [`crate::disk::digest`]. It takes its
     /// turn among the changes, changes nothing, and has no payload.
     Verify = 12,
@@ -57,6 +64,9 @@ impl Kind {
             6 => Self::KeepAlive,
             7 => Self::Control,
             8 => Self::Switch,
+            9 => Self::Dirty,
+            10 => Self::DirtyEnd,
+            11 => Self::DirtyKept,
             12 => Self::Verify,
             13 => Self::Differs,
             _ => return None,
@@ -179,7 +189,9 @@ impl Header {
             return Err(WireError::Flags { found: raw.flags });
         }
         let range = ByteRange::new(raw.start.get(), raw.len.get().into());
-        if kind.is_change() && (range.len == 0 || !range.fits(crate::limits::VOLUME_LEN_MAX)) {
+        if (kind.is_change() || kind == Kind::Dirty)
+            && (range.len == 0 || !range.fits(crate::limits::VOLUME_LEN_MAX))
+        {
             return Err(WireError::Range { range });
         }
         if kind == Kind::Write && range.len > PAYLOAD_LEN_MAX.into() {
@@ -305,6 +317,9 @@ mod tests {
             Just(Kind::KeepAlive),
             Just(Kind::Control),
             Just(Kind::Switch),
+            Just(Kind::Dirty),
+            Just(Kind::DirtyEnd),
+            Just(Kind::DirtyKept),
             Just(Kind::Verify),
             Just(Kind::Differs)
         ];

@@ -47,6 +47,18 @@ impl Ranges {
         whole
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
     /// Bytes of all.
     #[must_use]
     pub fn bytes(&self) -> u64 {

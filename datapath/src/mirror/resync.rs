@@ -1,26 +1,33 @@
-//! The background copy: what to send next, and when it is done. Sans-IO.
+//! The background copy: what to send next, when its bits may be cleared, and when it is done. Sans-IO.
 //!
-//! The copy walks the dirty bitmap once, a bounded number of steps at a time. Each step goes through the same range
-//! locks and the same pipeline as a client's write, so that the peer applies both in one order; writes that arrive
-//! meanwhile are mirrored wherever the cursor stands. Today every copy starts from a full bitmap; a copy of what really
-//! differs only has to set fewer bits.
+//! The copy waits until the peer has told its own dirty map, then walks the union of both once, a bounded number of
+//! steps at a time. Each step goes through the same range locks and the same pipeline as a client's write, so that the
+//! peer applies both in one order; writes that arrive meanwhile are mirrored wherever the cursor stands.
+//!
+//! Invariant: a bit is cleared only after a flush of both disks that began after its grain was applied
+//! ([`Resync::take_flush`], [`Resync::flushed`]). What a lost session leaves is therefore still marked, and the next copy
+//! goes on with it.
 //!
 //! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
-//! grain by grain, and only grains that differ are sent. How long steps are and how many go at a time is
-//! [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain counts as copied when all of it is.
+//! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
+//! at a time is [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
+//! of it was applied.
 
 use super::ranges::Ranges;
-use crate::disk::bitmap::Bitmap;
-use crate::limits::DIRTY_GRAIN_LEN;
+use crate::disk::dirty_map::DirtyMap;
+use crate::limits::{RESYNC_FLUSH_LEN, RESYNC_FLUSH_MS, RESYNC_HOLE_LEN_MAX, RESYNC_RUNS_MAX};
 use crate::units::ByteRange;
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 /// Where a copy stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
+    /// The peer tells what it has marked.
+    Told,
     /// Steps are left or under way.
     Copying,
-    /// The flush was asked for.
+    /// The last flush was asked for.
     Flushing,
 }
 
@@ -36,35 +43,76 @@ pub struct Wanted {
 /// One background copy, within one session.
 #[derive(Debug)]
 pub struct Resync {
+    grain_len: u64,
     size: u64,
+    compares: bool,
     cursor: u64,
     /// Stretches behind the cursor that need another step.
     again: VecDeque<Wanted>,
     steps_in_flight: usize,
     stage: Stage,
+    /// The peer's marks are on our record.
+    kept: bool,
+    /// End of what the peer told last.
+    told_until: u64,
     total: u64,
+    done: u64,
     /// Up to here, from the cursor on, the disk was found to hold data.
     data_until: u64,
-    compares: bool,
-    /// Covered by steps, but for the whole grains that were cleared already.
+    /// Runs that the peer applied since the last flush was asked for.
     applied: Ranges,
+    applied_len: u64,
+    /// Those that the flush under way covers.
+    flushing: Option<Vec<ByteRange>>,
+    /// When `applied` got its first.
+    waiting_since: Option<Instant>,
 }
 
 impl Resync {
-    /// A copy of everything marked in `bitmap`, of a disk of `size` bytes; `compares` where what is equal is not to be sent.
+    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty map's; `compares` where
+    /// what is equal is not to be sent.
     #[must_use]
-    pub fn new(bitmap: &Bitmap, size: u64, compares: bool) -> Self {
+    pub fn new(grain_len: u64, size: u64, compares: bool) -> Self {
         Self {
+            grain_len,
             size,
+            compares,
             cursor: 0,
             again: VecDeque::new(),
             steps_in_flight: 0,
-            stage: Stage::Copying,
-            total: bitmap.dirty_bytes(),
+            stage: Stage::Told,
+            kept: false,
+            told_until: 0,
+            total: 0,
+            done: 0,
             data_until: 0,
-            compares,
             applied: Ranges::default(),
+            applied_len: 0,
+            flushing: None,
+            waiting_since: None,
         }
+    }
+
+    /// The peer tells of marks in `range`. False when it may not: it has said that that was all, or goes back.
+    #[must_use]
+    pub fn told(&mut self, range: ByteRange) -> bool {
+        let in_turn = self.stage == Stage::Told && range.start >= self.told_until;
+        self.told_until = range.end();
+        in_turn
+    }
+
+    /// The peer has told all: the copy of everything marked in `dirty` begins. False when it has said so before.
+    #[must_use]
+    pub fn told_all(&mut self, dirty: &DirtyMap) -> bool {
+        let first = self.stage == Stage::Told;
+        self.stage = Stage::Copying;
+        self.total = dirty.dirty_bytes();
+        first
+    }
+
+    /// What the peer told is on our record; the copy does not end before.
+    pub fn kept(&mut self) {
+        self.kept = true;
     }
 
     /// Whether to ask the peer before sending `wanted`.
@@ -73,10 +121,14 @@ impl Resync {
         self.compares && !wanted.differs
     }
 
-    /// What to do next, or `None` when nothing is left to begin. The caller says with [`Resync::took`] how much of it the
-    /// step covers.
+    /// What to do next, or `None` when nothing is left to begin, or too much waits for a flush. The caller says with
+    /// [`Resync::took`] how much of it the step covers.
     #[must_use]
-    pub fn next(&self, bitmap: &Bitmap) -> Option<Wanted> {
+    pub fn next(&self, dirty: &DirtyMap) -> Option<Wanted> {
+        if self.applied.len() >= RESYNC_RUNS_MAX { None } else { self.left(dirty) }
+    }
+
+    fn left(&self, dirty: &DirtyMap) -> Option<Wanted> {
         if self.stage != Stage::Copying {
             return None;
         }
@@ -86,10 +138,10 @@ impl Resync {
         if self.cursor >= self.size {
             return None;
         }
-        let dirty = bitmap.next_dirty(self.cursor, crate::limits::RESYNC_HOLE_LEN_MAX)?;
+        let marked = dirty.next_dirty(self.cursor, RESYNC_HOLE_LEN_MAX)?;
         // The cursor may stand within a grain.
-        let start = dirty.start.max(self.cursor);
-        Some(Wanted { range: ByteRange::new(start, dirty.end() - start), differs: false })
+        let start = marked.start.max(self.cursor);
+        Some(Wanted { range: ByteRange::new(start, marked.end() - start), differs: false })
     }
 
     /// How much of `dirty`, from its start on, is known to be data. A file system in memory looks at every page to find
@@ -106,6 +158,9 @@ impl Resync {
     }
 
     /// A step over `range`, with which what was last wanted begins, is under way.
+    ///
+    /// # Panics
+    /// When it is another range.
     pub fn took(&mut self, range: ByteRange) {
         assert!(range.len > 0, "a step covers something");
         self.steps_in_flight += 1;
@@ -128,13 +183,12 @@ impl Resync {
         self.steps_in_flight -= 1;
     }
 
-    /// The peer applied a step, or found that it need not be sent.
-    pub fn applied(&mut self, range: ByteRange, bitmap: &mut Bitmap) {
+    /// The peer applied a step, or holds the same bytes.
+    pub fn applied(&mut self, range: ByteRange) {
         self.steps_in_flight -= 1;
+        self.done = (self.done + range.len).min(self.total);
+        self.applied_len += range.len;
         self.applied.insert(range);
-        for whole in self.applied.take_whole(DIRTY_GRAIN_LEN, self.size) {
-            bitmap.clear(whole);
-        }
     }
 
     /// The peer holds other bytes in the range of a step that asked.
@@ -142,28 +196,54 @@ impl Resync {
         self.steps_in_flight -= 1;
         let mut start = range.start;
         while start < range.end() {
-            let len = DIRTY_GRAIN_LEN.min(range.end() - start);
+            let len = self.grain_len.min(range.end() - start);
             let differs = len == range.len;
             self.again.push_back(Wanted { range: ByteRange::new(start, len), differs });
             start += len;
         }
     }
 
-    /// Whether it is time to flush the peer; says yes once.
-    pub fn take_flush(&mut self, bitmap: &Bitmap) -> bool {
-        let done = self.stage == Stage::Copying && self.steps_in_flight == 0 && self.next(bitmap).is_none();
-        if done {
-            self.stage = Stage::Flushing;
+    /// Whether to flush both disks now. When that has ended, [`Resync::flushed`] is to be called.
+    pub fn take_flush(&mut self, dirty: &DirtyMap, now: Instant) -> bool {
+        if self.flushing.is_some() || self.stage != Stage::Copying {
+            return false;
         }
-        done
+        let is_last = self.kept && self.steps_in_flight == 0 && self.left(dirty).is_none();
+        if is_last {
+            self.stage = Stage::Flushing;
+        } else if self.applied.is_empty() {
+            return false;
+        } else {
+            let since = *self.waiting_since.get_or_insert(now);
+            let waited = now.duration_since(since) >= Duration::from_millis(RESYNC_FLUSH_MS);
+            if !waited && self.applied_len < RESYNC_FLUSH_LEN && self.applied.len() < RESYNC_RUNS_MAX {
+                return false;
+            }
+        }
+        self.flushing = Some(self.applied.take_whole(self.grain_len, self.size));
+        self.applied_len = 0;
+        self.waiting_since = None;
+        true
     }
 
-    /// Percent of the bytes to copy that the peer has applied.
+    /// The flush ended. Gives back whose bits may be cleared, and whether the copy is done.
+    ///
+    /// # Panics
+    /// When none was under way.
+    pub fn flushed(&mut self) -> (Vec<ByteRange>, bool) {
+        (self.flushing.take().expect("a flush was under way"), self.stage == Stage::Flushing)
+    }
+
+    /// The map's grain.
     #[must_use]
-    #[expect(clippy::cast_precision_loss, reason = "a percentage for people")]
-    pub fn percent(&self, bitmap: &Bitmap) -> f64 {
-        let done = self.total.saturating_sub(bitmap.dirty_bytes());
-        if self.total == 0 { 100.0 } else { done as f64 * 100.0 / self.total as f64 }
+    pub fn grain_len(&self) -> u64 {
+        self.grain_len
+    }
+
+    /// Bytes to copy in all, and bytes of them that the peer has applied.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        (self.total, self.done)
     }
 }
 

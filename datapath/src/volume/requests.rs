@@ -1,7 +1,9 @@
-//! The front ends' side of a volume: admission and landing.
+//! The front ends' side of a volume: admission, the record's word, landing.
 
+use super::checkpoint::Quiesce;
 use super::{Notice, Origin, Request, Volume};
 use crate::disk::inflight::{Access, Admission};
+use crate::disk::record::Admit;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
 use crate::mirror::pipeline::Event as PipelineEvent;
@@ -53,7 +55,7 @@ pub enum Begin {
 impl Volume {
     /// Starts a request.
     pub fn begin(&mut self, new: NewRequest) -> Begin {
-        if !self.serving || self.quiescing {
+        if !self.serving || self.quiesce != Quiesce::No {
             return Begin::Failed(IoError::NotPrimary);
         }
         if self.disk.is_failed() {
@@ -62,6 +64,7 @@ impl Volume {
         self.client_came = true;
         if new.op == Op::Flush {
             let token = self.add_request(Request::flush(new.origin));
+            self.ride_on_flush(token);
             self.pipeline_event(PipelineEvent::Flush(token));
             return Begin::Go(token);
         }
@@ -73,16 +76,15 @@ impl Volume {
             range: new.range,
             flags: if new.fua { flags::FUA } else { 0 },
             locked: false,
+            touched: None,
             landed: false,
             completed: false,
             differs: false,
             landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
-            Admission::Granted => {
-                self.start(token);
-                Begin::Go(token)
-            }
+            Admission::Granted if self.start(token) => Begin::Go(token),
+            Admission::Granted => Begin::Waits(token),
             Admission::Waits => Begin::Waits(token),
             Admission::Full => {
                 self.drop_request(token);
@@ -121,9 +123,9 @@ impl Volume {
     pub fn landed(&mut self, token: Token) {
         self.receiving -= 1;
         if !self.serving {
-            self.unlock_and_fail(token, IoError::NotPrimary);
+            self.give_up_change(token, IoError::NotPrimary);
         } else if self.disk.is_failed() {
-            self.unlock_and_fail(token, IoError::DiskFailed);
+            self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
         }
@@ -138,6 +140,12 @@ impl Volume {
 
     /// The client of a request that waits is gone.
     pub fn cancel_waiting(&mut self, token: Token) {
+        if self.record.give_up(token) {
+            let start = self.request_mut(token).range.start;
+            self.inflight.release(token, start, &mut self.granted);
+            self.drop_request(token);
+            return;
+        }
         self.inflight.cancel(token, &mut self.granted);
         // It may have been granted in this very turn.
         if let Some(at) = self.granted.iter().position(|t| *t == token) {
@@ -154,7 +162,7 @@ impl Volume {
         self.read_done(token);
     }
 
-    fn unlock_and_fail(&mut self, token: Token, error: IoError) {
+    pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {
         let start = self.request_mut(token).range.start;
         self.inflight.release(token, start, &mut self.granted);
         self.fail(token, error);
@@ -172,25 +180,43 @@ impl Volume {
         self.pipeline_event(PipelineEvent::Landed(change));
     }
 
-    /// The range is ours: do what needs no client.
-    pub(super) fn start(&mut self, token: Token) {
+    /// The range is ours: do what needs no client. False when the change is parked until it is on record.
+    pub(super) fn start(&mut self, token: Token) -> bool {
+        let request = self.request_mut(token);
+        let (range, op, origin) = (request.range, request.op, request.origin);
+        if !matches!(op, Op::Change(_)) {
+            return true;
+        }
+        request.locked = true;
+        if origin.is_background() {
+            self.hand_over(token);
+            return true;
+        }
+        match self.record.touch(token, range) {
+            Admit::Go(touched) => {
+                self.request_mut(token).touched = Some(touched);
+                self.make(token);
+                true
+            }
+            Admit::Parked => false,
+        }
+    }
+
+    /// The change may be made: makes it, but for a write, whose bytes the client brings.
+    pub(super) fn make(&mut self, token: Token) {
         let request = self.request_mut(token);
         let (range, op) = (request.range, request.op);
-        let Op::Change(kind) = op else { return };
-        request.locked = true;
-        if request.origin.is_background() {
-            self.hand_over(token);
-            return;
-        }
         self.receiving += 1;
-        match kind {
-            Kind::Write => {}
-            Kind::WriteZeroes if range.len <= ZERO_IN_PLACE_LEN_MAX => {
+        match op {
+            Op::Change(Kind::Write) => {}
+            Op::Change(Kind::WriteZeroes) if range.len <= ZERO_IN_PLACE_LEN_MAX => {
                 self.disk.span(range).fill_zero();
                 self.landed(token);
             }
-            Kind::WriteZeroes => self.workers.submit(Job { kind: JobKind::Zero(range), token }),
-            Kind::Trim => self.workers.submit(Job { kind: JobKind::Punch(range), token }),
+            Op::Change(Kind::WriteZeroes) => {
+                self.workers.submit(Job { kind: JobKind::Zero(range), token });
+            }
+            Op::Change(Kind::Trim) => self.workers.submit(Job { kind: JobKind::Punch(range), token }),
             other => panic!("{other:?} is not a change"),
         }
     }
@@ -198,7 +224,7 @@ impl Volume {
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
         if failed {
             self.receiving -= 1;
-            self.unlock_and_fail(token, IoError::DiskFailed);
+            self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.landed(token);
         }
@@ -219,8 +245,9 @@ impl Volume {
                     self.drop_request(token);
                     continue;
                 }
-                self.start(token);
-                if matches!(request.op, Op::Read | Op::Change(Kind::Write)) && !request.origin.is_background()
+                if self.start(token)
+                    && matches!(request.op, Op::Read | Op::Change(Kind::Write))
+                    && !request.origin.is_background()
                 {
                     self.notices.push(Notice::Granted { origin: request.origin, token });
                 }

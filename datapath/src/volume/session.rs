@@ -1,5 +1,6 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
+use super::resync::Telling;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::digest::Digest;
@@ -55,10 +56,12 @@ impl Volume {
         }
         self.epoch = epoch;
         self.access = None;
+        self.telling = None;
         if self.source {
             self.source = false;
             self.end_copy();
             self.end_verify("the roles changed");
+            self.end_source_record();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
@@ -78,17 +81,18 @@ impl Volume {
             Direction::Source { resync } => {
                 self.source = true;
                 if resync {
-                    self.bitmap.set_all();
                     self.begin_copy(self.checksum_first);
                 } else {
-                    self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                    self.record.clear_all();
                 }
+                self.record.session_began();
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
             }
-            Direction::Target { .. } => {
+            Direction::Target { resync } => {
                 self.session_serial += 1;
                 self.access = Some(Access::new(epoch, self.disk.size()));
-                self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                self.begin_target_record();
+                self.telling = resync.then_some(Telling::From(0));
             }
             Direction::Idle => {}
         }
@@ -235,6 +239,7 @@ impl Volume {
                 self.events.push(Event::PeerMessage { volume, code, arg });
                 Ok(())
             }
+            Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
             Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Write | Kind::WriteZeroes | Kind::Trim | Kind::Verify => {
                 panic!("changes arrive in slots")
@@ -335,6 +340,10 @@ impl Volume {
         self.outbox.clear();
         self.end_copy();
         self.end_verify("the session ended");
+        self.telling = None;
+        if self.source {
+            self.end_source_record();
+        }
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
@@ -358,7 +367,7 @@ impl Volume {
             volume: self.index,
             reason,
             undurable,
-            dirty: self.bitmap.dirty_bytes() > 0,
+            dirty: self.record.is_dirty(),
         });
     }
 
@@ -390,18 +399,22 @@ impl Volume {
         let mut sent = false;
         while let Some(outgoing) = self.outbox.front() {
             let posted = match *outgoing {
-                Outgoing::Post(seq, change) if change.flags & flags::RESYNC != 0 => {
-                    let began = Instant::now();
+                Outgoing::Post(seq, change) => {
+                    let background = change.flags & flags::RESYNC != 0;
+                    let began = background.then(Instant::now);
                     let posted = post(link.as_mut(), &self.disk, self.epoch, seq, change);
-                    self.stalled += began.elapsed();
+                    self.stalled += began.map_or(Duration::ZERO, |began| began.elapsed());
+                    if posted && change.kind == Kind::Write {
+                        self.counters.posted(change.range.len, background);
+                    }
                     posted
                 }
-                Outgoing::Post(seq, change) => post(link.as_mut(), &self.disk, self.epoch, seq, change),
                 Outgoing::Flush(seq) => {
                     let mut header = Header::new(Kind::Flush, self.epoch);
                     header.seq = seq;
                     link.send(header).is_ok()
                 }
+                Outgoing::MarksKept => link.send(Header::new(Kind::DirtyKept, self.epoch)).is_ok(),
                 Outgoing::Control { code, arg } => {
                     let mut header = Header::new(Kind::Control, self.epoch);
                     header.aux = code;
@@ -437,6 +450,10 @@ impl Volume {
                 access.untake_ack();
             }
             sent = true;
+        }
+        if let Some(telling) = &mut self.telling {
+            // Behind the ack, so that a long map does not take its place in the queue.
+            sent |= telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
         }
         link.kick();
         if sent {

@@ -5,8 +5,10 @@
 //! the running session by the background copy, which clears them once they are durable on both nodes; without, the marks
 //! stay, and the next session copies them.
 
-use super::{Op, Origin, Request, Volume};
+use super::checkpoint::Quiesce;
+use super::{Origin, Request, Volume};
 use crate::disk::inflight::{Access, Admission};
+use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
 use crate::mirror::pace::Leave;
 use crate::mirror::verify::{Findings, Verify};
@@ -35,6 +37,8 @@ pub(super) struct Verifying {
     serial: u64,
     /// All is compared, and what differs is being copied.
     repairing: bool,
+    /// All is compared, and what differs is being put on record.
+    marking: Option<Round>,
 }
 
 impl Volume {
@@ -46,7 +50,7 @@ impl Volume {
             "there is no session in which this node is the source"
         } else if self.resync.is_some() {
             "the peer's disk is being copied to"
-        } else if self.quiescing {
+        } else if self.quiesce != Quiesce::No {
             "the volume is being handed over"
         } else {
             self.verify_serial += 1;
@@ -56,6 +60,7 @@ impl Volume {
                 repair,
                 serial: self.verify_serial,
                 repairing: false,
+                marking: None,
             });
             return;
         };
@@ -92,7 +97,10 @@ impl Volume {
         if self.copy_paused {
             return;
         }
-        while let Some(Verifying { verify, serial, repairing: false, .. }) = &mut self.verifying {
+        while let Some(Verifying { verify, serial, repairing: false, marking, .. }) = &mut self.verifying {
+            if marking.is_some() {
+                return self.tell_marked();
+            }
             if verify.is_done() {
                 return self.all_compared();
             }
@@ -110,19 +118,12 @@ impl Volume {
             verify.took(range);
             self.pace.step_began(now, range.len);
             self.disk.read_ahead(ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len));
-            let token = self.add_request(Request {
-                origin: Origin::Verify { serial },
-                op: Op::Change(Kind::Verify),
-                range,
-                flags: flags::RESYNC,
-                locked: false,
-                landed: false,
-                completed: false,
-                differs: false,
-                landed_at: None,
-            });
+            let origin = Origin::Verify { serial };
+            let token = self.add_request(Request::change_of(origin, Kind::Verify, range, flags::RESYNC));
             match self.inflight.request(token, range, Access::Change) {
-                Admission::Granted => self.start(token),
+                Admission::Granted => {
+                    self.start(token);
+                }
                 Admission::Waits => {}
                 Admission::Full => {
                     self.drop_request(token);
@@ -151,7 +152,7 @@ impl Volume {
 
     /// Puts on record that the peer's `range` is not ours.
     fn mark_differing(&mut self, range: ByteRange) {
-        self.bitmap.set(range);
+        self.record.mark(range);
     }
 
     /// Every step is done.
@@ -160,9 +161,25 @@ impl Volume {
         if verifying.repair && verifying.verify.findings().differing > 0 {
             verifying.repairing = true;
             self.begin_copy(false);
+            if let Some(resync) = &mut self.resync {
+                // The peer has no marks of its own: it is in sync but for what was found here.
+                let first = resync.told_all(&self.record.dirty);
+                assert!(first, "a copy begins once");
+                resync.kept();
+            }
             return;
         }
-        self.finish_verify(false);
+        verifying.marking = Some(self.record.ask_store());
+        self.tell_marked();
+    }
+
+    /// Tells the end of a verification without repair, once all that differs is on record.
+    fn tell_marked(&mut self) {
+        if let Some(Verifying { marking: Some(round), .. }) = &self.verifying
+            && self.record.is_stored(*round)
+        {
+            self.finish_verify(false);
+        }
     }
 
     fn finish_verify(&mut self, repaired: bool) {

@@ -63,7 +63,7 @@ fn equal_disks_verify_as_equal_while_clients_write() {
     assert_eq!((verified.findings.differing, verified.findings.ranges, verified.repaired), (0, 0, false));
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!((found.ranges, found.differing, found.compared), (3, 3 * G + 4096, SIZE));
     let expected = [ByteRange::new(0, 2 * G), ByteRange::new(10 * G, G), ByteRange::new(24 * G, 4096)];
     assert_eq!(found.listed, expected);
-    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 4 * G, "marked, and left to the next session");
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 4 * G, "marked, and left to the next session");
     assert_ne!(pair.a.content(), pair.b.content(), "nothing was changed");
     let posted_before = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed);
     pair.be_idle();
@@ -89,7 +89,7 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!(verified.findings, found);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
     let applied = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - posted_before;
     assert!(applied <= 4, "{applied} writes for four grains");
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "control did not ask for a copy");
@@ -177,7 +177,7 @@ fn a_copy_that_compares_first_sends_only_what_differs() {
     let sent = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - before;
     // The grain at the end was never written: a hole, told without bytes.
     assert_eq!(sent, 2 + 1, "two grains and a hole");
-    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
 }
 
 #[test]
