@@ -90,6 +90,9 @@ pub struct VolumeStatus {
     pub verify: Option<VerifyStatus>,
     /// Writes wait for the peer to return.
     pub frozen: bool,
+    /// Links closed since the daemon began because the peer broke the protocol: a fault of its machine or of a release.
+    #[serde(default)]
+    pub violations: u64,
 }
 
 /// A comparison of the peer's disk with this node's.

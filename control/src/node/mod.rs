@@ -464,6 +464,7 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         in_flight,
         verify: verify_status(&status.verification, &counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
+        violations: counters.violations.load(Ordering::Relaxed),
     }
 }
 

@@ -4,7 +4,7 @@
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
 use super::link::LinkKeeper;
-use super::negotiate::{Met, NoLink, out_of_turn};
+use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 mod carry;
 
@@ -84,6 +84,8 @@ pub(super) struct VolumeTask {
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// Room for RDMA listeners.
+    listeners: Arc<Semaphore>,
     /// From the making of its link to its end.
     session: Option<SessionState>,
     began: Instant,
@@ -135,6 +137,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             session: None,
             began: now,
             conversation: None,
