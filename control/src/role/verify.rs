@@ -81,6 +81,7 @@ impl VolumeController {
             self.unrepaired = self.peer.is_some();
         } else if *repaired {
             // A repair copies all that is marked.
+            self.dirty = false;
             self.unrepaired = false;
         }
         self.verification.running = false;
