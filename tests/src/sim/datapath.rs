@@ -170,6 +170,8 @@ impl World {
                 self.volume(at).go_alone();
             }
             Command::MarkAll { done, .. } => self.volume(at).mark_all(done),
+            Command::Verify { repair, .. } => self.volume(at).verify(repair),
+            Command::StopVerify { .. } => self.volume(at).stop_verify(),
             Command::PeerInSync { .. } => self.volume(at).peer_in_sync(),
             Command::SendPeer { code, arg, .. } => self.volume(at).send_peer(code, arg),
             Command::Quiesce { .. } => {

@@ -210,6 +210,7 @@ impl World {
             ReactorEvent::Settled { .. } => role::Event::Settled,
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
+            ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
             ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => role::Event::Quiesced,
@@ -503,6 +504,8 @@ impl World {
                 }
             }
             Action::SendPeer { code, arg } => self.send_peer(at, code, arg),
+            Action::Verify { repair } => self.send(at, Command::Verify { volume, repair }),
+            Action::StopVerify => self.send(at, Command::StopVerify { volume }),
             Action::Quiesce => self.send(at, Command::Quiesce { volume }),
             Action::Reply { id, result } => self.replied(at, id, &result),
             Action::Log { text, .. } => self.tell(at, format_args!("log: {text}")),

@@ -382,6 +382,7 @@ impl World {
         let controller = VolumeController::new(settings, found, random);
         let (workers, jobs) = DiskWorkers::by_hand();
         let spec = VolumeSpec {
+            checksum_first: false,
             name: "db".to_owned(),
             disk: Arc::clone(&node.disk.image),
             ack: self.config.ack,
