@@ -18,6 +18,7 @@ mod delta;
 mod faults;
 mod links;
 mod random;
+mod verify;
 
 /// Not a whole number of grains, and room for the copy to have several steps.
 const SIZE: u64 = 24 * crate::limits::DIRTY_GRAIN_LEN + 4096;
@@ -49,7 +50,7 @@ impl Node {
         let (done, jobs) = crossbeam_channel::unbounded();
         let bell = Waker::new().expect("bell");
         let workers = DiskWorkers::start(0, &disk, record.store.as_ref(), &done, &bell).expect("threads");
-        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, record };
+        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
     }
@@ -57,6 +58,7 @@ impl Node {
     /// One turn of the loop, as the reactor makes it.
     fn turn(&mut self) {
         let now = Instant::now();
+        self.volume.woke(now);
         while let Ok(done) = self.jobs.try_recv() {
             self.volume.job_done(done);
         }
@@ -172,7 +174,13 @@ impl Pair {
         while !done(self) {
             self.turn();
             std::thread::yield_now();
-            assert!(began.elapsed() < PATIENCE, "{what} never came; in flight {:?}", self.a.volume.pipeline);
+            assert!(
+                began.elapsed() < PATIENCE,
+                "{what} never came; in flight {:?}; {:?} {:?}",
+                self.a.volume.pipeline,
+                self.a.events,
+                self.b.events
+            );
         }
     }
 
