@@ -467,7 +467,7 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         peer: shared.peer.as_str().to_owned(),
         advice: status.advice,
         in_flight,
-        verify: verify_status(&status.verification, &counters),
+        verify: verify_status(&status.verification, counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
         violations: counters.violations.load(Ordering::Relaxed),
     }
