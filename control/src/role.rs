@@ -32,6 +32,7 @@ use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
+use costandby_datapath::volume::Verified;
 use std::time::Duration;
 
 mod operator;
@@ -39,10 +40,12 @@ mod session;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 #[cfg(test)]
 mod world;
 
 pub use status::Status;
+pub use verify::Verification;
 
 /// How long a peer may take to consent to a promotion: far over a durable store on a slow disk, short enough that an
 /// operator still waits for the answer.
@@ -152,6 +155,13 @@ pub enum Command {
     Disconnect,
     /// Give up what this node's disk holds and have the connected peer copy everything anew.
     Invalidate,
+    /// Compare the connected peer's disk with this one.
+    Verify {
+        /// Copy what differs to the peer at once.
+        repair: bool,
+    },
+    /// End the verification under way.
+    StopVerify,
 }
 
 /// What happened.
@@ -187,6 +197,8 @@ pub enum Event {
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
     ResyncDone,
+    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
+    Verified(Box<Verified>),
     /// A control frame from the peer; all changes that it sent before are applied, and flushed where it said so.
     PeerMessage {
         /// One of [`code`].
@@ -286,6 +298,13 @@ pub enum Action {
         /// What it says.
         arg: u64,
     },
+    /// Compare the peer's disk with this one, then report [`Event::Verified`].
+    Verify {
+        /// Copy what differs.
+        repair: bool,
+    },
+    /// Let that end early.
+    StopVerify,
     /// Admit nothing new, finish what is in flight, flush both sides, then report [`Event::Quiesced`].
     Quiesce,
     /// Answer a command.
@@ -405,6 +424,9 @@ pub struct VolumeController {
     split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
+    verification: Verification,
+    /// In this session something was found to differ, and is marked.
+    unrepaired: bool,
 }
 
 impl VolumeController {
@@ -443,6 +465,8 @@ impl VolumeController {
             refusal: None,
             split_brain: false,
             medium_failed: false,
+            verification: Verification::default(),
+            unrepaired: false,
         }
     }
 
@@ -476,6 +500,7 @@ impl VolumeController {
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
+            Event::Verified(outcome) => self.on_verified(*outcome, actions),
             Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),

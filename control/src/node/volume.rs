@@ -228,6 +228,7 @@ impl VolumeTask {
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
+            ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
             ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
                 return self.told_progress(arg);
             }
@@ -430,6 +431,8 @@ impl VolumeTask {
                 }
             }
             Action::SendPeer { code, arg } => self.send(Command::SendPeer { volume, code, arg }),
+            Action::Verify { repair } => self.send(Command::Verify { volume, repair }),
+            Action::StopVerify => self.send(Command::StopVerify { volume }),
             Action::Quiesce => self.send(Command::Quiesce { volume }),
             Action::Reply { id, result } => answer(&mut self.replies, id, result),
             Action::Log { level, text } => self.log(level, &text),

@@ -7,6 +7,7 @@ use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
 mod resync;
+mod verify;
 
 const ID: ReplyId = ReplyId(7);
 /// The boot that all took part in.
