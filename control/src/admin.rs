@@ -1,7 +1,7 @@
 //! The admin API: HTTP and JSON on a unix socket that only the daemon's user can open.
 //!
 //! Stands between the command line (or anything that speaks HTTP) and whoever implements [`AdminBackend`]; it decides
-//! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect}`
+//! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect|…}`
 //! answers `{"message": …}`, or `{"error": …}` with 404 for an unknown volume and 409 for a refusal.
 //!
 //! Invariants: the socket has mode 0600 from its first instant; a socket on which a daemon answers is never taken over;
@@ -85,11 +85,37 @@ pub struct VolumeStatus {
     pub advice: Option<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
+    /// The verification under way, or else the last one of this daemon.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
     /// Writes wait for the peer to return.
     pub frozen: bool,
     /// Links closed since the daemon began because the peer broke the protocol: a fault of its machine or of a release.
     #[serde(default)]
     pub violations: u64,
+}
+
+/// A comparison of the peer's disk with this node's.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VerifyStatus {
+    /// Counts them since the daemon started.
+    pub id: u64,
+    /// Under way; what is said of differences grows until it ends.
+    pub running: bool,
+    /// What differs is copied to the peer at once.
+    pub repair: bool,
+    /// How much of the disk is compared.
+    pub percent: f64,
+    /// Bytes in grains of the dirty map that differ.
+    pub differing_bytes: u64,
+    /// How many ranges that is; known when it has ended.
+    pub differing_ranges: u64,
+    /// The first of those ranges, each its first byte and its length.
+    pub ranges: Vec<[u64; 2]>,
+    /// What differed was copied, and is durable on both nodes.
+    pub repaired: bool,
+    /// Why it ended before its end.
+    pub unfinished: Option<String>,
 }
 
 /// [`VolumeStatus::connection`] while both nodes exchange changes.
@@ -116,6 +142,8 @@ impl Command {
             Self::Connect { .. } => "connect",
             Self::Disconnect => "disconnect",
             Self::Invalidate => "invalidate",
+            Self::Verify { .. } => "verify",
+            Self::StopVerify => "stop-verify",
         }
     }
 }
@@ -330,6 +358,13 @@ struct ConnectBody {
     discard_my_data: bool,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerifyBody {
+    #[serde(default)]
+    repair: bool,
+}
+
 /// A command's options: the body as JSON, or none of them for an empty one. `shape` is for the one who got it wrong.
 fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) -> Result<T, String> {
     if body.is_empty() {
@@ -351,9 +386,13 @@ async fn command(
         "demote" => Ok(Command::Demote),
         "disconnect" => Ok(Command::Disconnect),
         "invalidate" => Ok(Command::Invalidate),
+        "verify" => options(&body, "verify is {\"repair\": true|false}")
+            .map(|VerifyBody { repair }| Command::Verify { repair }),
+        "stop-verify" => Ok(Command::StopVerify),
         _ => {
-            let text =
-                format!("no command {word:?}: there are promote, demote, connect, disconnect, invalidate");
+            let text = format!(
+                "no command {word:?}: there are promote, demote, connect, disconnect, invalidate, verify, stop-verify"
+            );
             return failure(StatusCode::NOT_FOUND, &text);
         }
     };

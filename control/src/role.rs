@@ -16,7 +16,10 @@
 //!   the peer's durable consent while it is connected, under a new generation while it is not.
 //! - No write is acknowledged alone before a generation that the peer does not have is on record.
 //! - A disk is marked inconsistent before the peer may send the first byte of a resync, and up to date only after the
-//!   source recorded that the peer has its generation.
+//!   source recorded that the peer has its generation. What there is to copy is on record before: in either node's map,
+//!   or as all of the source's ([`Action::MarkAll`]), and only then does the target store whom it copies.
+//! - A primary that lost power may lack what it had acknowledged: it is copied to by the peer, which has that, before it
+//!   serves again, and then resumes by itself.
 //! - A session begins only when both sides hold mirror-image agreements over the views they sent each other.
 //!
 //! A session's side: a node that serves or copies is its source. Two standbys without a copy are both targets;
@@ -29,6 +32,7 @@ use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
+use costandby_datapath::volume::Verified;
 use std::time::Duration;
 
 mod operator;
@@ -36,10 +40,12 @@ mod session;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 #[cfg(test)]
 mod world;
 
 pub use status::Status;
+pub use verify::Verification;
 
 /// How long a peer may take to consent to a promotion: far over a durable store on a slow disk, short enough that an
 /// operator still waits for the answer.
@@ -62,6 +68,8 @@ pub mod code {
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
+    /// How far the copy is, about once a second; changes nothing.
+    pub const RESYNC_PROGRESS: u64 = 7;
 }
 
 /// Whether this node serves the volume.
@@ -147,6 +155,13 @@ pub enum Command {
     Disconnect,
     /// Give up what this node's disk holds and have the connected peer copy everything anew.
     Invalidate,
+    /// Compare the connected peer's disk with this one.
+    Verify {
+        /// Copy what differs to the peer at once.
+        repair: bool,
+    },
+    /// End the verification under way.
+    StopVerify,
 }
 
 /// What happened.
@@ -182,6 +197,8 @@ pub enum Event {
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
     ResyncDone,
+    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
+    Verified(Box<Verified>),
     /// A control frame from the peer; all changes that it sent before are applied, and flushed where it said so.
     PeerMessage {
         /// One of [`code`].
@@ -214,11 +231,14 @@ pub enum Event {
 pub enum SessionSide {
     /// Sends changes.
     Source {
-        /// Copy the whole disk in the background.
+        /// Copy in the background what either map has.
         resync: bool,
     },
     /// Applies changes.
-    Target,
+    Target {
+        /// Tell the source what our map has, and forget it once that is on record there.
+        resync: bool,
+    },
 }
 
 /// How loud a log line is.
@@ -237,6 +257,9 @@ pub enum Level {
 pub enum Action {
     /// Make this the stored superblock, durably, before the next action.
     StoreMetadata(Box<Superblock>),
+    /// Mark the whole disk as differing from the peer's, durably, before the next action. Never during a session. A
+    /// failure is one of a store.
+    MarkAll,
     /// Dial the peer, again and again, while there is no session and until [`Action::StopDialing`].
     Dial,
     /// Stop that.
@@ -275,6 +298,13 @@ pub enum Action {
         /// What it says.
         arg: u64,
     },
+    /// Compare the peer's disk with this one, then report [`Event::Verified`].
+    Verify {
+        /// Copy what differs.
+        repair: bool,
+    },
+    /// Let that end early.
+    StopVerify,
     /// Admit nothing new, finish what is in flight, flush both sides, then report [`Event::Quiesced`].
     Quiesce,
     /// Answer a command.
@@ -327,7 +357,8 @@ pub struct Found {
 pub type Random = Box<dyn FnMut() -> u64 + Send>;
 
 struct Promotion {
-    id: ReplyId,
+    /// `None` where nobody asked for it: a node that was primary resumes.
+    id: Option<ReplyId>,
     epoch: Epoch,
     deadline: Duration,
 }
@@ -378,6 +409,12 @@ pub struct VolumeController {
     settling: bool,
     /// A write waits to go alone until the handshake under way has ended.
     need_alone: bool,
+    /// The map has everything, on record, and no session took anything off it since.
+    all_marked: bool,
+    /// When to ask for promotion next: this node was primary and has what it lacked.
+    resume_at: Option<Duration>,
+    /// The session ends so that the disk can be given up; who waits for that.
+    invalidating: Option<ReplyId>,
     promotion: Option<Promotion>,
     demotion: Option<Demotion>,
     shutdown_deadline: Option<Duration>,
@@ -387,6 +424,9 @@ pub struct VolumeController {
     split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
+    verification: Verification,
+    /// In this session something was found to differ, and is marked.
+    unrepaired: bool,
 }
 
 impl VolumeController {
@@ -416,12 +456,17 @@ impl VolumeController {
             undurable: false,
             settling: false,
             need_alone: false,
+            all_marked: false,
+            resume_at: None,
+            invalidating: None,
             promotion: None,
             demotion: None,
             shutdown_deadline: None,
             refusal: None,
             split_brain: false,
             medium_failed: false,
+            verification: Verification::default(),
+            unrepaired: false,
         }
     }
 
@@ -449,11 +494,14 @@ impl VolumeController {
             Event::HelloReceived(hello) => self.on_hello(&hello, actions),
             Event::SessionReady(ready) => self.on_ready(ready, actions),
             Event::SessionFailed { text } => self.on_session_failed(&text, actions),
-            Event::LinkDown { reason, undurable, .. } => self.on_link_down(&reason, undurable, actions),
+            Event::LinkDown { reason, undurable, dirty } => {
+                self.on_link_down(&reason, undurable, dirty, actions);
+            }
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
-            Event::PeerMessage { code, arg } => self.on_peer_message(code, arg, actions),
+            Event::Verified(outcome) => self.on_verified(*outcome, actions),
+            Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),
             Event::DiskFailed { text } => self.on_disk_failed(&text, actions),
@@ -482,6 +530,9 @@ impl VolumeController {
             // A primary flag without a serving role is left from the daemon before this one.
             was_primary_unclean: self.undurable || (superblock.primary && !superblock.clean && !serves),
             applying_unclean: self.is_torn(),
+            lost_power: self.lost_power && self.settings.ack != AckLevel::Async,
+            dirty: self.dirty,
+            copying: superblock.copying,
             role: if serves { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: self.settings.configured_primary,
             proposed: self.proposed,
@@ -494,7 +545,17 @@ impl VolumeController {
     }
 
     fn is_usable(&self) -> bool {
-        self.superblock.disk_state == DiskState::UpToDate && !self.superblock.is_fresh() && !self.is_torn()
+        self.superblock.disk_state == DiskState::UpToDate
+            && !self.superblock.is_fresh()
+            && !self.is_torn()
+            && !self.may_lack_writes()
+    }
+
+    /// The machine lost power while this node was primary, and the peer may have acknowledged writes that were not
+    /// flushed here.
+    fn may_lack_writes(&self) -> bool {
+        let superblock = &self.superblock;
+        self.view().lost_power && superblock.primary && superblock.peer_has_current && self.peer.is_none()
     }
 
     fn set_role(&mut self, to: Role) {
@@ -509,7 +570,11 @@ impl VolumeController {
         self.connection = to;
     }
 
-    fn store(&self, actions: &mut Vec<Action>) {
+    fn store(&mut self, actions: &mut Vec<Action>) {
+        // What an earlier boot lost stays on record until it is made up for.
+        if (self.superblock.primary || self.superblock.applying) && !self.lost_power {
+            self.superblock.boot = self.boot;
+        }
         actions.push(Action::StoreMetadata(Box::new(self.superblock.clone())));
     }
 

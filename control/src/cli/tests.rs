@@ -56,6 +56,8 @@ fn wrong_usage_is_told_from_help() {
     for args in [
         &["promote"][..],
         &["promote", "a/b"],
+        &["verify"],
+        &["verify", "db", "--repair", "--stop"],
         &["wait-sync", "db", "--timeout", "30"],
         &["demo", "--seconds", "0"],
         &["soft-roce", "up"],
@@ -68,7 +70,7 @@ fn wrong_usage_is_told_from_help() {
     }
     let help = parse(&["--help"]).expect_err("help");
     assert!(!help.use_stderr());
-    for later in ["verify", "attach", "events", "top"] {
+    for later in ["attach", "events", "top"] {
         assert!(parse(&[later, "db"]).is_err(), "{later} is not there yet");
     }
 }
@@ -97,6 +99,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        verify: None,
         link_note: None,
         ack: "memory".into(),
         epoch: 3,
@@ -120,6 +123,7 @@ fn catching_up() -> VolumeStatus {
         dirty_bytes: 3 << 29,
         resync_percent: 97.69,
         advice: Some("give it time".into()),
+        verify: None,
         link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
         violations: 2,
@@ -193,11 +197,12 @@ fn status_json_has_the_fixed_keys() {
         "in_flight",
         "frozen",
         "link_note",
+        "verify",
         "violations",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 18, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 19, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.

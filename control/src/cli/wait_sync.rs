@@ -94,7 +94,7 @@ async fn wait(
     }
 }
 
-fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitError> {
+pub(super) fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitError> {
     status.volumes.iter().find(|found| found.name == volume).ok_or_else(|| {
         let known: Vec<_> = status.volumes.iter().map(|found| found.name.as_str()).collect();
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };

@@ -10,14 +10,16 @@ use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
 use crate::kernel::{boot_id, random_number, random_source};
 use crate::link::Kind;
-use crate::role::{Connection, Found, Status as ControllerStatus, VolumeController, VolumeSettings};
+use crate::role::{
+    Connection, Found, Status as ControllerStatus, Verification, VolumeController, VolumeSettings,
+};
 use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
 use costandby_datapath::disk::metadata::file::open_at;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
 use costandby_datapath::disk::record::Record;
 use costandby_datapath::disk::superblock::{Location, Superblock, SuperblockError};
-use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeSpec};
+use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeCounters, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
 use link::LinkStatus;
@@ -146,6 +148,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
             disk: Arc::clone(&o.disk),
             ack: o.config.ack,
             on_peer_loss: o.config.on_peer_loss,
+            checksum_first: o.config.checksum_first,
             record,
         })
         .collect();
@@ -208,6 +211,11 @@ fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<(OpenVolume, 
         tracing::info!(volume = name, "{} may differ from the peer's disk", display_size(dirty));
     }
     let superblock = opened.superblock.clone();
+    if !superblock.clean {
+        // A daemon that was killed left writes in the system's cache alone. The peer has them, too, until it is
+        // overwritten with this disk; from then on a loss of power here must not take them.
+        disk.flush().map_err(disk_error)?;
+    }
     let (record, store) = Record::of(opened);
     Ok((OpenVolume { config, disk, superblock, dirty: dirty > 0, store: Some(store) }, record))
 }
@@ -393,6 +401,7 @@ fn forward_events(
                 | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
+                | ReactorEvent::Verified { volume, .. }
                 | ReactorEvent::PeerMessage { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }
                 | ReactorEvent::Quiesced { volume } => *volume,
@@ -458,9 +467,29 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         peer: shared.peer.as_str().to_owned(),
         advice: status.advice,
         in_flight,
+        verify: verify_status(&status.verification, &counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
         violations: counters.violations.load(Ordering::Relaxed),
     }
+}
+
+/// The daemon's last verification, if there was any.
+fn verify_status(verification: &Verification, counters: &VolumeCounters) -> Option<admin::VerifyStatus> {
+    let Verification { id, running, repair, outcome } = verification;
+    #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
+    let percent = counters.verify_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
+    let found = counters.verify_differing_bytes.load(Ordering::Relaxed);
+    (*id > 0).then(|| admin::VerifyStatus {
+        id: *id,
+        running: *running,
+        repair: *repair,
+        percent,
+        differing_bytes: if *running { found } else { outcome.findings.differing },
+        differing_ranges: outcome.findings.ranges,
+        ranges: outcome.findings.listed.iter().map(|range| [range.start, range.len]).collect(),
+        repaired: outcome.repaired,
+        unfinished: outcome.unfinished.clone(),
+    })
 }
 
 /// A target does not count the copy's progress itself, and a source may not have begun.

@@ -225,6 +225,7 @@ impl VolumeTask {
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
+            ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
@@ -369,11 +370,6 @@ impl VolumeTask {
         }
     }
 
-    /// Whether the session brings us what we lack.
-    fn is_sync_target(&self) -> bool {
-        self.controller.status().connection == Connection::SyncTarget
-    }
-
     fn send(&self, command: Command) {
         self.reactor.send(command);
     }
@@ -382,6 +378,7 @@ impl VolumeTask {
         let volume = self.index;
         match action {
             Action::StoreMetadata(superblock) => self.store_metadata(*superblock).await?,
+            Action::MarkAll => self.mark_all().await?,
             Action::Dial => {
                 self.dials = true;
                 self.next_dial = Instant::now();
@@ -402,8 +399,7 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                let direction = Direction::Target { resync: self.is_sync_target() };
-                self.send(Command::Direct { volume, direction, epoch });
+                self.send(Command::Direct { volume, direction: self.as_target(), epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -417,11 +413,8 @@ impl VolumeTask {
                 self.send(Command::StopServing { volume });
                 // A copy under way goes on without clients.
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
-                    self.send(Command::Direct {
-                        volume,
-                        direction: Direction::Target { resync: self.is_sync_target() },
-                        epoch: self.epoch,
-                    });
+                    let direction = self.as_target();
+                    self.send(Command::Direct { volume, direction, epoch: self.epoch });
                 }
             }
             Action::GoAlone => self.send(Command::GoAlone { volume }),
@@ -432,6 +425,8 @@ impl VolumeTask {
                 }
             }
             Action::SendPeer { code, arg } => self.send(Command::SendPeer { volume, code, arg }),
+            Action::Verify { repair } => self.send(Command::Verify { volume, repair }),
+            Action::StopVerify => self.send(Command::StopVerify { volume }),
             Action::Quiesce => self.send(Command::Quiesce { volume }),
             Action::Reply { id, result } => answer(&mut self.replies, id, result),
             Action::Log { level, text } => self.log(level, &text),
@@ -447,6 +442,23 @@ impl VolumeTask {
             Level::Warn => tracing::warn!(volume, "{text}"),
             Level::Error => tracing::error!(volume, "{text}"),
         }
+    }
+
+    fn as_target(&self) -> Direction {
+        Direction::Target { resync: self.controller.status().connection == Connection::SyncTarget }
+    }
+
+    async fn mark_all(&mut self) -> Result<(), String> {
+        let (tell, told) = oneshot::channel();
+        let done = Box::new(move |result| {
+            // A task that ended with its daemon needs no answer.
+            let _ = tell.send(result);
+        });
+        self.send(Command::MarkAll { volume: self.index, done });
+        told.await.unwrap_or_else(|_| Err("the datapath ended".to_owned())).inspect_err(|error| {
+            let volume = self.shared.config.name.as_str();
+            tracing::error!(volume, error, "what has to be copied cannot be put on record");
+        })
     }
 
     async fn store_metadata(&mut self, superblock: Superblock) -> Result<(), String> {

@@ -1,6 +1,6 @@
 //! What the controller tells an operator about its volume.
 
-use super::{Connection, Role, VolumeController};
+use super::{Connection, Role, Verification, VolumeController};
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 
@@ -25,6 +25,8 @@ pub struct Status {
     pub alone: bool,
     /// Serving, without the peer, and not allowed to acknowledge writes.
     pub frozen: bool,
+    /// The verification under way, or the last one.
+    pub verification: Verification,
     /// What an operator may want to know or type.
     pub advice: Option<String>,
 }
@@ -77,12 +79,14 @@ impl VolumeController {
             generation: self.superblock.generations.current,
             alone: self.alone,
             frozen,
+            verification: self.verification.clone(),
             advice: self.advice(frozen),
         }
     }
 
     pub(super) fn shown_disk_state(&self) -> DiskState {
         match self.superblock.disk_state {
+            DiskState::UpToDate if self.may_lack_writes() => DiskState::Outdated,
             DiskState::UpToDate if !self.is_usable() => DiskState::Inconsistent,
             state => state,
         }
@@ -115,7 +119,20 @@ impl VolumeController {
             Connection::Connecting if self.is_usable() => {
                 format!("waiting for {peer}; `costandby promote {volume}` to serve without it")
             }
+            Connection::Connecting if self.may_lack_writes() => format!(
+                "this machine lost power while it served: {peer} may have acknowledged writes that this disk lacks; waiting \
+                 for it, to sync from it and serve again"
+            ),
             Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::Connected if self.unrepaired => {
+                format!(
+                    "{peer}'s disk differs from this one: `costandby verify {volume} --repair` copies what differs now, \
+                     disconnect and connect does as well"
+                )
+            }
+            Connection::SyncTarget if self.superblock.primary => {
+                format!("lost power while it served; serves again once it is up to date with {peer}")
+            }
             Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
                 format!("no node serves; `costandby promote {volume}` on the one that should")
             }

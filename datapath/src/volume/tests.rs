@@ -17,6 +17,7 @@ use std::time::Duration;
 mod faults;
 mod links;
 mod random;
+mod verify;
 
 /// Not a whole number of grains, and room for the copy to have several steps.
 const SIZE: u64 = 24 * crate::limits::DIRTY_GRAIN_LEN + 4096;
@@ -43,8 +44,14 @@ impl Node {
         let (done, jobs) = crossbeam_channel::unbounded();
         let workers =
             DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
-        let spec =
-            VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
+        let spec = VolumeSpec {
+            name: "v".into(),
+            record: Record::in_memory(disk.size()),
+            disk,
+            ack,
+            on_peer_loss,
+            checksum_first: false,
+        };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
     }
@@ -52,6 +59,7 @@ impl Node {
     /// One turn of the loop, as the reactor makes it.
     fn turn(&mut self) {
         let now = Instant::now();
+        self.volume.woke(now);
         while let Ok(done) = self.jobs.try_recv() {
             self.volume.job_done(done);
         }
@@ -166,7 +174,13 @@ impl Pair {
         while !done(self) {
             self.turn();
             std::thread::yield_now();
-            assert!(began.elapsed() < PATIENCE, "{what} never came; in flight {:?}", self.a.volume.pipeline);
+            assert!(
+                began.elapsed() < PATIENCE,
+                "{what} never came; in flight {:?}; {:?} {:?}",
+                self.a.volume.pipeline,
+                self.a.events,
+                self.b.events
+            );
         }
     }
 

@@ -244,11 +244,8 @@ impl VolumeTask {
             Ok(link) => {
                 let direction = match side {
                     SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target { resync: self.is_sync_target() },
+                    SessionSide::Target { resync } => Direction::Target { resync },
                 };
-                if side == (SessionSide::Source { resync: true }) {
-                    self.send(Command::MarkAll { volume, done: Box::new(|_| ()) });
-                }
                 self.send(Command::Session { volume, link, direction, epoch });
             }
             Err(error) => {

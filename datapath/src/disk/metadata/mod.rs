@@ -38,7 +38,7 @@ pub mod layout;
 pub mod medium;
 pub mod sector;
 #[cfg(test)]
-mod simulated;
+pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
 
