@@ -75,8 +75,14 @@ pub struct VolumeStatus {
     pub size: u64,
     /// Bytes that the standby lacks, or may lack.
     pub dirty_bytes: u64,
-    /// How far the standby has caught up; 100 where nothing is to be copied.
+    /// How far the copy under way is, on either node; 100 where nothing is to be copied.
     pub resync_percent: f64,
+    /// Bytes a second that it copied lately; absent without a copy and in its first seconds.
+    #[serde(default)]
+    pub resync_rate: Option<u64>,
+    /// Seconds until it is over, at that rate; absent where there is none or it stands still.
+    #[serde(default)]
+    pub resync_eta_s: Option<u64>,
     /// `connected`, or what stands in the way.
     pub connection: String,
     /// The other node.
@@ -120,6 +126,12 @@ pub struct VerifyStatus {
 
 /// [`VolumeStatus::connection`] while both nodes exchange changes.
 pub const CONNECTED: &str = "connected";
+
+/// [`VolumeStatus::connection`] while this node is copied from.
+pub const SYNC_SOURCE: &str = "sync-source";
+
+/// [`VolumeStatus::connection`] while this node is copied to.
+pub const SYNC_TARGET: &str = "sync-target";
 
 /// [`VolumeStatus::disk_state`] and [`VolumeStatus::peer_state`] of a complete, current disk.
 pub const UP_TO_DATE: &str = "UpToDate";

@@ -68,7 +68,7 @@ pub mod code {
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
-    /// How far the copy is, about once a second; changes nothing.
+    /// How far the copy is, about once a second: a [`Sample`](crate::progress::Sample). Changes nothing.
     pub const RESYNC_PROGRESS: u64 = 7;
 }
 

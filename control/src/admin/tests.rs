@@ -27,6 +27,8 @@ fn db() -> VolumeStatus {
         size: 64 << 30,
         dirty_bytes: 0,
         resync_percent: 100.0,
+        resync_rate: None,
+        resync_eta_s: None,
         connection: CONNECTED.into(),
         peer: "beta".into(),
         advice: None,

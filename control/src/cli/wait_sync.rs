@@ -3,7 +3,7 @@
 //! Survives a daemon that is just starting: it is given a few seconds to open its socket, because scripts start it in the
 //! background and wait right away. A daemon that answered once and then is gone is an error at once.
 
-use super::status::percent;
+use super::status::{pace, percent};
 use super::{CliError, block_on, print};
 use crate::admin::{Status, VolumeStatus};
 use crate::admin_client::{AdminClient, ClientError};
@@ -105,7 +105,8 @@ pub(super) fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeSta
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Clamped to 0..=1000.
 fn show(bar: &ProgressBar, volume: &VolumeStatus) {
     bar.set_position((volume.resync_percent * 10.0).clamp(0.0, 1000.0) as u64);
-    bar.set_message(format!("{}% {}, peer {}", percent(volume), volume.connection, volume.peer_state));
+    let (percent, pace) = (percent(volume), pace(volume));
+    bar.set_message(format!("{percent}%{pace} ({}, peer {})", volume.connection, volume.peer_state));
 }
 
 fn stood(volume: &VolumeStatus) -> String {

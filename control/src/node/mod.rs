@@ -10,6 +10,7 @@ use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
 use crate::kernel::{boot_id, random_number, random_source};
 use crate::link::Kind;
+use crate::progress::Progress;
 use crate::role::{
     Connection, Found, Status as ControllerStatus, Verification, VolumeController, VolumeSettings,
 };
@@ -100,6 +101,8 @@ struct Shared {
     status: Mutex<ControllerStatus>,
     /// `None` until the task runs.
     link: Mutex<Option<LinkStatus>>,
+    /// Of the copy under way.
+    progress: Mutex<Progress>,
     inbox: mpsc::UnboundedSender<Input>,
 }
 
@@ -323,6 +326,7 @@ async fn serve(
         let entry = Arc::new(Shared {
             status: Mutex::new(controller.status()),
             link: Mutex::new(None),
+            progress: Mutex::default(),
             config: open.config,
             peer: peer.clone(),
             inbox,
@@ -445,8 +449,14 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
     let status = shared.status.lock().expect("nobody panics with it").clone();
     let counters = registry.reactor.counters(index);
     let resyncing = counters.resyncing.load(Ordering::Relaxed);
+    let progress = shared.progress.lock().expect("nobody panics with it").clone();
+    let copied_x100 = match status.connection {
+        Connection::SyncSource if resyncing => Some(counters.resync_percent_x100.load(Ordering::Relaxed)),
+        Connection::SyncTarget => progress.percent_x100(),
+        _ => None,
+    };
     #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
-    let percent = counters.resync_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
+    let percent = copied_x100.map(|percent| percent as f64 / 100.0);
     let link = shared.link.lock().expect("nobody panics with it").clone();
     let (link, link_note) = link.map_or((Kind::Tcp, None), |link| (link.kind, link.note));
     let in_flight = counters.in_flight.load(Ordering::Relaxed);
@@ -462,12 +472,14 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         generation: format!("{:016x}", status.generation.0),
         size: shared.config.size,
         dirty_bytes: counters.dirty_bytes.load(Ordering::Relaxed),
-        resync_percent: if resyncing { percent } else { percent_without_copy(status.connection) },
+        resync_percent: percent.unwrap_or_else(|| percent_without_copy(status.connection)),
+        resync_rate: progress.rate(),
+        resync_eta_s: progress.eta_s(),
         connection: status.connection.as_str().to_owned(),
         peer: shared.peer.as_str().to_owned(),
         advice: status.advice,
         in_flight,
-        verify: verify_status(&status.verification, &counters),
+        verify: verify_status(&status.verification, counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
         violations: counters.violations.load(Ordering::Relaxed),
     }

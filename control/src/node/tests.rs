@@ -69,6 +69,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let shared = Arc::new(Shared {
         status: Mutex::new(controller.status()),
         link: Mutex::new(None),
+        progress: Mutex::default(),
         peer: peer.clone(),
         config: volume,
         inbox,

@@ -86,6 +86,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         config: volume,
         status: Mutex::new(controller.status()),
         link: Mutex::new(None),
+        progress: Mutex::default(),
         inbox,
     });
     let surroundings = Surroundings {
