@@ -62,6 +62,9 @@ pub(super) enum Scope {
     Full,
 }
 
+/// What came of marking everything.
+type Marked = Result<(), String>;
+
 /// The task of one process.
 pub(super) struct Driver {
     pub(super) controller: VolumeController,
@@ -71,7 +74,7 @@ pub(super) struct Driver {
     /// A superblock is being stored.
     storing: bool,
     /// The whole disk is being marked; the volume's answer comes here.
-    marking: Option<Arc<Mutex<Option<Result<(), String>>>>>,
+    marking: Option<Arc<Mutex<Option<Marked>>>>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,
