@@ -14,6 +14,7 @@ use crossbeam_channel::Receiver;
 use std::collections::HashMap;
 use std::time::Duration;
 
+mod delta;
 mod faults;
 mod links;
 mod random;
@@ -41,17 +42,15 @@ impl Node {
     }
 
     fn with_disk(disk: Arc<DiskImage>, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
+        let record = Record::in_memory(disk.size());
+        Self::with_record(disk, record, ack, on_peer_loss)
+    }
+
+    fn with_record(disk: Arc<DiskImage>, record: Record, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
-        let workers =
-            DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
-        let spec = VolumeSpec {
-            name: "v".into(),
-            record: Record::in_memory(disk.size()),
-            disk,
-            ack,
-            on_peer_loss,
-            checksum_first: false,
-        };
+        let bell = Waker::new().expect("bell");
+        let workers = DiskWorkers::start(0, &disk, record.store.as_ref(), &done, &bell).expect("threads");
+        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
     }
@@ -123,6 +122,7 @@ impl Node {
         assert_eq!((v.inflight.locked_len(), v.inflight.waiting_len(), v.granted.len()), (0, 0, 0));
         assert_eq!((v.pipeline.in_flight(), v.receiving, v.outbox.len()), (0, 0, 0));
         assert!(v.access_job.is_none() && v.arrived.is_empty());
+        assert_eq!(v.record.parked_len(), 0);
     }
 }
 

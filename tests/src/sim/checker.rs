@@ -475,7 +475,7 @@ impl Checker {
         if record.primary && !record.peer_has_current {
             duty.lost_alone = now;
         }
-        let settled = record.up_to_date && !record.primary && !record.applying;
+        let settled = record.up_to_date && (record.clean || !record.primary) && !record.applying;
         if !settled {
             duty.floor = duty.durable.clone();
             duty.torn = record.applying;

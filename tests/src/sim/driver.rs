@@ -62,8 +62,8 @@ pub(super) enum Scope {
     Full,
 }
 
-/// What came of marking everything.
-type Marked = Result<(), String>;
+/// Where the reactor's answer to a wish to mark everything shows.
+type Marked = Arc<Mutex<Option<Result<(), String>>>>;
 
 /// The task of one process.
 pub(super) struct Driver {
@@ -74,7 +74,7 @@ pub(super) struct Driver {
     /// A superblock is being stored.
     storing: bool,
     /// The whole disk is being marked; the volume's answer comes here.
-    marking: Option<Arc<Mutex<Option<Marked>>>>,
+    marking: Option<Marked>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,

@@ -264,6 +264,8 @@ pub(super) struct Record {
     pub(super) epoch: u64,
     pub(super) generation: u64,
     pub(super) primary: bool,
+    /// Stopped with all it had on stable storage.
+    pub(super) clean: bool,
     pub(super) applying: bool,
     /// Going on alone is not on record: the peer counts as equal.
     pub(super) peer_has_current: bool,
@@ -281,6 +283,7 @@ impl Record {
             epoch: superblock.epoch.0,
             generation: superblock.generations.current.0,
             primary: superblock.primary,
+            clean: superblock.clean,
             applying: superblock.applying,
             peer_has_current: superblock.peer_has_current,
             up_to_date: superblock.disk_state == DiskState::UpToDate,
