@@ -62,6 +62,7 @@ fn equal_disks_verify_as_equal_while_clients_write() {
     assert_eq!(verified.findings.compared, SIZE);
     assert_eq!((verified.findings.differing, verified.findings.ranges, verified.repaired), (0, 0, false));
     pair.until_quiet();
+    assert!(!pair.a.volume.pipeline.peer_lags_durably());
     pair.assert_equal_and_clean();
     assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
 }
@@ -104,10 +105,11 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     pair.a.volume.verify(false);
     pair.a.volume.verify(true);
     assert!(pair.verified().expect_err("one at a time").contains("already"));
-    for _ in 0..20 {
-        pair.turn();
-    }
+    pair.a.turn();
+    pair.a.turn();
+    assert!(pair.a.volume.pipeline.in_flight() > 0, "steps are under way");
     pair.cut();
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0, "to compare is not to change");
     assert!(pair.verified().expect_err("cut").contains("session ended"));
     pair.a.volume.landed(token);
     pair.until("the wish", |pair| pair.a.saw(|e| matches!(e, Event::AskAlone { .. })));
