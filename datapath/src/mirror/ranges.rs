@@ -81,7 +81,7 @@ mod tests {
             const SIZE: u64 = 230;
             let grain = 1 << grain_log;
             let mut set = Ranges::default();
-            let mut model = [false; SIZE as usize];
+            let mut model = [false; 230];
             for ((start, len), take) in ranges.into_iter().zip(takes) {
                 set.insert(ByteRange::new(start, len));
                 for byte in start..start + len {
