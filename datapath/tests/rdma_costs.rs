@@ -4,6 +4,7 @@
 //! Over endpoints in memory everywhere, and over a real device where `COSTANDBY_RDMA_ADDRESS` names one. System calls are
 //! counted by `strace`, which runs this program once more with a fixed number of writes.
 
+use costandby_datapath::disk::record::{Admit, Record, Touched};
 use costandby_datapath::limits::RDMA_LOOK_MS;
 use costandby_datapath::transport::rdma::RdmaLink;
 use costandby_datapath::transport::rdma::endpoint::Endpoint;
@@ -140,6 +141,27 @@ fn rdma_write_allocates_nothing_in_memory() {
     write(&mut primary, 10_000, || assert!(standby.turn()));
     let after = (allocations(), primary.link.window_counters().staged_bytes);
     assert_eq!(after, before, "allocations on either end, bytes copied");
+}
+
+#[test]
+fn rdma_write_allocates_nothing_for_its_record() {
+    let mut record = Record::in_memory(DISK_LEN as u64);
+    record.session_began();
+    let mut write = |count: u64| {
+        for n in 0..count {
+            let range = ByteRange::new(n * LEN as u64 % DISK_LEN as u64, LEN as u64);
+            assert_eq!(record.touch(Token(n), range), Admit::Go(Touched::Log));
+            record.written(Token(n), range, Touched::Log);
+            if n % 100 == 0 {
+                let serial = record.begin_checkpoint().expect("with a peer: a flush");
+                record.flushed(serial);
+            }
+        }
+    };
+    write(1000);
+    let before = allocations();
+    write(10_000);
+    assert_eq!(allocations(), before, "checkpoints included");
 }
 
 #[cfg(feature = "rdma")]

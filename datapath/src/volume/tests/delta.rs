@@ -142,12 +142,13 @@ fn a_target_forgets_its_marks_only_when_they_are_on_the_sources_record() {
     pair.b.volume.record.mark(grains(3, 2));
     pair.join(true);
     pair.b.turn();
-    // The marks are known to the source, which may not store yet: its jobs are not taken.
-    pair.a.volume.poll(Instant::now());
-    assert!(pair.a.volume.record.is_dirty());
+    // The source knows the marks, and has not heard yet that they are stored.
     for _ in 0..20 {
+        pair.a.volume.poll(Instant::now());
+        pair.a.volume.pump(Instant::now());
         pair.b.turn();
     }
+    assert!(pair.a.volume.record.is_dirty());
     assert!(pair.b.volume.record.is_dirty());
     done(&mut pair);
     pair.until("the receipt", |pair| !pair.b.volume.record.is_dirty());
