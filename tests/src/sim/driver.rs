@@ -54,6 +54,9 @@ struct Work {
     last_will: bool,
 }
 
+/// What came of marking everything.
+type Marked = Result<(), String>;
+
 /// What a session copies, as both nodes agreed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Scope {
@@ -61,9 +64,6 @@ pub(super) enum Scope {
     Delta,
     Full,
 }
-
-/// Where the reactor's answer to a wish to mark everything shows.
-type Marked = Arc<Mutex<Option<Result<(), String>>>>;
 
 /// The task of one process.
 pub(super) struct Driver {
@@ -74,7 +74,7 @@ pub(super) struct Driver {
     /// A superblock is being stored.
     storing: bool,
     /// The whole disk is being marked; the volume's answer comes here.
-    marking: Option<Marked>,
+    marking: Option<Arc<Mutex<Option<Marked>>>>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,
