@@ -31,6 +31,7 @@ use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 use std::time::Duration;
 
+mod diskless;
 mod operator;
 mod session;
 mod status;
@@ -62,6 +63,10 @@ pub mod code {
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
+    /// My disk failed while I serve this generation: will yours stand in for it?
+    pub const DISK_FAILED: u64 = 20;
+    /// It does, and it is on record here that yours is behind this generation.
+    pub const DISK_FAILED_NOTED: u64 = 21;
 }
 
 /// Whether this node serves the volume.
@@ -198,7 +203,14 @@ pub enum Event {
     },
     /// What [`Action::Quiesce`] asked for is done: nothing is in flight and both sides flushed.
     Quiesced,
-    /// The local disk, or its metadata, reported an error.
+    /// The local disk failed while this node serves from it and the peer is in sync; clients are held until
+    /// [`Action::Detach`]. [`Event::DiskFailed`] follows if that comes too late.
+    DiskFailing {
+        /// What it said.
+        text: String,
+    },
+    /// The local disk, or its metadata, reported an error; nothing is served from it any more. Also after
+    /// [`Action::Detach`], when the session has ended.
     DiskFailed {
         /// What it said.
         text: String,
@@ -237,6 +249,10 @@ pub enum Level {
 pub enum Action {
     /// Make this the stored superblock, durably, before the next action.
     StoreMetadata(Box<Superblock>),
+    /// The same for a disk that has failed, whose metadata may have failed with it: nothing rests on it.
+    TryStoreMetadata(Box<Superblock>),
+    /// Go on serving without the disk, over the peer's.
+    Detach,
     /// Dial the peer, again and again, while there is no session and until [`Action::StopDialing`].
     Dial,
     /// Stop that.
@@ -334,6 +350,8 @@ struct Pending {
 struct Peer {
     view: View,
     primary: bool,
+    /// It serves from this node's disk, its own having failed.
+    diskless: bool,
 }
 
 /// The controller. See the module's doc.
@@ -368,6 +386,8 @@ pub struct VolumeController {
     split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
+    /// The disk failed while this node served, and the peer's stands in for it.
+    diskless: diskless::Diskless,
 }
 
 impl VolumeController {
@@ -396,6 +416,7 @@ impl VolumeController {
             refusal: None,
             split_brain: false,
             medium_failed: false,
+            diskless: diskless::Diskless::default(),
         }
     }
 
@@ -430,6 +451,7 @@ impl VolumeController {
             Event::PeerMessage { code, arg } => self.on_peer_message(code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),
+            Event::DiskFailing { text } => self.on_disk_failing(text, actions),
             Event::DiskFailed { text } => self.on_disk_failed(&text, actions),
             Event::Shutdown => self.on_shutdown(now, actions),
             Event::Tick => self.on_tick(now, actions),
@@ -484,7 +506,12 @@ impl VolumeController {
     }
 
     fn store(&self, actions: &mut Vec<Action>) {
-        actions.push(Action::StoreMetadata(Box::new(self.superblock.clone())));
+        let superblock = Box::new(self.superblock.clone());
+        actions.push(if self.diskless.is_gone() {
+            Action::TryStoreMetadata(superblock)
+        } else {
+            Action::StoreMetadata(superblock)
+        });
     }
 
     /// Starts a generation that no peer has. The caller stores it.

@@ -350,6 +350,7 @@ fn forward_events(
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::PeerMessage { volume, .. }
+                | ReactorEvent::DiskFailing { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }
                 | ReactorEvent::Quiesced { volume } => *volume,
                 ReactorEvent::Stopped => return,

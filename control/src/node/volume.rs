@@ -221,6 +221,7 @@ impl VolumeTask {
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
+            ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
             ReactorEvent::LinkSwitched { serial, .. } => return self.switched(serial, Ok(())),
@@ -372,6 +373,11 @@ impl VolumeTask {
         let volume = self.index;
         match action {
             Action::StoreMetadata(superblock) => self.store_metadata(*superblock).await?,
+            Action::TryStoreMetadata(superblock) => {
+                // Logged where it fails; the disk is given up already.
+                let _ = self.store_metadata(*superblock).await;
+            }
+            Action::Detach => self.send(Command::Detach { volume }),
             Action::Dial => {
                 self.dials = true;
                 self.next_dial = Instant::now();

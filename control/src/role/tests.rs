@@ -6,6 +6,8 @@ use crate::generation::{Side, Verdict, Why};
 use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
+mod diskless;
+
 const ID: ReplyId = ReplyId(7);
 const NOW: Duration = Duration::from_secs(100);
 

@@ -8,6 +8,7 @@ use crate::limits::DISK_WORKERS;
 use crate::units::{ByteRange, Token};
 use crate::waker::Waker;
 use crossbeam_channel::{Receiver, Sender};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -49,6 +50,8 @@ pub struct JobDone {
 pub struct DiskWorkers {
     jobs: Option<Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
+    /// Submitted and not yet reported ended.
+    open: Cell<usize>,
 }
 
 impl DiskWorkers {
@@ -73,7 +76,7 @@ impl DiskWorkers {
                     .spawn(move || work(volume, &disk, &queue, &done, &waker))?,
             );
         }
-        Ok(Self { jobs: Some(jobs), threads })
+        Ok(Self { jobs: Some(jobs), threads, open: Cell::new(0) })
     }
 
     /// No threads: whoever holds the receiver makes the calls, when and in what order it likes, and hands the results to
@@ -82,7 +85,18 @@ impl DiskWorkers {
     #[must_use]
     pub fn by_hand() -> (Self, Receiver<Job>) {
         let (jobs, queue) = crossbeam_channel::unbounded();
-        (Self { jobs: Some(jobs), threads: Vec::new() }, queue)
+        (Self { jobs: Some(jobs), threads: Vec::new(), open: Cell::new(0) }, queue)
+    }
+
+    /// The result of a job was taken.
+    pub fn ended(&self) {
+        self.open.set(self.open.get().saturating_sub(1));
+    }
+
+    /// Whether a job is under way, or its result not taken yet.
+    #[must_use]
+    pub fn are_busy(&self) -> bool {
+        self.open.get() > 0
     }
 
     /// Queues a job. Does not block.
@@ -90,6 +104,7 @@ impl DiskWorkers {
     /// # Panics
     /// When the workers are gone, which they are only after drop.
     pub fn submit(&self, job: Job) {
+        self.open.set(self.open.get() + 1);
         self.jobs.as_ref().expect("until drop").send(job).expect("the workers live as long as this");
     }
 }

@@ -513,6 +513,7 @@ impl Reactor {
             Command::GoAlone { volume } => self.volumes[volume].go_alone(),
             Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
             Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
+            Command::Detach { volume } => self.volumes[volume].detach(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
             Command::Quiesce { volume } => {
                 self.end_clients(volume, now, Connection::in_payload);

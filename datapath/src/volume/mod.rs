@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+mod diskless;
 mod links;
 mod requests;
 mod session;
@@ -110,13 +111,30 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
+    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
+    received: u64,
+    /// Its bytes were lost with the disk.
+    lost: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Outgoing {
     Post(Seq, Change),
     Flush(Seq),
-    Control { code: u64, arg: u64 },
+    Control {
+        code: u64,
+        arg: u64,
+    },
+    /// A question to the peer's disk.
+    Read {
+        id: u64,
+        range: ByteRange,
+    },
+    /// What is left of the answer to one of the peer's.
+    Reply {
+        id: u64,
+        range: ByteRange,
+    },
 }
 
 /// How a session ended.
@@ -133,6 +151,7 @@ pub struct Volume {
     name: String,
     disk: Arc<DiskImage>,
     disk_failure_told: bool,
+    diskless: diskless::Diskless,
     workers: DiskWorkers,
     serving: bool,
     quiescing: bool,
@@ -202,6 +221,7 @@ impl Volume {
             name: spec.name,
             disk: spec.disk,
             disk_failure_told: false,
+            diskless: diskless::Diskless::default(),
             workers,
             serving: false,
             quiescing: false,
@@ -287,6 +307,7 @@ impl Volume {
     pub fn stop_serving(&mut self) {
         self.serving = false;
         self.quiescing = false;
+        self.end_diskless();
         self.fail_all(IoError::NotPrimary);
         self.copy_paused = false;
     }
@@ -318,6 +339,7 @@ impl Volume {
 
     /// Takes the result of a disk job.
     pub fn job_done(&mut self, done: JobDone) {
+        self.workers.ended();
         let failed = done.result.is_err();
         if let Err(error) = done.result {
             self.disk_failed(&error.to_string());
@@ -346,7 +368,8 @@ impl Volume {
     /// Whether anything is under way that the link will answer soon: worth spinning for.
     #[must_use]
     pub fn expects_link(&self) -> bool {
-        self.link.is_some() && (self.access.is_some() || self.pipeline.in_flight() > 0)
+        self.link.is_some()
+            && (self.access.is_some() || self.pipeline.in_flight() > 0 || self.diskless.is_fetching())
     }
 
     /// Whether the link is to be looked at each turn, as that costs nothing.
@@ -367,6 +390,7 @@ impl Volume {
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
+        self.pump_detach(now);
         self.serve_granted();
         if let Some(token) = self.inflight.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
@@ -384,6 +408,10 @@ impl Volume {
             );
         }
         self.pump_link(now);
+        if self.disk.is_failed() {
+            // What was to be posted met the failure.
+            self.disk_failed("a page could not be read");
+        }
         self.publish();
     }
 
@@ -445,6 +473,9 @@ impl Volume {
         let request = self.request_mut(change.token);
         request.locked = false;
         let (origin, completed) = (request.origin, request.completed);
+        if change.kind == Kind::Write {
+            self.passed_through(change.range);
+        }
         if let Origin::Resync { serial } = origin {
             if serial == self.resync_serial
                 && let Some(resync) = &mut self.resync
@@ -466,6 +497,7 @@ impl Volume {
         let request = self.request_mut(token);
         request.completed = true;
         let (origin, locked, op) = (request.origin, request.locked, request.op);
+        let result = if request.lost { Err(IoError::DiskFailed) } else { Ok(()) };
         if !locked {
             self.drop_request(token);
         }
@@ -481,14 +513,22 @@ impl Volume {
             }
             Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
             Origin::Nbd { .. } | Origin::Queue { .. } => {
-                self.notices.push(Notice::Done { origin, result: Ok(()) });
+                self.notices.push(Notice::Done { origin, result });
             }
         }
     }
 
-    /// The medium failed: say so once, fail what is under way, end the session.
+    /// The medium failed: go on without it where that is possible.
     fn disk_failed(&mut self, error: &str) {
         self.disk.fail();
+        if !self.outlives_disk(error) {
+            self.disk_lost(error);
+        }
+    }
+
+    /// Nothing is left to serve from: say so once, fail what is under way, end the session.
+    fn disk_lost(&mut self, error: &str) {
+        self.end_diskless();
         if std::mem::replace(&mut self.disk_failure_told, true) {
             return;
         }
@@ -516,6 +556,7 @@ impl Volume {
             }
         }
         self.inflight.cancel_all(&mut tokens);
+        self.cancel_fetches(&mut tokens);
         for token in tokens {
             self.fail(token, error);
         }
@@ -569,6 +610,8 @@ impl Request {
             locked: false,
             landed: true,
             completed: false,
+            received: 0,
+            lost: false,
         }
     }
 

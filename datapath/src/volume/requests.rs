@@ -59,8 +59,11 @@ impl Volume {
         if !self.serving || self.quiescing {
             return Begin::Failed(IoError::NotPrimary);
         }
-        if self.disk.is_failed() {
+        if self.disk.is_failed() && !self.outlives_failure() {
             return Begin::Failed(IoError::DiskFailed);
+        }
+        if new.op == Op::Read && self.fetches_are_full() {
+            return Begin::Full;
         }
         self.client_came = true;
         if new.op == Op::Flush {
@@ -78,8 +81,15 @@ impl Volume {
             locked: false,
             landed: false,
             completed: false,
+            received: 0,
+            lost: false,
         });
         match self.inflight.request(token, new.range, access) {
+            Admission::Granted if new.op == Op::Read && self.reads_from_peer() => {
+                self.inflight.pin(token, new.range);
+                self.fetch(token);
+                Begin::Waits(token)
+            }
             Admission::Granted => {
                 self.start(token);
                 Begin::Go(token)
@@ -97,7 +107,8 @@ impl Volume {
         if self.inflight.has_pin(token) {
             self.inflight.unpin(token, &mut self.granted);
         }
-        self.drop_request(token);
+        let request = self.drop_request(token);
+        self.passed_through(request.range);
     }
 
     /// A read was granted, but its client takes no replies now: let the changes that want the range go first. Another
@@ -105,6 +116,12 @@ impl Volume {
     pub fn put_back(&mut self, token: Token) {
         let range = self.request_mut(token).range;
         self.inflight.put_back(token, range, &mut self.granted);
+        self.passed_through(range);
+    }
+
+    /// So many bytes of a write's payload are in place, and more are to come.
+    pub fn received(&mut self, token: Token, bytes: usize) {
+        self.request_mut(token).received = bytes as u64;
     }
 
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
@@ -123,7 +140,7 @@ impl Volume {
         self.receiving -= 1;
         if !self.serving {
             self.unlock_and_fail(token, IoError::NotPrimary);
-        } else if self.disk.is_failed() {
+        } else if self.request_mut(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
             self.unlock_and_fail(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
@@ -139,6 +156,11 @@ impl Volume {
 
     /// The client of a request that waits is gone.
     pub fn cancel_waiting(&mut self, token: Token) {
+        if self.is_fetching(token) {
+            // The peer answers all the same, and nobody may change the range before.
+            self.request_mut(token).origin = Origin::Nobody;
+            return;
+        }
         self.inflight.cancel(token, &mut self.granted);
         // It may have been granted in this very turn.
         if let Some(at) = self.granted.iter().position(|t| *t == token) {
@@ -182,6 +204,7 @@ impl Volume {
         self.receiving += 1;
         match kind {
             Kind::Write => {}
+            _ if self.disk.is_detached() => self.landed(token),
             Kind::WriteZeroes if range.len <= ZERO_IN_PLACE_LEN_MAX => {
                 self.disk.span(range).fill_zero();
                 self.landed(token);
@@ -193,10 +216,11 @@ impl Volume {
     }
 
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
-        if failed {
+        if failed && !self.outlives_failure() {
             self.receiving -= 1;
             self.unlock_and_fail(token, IoError::DiskFailed);
         } else {
+            // The peer can do it all the same: nothing of it comes from this disk.
             self.landed(token);
         }
     }
@@ -214,6 +238,10 @@ impl Volume {
                     continue;
                 }
                 self.start(token);
+                if request.op == Op::Read && self.reads_from_peer() {
+                    self.fetch(token);
+                    continue;
+                }
                 if matches!(request.op, Op::Read | Op::Change(Kind::Write))
                     && !matches!(request.origin, Origin::Resync { .. })
                 {
@@ -274,6 +302,8 @@ impl Volume {
                 locked: false,
                 landed: false,
                 completed: false,
+                received: 0,
+                lost: false,
             });
             match self.inflight.request(token, range, Access::Change) {
                 Admission::Granted => self.start(token),

@@ -14,6 +14,7 @@ use crossbeam_channel::Receiver;
 use std::collections::HashMap;
 use std::time::Duration;
 
+mod diskless;
 mod faults;
 mod links;
 mod random;
