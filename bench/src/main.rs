@@ -15,6 +15,7 @@ mod plan;
 mod process;
 mod qemu;
 mod report;
+mod resync;
 #[cfg(feature = "rdma")]
 mod verbs;
 
@@ -46,6 +47,9 @@ enum Task {
         costandby-bench run --only floor,inproc --rounds 9\n  costandby-bench run --quick"
     )]
     Run(RunArgs),
+    /// Measure only what catching up costs: bytes sent, its rate, and what clients feel of it.
+    #[command(after_help = "Examples:\n  costandby-bench resync\n  costandby-bench resync --disk-mib 1024")]
+    Resync(RunArgs),
     /// Measure the mirror over an RDMA device of this machine, beside bare verbs, perftest and TCP.
     #[cfg(feature = "rdma")]
     #[command(after_help = "Examples:\n  costandby-bench rdma --device rxe0 --address 10.9.0.1\n  \
@@ -101,6 +105,10 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         None => run(&cli.run, Plan::new(&cli.run)),
         Some(Task::Run(args)) => run(&args, Plan::new(&args)),
+        Some(Task::Resync(mut args)) => {
+            args.only = vec![resync::ID.to_owned()];
+            run(&args, Plan::new(&args))
+        }
         #[cfg(feature = "rdma")]
         Some(Task::Rdma(args)) => run(&args.run, Plan::over_rdma(&args)),
     };

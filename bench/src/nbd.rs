@@ -7,9 +7,11 @@
 use crate::Outcome;
 use crate::histogram::Summary;
 use crate::process::{Process, run_to_end};
+use crate::resync::Relay;
 use serde_json::Value;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -31,7 +33,7 @@ pub(crate) fn daemon_main() -> ExitCode {
 
 /// Two daemons with one volume, primary on the first.
 pub(crate) struct Mirror {
-    config: PathBuf,
+    configs: [PathBuf; 2],
     disks: [PathBuf; 2],
     /// For fio.
     pub(crate) uri: String,
@@ -42,25 +44,48 @@ pub(crate) struct Mirror {
 impl Mirror {
     /// Makes the disks in `directory`, starts both daemons and waits until they are in sync.
     pub(crate) fn start(directory: &Path, poll: &str, disk_len: u64, sparse: bool) -> Outcome<Self> {
+        Self::start_between(directory, poll, disk_len, sparse, None)
+    }
+
+    /// The same with `relay` on the way from alpha to beta.
+    pub(crate) fn start_over(directory: &Path, poll: &str, disk_len: u64, relay: &Relay) -> Outcome<Self> {
+        Self::start_between(directory, poll, disk_len, false, Some(relay))
+    }
+
+    fn start_between(
+        directory: &Path,
+        poll: &str,
+        disk_len: u64,
+        sparse: bool,
+        relay: Option<&Relay>,
+    ) -> Outcome<Self> {
         std::fs::create_dir_all(directory)?;
-        let config = directory.join("costandby.toml");
+        let configs = ["alpha", "beta"].map(|node| directory.join(format!("{node}.toml")));
         let disks = ["alpha", "beta"].map(|node| directory.join(format!("{node}.img")));
-        std::fs::write(&config, configuration(directory, poll, disk_len, &disks)?)?;
-        for node in ["alpha", "beta"] {
-            let mut create = costandby(&config, node)?;
+        let ports = [free_port()?, free_port()?];
+        let mut alphas = ports;
+        if let Some(relay) = relay {
+            relay.lead_to(ports[1]);
+            alphas[1] = relay.port();
+        }
+        for (config, ports) in configs.iter().zip([alphas, ports]) {
+            std::fs::write(config, configuration(directory, poll, disk_len, &disks, ports))?;
+        }
+        for (config, node) in configs.iter().zip(["alpha", "beta"]) {
+            let mut create = costandby(config, node)?;
             create.arg("create");
             if sparse {
                 create.arg("--sparse");
             }
             run_to_end(&mut create)?;
         }
-        let up = |node: &str| -> Outcome<Process> {
+        let up = |config: &Path, node: &str| -> Outcome<Process> {
             let log = directory.join(format!("{node}.log"));
-            Process::start(costandby(&config, node)?.arg("up"), &log)
+            Process::start(costandby(config, node)?.arg("up"), &log)
         };
-        let daemons = [up("alpha")?, up("beta")?];
+        let daemons = [up(&configs[0], "alpha")?, up(&configs[1], "beta")?];
         let uri = format!("nbd+unix:///bench?socket={}", directory.join("alpha.nbd").display());
-        let mut mirror = Self { config, disks, uri, daemons };
+        let mut mirror = Self { configs, disks, uri, daemons };
         mirror.wait_for_sync()?;
         if !sparse {
             // Once over the whole disk, so that no first touch of a page is measured.
@@ -71,10 +96,10 @@ impl Mirror {
 
     fn wait_for_sync(&mut self) -> Outcome<()> {
         for (daemon, socket) in [(0, "alpha.sock"), (0, "alpha.nbd"), (1, "beta.sock")] {
-            let path = self.config.with_file_name(socket);
+            let path = self.configs[0].with_file_name(socket);
             self.daemons[daemon].wait_until(&format!("{} appeared", path.display()), || path.exists())?;
         }
-        run_to_end(costandby(&self.config, "alpha")?.args([
+        run_to_end(costandby(&self.configs[0], "alpha")?.args([
             "wait-sync",
             "bench",
             "--timeout",
@@ -83,24 +108,47 @@ impl Mirror {
         Ok(())
     }
 
+    /// Runs the command line on the first or the second node.
+    pub(crate) fn command(&self, node: usize, args: &[&str]) -> Outcome<()> {
+        run_to_end(costandby(&self.configs[node], ["alpha", "beta"][node])?.args(args)).map(drop)
+    }
+
+    /// The volume as the primary's daemon sees it: a look that costs well below a millisecond, unlike a process.
+    pub(crate) fn status(&self) -> Outcome<Value> {
+        let mut socket = UnixStream::connect(self.configs[0].with_file_name("alpha.sock"))?;
+        socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+        socket.write_all(b"GET /v1/status HTTP/1.1\r\nHost: alpha\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        let status: Value = serde_json::from_str(body).map_err(|error| format!("{error}: {answer}"))?;
+        Ok(status["volumes"][0].clone())
+    }
+
     /// Both disks are equal.
     pub(crate) fn check(&self) -> Outcome<()> {
         same_bytes(&self.disks[0], &self.disks[1])
     }
 }
 
-fn configuration(directory: &Path, poll: &str, disk_len: u64, disks: &[PathBuf; 2]) -> Outcome<String> {
+fn configuration(
+    directory: &Path,
+    poll: &str,
+    disk_len: u64,
+    disks: &[PathBuf; 2],
+    ports: [u16; 2],
+) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
     let mut text = String::new();
-    for node in ["alpha", "beta"] {
-        let (port, admin, nbd) = (free_port()?, at(&format!("{node}.sock")), at(&format!("{node}.nbd")));
+    for (node, port) in ["alpha", "beta"].into_iter().zip(ports) {
+        let (admin, nbd) = (at(&format!("{node}.sock")), at(&format!("{node}.nbd")));
         text += &format!("[nodes.{node}]\nlisten = \"127.0.0.1:{port}\"\nadmin = \"{admin}\"\n");
         text += &format!("nbd = [\"unix:{nbd}\"]\npoll = \"{poll}\"\n\n");
     }
     text +=
         &format!("[volumes.bench]\nsize = \"{}MiB\"\nprimary = \"alpha\"\nlink = \"tcp\"\n", disk_len >> 20);
     text += &format!("disk.alpha = \"{}\"\ndisk.beta = \"{}\"\n", disks[0].display(), disks[1].display());
-    Ok(text)
+    text
 }
 
 fn costandby(config: &Path, node: &str) -> Outcome<Command> {

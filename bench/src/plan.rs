@@ -9,6 +9,7 @@ use crate::inproc::{self, Backing, Via};
 use crate::nbd::{self, Mirror};
 use crate::qemu::{self, Hop, Quorum};
 use crate::report::{Against, Idle, Machine, Measure, Report, Row};
+use crate::resync::{self, Measured};
 use crate::{Outcome, RunArgs};
 use costandby_datapath::units::PollMode;
 use std::net::{IpAddr, Ipv4Addr};
@@ -92,6 +93,8 @@ pub(crate) struct Plan {
     only: Vec<String>,
     disk_len: u64,
     idle_time: Duration,
+    /// Whether and how long the resync is looked at.
+    resync_time: Option<Duration>,
     directory: TempDir,
 }
 
@@ -108,6 +111,7 @@ impl Plan {
             only: args.only.clone(),
             disk_len: if args.quick { 8 << 20 } else { args.disk_mib << 20 },
             idle_time: Duration::from_millis(if args.quick { 200 } else { 5000 }),
+            resync_time: None,
             directory,
         })
     }
@@ -120,7 +124,10 @@ impl Plan {
         plan.add_streams();
         match nbd::fio_missing() {
             Some(missing) => plan.skipped.push(missing),
-            None => plan.add_nbd(args.quick)?,
+            None => {
+                plan.add_nbd(args.quick)?;
+                plan.resync_time = Some(Duration::from_millis(if args.quick { 50 } else { 2000 }));
+            }
         }
         Ok(plan)
     }
@@ -331,8 +338,15 @@ impl Plan {
         self.mirrors.clear();
         self.quorums.clear();
         self.look_at_idle()?;
-        let rows = self.cases.into_iter().map(|case| case.row).collect();
-        Ok(Report { machine, rows, idle: self.idle, skipped: self.skipped, notes })
+        let mut rows: Vec<_> = self.cases.drain(..).map(|case| case.row).collect();
+        let mut figures = Vec::new();
+        if let Some(time) = self.resync_time.filter(|_| self.wanted(resync::ID)) {
+            let Measured { rows: more, figures: found } =
+                resync::measure(self.directory.path(), self.disk_len, time)?;
+            rows.extend(more);
+            figures = found;
+        }
+        Ok(Report { machine, rows, idle: self.idle, figures, skipped: self.skipped, notes })
     }
 }
 

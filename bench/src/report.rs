@@ -17,6 +17,8 @@ use std::process::Command;
 pub(crate) enum Measure {
     /// Median latency: lower is better.
     P50,
+    /// Latency of all but one in a hundred: lower is better.
+    P99,
     /// Requests a second: higher is better.
     Iops,
     /// Bytes a second: higher is better.
@@ -29,7 +31,7 @@ pub(crate) struct Against {
     /// Ids of the cases it is compared with; the one that is best by its median counts.
     pub(crate) ids: Vec<&'static str>,
     pub(crate) measure: Measure,
-    /// The ratio aimed at: an upper bound for [`Measure::P50`], a lower bound for the others. `None`: for information.
+    /// The ratio aimed at: an upper bound for latencies, a lower bound for the others. `None`: for information.
     pub(crate) target: Option<f64>,
 }
 
@@ -72,6 +74,16 @@ pub(crate) struct Idle {
     pub(crate) cpu_percent_max: f64,
 }
 
+/// A number that is no load's.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) id: &'static str,
+    pub(crate) title: &'static str,
+    pub(crate) value: f64,
+    /// What is aimed at.
+    pub(crate) at_most: Option<f64>,
+}
+
 /// Where and of what the numbers are.
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
@@ -112,6 +124,7 @@ pub(crate) struct Report {
     pub(crate) machine: Machine,
     pub(crate) rows: Vec<Row>,
     pub(crate) idle: Vec<Idle>,
+    pub(crate) figures: Vec<Figure>,
     /// What was left out, and why.
     pub(crate) skipped: Vec<String>,
     /// What was seen besides.
@@ -122,13 +135,18 @@ impl Measure {
     fn of(self, summary: &Summary) -> f64 {
         match self {
             Self::P50 => summary.p50_us,
+            Self::P99 => summary.p99_us,
             Self::Iops => summary.iops,
             Self::Rate => summary.mb_s,
         }
     }
 
+    fn lower_is_better(self) -> bool {
+        matches!(self, Self::P50 | Self::P99)
+    }
+
     fn is_better(self, a: f64, than: f64) -> bool {
-        if self == Self::P50 { a < than } else { a > than }
+        if self.lower_is_better() { a < than } else { a > than }
     }
 }
 
@@ -144,7 +162,7 @@ impl Report {
         let value = median(rounds.map(|(ours, theirs)| measure.of(ours) / measure.of(theirs)));
         let met = against
             .target
-            .map(|target| if measure == Measure::P50 { value <= target } else { value >= target });
+            .map(|target| if measure.lower_is_better() { value <= target } else { value >= target });
         Some(Ratio { to: best.title.into(), measure, value, target: against.target, met })
     }
 
@@ -184,6 +202,13 @@ impl Report {
                 idle.title, idle.own_mib, idle.own_mib_max, idle.cpu_percent, idle.cpu_percent_max
             );
         }
+        for Figure { title, value, at_most, .. } in &self.figures {
+            let aim = at_most.map(|most| {
+                let met = if *value <= most { "met" } else { "MISSED" };
+                format!(" (aim ≤ {most}: {met})")
+            });
+            let _ = writeln!(text, "\n{title}: {value:.3}{}", aim.unwrap_or_default());
+        }
         for skipped in &self.skipped {
             let _ = writeln!(text, "\nleft out: {skipped}");
         }
@@ -206,7 +231,8 @@ impl Report {
         };
         let cases = self.rows.iter().map(case).collect::<Result<Vec<_>, _>>()?;
         let record = serde_json::json!({
-            "machine": self.machine, "cases": cases, "idle": self.idle, "skipped": self.skipped, "notes": self.notes,
+            "machine": self.machine, "cases": cases, "idle": self.idle, "figures": self.figures,
+            "skipped": self.skipped, "notes": self.notes,
         });
         let mut text = serde_json::to_string_pretty(&record)?;
         text.push('\n');
@@ -217,12 +243,13 @@ impl Report {
 fn describe(ratio: &Ratio) -> String {
     let what = match ratio.measure {
         Measure::P50 => "p50 of",
+        Measure::P99 => "p99 of",
         Measure::Iops => "IOPS of",
         Measure::Rate => "rate of",
     };
     let wanted = match (ratio.target, ratio.met) {
         (Some(target), Some(met)) => {
-            let sign = if ratio.measure == Measure::P50 { '≤' } else { '≥' };
+            let sign = if ratio.measure.lower_is_better() { '≤' } else { '≥' };
             format!(" (aim {sign} {target}: {})", if met { "met" } else { "MISSED" })
         }
         _ => String::new(),
@@ -255,6 +282,7 @@ mod tests {
                 row("rate", against(Measure::Iops, 3.5), vec![summary(11.0, 300.0), summary(55.0, 30.0)]),
             ],
             idle: Vec::new(),
+            figures: vec![Figure { id: "f", title: "a figure", value: 2.0, at_most: Some(1.05) }],
             skipped: vec!["nothing".into()],
             notes: Vec::new(),
         };
@@ -264,6 +292,7 @@ mod tests {
         let rate = report.ratio(&report.rows[3]).expect("rivals ran");
         assert!((rate.value - 3.0).abs() < 1e-9 && rate.met == Some(false), "{rate:?}");
         assert!(report.ratio(&report.rows[0]).is_none());
+        assert!(report.table().contains("a figure: 2.000 (aim ≤ 1.05: MISSED)"));
         assert!(report.table().contains("MISSED") && report.table().contains("left out: nothing"));
         let file = tempfile::NamedTempFile::new().expect("a file");
         report.write_json(file.path()).expect("written");

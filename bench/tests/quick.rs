@@ -29,6 +29,13 @@ fn the_whole_benchmark_runs_and_leaves_nothing_behind() {
     }
     if skipped.is_empty() {
         wanted.extend(["qemu-unix-threads-4k-1", "nbd-adaptive-4k-1", "nbd-adaptive-4k-32"]);
+        wanted.extend(["resync-all", "resync-before", "resync-during"]);
+        let figures = record["figures"].as_array().expect("a list");
+        assert_eq!(figures.len(), 3, "bytes sent for bytes changed: {figures:?}");
+        for figure in figures {
+            // Less than what changed cannot be: each grain that was written to holds a new piece of 4 KiB.
+            assert!(figure["value"].as_f64() > Some(1.0 / 16.0), "{figure}");
+        }
         let idle = record["idle"].as_array().expect("a list");
         assert!(!idle.is_empty(), "nothing was idle");
         for idle in idle {

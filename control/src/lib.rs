@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod config;
 pub mod generation;
 pub mod hello;
+pub mod kernel;
 pub mod link;
 pub mod nbd_client;
 pub mod node;

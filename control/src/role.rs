@@ -28,7 +28,7 @@
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
-use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
 use std::time::Duration;
 
 mod diskless;
@@ -324,6 +324,19 @@ pub struct VolumeSettings {
     pub configured_primary: bool,
     /// What to do with writes when the peer is gone.
     pub on_peer_loss: OnPeerLoss,
+    /// What an acknowledged write promises.
+    pub ack: AckLevel,
+}
+
+/// What was found when the disk was opened.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// What its metadata says.
+    pub superblock: Superblock,
+    /// Its dirty map is not empty, what a crash left in the activity log included.
+    pub dirty: bool,
+    /// The kernel's boot, see [`Superblock::boot`].
+    pub boot: [u8; 16],
 }
 
 /// A giver of random numbers, so that tests repeat.
@@ -358,6 +371,12 @@ struct Peer {
 pub struct VolumeController {
     settings: VolumeSettings,
     superblock: Superblock,
+    /// The kernel's boot.
+    boot: [u8; 16],
+    /// The dirty map may not be empty.
+    dirty: bool,
+    /// The disk lost what the daemon before this one had not flushed, and nothing made up for it yet.
+    lost_power: bool,
     random: Random,
     proposed: Lineage,
     role: Role,
@@ -391,13 +410,20 @@ pub struct VolumeController {
 }
 
 impl VolumeController {
-    /// The controller of a volume whose disk holds `superblock`. Nothing happens before [`Event::Start`].
+    /// The controller of a volume whose disk is as `found`. Nothing happens before [`Event::Start`].
     #[must_use]
-    pub fn new(settings: VolumeSettings, superblock: Superblock, mut random: Random) -> Self {
+    pub fn new(settings: VolumeSettings, found: Found, mut random: Random) -> Self {
+        let Found { superblock, dirty, boot } = found;
         let proposed = propose(&mut random);
+        // What was not flushed when the machine went down is lost; the end of a process alone loses nothing.
+        let in_use = (superblock.primary || superblock.applying) && !superblock.clean;
+        let lost_power = in_use && superblock.boot != boot;
         Self {
             settings,
             superblock,
+            boot,
+            dirty,
+            lost_power,
             random,
             proposed,
             role: Role::Standby,

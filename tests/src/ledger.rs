@@ -2,7 +2,8 @@
 //!
 //! Each 4 KiB block carries its number, a version and bytes that follow from both. A block read back is right if it is
 //! whole and its version lies between the last acknowledged and the last sent one: an acknowledged write is never lost,
-//! an unacknowledged one is there or not, and nothing is ever torn.
+//! an unacknowledged one is there or not, and nothing is ever torn. Where every node has lost power, the last version that
+//! a flush covered takes the place of the last acknowledged one, and what no flush covered may be torn as on any disk.
 
 use crate::Rng;
 use costandby_control::nbd_client::{NbdClient, NbdError, NbdUri, Options};
@@ -27,6 +28,8 @@ const WRITE_BLOCKS_MAX: u64 = 16;
 #[derive(Clone, Copy, Debug, Default)]
 struct Entry {
     acked: u64,
+    /// The last one that a flush, or FUA, covered.
+    flushed: u64,
     /// What had been sent at the last check: what was not there then is gone for good.
     gone: u64,
     sent: u64,
@@ -103,7 +106,11 @@ impl Ledger {
         for part in &self.parts {
             for (block, entry) in (part.first..).zip(&part.entries) {
                 let at = usize::try_from(block).expect("a small volume") * BLOCK_LEN;
-                check_block(block, Entry { acked: 0, gone: 0, sent: entry.sent }, &disk[at..at + BLOCK_LEN])?;
+                check_block(
+                    block,
+                    Entry { sent: entry.sent, ..Entry::default() },
+                    &disk[at..at + BLOCK_LEN],
+                )?;
             }
         }
         Ok(())
@@ -114,6 +121,55 @@ impl Ledger {
     /// # Errors
     /// What is lost or torn, in a sentence.
     pub fn check(&mut self, client: &mut NbdClient) -> Result<(), String> {
+        self.for_each_block(client, |block, entry, bytes| {
+            check_block(block, *entry, bytes)?;
+            *entry = Entry { acked: version_of(bytes), gone: entry.sent, ..*entry };
+            Ok(())
+        })
+    }
+
+    /// The same after all nodes lost power: what was flushed must be there, what was not may have fallen back or be torn.
+    /// Torn blocks are written anew. At the end everything is flushed.
+    ///
+    /// # Errors
+    /// What is lost or torn, in a sentence.
+    pub fn check_flushed(&mut self, client: &mut NbdClient) -> Result<Unflushed, String> {
+        let (mut unflushed, mut torn) = (Unflushed::default(), Vec::new());
+        self.for_each_block(client, |block, entry, bytes| {
+            let acked = entry.acked;
+            let relaxed = Entry { acked: entry.flushed, gone: 0, ..*entry };
+            let version = version_of(bytes);
+            if let Err(error) = check_block(block, relaxed, bytes) {
+                if version < entry.flushed && bytes == content(block, version)
+                    || !is_mixture(block, *entry, bytes)
+                {
+                    return Err(format!("{error} (as the last flushed one)"));
+                }
+                torn.push(block);
+                return Ok(());
+            }
+            unflushed.fell_back += u64::from(version < acked);
+            *entry = Entry { acked: version, flushed: version, gone: entry.sent, sent: entry.sent };
+            Ok(())
+        })?;
+        unflushed.torn = torn.len() as u64;
+        for block in torn {
+            let part = self.parts.iter_mut().rfind(|part| part.first <= block).expect("it is of one part");
+            let entry = &mut part.entries[usize::try_from(block - part.first).expect("a small volume")];
+            let version = entry.sent + 1;
+            let written = client.write(block * BLOCK_LEN as u64, &content(block, version), false);
+            written.map_err(|error| format!("writing: {error}"))?;
+            *entry = Entry { acked: version, flushed: version, gone: version, sent: version };
+        }
+        client.flush().map_err(|error| format!("flushing: {error}"))?;
+        Ok(unflushed)
+    }
+
+    fn for_each_block(
+        &mut self,
+        client: &mut NbdClient,
+        mut check: impl FnMut(u64, &mut Entry, &[u8]) -> Result<(), String>,
+    ) -> Result<(), String> {
         let mut bytes = vec![0; BLOCK_LEN * 256];
         for part in &mut self.parts {
             let mut block = part.first;
@@ -121,8 +177,7 @@ impl Ledger {
                 let bytes = &mut bytes[..entries.len() * BLOCK_LEN];
                 client.read(block * BLOCK_LEN as u64, bytes).map_err(|error| format!("reading: {error}"))?;
                 for (entry, bytes) in entries.iter_mut().zip(bytes.chunks(BLOCK_LEN)) {
-                    check_block(block, *entry, bytes)?;
-                    *entry = Entry { acked: version_of(bytes), gone: entry.sent, sent: entry.sent };
+                    check(block, entry, bytes)?;
                     block += 1;
                 }
             }
@@ -131,9 +186,25 @@ impl Ledger {
     }
 }
 
+/// What a loss of power took of what no flush had covered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Unflushed {
+    /// Blocks that were acknowledged at a later version than the one found.
+    pub fell_back: u64,
+    /// Blocks found half of one version and half of another.
+    pub torn: u64,
+}
+
+/// Whether every word of a block is of some version from the last flushed to the last sent one.
+fn is_mixture(block: u64, entry: Entry, bytes: &[u8]) -> bool {
+    let versions: Vec<_> = (entry.flushed..=entry.sent).map(|version| content(block, version)).collect();
+    let words = |at: usize| at..at + 8;
+    (0..BLOCK_LEN).step_by(8).all(|at| versions.iter().any(|version| version[words(at)] == bytes[words(at)]))
+}
+
 fn check_block(block: u64, entry: Entry, bytes: &[u8]) -> Result<(), String> {
     let version = version_of(bytes);
-    let Entry { acked, gone, sent } = entry;
+    let Entry { acked, gone, sent, .. } = entry;
     if version < acked {
         return Err(format!("block {block} is back at version {version}, {acked} was acknowledged"));
     }
@@ -221,17 +292,40 @@ fn write_part(
             entry.sent += 1;
             bytes.extend_from_slice(&content(block, entry.sent));
         }
-        let done = match client.write(first * BLOCK_LEN as u64, &bytes, rng.below(64) == 0) {
-            Ok(()) if rng.below(128) == 0 => client.flush(),
-            done => done,
-        };
-        if let Err(error) = done {
+        let fua = rng.below(64) == 0;
+        if let Err(error) = client.write(first * BLOCK_LEN as u64, &bytes, fua) {
             return (part, Some(error));
         }
         for entry in &mut part.entries[range] {
             entry.acked = entry.sent;
+            if fua {
+                entry.flushed = entry.sent;
+            }
         }
         acked.fetch_add(1, Ordering::Relaxed);
+        if rng.below(128) == 0 {
+            if let Err(error) = client.flush() {
+                return (part, Some(error));
+            }
+            for entry in &mut part.entries {
+                entry.flushed = entry.acked;
+            }
+        }
     }
     (part, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mixture_is_of_versions_that_may_be_there() {
+        let entry = Entry { acked: 5, flushed: 3, gone: 0, sent: 6 };
+        let mut bytes = content(7, 4);
+        bytes[2048..].copy_from_slice(&content(7, 6)[2048..]);
+        assert!(is_mixture(7, entry, &bytes));
+        bytes[1000..1008].copy_from_slice(&content(7, 2)[1000..1008]);
+        assert!(!is_mixture(7, entry, &bytes), "a word of a version before the last flushed one");
+    }
 }

@@ -1,6 +1,9 @@
 //! SIGKILL at random moments under a writer that knows what it wrote: nothing acknowledged is lost, nothing is torn, and
 //! once the dead node is back both disks are equal.
 //!
+//! Kills in mid-resync have rounds of their own, with a wire slow enough to be met there; what the target's metadata says
+//! after the kill tells whether one was. ext4 and fio as writers: `ext4.rs`, `fio_rounds.rs`.
+//!
 //! The seed is printed; `COSTANDBY_TEST_SEED` repeats a run as far as two processes and a scheduler can be repeated.
 
 use costandby_control::admin::Command;
@@ -11,6 +14,12 @@ use std::time::{Duration, Instant};
 
 /// Rounds, as promised: at least 20.
 const ROUNDS: u64 = 24;
+
+/// Rounds in which a resync is under way or has just ended.
+const RESYNC_ROUNDS: u64 = 14;
+
+/// How long the wire holds each piece back in those: a copy of all then takes a second or so.
+const WIRE_DELAY: Duration = Duration::from_millis(5);
 
 /// How long a survivor may need until it may be promoted: the news of the lost link, and one durable record.
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(5);
@@ -119,6 +128,112 @@ fn no_acknowledged_write_is_lost_in_24_kills() {
         rounds.pair.assert_alive(BETA);
     }
     println!("killed: primary {}, standby {}, both {}", kinds[0], kinds[1], kinds[2]);
+}
+
+/// What is killed in a round of [`kills_in_mid_resync_lose_nothing`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Victim {
+    Source,
+    Target,
+    Both,
+}
+
+/// Whether a node's metadata says that a resync to it was cut short: its disk is a mixture.
+fn was_cut_short(pair: &Pair, node: usize) -> bool {
+    let said = pair.cli_ok(node, &["dump-metadata", "db", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    let volume = &found["volumes"][0];
+    let newest = usize::try_from(volume["newest"].as_u64().expect("a good copy")).expect("small");
+    volume["superblocks"][newest]["disk_state"] == "Inconsistent"
+}
+
+impl Rounds {
+    /// Changes roles. The news of the demotion takes its time over the slow wire.
+    fn hand_over(&mut self) {
+        let (from, to) = (self.primary, 1 - self.primary);
+        self.pair.tell(from, "db", Command::Demote).expect("a demotion");
+        wait_for("the other node may be promoted", LIMIT, || {
+            self.pair.tell(to, "db", Command::Promote { force: false }).ok()
+        });
+        self.primary = to;
+        self.pair.wait_in_sync("db");
+    }
+
+    /// One node goes away, comes back after some writes, and then nodes die at a random moment of its catching up.
+    /// Whether that moment was in mid-resync.
+    fn kill_in_resync(&mut self, victim: Victim) -> bool {
+        let (source, target) = (self.primary, 1 - self.primary);
+        let writing = self.ledger.clone().write(&self.pair.uri(source, "db"), self.rng.next_u64());
+        self.pause(0, 100);
+        self.pair.kill(target);
+        self.pause(50, 300);
+        self.pair.up(target);
+        // A third of the kills falls into the handshake, before anything is copied.
+        if self.rng.below(3) != 0 {
+            self.pair.wait_status(target, "db", "being copied to, or done", |status| {
+                status.connection == "sync-target" || status.in_sync()
+            });
+        }
+        self.pause(0, 250);
+        if victim != Victim::Source {
+            self.pair.kill(target);
+        }
+        if victim != Victim::Target {
+            self.pair.kill(source);
+        }
+        let hit = was_cut_short(&self.pair, target);
+        if victim == Victim::Source && hit {
+            let told = self.pair.tell(target, "db", Command::Promote { force: false });
+            assert!(told.is_err(), "half a copy was promoted");
+        }
+        if victim == Victim::Target {
+            self.pair.up(target);
+            self.pair.wait_in_sync("db");
+            self.ledger = writing.finish_ok();
+        } else {
+            self.ledger = writing.finish().0;
+            let mut order = [source, target];
+            if self.rng.below(2) == 0 {
+                order.reverse();
+            }
+            for node in order.into_iter().filter(|&node| victim == Victim::Both || node == source) {
+                self.pair.up(node);
+            }
+            self.pair.wait_in_sync("db");
+        }
+        assert_eq!(self.pair.primary("db"), source, "nobody was promoted");
+        hit
+    }
+}
+
+#[test]
+fn kills_in_mid_resync_lose_nothing() {
+    let seed = seed();
+    let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
+    settings.proxied = true;
+    settings.peer_timeout = "2s";
+    let pair = Pair::start(settings);
+    pair.proxy().delay(WIRE_DELAY);
+    let ledger = Ledger::new(SIZE_MIB << 20);
+    let mut rounds = Rounds { pair, ledger, rng: Rng::new(seed), primary: ALPHA };
+    let mut hits = 0;
+    for round in 0..RESYNC_ROUNDS {
+        let victim =
+            [Victim::Target, Victim::Source, Victim::Both][usize::try_from(round % 3).expect("small")];
+        let hit = rounds.kill_in_resync(victim);
+        hits += u64::from(hit);
+        println!(
+            "round {round}: killed {victim:?} {}",
+            if hit { "in mid-resync" } else { "before or after" }
+        );
+        rounds.check("after the return");
+        rounds.pair.settle_and_compare("db");
+        if round % 4 == 3 {
+            rounds.hand_over();
+        }
+    }
+    println!("{hits} of {RESYNC_ROUNDS} kills hit a resync");
+    assert!(hits >= RESYNC_ROUNDS / 4, "a copy was met in only {hits} of {RESYNC_ROUNDS} rounds");
 }
 
 /// A pair with writers at work whose wire has just come to a standstill: the writers' last writes are in the primary's

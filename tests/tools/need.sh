@@ -134,6 +134,8 @@ need_vm() {
     need cpio cpio --version
     need util-linux setpriv --version
     need iproute2 runs rdma
+    need dmsetup runs dmsetup
+    need mount losetup --version
     need libibverbs1 has_library libibverbs.so.1
     need librdmacm1 has_library librdmacm.so.1
     need ibverbs-providers has_rxe_provider

@@ -2,7 +2,8 @@
 # its exit status to /share/status and powers off.
 #
 # /share/settings says NODE, ADDRESS, WIRE (1: the network is a virtio card with another guest behind it; 0: a veth pair,
-# both ends of a connection in this guest) and SHELL_ON_CONSOLE. rxe0 sits on that network; MTU 9000 gives it 4096.
+# both ends of a connection in this guest), INNER_ADDRESS (on a second card, by which the host is let in; empty: there is
+# none) and SHELL_ON_CONSOLE. rxe0 sits on that network; MTU 9000 gives it 4096.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LC_ALL=C
 . /share/settings
 
@@ -42,15 +43,25 @@ mount -t tmpfs -o mode=1777 tmp /var/tmp
 echo 1 >/proc/sys/kernel/printk
 $busybox hostname "guest$NODE"
 
+# name_card START NAME: gives the network card whose hardware address begins so its name.
+name_card() {
+    local found
+    for _ in {1..100}; do
+        found=$(cd /sys/class/net && grep -l "^$1" */address)
+        [ -n "$found" ] && break
+        sleep 0.05
+    done
+    ip link set "${found%/address}" name "$2"
+}
+
 ip link set lo up
 if [ "$WIRE" = 1 ]; then
     modprobe virtio_net || fail "no virtio_net"
-    for _ in {1..100}; do
-        card=$(cd /sys/class/net && echo [!l]*)
-        [ -e "/sys/class/net/$card" ] && break
-        sleep 0.05
-    done
-    ip link set "$card" name wire0
+    name_card 52:54:00:09: wire0
+    if [ -n "$INNER_ADDRESS" ]; then
+        name_card 52:54:00:0a: host0
+        ip link set host0 up && ip address add "$INNER_ADDRESS/24" dev host0 || fail "no network to the host"
+    fi
 else
     modprobe veth && ip link add wire0 type veth peer name wire1 && ip link set wire1 mtu 9000 up || fail "no veth"
 fi

@@ -12,9 +12,11 @@
 use super::{CreateArgs, colours_wanted};
 use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Name, Volume};
-use costandby_datapath::disk::superblock::{
-    DEVICE_METADATA_LEN, Location, MetaStore, Superblock, SuperblockError,
-};
+use crate::kernel::random_number;
+use costandby_datapath::disk::metadata::MetadataError;
+use costandby_datapath::disk::metadata::file::create_at;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::{DEVICE_METADATA_LEN, Location, Superblock, SuperblockError};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::fs::{FallocateFlags, OFlags};
 use std::fs::{File, OpenOptions};
@@ -143,7 +145,7 @@ pub enum CreateError {
         /// Which volume.
         volume: Name,
         /// Why.
-        source: Box<SuperblockError>,
+        source: Box<MetadataError>,
     },
     /// The operating system refused.
     #[error("volume {volume}: {doing} {path}: {source}")]
@@ -268,10 +270,8 @@ impl Maker<'_> {
             });
         }
         // Held until the disk has its size, so that no daemon starts on it in between.
-        let held = match MetaStore::open(&location) {
-            Err(source @ SuperblockError::Locked { .. }) => {
-                return Err(CreateError::Metadata { volume: self.name(), source: source.into() });
-            }
+        let held = match FileMedium::open(&location.path) {
+            Err(source @ SuperblockError::Locked { .. }) => return Err(self.metadata_error(source.into())),
             other => other,
         };
         if found < self.volume.size {
@@ -327,8 +327,12 @@ impl Maker<'_> {
     fn metadata(&self, location: &Location, zeroed: bool) -> Result<(), CreateError> {
         let (volume, node) = (self.volume.name.as_str(), self.node.as_str());
         let fresh = Superblock::fresh(volume, node, self.volume.size, zeroed);
-        MetaStore::create(location, &fresh, self.args.force)
-            .map_err(|source| CreateError::Metadata { volume: self.name(), source: source.into() })
+        let area = random_number().map_err(self.io("drawing a random number for"))?;
+        create_at(location, &fresh, area, self.args.force).map_err(|source| self.metadata_error(source))
+    }
+
+    fn metadata_error(&self, source: MetadataError) -> CreateError {
+        CreateError::Metadata { volume: self.name(), source: source.into() }
     }
 
     /// Gives `file`, of `from` bytes, the volume's size.

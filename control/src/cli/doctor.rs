@@ -8,9 +8,10 @@
 use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
 use crate::config::{Config, Disk, Endpoint, Node, Volume};
-use costandby_datapath::disk::superblock::{
-    DEVICE_METADATA_LEN, Location, MetaStore, Opened, SuperblockError,
-};
+use costandby_datapath::disk::metadata::MetadataError;
+use costandby_datapath::disk::metadata::inspect::{Inspection, inspect};
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::{DEVICE_METADATA_LEN, Location, Superblock, SuperblockError};
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt;
@@ -237,25 +238,58 @@ fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bo
     } else {
         "a block device".to_owned()
     };
-    match MetaStore::open_for(&location, volume.name.as_str(), node.name.as_str(), volume.size) {
-        Ok(Opened { superblock, damaged, .. }) => {
+    let about = format!("{shown}, {}, {place}", display_size(volume.size));
+    metadata_check(what, &about, &location, running, |superblock, path| {
+        superblock.check_belongs(path, volume.name.as_str(), node.name.as_str(), volume.size)
+    })
+}
+
+/// What the daemon would make of the metadata, found by looking only.
+fn metadata_check(
+    what: &str,
+    about: &str,
+    location: &Location,
+    running: bool,
+    belongs: impl Fn(&Superblock, &Path) -> Result<(), SuperblockError>,
+) -> Check {
+    let looked = || {
+        let (medium, in_use) = FileMedium::look(&location.path)?;
+        let Inspection { copies, newest, area } = inspect(&medium, location.offset, 0)?;
+        let (_, superblock) = newest?;
+        belongs(&superblock, &location.path)?;
+        Ok::<_, MetadataError>((superblock, in_use, copies, area.transpose()?))
+    };
+    let (superblock, in_use, copies, area) = match looked() {
+        Ok(found) => found,
+        Err(error) => return Check::fail(what, error.to_string()),
+    };
+    if in_use {
+        let path = location.path.clone();
+        return if running {
+            Check::ok(what, format!("{about}, in use by the daemon"))
+        } else {
+            Check::fail(what, SuperblockError::Locked { path }.to_string())
+        };
+    }
+    let text = format!("{about}, {}", superblock.disk_state.as_str());
+    let damaged = copies.iter().enumerate().find_map(|(copy, read)| Some((copy, read.as_ref().err()?)));
+    if let Some((copy, error)) = damaged {
+        let text = format!("{text}; metadata copy {copy} is damaged ({error}): check the medium");
+        return Check::warn(what, text);
+    }
+    match area {
+        None => Check::ok(
+            what,
+            format!("{text}; its metadata is of format 1, which the daemon upgrades in place"),
+        ),
+        Some(area) if area.activity_damage.is_some() || area.dirty_damage.sectors > 0 => {
             let text = format!(
-                "{shown}, {}, {}, {place}",
-                display_size(volume.size),
-                superblock.disk_state.as_str()
+                "{text}; the record of what may differ is damaged, so {} count as differing: check the medium",
+                display_size(area.dirty_bytes)
             );
-            match damaged {
-                None => Check::ok(what, text),
-                Some((copy, error)) => Check::warn(
-                    what,
-                    format!("{text}; metadata copy {copy} is damaged ({error}): check the medium"),
-                ),
-            }
+            Check::warn(what, text)
         }
-        Err(SuperblockError::Locked { .. }) if running => {
-            Check::ok(what, format!("{shown}, in use by the daemon"))
-        }
-        Err(error) => Check::fail(what, error.to_string()),
+        Some(_) => Check::ok(what, text),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::config::{Config, Disk, Name};
 use costandby_datapath::disk::metadata::header;
 use costandby_datapath::disk::metadata::inspect::{Area, Inspection, inspect};
 use costandby_datapath::disk::metadata::medium::FileMedium;
-use costandby_datapath::disk::superblock::{Location, Superblock, SuperblockError};
+use costandby_datapath::disk::superblock::{COPYING_WHOLE, Location, Superblock, SuperblockError};
 use costandby_datapath::units::{ByteRange, Generation};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -229,6 +229,14 @@ fn superblock_lines(superblock: &Superblock, line: &mut impl FnMut(&str, &str)) 
     line("epoch", &superblock.epoch.to_string());
     line("generation", &generation(generations.current, "none: never met a peer nor was promoted"));
     line("base", &generation(generations.base, "none: the peer is not behind"));
+    match superblock.copying {
+        Generation::ZERO => {}
+        COPYING_WHOLE => line("copying", "everything, from the start"),
+        from => line("copying", &format!("from generation {:016x}", from.0)),
+    }
+    if superblock.boot != [0; 16] {
+        line("boot", &format!("{} (the kernel's, when it last took part)", hex(&superblock.boot)));
+    }
     let past = history(superblock);
     line("history", if past.is_empty() { "none" } else { "" });
     for past in past {
@@ -320,6 +328,8 @@ fn copy_to_json(copy: &header::Copy) -> Value {
         "generation": format!("{:016x}", generations.current.0),
         "base": format!("{:016x}", generations.base.0),
         "history": history(superblock),
+        "copying": format!("{:016x}", superblock.copying.0),
+        "boot": hex(&superblock.boot),
     })
 }
 

@@ -5,7 +5,9 @@ use crate::admin::{
     AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, Status, UP_TO_DATE,
     VolumeStatus,
 };
-use costandby_datapath::disk::superblock::{Location, MetaStore};
+use costandby_datapath::disk::metadata::inspect::inspect;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::{Location, Superblock};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -230,8 +232,12 @@ impl Bench {
         self.run(node, args).expect_err("must fail").to_string()
     }
 
-    fn superblock(&self) -> costandby_datapath::disk::superblock::Superblock {
-        MetaStore::open(&Location::beside(&self.path("a.img"))).expect("metadata").superblock
+    fn superblock(&self) -> Superblock {
+        let location = Location::beside(&self.path("a.img"));
+        let (medium, _) = FileMedium::look(&location.path).expect("metadata");
+        let found = inspect(&medium, 0, 0).expect("readable");
+        assert!(matches!(found.area, Some(Ok(_))), "of format 2");
+        found.newest.expect("good").1
     }
 }
 
@@ -279,7 +285,7 @@ fn create_touches_nothing_that_is_there() {
 fn create_refuses_a_disk_in_use_metadata_without_disk_and_a_longer_file() {
     let bench = Bench::new("1048576");
     bench.run("alpha", &["create", "db"]).expect("made");
-    let daemon = MetaStore::open(&Location::beside(&bench.path("a.img"))).expect("opened");
+    let daemon = FileMedium::open(&Location::beside(&bench.path("a.img")).path).expect("opened");
     assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("in use"));
     drop(daemon);
 

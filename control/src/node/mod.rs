@@ -6,11 +6,17 @@
 //! daemon: a restart is safe at any instant, serving on is not.
 
 use crate::admin::{self, AdminBackend, AdminServer, Answer, CommandError};
+use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
+use crate::kernel::{boot_id, random_number, random_source};
 use crate::link::Kind;
-use crate::role::{Connection, Status as ControllerStatus, VolumeController, VolumeSettings};
+use crate::role::{Connection, Found, Status as ControllerStatus, VolumeController, VolumeSettings};
 use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
-use costandby_datapath::disk::superblock::{Location, MetaStore, Superblock, SuperblockError};
+use costandby_datapath::disk::metadata::file::open_at;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
+use costandby_datapath::disk::record::Record;
+use costandby_datapath::disk::superblock::{Location, Superblock, SuperblockError};
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
@@ -54,7 +60,7 @@ pub enum NodeError {
         /// Which.
         volume: String,
         /// Why.
-        source: Box<SuperblockError>,
+        source: Box<MetadataError>,
     },
     /// A volume's disk cannot be used.
     #[error("volume {volume}: {source}")]
@@ -111,9 +117,11 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     config.check_supported(node)?;
     let this = config.node(node)?.clone();
     let admin = AdminServer::bind(&this.admin)?;
-    let mut opened = Vec::new();
+    let (mut opened, mut records) = (Vec::new(), Vec::new());
     for (volume, disk) in config.volumes_of(node) {
-        opened.push(open_volume(volume, disk, node)?);
+        let (volume, record) = open_volume(volume, disk, node)?;
+        opened.push(volume);
+        records.push(record);
     }
     if opened.is_empty() {
         return Err(NodeError::NoVolumes { node: node.into(), file: config.file.clone() });
@@ -132,12 +140,13 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     let (event_sender, events) = crossbeam_channel::unbounded();
     let specs = opened
         .iter()
-        .map(|o| VolumeSpec {
+        .zip(records)
+        .map(|(o, record)| VolumeSpec {
             name: o.config.name.as_str().to_owned(),
             disk: Arc::clone(&o.disk),
             ack: o.config.ack,
             on_peer_loss: o.config.on_peer_loss,
-            record: costandby_datapath::disk::record::Record::in_memory(o.disk.size()),
+            record,
         })
         .collect();
     let reactor_config = ReactorConfig { poll: this.poll, peer_timeout: config.peer_timeout, nbd_listeners };
@@ -171,25 +180,69 @@ struct OpenVolume {
     config: Volume,
     disk: Arc<DiskImage>,
     superblock: Superblock,
-    store: Option<MetaStore>,
+    /// The map of what may differ was not empty.
+    dirty: bool,
+    store: Option<SuperblockStore<FileMedium>>,
 }
 
-fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<OpenVolume, NodeError> {
+fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<(OpenVolume, Record), NodeError> {
     let name = volume.name.as_str();
+    let config = volume.clone();
     let disk_error = |source| NodeError::Disk { volume: name.into(), source };
     let Disk::Path(path) = disk else {
         let disk = DiskImage::memory(name, volume.size).map_err(disk_error)?;
+        let record = Record::in_memory(volume.size);
         let superblock = Superblock::fresh(name, node, volume.size, true);
-        return Ok(OpenVolume { config: volume.clone(), disk, superblock, store: None });
+        return Ok((OpenVolume { config, disk, superblock, dirty: false, store: None }, record));
     };
     let meta_error = |source| NodeError::Metadata { volume: name.into(), source: Box::new(source) };
     let disk = DiskImage::open(path, volume.size).map_err(disk_error)?;
-    let location = metadata_location(path, &disk).map_err(meta_error)?;
-    let opened = MetaStore::open_for(&location, name, node, volume.size).map_err(meta_error)?;
-    if let Some((copy, error)) = &opened.damaged {
-        tracing::warn!(volume = name, copy, %error, "one copy of the metadata was damaged; the other serves");
+    let location = metadata_location(path, &disk).map_err(|error| meta_error(error.into()))?;
+    let area = random_number().map_err(|source| NodeError::System { doing: "/dev/urandom", source })?;
+    let mut opened = open_at(&location, name, node, volume.size, area).map_err(meta_error)?;
+    tell_report(name, &opened.report);
+    // Before anything is served: what a crash left in the log must be in the map, on record.
+    opened.recover().map_err(|error| meta_error(error.into()))?;
+    let dirty = opened.dirty.dirty_bytes();
+    if dirty > 0 {
+        tracing::info!(volume = name, "{} may differ from the peer's disk", display_size(dirty));
     }
-    Ok(OpenVolume { config: volume.clone(), disk, superblock: opened.superblock, store: Some(opened.store) })
+    let superblock = opened.superblock.clone();
+    let (record, store) = Record::of(opened);
+    Ok((OpenVolume { config, disk, superblock, dirty: dirty > 0, store: Some(store) }, record))
+}
+
+/// What an operator may want to know of how metadata was found.
+fn tell_report(volume: &str, report: &Report) {
+    let Report { damaged_copy, upgraded, hot_extents, torn_transaction, activity_damage, dirty_damage } =
+        report;
+    if let Some((copy, error)) = damaged_copy {
+        tracing::warn!(volume, copy, %error, "one copy of the metadata was damaged; the other serves");
+    }
+    if *upgraded {
+        tracing::info!(volume, "the metadata is of format 2 now; earlier releases refuse it");
+    }
+    if *hot_extents > 0 || *torn_transaction {
+        tracing::info!(
+            volume,
+            hot_extents,
+            torn_transaction,
+            "the daemon before this one ended while it served"
+        );
+    }
+    if let Some(error) = activity_damage {
+        tracing::error!(volume, %error, "the activity log is damaged: the whole disk counts as differing");
+    }
+    if dirty_damage.sectors > 0 {
+        tracing::error!(
+            volume,
+            sectors = dirty_damage.sectors,
+            "the dirty bitmap is damaged in places, which count as differing: check the medium"
+        );
+        for (range, fault) in &dirty_damage.first {
+            tracing::error!(volume, "bytes {range}: {fault}");
+        }
+    }
 }
 
 /// Where a disk's metadata is: beside a file, at the end of a device.
@@ -239,6 +292,7 @@ async fn serve(
     let system = |doing| move |source| NodeError::System { doing, source };
     let (rdma_memory, machine, links) =
         (config.node(node.as_str())?.rdma_memory, Machine::here(), opened.len());
+    let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
     let mut shared = Vec::new();
     let mut tasks = Vec::new();
     for (index, open) in opened.into_iter().enumerate() {
@@ -250,10 +304,11 @@ async fn serve(
             peer: peer.as_str().to_owned(),
             configured_primary: open.config.primary == *node,
             on_peer_loss: open.config.on_peer_loss,
+            ack: open.config.ack,
         };
         let controller = VolumeController::new(
             settings,
-            open.superblock,
+            Found { superblock: open.superblock, dirty: open.dirty, boot },
             random_source().map_err(system("/dev/urandom"))?,
         );
         let (inbox, queue) = mpsc::unbounded_channel();
@@ -321,17 +376,6 @@ async fn stop_signal() -> io::Result<()> {
         _ = interrupt.recv() => {}
     }
     Ok(())
-}
-
-/// Random numbers from the kernel: generations and volume ids must not repeat across nodes and restarts.
-fn random_source() -> io::Result<crate::role::Random> {
-    use std::io::Read;
-    let mut source = std::fs::File::open("/dev/urandom")?;
-    Ok(Box::new(move || {
-        let mut bytes = [0; 8];
-        source.read_exact(&mut bytes).expect("/dev/urandom never ends");
-        u64::from_le_bytes(bytes)
-    }))
 }
 
 /// Carries the reactor's events to the volumes' tasks.

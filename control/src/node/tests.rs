@@ -59,9 +59,11 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
         peer: peer.as_str().into(),
         configured_primary: volume.primary.as_str() == node,
         on_peer_loss,
+        ack,
     };
     let superblock = Superblock::fresh("db", node, SIZE, true);
-    let controller = VolumeController::new(settings, superblock, random_source().expect("numbers"));
+    let found = Found { superblock, dirty: false, boot: [1; 16] };
+    let controller = VolumeController::new(settings, found, random_source().expect("numbers"));
     let (inbox, queue) = mpsc::unbounded_channel();
     let shared = Arc::new(Shared {
         status: Mutex::new(controller.status()),

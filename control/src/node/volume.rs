@@ -11,7 +11,9 @@ use super::{Replies, Shared};
 use crate::admin;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
-use costandby_datapath::disk::superblock::{MetaStore, Superblock};
+use costandby_datapath::disk::metadata::SuperblockStore;
+use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
@@ -77,7 +79,7 @@ pub(super) struct VolumeTask {
     index: usize,
     shared: Arc<Shared>,
     controller: VolumeController,
-    store: Option<MetaStore>,
+    store: Option<SuperblockStore<FileMedium>>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
@@ -117,7 +119,7 @@ impl VolumeTask {
         index: usize,
         shared: Arc<Shared>,
         controller: VolumeController,
-        store: Option<MetaStore>,
+        store: Option<SuperblockStore<FileMedium>>,
         reactor: ReactorHandle,
         queue: mpsc::UnboundedReceiver<Input>,
         surroundings: Surroundings,

@@ -9,6 +9,8 @@ use costandby_datapath::disk::superblock::Generations;
 mod diskless;
 
 const ID: ReplyId = ReplyId(7);
+/// The boot that all took part in.
+const BOOT: [u8; 16] = [1; 16];
 const NOW: Duration = Duration::from_secs(100);
 
 /// A controller and what it was told to do last.
@@ -24,6 +26,7 @@ fn synced(node: &str) -> Superblock {
     superblock.epoch = Epoch(3);
     superblock.generations = Generations { current: Generation(5), ..Generations::default() };
     superblock.peer_has_current = true;
+    superblock.boot = BOOT;
     superblock
 }
 
@@ -34,6 +37,7 @@ fn settings(node: &str, peer: &str, on_peer_loss: OnPeerLoss) -> VolumeSettings 
         peer: peer.to_owned(),
         configured_primary: node == "alpha",
         on_peer_loss,
+        ack: AckLevel::Memory,
     }
 }
 
@@ -44,7 +48,8 @@ fn controller(superblock: Superblock, on_peer_loss: OnPeerLoss) -> VolumeControl
         next += 1;
         next
     });
-    VolumeController::new(settings(node, peer, on_peer_loss), superblock, random)
+    let found = Found { superblock, dirty: false, boot: BOOT };
+    VolumeController::new(settings(node, peer, on_peer_loss), found, random)
 }
 
 impl One {

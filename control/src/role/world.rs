@@ -119,9 +119,11 @@ impl World {
             peer: NAMES[1 - at].to_owned(),
             configured_primary: at == 0,
             on_peer_loss: if self.freeze { OnPeerLoss::Freeze } else { OnPeerLoss::Continue },
+            ack: AckLevel::Memory,
         };
-        let stored = self.nodes[at].stored.clone();
-        self.nodes[at].controller = Some(VolumeController::new(settings, stored, random));
+        let superblock = self.nodes[at].stored.clone();
+        let found = Found { superblock, dirty: false, boot: [1; 16] };
+        self.nodes[at].controller = Some(VolumeController::new(settings, found, random));
         let _ = self.random(2);
         self.event(at, Event::Start);
     }

@@ -50,6 +50,10 @@ pub const VERSION: u32 = 1;
 /// Bytes of a volume's or node's name: what a file name may have on any common file system.
 pub const NAME_LEN_MAX: usize = 255;
 
+/// In [`Superblock::copying`]: everything is to be copied, and nothing that is on record says less. No real generation: the
+/// odds of drawing it are those of drawing any other one twice.
+pub const COPYING_WHOLE: Generation = Generation(u64::MAX);
+
 /// Where the copies stand in the area.
 pub(super) const COPIES: [u64; 2] = [0, SUPERBLOCK_LEN as u64];
 pub(super) const CHECKED_LEN: usize = SUPERBLOCK_LEN - 4;
@@ -161,6 +165,12 @@ pub struct Superblock {
     pub applying: bool,
     /// The peer may hold the current generation as `UpToDate`, so going on without it needs a new one.
     pub peer_has_current: bool,
+    /// Format 2. On an `Inconsistent` disk: the generation that it is being overwritten with, once the source's map of
+    /// what is left to copy is on record there; [`COPYING_WHOLE`] from the agreement to copy everything until then; 0 where
+    /// only maps that are on record say what of `generations` it may lack.
+    pub copying: Generation,
+    /// Format 2. The kernel's boot that `primary` or `applying` was stored in; zeros: not known.
+    pub boot: [u8; 16],
 }
 
 impl Superblock {
@@ -180,6 +190,8 @@ impl Superblock {
             clean: true,
             applying: false,
             peer_has_current: false,
+            copying: Generation::ZERO,
+            boot: [0; 16],
         }
     }
 
@@ -187,7 +199,7 @@ impl Superblock {
     ///
     /// # Errors
     /// [`SuperblockError::Foreign`].
-    pub(super) fn check_belongs(
+    pub fn check_belongs(
         &self,
         path: &Path,
         volume: &str,
@@ -304,6 +316,8 @@ impl Superblock {
             clean: flags & flag::CLEAN != 0,
             applying: flags & flag::APPLYING != 0,
             peer_has_current: flags & flag::PEER_HAS_CURRENT != 0,
+            copying: Generation::ZERO,
+            boot: [0; 16],
         };
         Ok((superblock, raw.sequence.get(), version))
     }

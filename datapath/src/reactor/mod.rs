@@ -79,6 +79,10 @@ const STALL_CHECK: Duration = Duration::from_secs(1);
 /// Turns between looks at the poller while nothing but links and queues is busy: a turn is about a microsecond.
 const POLLER_TURNS: u32 = 16;
 
+/// Glances of an idle, busy-polling reactor at its links between two turns in full. A glance costs a tenth of a turn, so that
+/// an answer is seen that much sooner; what else a turn looks at waits for about the time of two turns more.
+const GLANCES: u32 = 16;
+
 /// Events taken from the poller at a time; more wait for the next look.
 const POLLER_EVENTS_MAX: usize = 64;
 
@@ -97,6 +101,8 @@ pub struct Reactor {
     peer_timeout: Duration,
     poller: OwnedFd,
     turns_since_poller: u32,
+    /// A busy reactor with nothing to do only glances this many times more before it turns in full.
+    glances: u32,
     waker: Waker,
     commands: Receiver<Command>,
     events: Sender<Event>,
@@ -109,6 +115,8 @@ pub struct Reactor {
     connections_len: usize,
     connection_serial: u32,
     queues: Vec<Queue>,
+    /// When the last turn in full began.
+    turned: Instant,
     next_deadline: Instant,
     next_stall_check: Instant,
     stopping: bool,
@@ -145,6 +153,7 @@ impl Reactor {
             peer_timeout: config.peer_timeout,
             poller,
             turns_since_poller: 0,
+            glances: 0,
             waker: waker.clone(),
             commands,
             events,
@@ -156,6 +165,7 @@ impl Reactor {
             connections_len: 0,
             connection_serial: 0,
             queues: Vec::new(),
+            turned: now,
             next_deadline: now,
             next_stall_check: now + STALL_CHECK,
             stopping: false,
@@ -191,7 +201,27 @@ impl Reactor {
     /// Looks at everything once, without blocking. Returns whether anything happened. For programs that drive the
     /// reactor on their own thread; others use [`Reactor::run`].
     pub fn turn(&mut self) -> bool {
+        if self.glances > 0 && !self.glance() {
+            self.glances -= 1;
+            return false;
+        }
+        let any = self.turn_in_full() || self.glances > 0;
+        // Other modes sleep when there is nothing to do.
+        self.glances = if any || self.poll_mode != PollMode::Busy { 0 } else { GLANCES };
+        any
+    }
+
+    /// Looks only where the next write or its answer will show: at the queues and the links. What it takes is carried on by
+    /// the turn that follows.
+    fn glance(&mut self) -> bool {
+        let now = self.turned;
+        self.queues.iter().any(Queue::has_operations)
+            || self.volumes.iter_mut().fold(false, |any, volume| volume.poll(now) || any)
+    }
+
+    fn turn_in_full(&mut self) -> bool {
         let now = Instant::now();
+        self.turned = now;
         let mut any = self.take_commands(now);
         // Queues come before the links: a client that drives the reactor submits and turns at once, and what it submitted
         // is to be on its way before anything is waited for. Their depth bounds how long a turn stays here.

@@ -3,7 +3,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use costandby_tests::vm::guest::{Guest, Settings};
-use costandby_tests::vm::{LINK, Rig, Steps, VmError, failover, fast, survivor};
+use costandby_tests::vm::{LINK, Rig, Steps, VmError, agent, failover, fast, power, survivor};
 use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,7 +25,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Run the RDMA tests: one guest for tests, clients and demo, two for the pulled plug.
+    /// Run the RDMA tests: one guest for tests, clients and demo, two for plugs that are pulled.
     #[command(
         after_help = "Examples:\n  costandby-vm test\n  costandby-vm test --only clients,two-guests --link tcp"
     )]
@@ -33,7 +33,7 @@ enum Task {
         /// What carries the copies: rdma or tcp.
         #[arg(long, default_value = LINK)]
         link: String,
-        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, demo, two-guests.
+        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Leave the logs there when all is well, too.
@@ -64,7 +64,20 @@ enum Task {
         /// Its socket for NBD clients.
         nbd: PathBuf,
     },
+    /// Inside a guest: say how the daemon sees the volume, and do as ordered. Used by `test`.
+    #[command(hide = true)]
+    Agent {
+        /// The node.
+        node: String,
+        /// The daemon's admin socket.
+        admin: PathBuf,
+        /// The file with orders.
+        orders: PathBuf,
+    },
 }
+
+/// Steps with two guests.
+const WITH_TWO: [&str; 2] = ["two-guests", "power"];
 
 #[derive(Args)]
 struct RunArgs {
@@ -93,6 +106,9 @@ fn main() -> ExitCode {
         Task::Survivor { link, admin, nbd } => {
             survivor::run(&admin, &nbd, &link).map(|()| 0).map_err(VmError::Failed)
         }
+        Task::Agent { node, admin, orders } => {
+            agent::run(&node, &admin, &orders).map(|()| 0).map_err(VmError::Failed)
+        }
     };
     match done {
         Ok(status) => ExitCode::from(status),
@@ -105,7 +121,7 @@ fn main() -> ExitCode {
 
 fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let rig = Rig::prepare()?;
-    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(["two-guests"]).collect();
+    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_TWO).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
     }
@@ -114,11 +130,14 @@ fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let mut steps = Steps::default();
     steps.run("building the programs", || rig.build_programs())?;
     let mut outcomes = Vec::new();
-    if known.iter().any(|id| *id != "two-guests" && wanted(id)) {
+    if known.iter().any(|id| !WITH_TWO.contains(id) && wanted(id)) {
         outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
     }
     if wanted("two-guests") {
         outcomes.push(failover::run(&rig, &directory, link, &mut steps));
+    }
+    if wanted("power") {
+        outcomes.push(power::run(&rig, &directory, link, costandby_tests::seed(), &mut steps));
     }
     let broken = outcomes.into_iter().filter_map(Result::err).collect::<Vec<_>>();
     for error in &broken {

@@ -313,10 +313,12 @@ impl World {
             peer: NAMES[1 - at].to_owned(),
             configured_primary: at == 0,
             on_peer_loss: self.config.on_loss,
+            ack: self.config.ack,
         };
         let mut random = Rng::new(self.rng.next_u64());
         let random: role::Random = Box::new(move || random.next_u64());
-        let controller = VolumeController::new(settings, opened.superblock, random);
+        let found = role::Found { superblock: opened.superblock, dirty: false, boot: [1; 16] };
+        let controller = VolumeController::new(settings, found, random);
         let (workers, jobs) = DiskWorkers::by_hand();
         let spec = VolumeSpec {
             name: "db".to_owned(),

@@ -91,6 +91,13 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
         ),
         step("clients", "NBD clients", 300, true, tests("costandby-tests", Some("real_clients"), "")),
         step(
+            "devices",
+            "block devices that fail",
+            240,
+            false,
+            tests("costandby-tests", Some("device_faults"), ""),
+        ),
+        step(
             "demo",
             "the demo",
             120,

@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,6 +32,9 @@ const COVERED: [&str; 5] = ["/tmp", "/run", "/dev", "/var/tmp", "/share"];
 /// Nothing else: what is passed on stands in a file, and other variables may be secrets.
 const PASSED_ON: [&str; 6] =
     ["COSTANDBY_TEST_", "COSTANDBY_LOG", "RUST_BACKTRACE", "RUST_LOG", "NO_COLOR", "TERM"];
+
+/// The guest's port that [`Settings::forward`] leads to.
+pub const FORWARDED_PORT: u16 = 10809;
 
 /// The wire between two guests: the socket of this end and that of the other.
 #[derive(Clone, Debug)]
@@ -54,6 +58,8 @@ pub struct Settings {
     pub cpus: u32,
     /// A wire to another guest; without one both ends of a connection are in this guest.
     pub wire: Option<Wire>,
+    /// Where the host is let in to the guest's [`FORWARDED_PORT`], through a second network card.
+    pub forward: Option<SocketAddr>,
     /// Files that become /dev/vda and so on.
     pub disks: Vec<PathBuf>,
     /// A bash script to run. Without one, a shell on the terminal.
@@ -72,10 +78,17 @@ impl Settings {
             memory_mib: 2048,
             cpus: 2,
             wire: None,
+            forward: None,
             disks: Vec::new(),
             command: Some(command.to_owned()),
             environment: Vec::new(),
         }
+    }
+
+    /// Its address on the card by which the host is let in.
+    #[must_use]
+    pub fn inner_address(&self) -> String {
+        format!("10.0.2.{}", 15 + self.node)
     }
 
     /// Its address on the RDMA device's network.
@@ -173,6 +186,19 @@ impl Guest {
         }
     }
 
+    /// What it said since it was last asked, without waiting.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn said(&mut self) -> Result<Vec<String>, VmError> {
+        let ended = self.qemu.ended().is_some();
+        self.read_output()?;
+        if ended && self.lines.is_empty() {
+            return Err(self.error("ended by itself".to_owned()));
+        }
+        Ok(self.lines.drain(..).collect())
+    }
+
     fn read_output(&mut self) -> Result<(), VmError> {
         self.output.read_to_end(&mut self.partial).map_err(io_error("reading a guest's output"))?;
         let end = self.partial.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
@@ -239,9 +265,10 @@ fn write_share(rig: &Rig, share: &Path, settings: &Settings) -> Result<(), VmErr
     write(
         "settings",
         &format!(
-            "NODE={}\nADDRESS={}\nWIRE={}\nSHELL_ON_CONSOLE={}\nHEIGHT={rows}\nWIDTH={columns}\n",
+            "NODE={}\nADDRESS={}\nINNER_ADDRESS={}\nWIRE={}\nSHELL_ON_CONSOLE={}\nHEIGHT={rows}\nWIDTH={columns}\n",
             settings.node,
             settings.address(),
+            settings.forward.map(|_| settings.inner_address()).unwrap_or_default(),
             u8::from(settings.wire.is_some()),
             u8::from(settings.command.is_none()),
         ),
@@ -336,6 +363,14 @@ fn qemu(rig: &Rig, logs: &Path, share: &Path, settings: &Settings) -> Command {
         let node = settings.node;
         qemu.arg("-device")
             .arg(format!("virtio-net-pci,netdev=wire,mac=52:54:00:09:00:{node:02x},host_mtu=9000,romfile="));
+    }
+    if let Some(address) = settings.forward {
+        let inner = settings.inner_address();
+        // restrict: the guest reaches nothing outside; only what the host begins comes through.
+        qemu.arg("-netdev")
+            .arg(format!("user,id=host,restrict=on,hostfwd=tcp:{address}-{inner}:{FORWARDED_PORT}"));
+        let node = settings.node;
+        qemu.arg("-device").arg(format!("virtio-net-pci,netdev=host,mac=52:54:00:0a:00:{node:02x},romfile="));
     }
     for (number, disk) in settings.disks.iter().enumerate() {
         let disk = in_option(disk);

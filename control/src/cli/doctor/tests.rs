@@ -2,6 +2,7 @@
 
 use super::machine;
 use super::*;
+use costandby_datapath::disk::metadata::file::create_at;
 use costandby_datapath::disk::superblock::Superblock;
 use std::path::PathBuf;
 
@@ -88,12 +89,12 @@ fn disks_are_found_missing_cut_foreign_in_use_or_good() {
     bench.expect("alpha", false, Verdict::Fail, "no metadata");
 
     let location = Location::beside(&bench.disk());
-    MetaStore::create(&location, &Superblock::fresh("web", "alpha", 65536, true), true).expect("made");
+    create_at(&location, &Superblock::fresh("web", "alpha", 65536, true), 1, true).expect("made");
     bench.expect("alpha", false, Verdict::Fail, "belongs to volume web");
-    MetaStore::create(&location, &Superblock::fresh("db", "alpha", 65536, true), true).expect("made");
+    create_at(&location, &Superblock::fresh("db", "alpha", 65536, true), 2, true).expect("made");
     bench.expect("alpha", false, Verdict::Ok, "UpToDate");
 
-    let held = MetaStore::open(&location).expect("opened");
+    let held = FileMedium::open(&location.path).expect("opened");
     bench.expect("alpha", true, Verdict::Ok, "in use by the daemon");
     bench.expect("alpha", false, Verdict::Fail, "in use");
     drop(held);

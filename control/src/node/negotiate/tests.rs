@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::node::rdma::fake::{Fabric, FakeRdma, Script};
-use crate::role::{VolumeController, VolumeSettings};
+use crate::role::{Found, VolumeController, VolumeSettings};
 use costandby_datapath::disk::superblock::Superblock;
-use costandby_datapath::units::OnPeerLoss;
+use costandby_datapath::units::{AckLevel, OnPeerLoss};
 use tokio::net::TcpListener;
 
 async fn connection() -> (TcpStream, TcpStream) {
@@ -27,9 +27,11 @@ fn hello(node: &str) -> Hello {
         peer: "other".into(),
         configured_primary: true,
         on_peer_loss: OnPeerLoss::Continue,
+        ack: AckLevel::Memory,
     };
     let superblock = Superblock::fresh("db", node, 1 << 20, true);
-    VolumeController::new(settings, superblock, Box::new(|| 7)).hello(1 << 20, &[])
+    let found = Found { superblock, dirty: false, boot: [1; 16] };
+    VolumeController::new(settings, found, Box::new(|| 7)).hello(1 << 20, &[])
 }
 
 /// What one side came to, in a word and a sentence.

@@ -2,8 +2,11 @@
 
 use super::*;
 use crate::config::Config;
-use crate::role::VolumeSettings;
+use crate::role::{Found, VolumeSettings};
 use costandby_datapath::disk::image::DiskImage;
+use costandby_datapath::disk::metadata::create;
+use costandby_datapath::disk::metadata::file::open_at;
+use costandby_datapath::disk::metadata::layout::Geometry;
 use costandby_datapath::disk::superblock::Location;
 use costandby_datapath::reactor::command::VolumeSpec;
 use costandby_datapath::reactor::{Reactor, ReactorConfig};
@@ -31,20 +34,22 @@ disk.beta = "memory:"
 "#;
 
 /// A store in memory that takes no more writes.
-fn sealed_store(superblock: &Superblock) -> MetaStore {
+fn sealed_store(superblock: &Superblock) -> SuperblockStore<FileMedium> {
     use rustix::fs::{MemfdFlags, SealFlags};
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = rustix::fs::memfd_create("meta", flags).expect("memory");
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let medium = FileMedium::open(&path).expect("opens");
+    let geometry = Geometry::for_volume(SIZE).expect("usual");
+    create(&medium, 0, superblock, geometry, 1, false).expect("made");
+    drop(medium);
     let location = Location { path, offset: 0 };
-    // Both copies are written before the directory, which is none that could be flushed.
-    let _ = MetaStore::create(&location, superblock, true);
-    let store = MetaStore::open(&location).expect("opens").store;
+    let store = open_at(&location, "db", "alpha", SIZE, 1).expect("opens").superblocks;
     rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).expect("seals");
     store
 }
 
-fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
+fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTask, Reactor) {
     let config = Config::parse(CONFIG, Path::new("c.toml")).expect("parses");
     let disk = DiskImage::memory("db", SIZE).expect("memory");
     let spec = VolumeSpec {
@@ -64,13 +69,15 @@ fn task(superblock: Superblock, store: MetaStore) -> (VolumeTask, Reactor) {
         peer: "beta".into(),
         configured_primary: true,
         on_peer_loss: OnPeerLoss::Continue,
+        ack: AckLevel::Memory,
     };
     let mut next = 1000;
     let random = Box::new(move || {
         next += 1;
         next
     });
-    let controller = VolumeController::new(settings, superblock, random);
+    let controller =
+        VolumeController::new(settings, Found { superblock, dirty: false, boot: [1; 16] }, random);
     let (inbox, queue) = mpsc::unbounded_channel();
     let volume = config.volume("db").expect("there").clone();
     let shared = Arc::new(Shared {

@@ -1,4 +1,5 @@
-//! The superblock of format 2: what format 1 says, and in its reserved bytes the shape and the mark of the area.
+//! The superblock of format 2: what format 1 says, and in its reserved bytes the shape and the mark of the area, the copy
+//! under way and the kernel's boot.
 //!
 //! Either copy can be read without knowing anything else. Format 1 is read as well; a newer one than 2 is refused.
 
@@ -9,6 +10,7 @@ use crate::disk::activity_log::ring::NUMBER_END;
 use crate::disk::superblock::{
     COPIES, CopyError, Picked, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError, pick,
 };
+use crate::units::Generation;
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -17,16 +19,18 @@ pub const FORMAT: u32 = 2;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct RawShape {
+struct RawExtension {
     area: U64,
     grain_len: U64,
     extent_len: U64,
     slots: U32,
     dirty_at: I64,
     activity_known: U64,
+    copying: U64,
+    boot: [u8; 16],
 }
 
-const _: () = assert!(size_of::<RawShape>() == 44);
+const _: () = assert!(size_of::<RawExtension>() == 68);
 
 /// What format 2 says beyond format 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,13 +77,15 @@ impl Header {
     /// The block as it is stored, in format 2.
     #[must_use]
     pub fn encode(superblock: &Superblock, shape: &Shape, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
-        let raw = RawShape {
+        let raw = RawExtension {
             area: shape.area.into(),
             grain_len: shape.geometry.grain_len().into(),
             extent_len: shape.geometry.extent_len().into(),
             slots: shape.geometry.slots().into(),
             dirty_at: shape.dirty_at.into(),
             activity_known: shape.activity_known.into(),
+            copying: superblock.copying.0.into(),
+            boot: superblock.boot,
         };
         superblock.encode_as(FORMAT, sequence, raw.as_bytes())
     }
@@ -89,14 +95,14 @@ impl Header {
     /// # Errors
     /// What is wrong with it.
     pub fn decode(bytes: &[u8]) -> Copy {
-        let (superblock, sequence, version) = Superblock::decode_up_to(FORMAT, bytes)?;
+        let (mut superblock, sequence, version) = Superblock::decode_up_to(FORMAT, bytes)?;
         if sequence >= NUMBER_END {
             return Err(CopyError::Field { field: "sequence" });
         }
         if version < FORMAT {
             return Ok((Self { superblock, shape: None }, sequence));
         }
-        let raw = RawShape::ref_from_prefix(&bytes[RESERVED_AT..]).map(|(raw, _)| raw);
+        let raw = RawExtension::ref_from_prefix(&bytes[RESERVED_AT..]).map(|(raw, _)| raw);
         let raw = raw.expect("the reserved bytes are long enough");
         let field = |field| CopyError::Field { field };
         let geometry =
@@ -105,6 +111,8 @@ impl Header {
         if raw.activity_known.get() >= NUMBER_END {
             return Err(field("activity log's transaction"));
         }
+        superblock.copying = Generation(raw.copying.get());
+        superblock.boot = raw.boot;
         let shape = Shape {
             area: raw.area.get(),
             geometry,

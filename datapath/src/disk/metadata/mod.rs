@@ -31,6 +31,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+pub mod file;
 pub mod header;
 pub mod inspect;
 pub mod layout;
@@ -361,6 +362,9 @@ fn blank<M: Medium>(medium: &M, layout: Layout, geometry: Geometry) -> io::Resul
 /// Reads the metadata on `medium` with its superblocks at `offset`, and refuses that of another volume, node or size.
 /// An area of format 1 becomes one of format 2 with the random number `fresh_area`.
 ///
+/// What an earlier daemon only wrote is brought to stable storage first: it is about to be trusted, and the next store
+/// writes over the other copy.
+///
 /// # Errors
 /// [`MetadataError`].
 pub fn open<M: Medium>(
@@ -371,6 +375,11 @@ pub fn open<M: Medium>(
     size: u64,
     fresh_area: u64,
 ) -> Result<Opened<M>, MetadataError> {
+    medium.sync().map_err(|source| SuperblockError::Io {
+        doing: "flushing",
+        path: medium.path().into(),
+        source,
+    })?;
     let copies = header::read_copies(&medium, offset)?;
     let (newest, header, sequence, damaged_copy) = header::newest(copies, &medium)?;
     let superblock = header.superblock;

@@ -30,6 +30,8 @@ fn any_superblock() -> impl Strategy<Value = Superblock> {
             clean: bits[2],
             applying: bits[3],
             peer_has_current: bits[4],
+            copying: Generation::ZERO,
+            boot: [0; 16],
         },
     )
 }
