@@ -109,6 +109,14 @@ pub enum Violation {
         /// The step as sent, 0 for a frame that is none.
         step: u64,
     },
+    /// A piece of a dirty map that cannot be one, or that nobody asked for.
+    #[error("{what} (bytes {range}): the nodes do not agree on what may differ between their disks")]
+    DirtyMap {
+        /// What was wrong.
+        what: &'static str,
+        /// As sent.
+        range: ByteRange,
+    },
     /// More receives returned than were ever used, or less than before: the count goes round, so the two look alike.
     #[error(
         "peer returned {found} receives in all (modulo 2^32), {used} were used and {before} returned before"

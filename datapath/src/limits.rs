@@ -76,7 +76,7 @@ pub const CLIENTS_BUSY_MS: u64 = 20;
 /// Background copy steps in flight: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
 pub const RESYNC_CHUNKS_IN_FLIGHT: usize = 8;
 
-/// Bytes of the disk that one bit of the in-memory dirty bitmap stands for (64 KiB: 16 TiB costs 32 MiB).
+/// Bytes of the disk that one bit of the dirty bitmap usually stands for (64 KiB: 16 TiB costs 32 MiB).
 pub const DIRTY_GRAIN_LEN: u64 = 64 << 10;
 
 /// Bytes of a hole sent as one trim step by the background copy: a whole TiB is then a thousand small frames.
@@ -275,3 +275,31 @@ pub const DISKLESS_RANGES_MAX: usize = 4096;
 /// waited for, as it is the same kind of store on a disk that may be busy; short enough that a client's own timeout (30 s)
 /// does not end first.
 pub const DETACH_S_MAX: u64 = 10;
+
+/// Bytes the background copy has applied after which both disks are flushed and its bits cleared: half a second's at
+/// 1 Gbit/s, so that little is copied twice when the session is lost.
+pub const RESYNC_FLUSH_LEN: u64 = 64 << 20;
+
+/// Milliseconds after which the same happens to less: a flush a second is little even for a slow disk.
+pub const RESYNC_FLUSH_MS: u64 = 1000;
+
+/// Runs of copied bytes that wait for such a flush, after which the copy waits too: 1 MiB of memory, and 4 GiB of
+/// scattered grains.
+pub const RESYNC_RUNS_MAX: usize = 64 << 10;
+
+/// Messages of a dirty map sent in one turn: they share a queue of [`MESSAGES_QUEUED_MAX`] with acks.
+pub const DIRTY_TOLD_MAX: usize = 32;
+
+/// Bytes of one run of a dirty map in a message: what its 32-bit length holds, and a power of two.
+pub const DIRTY_RUN_LEN_MAX: u64 = 1 << 31;
+
+/// Milliseconds between checkpoints of the activity log while there is something to account for: what a crash makes
+/// dirty is what was written in that time, and two flushes in ten seconds cost nothing.
+pub const CHECKPOINT_MS: u64 = 10_000;
+
+/// Milliseconds without a client after which the activity log is emptied, so that a crash then costs no copy.
+pub const IDLE_RETIRE_MS: u64 = 30_000;
+
+/// Milliseconds between stores of bits that were only cleared: a crash copies at most what was cleared in that time once
+/// more.
+pub const LAGGING_STORE_MS: u64 = 1000;

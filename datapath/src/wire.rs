@@ -38,6 +38,13 @@ pub enum Kind {
     Control = 7,
     /// A step of the change to another link: `aux` names the change, `seq` the step. See `volume::switch`.
     Switch = 8,
+    /// Target to source, before a copy: `range` may differ. With `aux` not 0, `range` is 64 grains of the target's and bit
+    /// n of `aux` (from the lowest) says that of grain n; the last ones may lie behind the disk's end, with their bits 0.
+    Dirty = 9,
+    /// That was all of it.
+    DirtyEnd = 10,
+    /// Source to target: all of it is on the source's record, and the target may forget it.
+    DirtyKept = 11,
     /// Send me the bytes of `range`: the sender serves without a disk of its own. `aux` numbers the question; the answer
     /// is one or more [`Kind::ReadReply`] in order.
     Read = 14,
@@ -57,6 +64,9 @@ impl Kind {
             6 => Self::KeepAlive,
             7 => Self::Control,
             8 => Self::Switch,
+            9 => Self::Dirty,
+            10 => Self::DirtyEnd,
+            11 => Self::DirtyKept,
             14 => Self::Read,
             15 => Self::ReadReply,
             _ => return None,
@@ -192,7 +202,7 @@ impl Header {
             return Err(WireError::Flags { found: raw.flags });
         }
         let range = ByteRange::new(raw.start.get(), raw.len.get().into());
-        let concerns_bytes = kind.is_posted() || kind == Kind::Read;
+        let concerns_bytes = kind.is_posted() || matches!(kind, Kind::Read | Kind::Dirty);
         if concerns_bytes && (range.len == 0 || !range.fits(crate::limits::VOLUME_LEN_MAX)) {
             return Err(WireError::Range { range });
         }
@@ -310,6 +320,9 @@ mod tests {
             Just(Kind::KeepAlive),
             Just(Kind::Control),
             Just(Kind::Switch),
+            Just(Kind::Dirty),
+            Just(Kind::DirtyEnd),
+            Just(Kind::DirtyKept),
             Just(Kind::Read),
             Just(Kind::ReadReply)
         ];

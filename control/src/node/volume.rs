@@ -367,6 +367,11 @@ impl VolumeTask {
         }
     }
 
+    /// Whether the session brings us what we lack.
+    fn is_sync_target(&self) -> bool {
+        self.controller.status().connection == Connection::SyncTarget
+    }
+
     fn send(&self, command: Command) {
         self.reactor.send(command);
     }
@@ -400,7 +405,8 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                self.send(Command::Direct { volume, direction: Direction::Target { resync: false }, epoch });
+                let direction = Direction::Target { resync: self.is_sync_target() };
+                self.send(Command::Direct { volume, direction, epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -416,7 +422,7 @@ impl VolumeTask {
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
                     self.send(Command::Direct {
                         volume,
-                        direction: Direction::Target { resync: false },
+                        direction: Direction::Target { resync: self.is_sync_target() },
                         epoch: self.epoch,
                     });
                 }

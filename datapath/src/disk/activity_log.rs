@@ -36,6 +36,7 @@
 use super::metadata::layout::Geometry;
 use crate::units::ByteRange;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
 
 pub mod ring;
 #[cfg(test)]
@@ -96,16 +97,55 @@ impl Slot {
     }
 }
 
+/// Spreads extent numbers over the index's table: one multiplication, as each change asks twice. Whoever picks numbers
+/// that collide gains nothing: the table has a few thousand entries at most.
+#[derive(Clone, Copy, Default, Debug)]
+struct Spread;
+
+impl BuildHasher for Spread {
+    type Hasher = SpreadHasher;
+
+    fn build_hasher(&self) -> SpreadHasher {
+        SpreadHasher(0)
+    }
+}
+
+#[derive(Debug)]
+struct SpreadHasher(u64);
+
+impl Hasher for SpreadHasher {
+    fn write_u64(&mut self, extent: u64) {
+        let product = u128::from(self.0 ^ extent) * u128::from(0x9E37_79B9_7F4A_7C15_u64);
+        // Both halves: the table looks at the highest bits and at the lowest.
+        self.0 = u64::try_from(product >> 64).expect("the upper half")
+            ^ u64::try_from(product & u128::from(u64::MAX)).expect("the lower half");
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// The activity log of one disk.
 #[derive(Debug)]
 pub struct ActivityLog {
     geometry: Geometry,
     area: u64,
     slots: Vec<Slot>,
-    index: HashMap<u64, u32>,
+    index: HashMap<u64, u32, Spread>,
     newest: u32,
     oldest: u32,
     evictable: usize,
+    /// Slots with `unconfirmed` set.
+    unconfirmed: usize,
+    /// Some extent was not hot when it was touched since the last checkpoint began.
+    missed: bool,
     staged: Vec<u32>,
     /// Words of a slot in each of the masks.
     mask_words: usize,
@@ -139,10 +179,12 @@ impl ActivityLog {
         Self {
             geometry,
             area,
-            index: HashMap::with_capacity(2 * slots.len()),
+            index: HashMap::with_capacity_and_hasher(2 * slots.len(), Spread),
             newest: 0,
             oldest: count - 1,
             evictable: slots.len(),
+            unconfirmed: 0,
+            missed: false,
             staged: Vec::with_capacity(UPDATES_MAX),
             mask_words,
             open: vec![0; slots.len() * mask_words],
@@ -198,6 +240,7 @@ impl ActivityLog {
             }
         }
         if missing > 0 {
+            self.missed = true;
             if missing > self.evictable || self.staged.len() + missing > UPDATES_MAX {
                 for extent in extents {
                     if let Some(&slot) = self.index.get(&extent) {
@@ -316,6 +359,18 @@ impl ActivityLog {
         }
     }
 
+    /// Takes what is staged for hot at once: for a log that is stored nowhere.
+    pub fn commit_nowhere(&mut self) {
+        if self.staged.is_empty() {
+            return;
+        }
+        self.issued += 1;
+        self.durable = self.issued;
+        while let Some(at) = self.staged.pop() {
+            self.change(at, |slot| slot.state = State::Hot);
+        }
+    }
+
     /// Whether what waited for `ticket` may go on.
     #[must_use]
     pub fn is_committed(&self, ticket: Ticket) -> bool {
@@ -328,10 +383,17 @@ impl ActivityLog {
         self.issued == self.durable && (!self.staged.is_empty() || self.retelling > 0)
     }
 
-    /// Whether so few extents can be evicted that a checkpoint should begin, and none has.
+    /// Whether a checkpoint should begin, and none has: few extents can be evicted, it would make more of them so, and
+    /// there were changes that needed one.
     #[must_use]
     pub fn wants_checkpoint(&self) -> bool {
-        !self.checkpoint && self.evictable < self.slots.len() / 4
+        !self.checkpoint && self.missed && self.unconfirmed > 0 && self.evictable < self.slots.len() / 4
+    }
+
+    /// Whether something was written that is not accounted for without the log.
+    #[must_use]
+    pub fn has_unconfirmed(&self) -> bool {
+        self.unconfirmed > 0
     }
 
     /// Begins a checkpoint of what was written so far; see the module's doc.
@@ -340,6 +402,7 @@ impl ActivityLog {
     /// When one is under way.
     pub fn begin_checkpoint(&mut self) {
         assert!(!std::mem::replace(&mut self.checkpoint, true), "one checkpoint at a time");
+        self.missed = false;
         std::mem::swap(&mut self.open, &mut self.sealed);
         self.open.fill(0);
     }
@@ -363,6 +426,7 @@ impl ActivityLog {
     /// The checkpoint came to nothing: what it was about waits for the next. Does nothing where none is under way.
     pub fn abort_checkpoint(&mut self) {
         if std::mem::take(&mut self.checkpoint) {
+            self.missed = true;
             for (open, sealed) in self.open.iter_mut().zip(&mut self.sealed) {
                 *open |= std::mem::take(sealed);
             }
@@ -458,7 +522,13 @@ impl ActivityLog {
     fn change(&mut self, at: u32, change: impl FnOnce(&mut Slot)) {
         let slot = &mut self.slots[at as usize];
         let before = slot.is_evictable();
+        let unconfirmed = slot.unconfirmed;
         change(slot);
+        match (unconfirmed, slot.unconfirmed) {
+            (true, false) => self.unconfirmed -= 1,
+            (false, true) => self.unconfirmed += 1,
+            _ => {}
+        }
         match (before, slot.is_evictable()) {
             (true, false) => self.evictable -= 1,
             (false, true) => self.evictable += 1,

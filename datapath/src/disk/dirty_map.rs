@@ -12,6 +12,8 @@
 //! - **Clears are lazy.** The caller clears a bit only when the grain's bytes are on stable storage on both disks; the
 //!   stored bitmap may keep it for as long as it likes. A superset costs a copy, nothing else.
 //! - A block is stored by one writer at a time, so that an older picture never lands on a newer one.
+//! - A *round* is a promise of its own: begun by [`DirtyMap::begin_round`], it is over when every bit that was set by
+//!   then is in the stored bitmap, however many are set meanwhile.
 //!
 //! Survives: a crash at any point (what was set and not stored is covered by the activity log), a store that fails (its
 //! bits stay unsaved).
@@ -58,6 +60,10 @@ pub struct DirtyMap {
     storing: BlockSet,
     /// Those of them that were unsaved when they were taken.
     storing_sets: BlockSet,
+    /// Blocks of the present round that are still to be taken.
+    round_due: BlockSet,
+    /// Blocks of the present round that are being stored.
+    round_storing: BlockSet,
 }
 
 impl DirtyMap {
@@ -76,6 +82,8 @@ impl DirtyMap {
             lagging: BlockSet::new(blocks),
             storing: BlockSet::new(blocks),
             storing_sets: BlockSet::new(blocks),
+            round_due: BlockSet::new(blocks),
+            round_storing: BlockSet::new(blocks),
         }
     }
 
@@ -173,8 +181,54 @@ impl DirtyMap {
         taken
     }
 
+    /// Begins a round: what is set by now is to be stored, and [`DirtyMap::take_round`] gives what that takes. One at a
+    /// time.
+    ///
+    /// # Panics
+    /// When one is under way.
+    pub fn begin_round(&mut self) {
+        assert!(self.round_is_over(), "one round at a time");
+        self.round_due.copy_from(&self.unsaved);
+        self.round_storing.copy_from(&self.storing_sets);
+    }
+
+    /// Whether no round is under way.
+    #[must_use]
+    pub fn round_is_over(&self) -> bool {
+        self.round_due.count == 0 && self.round_storing.count == 0
+    }
+
+    /// Blocks of the present round, at most `max`, not those being stored now.
+    pub fn take_round(&mut self, max: usize) -> Vec<DirtyBlock> {
+        let mut taken = Vec::new();
+        let mut from = 0;
+        while taken.len() < max
+            && let Some(block) = self.round_due.next(from)
+        {
+            if !self.storing.contains(block) {
+                taken.push(self.take(block));
+            }
+            from = block + 1;
+        }
+        taken
+    }
+
+    /// The bits of 64 grains, the first of which begins at byte `start`.
+    #[must_use]
+    pub fn window(&self, start: u64) -> u64 {
+        let first = start >> self.grain_shift;
+        let (word, shift) = (index(first / 64), first % 64);
+        let low = self.words.get(word).map_or(0, |bits| bits >> shift);
+        let high =
+            if shift == 0 { 0 } else { self.words.get(word + 1).map_or(0, |bits| bits << (64 - shift)) };
+        low | high
+    }
+
     fn take(&mut self, block: usize) -> DirtyBlock {
         self.storing.insert(block);
+        if self.round_due.remove(block) {
+            self.round_storing.insert(block);
+        }
         if self.unsaved.remove(block) {
             self.storing_sets.insert(block);
         }
@@ -191,6 +245,7 @@ impl DirtyMap {
     pub fn stored(&mut self, block: usize) {
         assert!(self.storing.remove(block), "block {block} was not being stored");
         self.storing_sets.remove(block);
+        self.round_storing.remove(block);
     }
 
     /// A block that was taken could not be stored: it is to be stored anew.
@@ -201,6 +256,9 @@ impl DirtyMap {
         assert!(self.storing.remove(block), "block {block} was not being stored");
         if self.storing_sets.remove(block) {
             self.unsaved.insert(block);
+        }
+        if self.round_storing.remove(block) {
+            self.round_due.insert(block);
         }
         // What is on the disk now is either picture.
         self.lagging.insert(block);
@@ -275,8 +333,9 @@ impl DirtyMap {
     /// Bytes of memory it holds.
     #[must_use]
     pub fn memory_len(&self) -> usize {
-        let sets = [&self.unsaved, &self.lagging, &self.storing, &self.storing_sets];
-        let blocks: usize = sets.iter().map(|set| set.words.len()).sum();
+        let round = [&self.round_due, &self.round_storing];
+        let sets = [&self.unsaved, &self.lagging, &self.storing, &self.storing_sets].into_iter().chain(round);
+        let blocks: usize = sets.map(|set| set.words.len()).sum();
         (self.words.len() + self.summary.len() + blocks) * 8
     }
 
@@ -308,6 +367,11 @@ struct BlockSet {
 impl BlockSet {
     fn new(blocks: usize) -> Self {
         Self { words: vec![0; blocks.div_ceil(64)], count: 0 }
+    }
+
+    fn copy_from(&mut self, other: &Self) {
+        self.words.copy_from_slice(&other.words);
+        self.count = other.count;
     }
 
     fn contains(&self, block: usize) -> bool {

@@ -92,6 +92,9 @@ pub enum DiskError {
         /// The system's word.
         source: std::io::Error,
     },
+    /// What is on record about the disk could not be stored.
+    #[error(transparent)]
+    Record(#[from] super::superblock::SuperblockError),
 }
 
 /// An open disk. Shared between the reactor (memory access) and the worker threads (file calls).

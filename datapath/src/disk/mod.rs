@@ -2,7 +2,6 @@
 //! knows about itself.
 
 pub mod activity_log;
-pub mod bitmap;
 pub mod dirty_map;
 pub mod image;
 pub mod inflight;

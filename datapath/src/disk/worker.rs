@@ -1,9 +1,15 @@
 //! The threads that make a disk's blocking calls, so that the reactor never waits for a medium.
 //!
-//! Jobs and their results cross by channel; a result rings the reactor's doorbell. The reactor keeps at most one flush a
-//! volume under way (later ones merge into the next), so the queue is bounded by the requests in flight.
+//! Jobs and their results cross by channel; a result rings the reactor's doorbell. What is on record about the disk is
+//! stored by a thread of its own: a write to a cold place waits for that, and must not stand behind a slow flush of data.
+//!
+//! The queues are bounded: the reactor keeps at most one flush a volume under way (later ones merge into the next), a
+//! punch or zeroing for each request in flight, one transaction and one store of bitmap blocks.
 
+use super::activity_log::Transaction;
+use super::dirty_map::DirtyBlock;
 use super::image::{DiskError, DiskImage};
+use super::record::RecordStore;
 use crate::limits::DISK_WORKERS;
 use crate::units::{ByteRange, Token};
 use crate::waker::Waker;
@@ -13,7 +19,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 /// A blocking call to make.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone)]
 pub enum JobKind {
     /// [`DiskImage::flush`].
     Flush,
@@ -21,6 +27,51 @@ pub enum JobKind {
     Punch(ByteRange),
     /// [`DiskImage::zero`].
     Zero(ByteRange),
+    /// [`RecordStore::commit`].
+    Commit(Transaction),
+    /// [`RecordStore::store_dirty`].
+    StoreDirty(Vec<DirtyBlock>),
+}
+
+impl JobKind {
+    /// Whether it goes to the record's store and not to the disk.
+    #[must_use]
+    pub fn is_of_record(&self) -> bool {
+        matches!(self, Self::Commit(_) | Self::StoreDirty(_))
+    }
+
+    /// Makes the call. Blocks.
+    ///
+    /// # Errors
+    /// The disk, or its record, is to be taken as failed.
+    ///
+    /// # Panics
+    /// On a job for a store where there is none.
+    pub fn carry_out(&self, disk: &DiskImage, store: Option<&dyn RecordStore>) -> Result<(), DiskError> {
+        let stored = || store.expect("a record that is stored nowhere asks for no stores");
+        match self {
+            Self::Flush => disk.flush(),
+            Self::Punch(range) => disk.punch(*range),
+            Self::Zero(range) => disk.zero(*range),
+            Self::Commit(transaction) => Ok(stored().commit(transaction)?),
+            Self::StoreDirty(blocks) => Ok(stored().store_dirty(blocks)?),
+        }
+    }
+}
+
+impl std::fmt::Debug for JobKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Flush => write!(f, "Flush"),
+            Self::Punch(range) => write!(f, "Punch({range})"),
+            Self::Zero(range) => write!(f, "Zero({range})"),
+            Self::Commit(transaction) => write!(f, "Commit({})", transaction.ticket.0),
+            Self::StoreDirty(blocks) => {
+                f.write_str("StoreDirty")?;
+                f.debug_list().entries(blocks.iter().map(|block| block.index)).finish()
+            }
+        }
+    }
 }
 
 /// A call and who wants to know.
@@ -45,47 +96,64 @@ pub struct JobDone {
     pub result: Result<(), DiskError>,
 }
 
-/// The worker threads of one disk. Dropping it lets the jobs under way finish and joins the threads.
+/// The worker threads of one disk. Dropping this ends them once the queued jobs are done.
 #[derive(Debug)]
 pub struct DiskWorkers {
-    jobs: Option<Sender<Job>>,
+    jobs: Option<[Sender<Job>; 2]>,
     threads: Vec<JoinHandle<()>>,
     /// Submitted and not yet reported ended.
     open: Cell<usize>,
 }
 
+/// What a worker thread works with.
+struct Bench {
+    volume: usize,
+    disk: Arc<DiskImage>,
+    store: Option<Arc<dyn RecordStore>>,
+    queue: Receiver<Job>,
+    done: Sender<JobDone>,
+    waker: Waker,
+}
+
 impl DiskWorkers {
-    /// Starts the threads.
+    /// Starts the threads. Results go to `done`, after which `waker` rings.
     ///
     /// # Errors
     /// When the system gives no thread.
     pub fn start(
         volume: usize,
         disk: &Arc<DiskImage>,
+        store: Option<&Arc<dyn RecordStore>>,
         done: &Sender<JobDone>,
         waker: &Waker,
     ) -> std::io::Result<Self> {
         let (jobs, queue) = crossbeam_channel::unbounded();
+        let (stores, store_queue) = crossbeam_channel::unbounded();
+        let named = |n: usize| (format!("disk-{volume}.{n}"), &queue);
+        let of_record = store.map(|_| (format!("record-{volume}"), &store_queue));
         let mut threads = Vec::new();
-        for n in 0..DISK_WORKERS {
-            let (disk, queue, done, waker) = (Arc::clone(disk), queue.clone(), done.clone(), waker.clone());
-            let name = format!("disk-{volume}.{n}");
-            threads.push(
-                std::thread::Builder::new()
-                    .name(name)
-                    .spawn(move || work(volume, &disk, &queue, &done, &waker))?,
-            );
+        for (name, queue) in (0..DISK_WORKERS).map(named).chain(of_record) {
+            let bench = Bench {
+                volume,
+                disk: Arc::clone(disk),
+                store: store.cloned(),
+                queue: queue.clone(),
+                done: done.clone(),
+                waker: waker.clone(),
+            };
+            threads.push(std::thread::Builder::new().name(name).spawn(move || bench.work())?);
         }
-        Ok(Self { jobs: Some(jobs), threads, open: Cell::new(0) })
+        Ok(Self { jobs: Some([jobs, stores]), threads, open: Cell::new(0) })
     }
 
     /// No threads: whoever holds the receiver makes the calls, when and in what order it likes, and hands the results to
-    /// the volume itself. For simulations, where a thread would spoil that a run repeats.
+    /// the volume itself. For simulations, where a thread would spoil that a run repeats. Stores of the record are among
+    /// them.
     #[doc(hidden)]
     #[must_use]
     pub fn by_hand() -> (Self, Receiver<Job>) {
         let (jobs, queue) = crossbeam_channel::unbounded();
-        (Self { jobs: Some(jobs), threads: Vec::new(), open: Cell::new(0) }, queue)
+        (Self { jobs: Some([jobs.clone(), jobs]), threads: Vec::new(), open: Cell::new(0) }, queue)
     }
 
     /// The result of a job was taken.
@@ -105,7 +173,9 @@ impl DiskWorkers {
     /// When the workers are gone, which they are only after drop.
     pub fn submit(&self, job: Job) {
         self.open.set(self.open.get() + 1);
-        self.jobs.as_ref().expect("until drop").send(job).expect("the workers live as long as this");
+        let [of_disk, of_record] = self.jobs.as_ref().expect("until drop");
+        let queue = if job.kind.is_of_record() { of_record } else { of_disk };
+        queue.send(job).expect("the workers live as long as this");
     }
 }
 
@@ -119,16 +189,14 @@ impl Drop for DiskWorkers {
     }
 }
 
-fn work(volume: usize, disk: &DiskImage, queue: &Receiver<Job>, done: &Sender<JobDone>, waker: &Waker) {
-    for job in queue {
-        let result = match job.kind {
-            JobKind::Flush => disk.flush(),
-            JobKind::Punch(range) => disk.punch(range),
-            JobKind::Zero(range) => disk.zero(range),
-        };
-        if done.send(JobDone { volume, kind: job.kind, token: job.token, result }).is_err() {
-            return;
+impl Bench {
+    fn work(self) {
+        for Job { kind, token } in &self.queue {
+            let result = kind.carry_out(&self.disk, self.store.as_deref());
+            if self.done.send(JobDone { volume: self.volume, kind, token, result }).is_err() {
+                return;
+            }
+            self.waker.wake();
         }
-        waker.wake();
     }
 }

@@ -270,6 +270,20 @@ impl Pipeline {
         Seq(self.next_seq.0 - 1) > self.peer_durable
     }
 
+    /// Whether everything that landed is on stable storage here and on the peer of the present session.
+    #[must_use]
+    pub fn is_durable_on_both(&self) -> bool {
+        self.peer == Peer::Live
+            && self.window.is_empty()
+            && self.local_durable >= self.landings
+            && !self.peer_lags_durably()
+    }
+
+    /// Every change whose range is still locked.
+    pub fn for_each_unreleased(&self, tell: impl FnMut(ByteRange)) {
+        self.window.iter().map(|entry| entry.change.range).for_each(tell);
+    }
+
     fn is_held(&self) -> bool {
         self.on_loss == OnPeerLoss::Freeze
             && self.peer != Peer::Alone

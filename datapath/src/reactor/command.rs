@@ -9,7 +9,7 @@ use crate::front::queue::QueueServer;
 use crate::transport::Link;
 use crate::units::{AckLevel, Epoch, OnPeerLoss};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// A volume as the reactor is given it. It serves nobody until told to.
 #[derive(Debug)]
@@ -250,4 +250,22 @@ pub struct VolumeCounters {
     pub changes_applied: AtomicU64,
     /// Links closed because the peer broke the protocol.
     pub violations: AtomicU64,
+    /// Bytes that the background copy under way, or the last one, set out to copy.
+    pub resync_total_bytes: AtomicU64,
+    /// Bytes of them that the peer has applied.
+    pub resync_done_bytes: AtomicU64,
+    /// Bytes of payload posted to the peer, the background copy's included.
+    pub bytes_posted: AtomicU64,
+    /// Bytes of payload that the background copy posted.
+    pub resync_bytes_posted: AtomicU64,
+}
+
+impl VolumeCounters {
+    /// Payload went to the peer.
+    pub(crate) fn posted(&self, bytes: u64, by_copy: bool) {
+        self.bytes_posted.fetch_add(bytes, Ordering::Relaxed);
+        if by_copy {
+            self.resync_bytes_posted.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
 }

@@ -144,7 +144,7 @@ impl Reactor {
         let now = Instant::now();
         let mut made = Vec::with_capacity(volumes.len());
         for (index, spec) in volumes.into_iter().enumerate() {
-            let workers = DiskWorkers::start(index, &spec.disk, &done, &waker)?;
+            let workers = DiskWorkers::start(index, &spec.disk, spec.record.store.as_ref(), &done, &waker)?;
             made.push(Volume::new(index, spec, workers, now));
         }
         let counters = made.iter().map(Volume::counters).collect();

@@ -19,10 +19,11 @@
 //! Failures survived: a page, a range or all of the disk lost at any moment. Lost with it: writes whose bytes were on
 //! such a page and nowhere else. Not survived: the loss of the peer as well, which ends the service.
 
+use super::checkpoint::Quiesce;
 use super::{Origin, Outgoing, Request, Volume};
 use crate::access::Access;
 use crate::disk::image::DiskImage;
-use crate::disk::record::Record;
+use crate::disk::record::{Admit, Record, Touched};
 use crate::error::Violation;
 use crate::limits::{
     DETACH_S_MAX, DISKLESS_MEMORY_LEN, DISKLESS_RANGES_MAX, FETCHES_MAX, PAYLOAD_LEN_MAX, READ_REPLY_LEN_MAX,
@@ -112,7 +113,7 @@ impl Volume {
             State::Failing | State::Agreed => true,
             State::Gone => false,
             State::Sound => {
-                let serves = self.serving && !self.quiescing && !self.disk_failure_told;
+                let serves = self.serving && self.quiesce == Quiesce::No && !self.disk_failure_told;
                 let in_sync = self.source && self.resync.is_none() && self.pipeline.peer_in_sync();
                 let linked = self.link.is_some() && !self.link_distrusted;
                 serves && in_sync && linked && self.disk.is_detachable()
@@ -201,12 +202,43 @@ impl Volume {
             let range = request.range;
             self.left_behind(range);
         }
+        let Some(unparked) = self.replace_record() else {
+            return self.disk_lost("more changes are under way than a log has room for");
+        };
         tracing::warn!(volume = %self.name, "going on without a disk: the peer's takes its place");
-        self.record = Record::in_memory(self.disk.size());
         self.diskless.state = State::Gone;
         self.diskless.zeroes = None;
         self.pipeline_event(PipelineEvent::LocalGone);
+        for (token, touched) in unparked {
+            self.unpark(token, touched);
+        }
         self.inflight.resume(&mut self.granted);
+    }
+
+    /// What was on record about the disk went with it: a record that is stored nowhere, and holds up nothing, takes its
+    /// place. Returns the changes that waited for the old one, or `None` if they do not fit.
+    fn replace_record(&mut self) -> Option<Vec<(Token, Touched)>> {
+        let mut record = Record::in_memory(self.disk.size());
+        record.session_began();
+        let let_through: Vec<_> = self.inflight.locked().collect();
+        for (range, token) in let_through {
+            if self.request_mut(token).touched.is_some() {
+                let Admit::Go(touched) = record.touch(token, range) else { return None };
+                self.request_mut(token).touched = Some(touched);
+            }
+        }
+        let mut unparked = Vec::new();
+        for token in self.record.parked() {
+            if let Admit::Go(touched) = record.touch(token, self.request_mut(token).range) {
+                unparked.push((token, touched));
+            }
+        }
+        self.record = record;
+        self.riding = None;
+        for (_, done) in self.marked_all.drain(..) {
+            done(Err("the disk failed".to_owned()));
+        }
+        Some(unparked)
     }
 
     /// The service ends, or the peer's disk is out of reach too: there is nothing to go on with.

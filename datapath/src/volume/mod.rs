@@ -6,10 +6,9 @@
 //! allocates.
 
 use crate::access::Access;
-use crate::disk::bitmap::Bitmap;
 use crate::disk::image::DiskImage;
 use crate::disk::inflight::Inflight;
-use crate::disk::record::Record;
+use crate::disk::record::{Record, Round, Touched};
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
@@ -24,13 +23,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+mod checkpoint;
 mod diskless;
 mod links;
 mod requests;
+mod resync;
 mod session;
 mod switch;
 
 pub use requests::{Begin, NewRequest, Op};
+
+use checkpoint::{MarkedAllWaits, Quiesce};
+use resync::Telling;
 
 /// Token of the flush the pipeline asked for.
 const PIPELINE_FLUSH: Token = Token(u64::MAX);
@@ -40,6 +44,8 @@ const SETTLE_FLUSH_BASE: u64 = 1 << 61;
 const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 /// Token of the change the access side waits for.
 const ACCESS_CHANGE: Token = Token(u64::MAX - 2);
+/// Token of the record's stores.
+const RECORD_JOB: Token = Token(u64::MAX - 3);
 
 /// Who made a request, and so who hears of its end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,9 +71,14 @@ pub enum Origin {
         /// Tells its steps from an earlier copy's.
         serial: u64,
     },
-    /// The flush that ends the background copy number `serial`.
+    /// A flush for the background copy number `serial`.
     ResyncFlush {
         /// Tells it from an earlier copy's, which must not vouch for this one.
+        serial: u64,
+    },
+    /// The flush of the checkpoint number `serial`.
+    Checkpoint {
+        /// As the record numbered it.
         serial: u64,
     },
     /// The flush that ends a quiesce.
@@ -108,6 +119,8 @@ struct Request {
     flags: u8,
     /// Holds its range lock.
     locked: bool,
+    /// How the record let it through.
+    touched: Option<Touched>,
     /// The pipeline has it.
     landed: bool,
     completed: bool,
@@ -135,6 +148,8 @@ enum Outgoing {
         id: u64,
         range: ByteRange,
     },
+    /// The target's marks are on our record.
+    MarksKept,
 }
 
 /// How a session ended.
@@ -154,7 +169,7 @@ pub struct Volume {
     diskless: diskless::Diskless,
     workers: DiskWorkers,
     serving: bool,
-    quiescing: bool,
+    quiesce: Quiesce,
     /// The copy starts no steps from a quiesce to what control makes of it: with a step always under way there would be
     /// nothing to wait for, and afterwards nothing that could be stopped without ending the session.
     copy_paused: bool,
@@ -167,8 +182,15 @@ pub struct Volume {
     granted: Vec<Token>,
     pipeline: Pipeline,
     actions: Vec<Action>,
-    bitmap: Bitmap,
     record: Record,
+    /// The flush that a checkpoint rides on, and its number.
+    riding: Option<(Token, u64)>,
+    /// Stores after which somebody outside hears.
+    marked_all: MarkedAllWaits,
+    /// The store of what the target has marked.
+    map_round: Option<Round>,
+    /// What we have to tell the source of our marks.
+    telling: Option<Telling>,
     resync: Option<Resync>,
     resync_serial: u64,
     /// A request came since the last turn's end; when the last one came; whether that is recent.
@@ -211,7 +233,6 @@ impl Volume {
     /// A volume that serves nobody and has no session.
     #[must_use]
     pub fn new(index: usize, spec: VolumeSpec, workers: DiskWorkers, now: Instant) -> Self {
-        let size = spec.disk.size();
         Self {
             index,
             refusal: format!(
@@ -224,7 +245,7 @@ impl Volume {
             diskless: diskless::Diskless::default(),
             workers,
             serving: false,
-            quiescing: false,
+            quiesce: Quiesce::No,
             copy_paused: false,
             requests: Vec::with_capacity(WINDOW_LEN),
             requests_free: Vec::with_capacity(WINDOW_LEN),
@@ -233,8 +254,11 @@ impl Volume {
             granted: Vec::with_capacity(WINDOW_LEN),
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
-            bitmap: Bitmap::new(size),
             record: spec.record,
+            riding: None,
+            marked_all: Vec::new(),
+            map_round: None,
+            telling: None,
             resync: None,
             resync_serial: 0,
             client_came: false,
@@ -284,13 +308,13 @@ impl Volume {
     /// Why new clients are turned away, if they are.
     #[must_use]
     pub fn refusal(&self) -> Option<&str> {
-        if self.serving && !self.quiescing { None } else { Some(&self.refusal) }
+        if self.serving && self.quiesce == Quiesce::No { None } else { Some(&self.refusal) }
     }
 
     /// Serves clients from now on. A quiesce that was under way is given up and reports nothing any more.
     pub fn serve(&mut self) {
         self.serving = true;
-        self.quiescing = false;
+        self.quiesce = Quiesce::No;
         self.copy_paused = false;
         for request in self.requests.iter_mut().flatten().filter(|r| r.origin == Origin::Quiesce) {
             // Its flush may end long after: that must not vouch for the next quiesce.
@@ -306,7 +330,7 @@ impl Volume {
     /// Fails what is under way and turns clients away. The caller closes their connections.
     pub fn stop_serving(&mut self) {
         self.serving = false;
-        self.quiescing = false;
+        self.quiesce = Quiesce::No;
         self.end_diskless();
         self.fail_all(IoError::NotPrimary);
         self.copy_paused = false;
@@ -314,15 +338,8 @@ impl Volume {
 
     /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
     pub fn quiesce(&mut self) {
-        self.quiescing = true;
+        self.quiesce = Quiesce::Draining;
         self.copy_paused = true;
-    }
-
-    /// Marks the whole disk dirty, on record.
-    pub fn mark_all(&mut self, done: Box<dyn FnOnce(Result<(), String>) + Send>) {
-        let _ = self.record.dirty.set_all();
-        self.bitmap.set_all();
-        done(Ok(()));
     }
 
     /// The peer's absence is on record.
@@ -345,6 +362,7 @@ impl Volume {
             self.disk_failed(&error.to_string());
         }
         match done.token {
+            RECORD_JOB => self.record.job_done(&done.kind, failed),
             PIPELINE_FLUSH if !failed => self.pipeline_event(crate::mirror::pipeline::Event::FlushedLocal),
             ACCESS_CHANGE => self.access_job_done(failed),
             PIPELINE_FLUSH => {}
@@ -400,7 +418,8 @@ impl Volume {
         }
         let busy = Duration::from_millis(CLIENTS_BUSY_MS);
         self.clients_busy = self.last_client.is_some_and(|at| now.duration_since(at) < busy);
-        self.step_resync();
+        self.tend_record(now);
+        self.step_resync(now);
         self.end_quiesce();
         if self.disk.is_failed() {
             self.disk_failed(
@@ -415,23 +434,9 @@ impl Volume {
         self.publish();
     }
 
-    fn end_quiesce(&mut self) {
-        if self.quiescing
-            && self.receiving == 0
-            && self.pipeline.in_flight() == 0
-            && self.inflight.waiting_len() == 0
-        {
-            // Said once: the flush itself is now under way and counts as such.
-            self.quiescing = false;
-            self.serving = false;
-            let token = self.add_request(Request::flush(Origin::Quiesce));
-            self.pipeline_event(crate::mirror::pipeline::Event::FlushBackground(token));
-        }
-    }
-
     fn publish(&self) {
         let c = &self.counters;
-        c.dirty_bytes.store(self.bitmap.dirty_bytes(), Ordering::Relaxed);
+        c.dirty_bytes.store(self.record.dirty.dirty_bytes(), Ordering::Relaxed);
         c.in_flight.store(self.pipeline.in_flight() as u64, Ordering::Relaxed);
         c.frozen.store(
             self.serving && self.pipeline.in_flight() > 0 && self.pipeline.is_frozen(),
@@ -439,8 +444,12 @@ impl Volume {
         );
         c.resyncing.store(self.resync.is_some(), Ordering::Relaxed);
         if let Some(resync) = &self.resync {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=10000")]
-            c.resync_percent_x100.store((resync.percent(&self.bitmap) * 100.0) as u64, Ordering::Relaxed);
+            let (total, done) = resync.progress();
+            c.resync_total_bytes.store(total, Ordering::Relaxed);
+            c.resync_done_bytes.store(done, Ordering::Relaxed);
+            let percent = u128::from(done) * 10_000 / u128::from(total.max(1));
+            let percent = if total == 0 { 0 } else { u64::try_from(percent).expect("10,000 at most") };
+            c.resync_percent_x100.store(percent, Ordering::Relaxed);
         }
     }
 
@@ -461,7 +470,7 @@ impl Volume {
                 }
                 Action::Release(change) => self.released(change),
                 Action::Complete(token) => self.completed(token),
-                Action::MarkDirty(range) => self.bitmap.set(range),
+                Action::MarkDirty(range) => self.record.mark(range),
                 Action::AskAlone => self.events.push(Event::AskAlone { volume: self.index }),
             }
         }
@@ -473,6 +482,10 @@ impl Volume {
         let request = self.request_mut(change.token);
         request.locked = false;
         let (origin, completed) = (request.origin, request.completed);
+        let touched = request.touched.take();
+        if let Some(touched) = touched {
+            self.record.written(change.token, change.range, touched);
+        }
         if change.kind == Kind::Write {
             self.passed_through(change.range);
         }
@@ -480,7 +493,7 @@ impl Volume {
             if serial == self.resync_serial
                 && let Some(resync) = &mut self.resync
             {
-                resync.applied(change.range, &mut self.bitmap);
+                resync.applied(change.range);
             }
             // A step that a session's end cut off is never completed.
             if !completed && self.resync.is_none() {
@@ -504,14 +517,14 @@ impl Volume {
         if matches!(op, Op::Change(_)) && !matches!(origin, Origin::Resync { .. }) {
             self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
         }
+        if op == Op::Flush {
+            self.flush_ended(token);
+        }
         match origin {
             Origin::Resync { .. } | Origin::Nobody => {}
-            Origin::ResyncFlush { serial } => {
-                if self.resync.is_some() && serial == self.resync_serial {
-                    self.events.push(Event::ResyncDone { volume: self.index });
-                }
-            }
-            Origin::Quiesce => self.events.push(Event::Quiesced { volume: self.index }),
+            Origin::Checkpoint { serial } => self.record.flushed(serial),
+            Origin::ResyncFlush { serial } => self.copy_flushed(serial),
+            Origin::Quiesce => self.quiesce = Quiesce::Settling,
             Origin::Nbd { .. } | Origin::Queue { .. } => {
                 self.notices.push(Notice::Done { origin, result });
             }
@@ -535,6 +548,9 @@ impl Volume {
         self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
         self.close_link(crate::transport::DownReason::Local("the local disk failed"));
         self.fail_all(IoError::DiskFailed);
+        for (_, done) in self.marked_all.drain(..) {
+            done(Err(error.to_owned()));
+        }
     }
 
     /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
@@ -545,13 +561,19 @@ impl Volume {
             // Numbers were given out that will never be posted, and the copy counts on steps that never end.
             self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
         }
+        self.fail_parked(error);
         self.pipeline.abandon(&mut tokens, &mut locked);
         self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
-            self.bitmap.set(change.range);
+            self.record.mark(change.range);
             self.inflight.release(change.token, change.range.start, &mut self.granted);
-            self.request_mut(change.token).locked = false;
-            if self.request_mut(change.token).completed {
+            let request = self.request_mut(change.token);
+            request.locked = false;
+            let (touched, completed) = (request.touched.take(), request.completed);
+            if let Some(touched) = touched {
+                self.record.written(change.token, change.range, touched);
+            }
+            if completed {
                 self.drop_request(change.token);
             }
         }
@@ -608,7 +630,24 @@ impl Request {
             range: ByteRange::new(0, 0),
             flags: 0,
             locked: false,
+            touched: None,
             landed: true,
+            completed: false,
+            received: 0,
+            lost: false,
+        }
+    }
+
+    fn change_of(origin: Origin, kind: Kind, range: ByteRange, flags: u8) -> Self {
+        let op = Op::Change(kind);
+        Self {
+            origin,
+            op,
+            range,
+            flags,
+            locked: false,
+            touched: None,
+            landed: false,
             completed: false,
             received: 0,
             lost: false,

@@ -1,13 +1,12 @@
-//! The front ends' side of a volume: admission, landing and the background copy's steps.
+//! The front ends' side of a volume: admission, the record's word, landing.
 
+use super::checkpoint::Quiesce;
 use super::{Notice, Origin, Request, Volume};
-use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
+use crate::disk::record::Admit;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
-use crate::limits::RESYNC_READ_AHEAD_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::mirror::resync::Resync;
 use crate::units::{ByteRange, Token};
 use crate::wire::{Kind, flags};
 
@@ -56,7 +55,7 @@ pub enum Begin {
 impl Volume {
     /// Starts a request.
     pub fn begin(&mut self, new: NewRequest) -> Begin {
-        if !self.serving || self.quiescing {
+        if !self.serving || self.quiesce != Quiesce::No {
             return Begin::Failed(IoError::NotPrimary);
         }
         if self.disk.is_failed() && !self.outlives_failure() {
@@ -68,6 +67,7 @@ impl Volume {
         self.client_came = true;
         if new.op == Op::Flush {
             let token = self.add_request(Request::flush(new.origin));
+            self.ride_on_flush(token);
             self.pipeline_event(PipelineEvent::Flush(token));
             return Begin::Go(token);
         }
@@ -79,6 +79,7 @@ impl Volume {
             range: new.range,
             flags: if new.fua { flags::FUA } else { 0 },
             locked: false,
+            touched: None,
             landed: false,
             completed: false,
             received: 0,
@@ -90,10 +91,8 @@ impl Volume {
                 self.fetch(token);
                 Begin::Waits(token)
             }
-            Admission::Granted => {
-                self.start(token);
-                Begin::Go(token)
-            }
+            Admission::Granted if self.start(token) => Begin::Go(token),
+            Admission::Granted => Begin::Waits(token),
             Admission::Waits => Begin::Waits(token),
             Admission::Full => {
                 self.drop_request(token);
@@ -139,9 +138,9 @@ impl Volume {
     pub fn landed(&mut self, token: Token) {
         self.receiving -= 1;
         if !self.serving {
-            self.unlock_and_fail(token, IoError::NotPrimary);
+            self.give_up_change(token, IoError::NotPrimary);
         } else if self.request_mut(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
-            self.unlock_and_fail(token, IoError::DiskFailed);
+            self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
         }
@@ -161,6 +160,12 @@ impl Volume {
             self.request_mut(token).origin = Origin::Nobody;
             return;
         }
+        if self.record.give_up(token) {
+            let start = self.request_mut(token).range.start;
+            self.inflight.release(token, start, &mut self.granted);
+            self.drop_request(token);
+            return;
+        }
         self.inflight.cancel(token, &mut self.granted);
         // It may have been granted in this very turn.
         if let Some(at) = self.granted.iter().position(|t| *t == token) {
@@ -177,7 +182,7 @@ impl Volume {
         self.read_done(token);
     }
 
-    fn unlock_and_fail(&mut self, token: Token, error: IoError) {
+    pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {
         let start = self.request_mut(token).range.start;
         self.inflight.release(token, start, &mut self.granted);
         self.fail(token, error);
@@ -191,26 +196,44 @@ impl Volume {
         self.pipeline_event(PipelineEvent::Landed(change));
     }
 
-    /// The range is ours: do what needs no client.
-    fn start(&mut self, token: Token) {
+    /// The range is ours: do what needs no client. False when the change is parked until it is on record.
+    pub(super) fn start(&mut self, token: Token) -> bool {
+        let request = self.request_mut(token);
+        let (range, op, origin) = (request.range, request.op, request.origin);
+        if !matches!(op, Op::Change(_)) {
+            return true;
+        }
+        request.locked = true;
+        if matches!(origin, Origin::Resync { .. }) {
+            self.hand_over(token);
+            return true;
+        }
+        match self.record.touch(token, range) {
+            Admit::Go(touched) => {
+                self.request_mut(token).touched = Some(touched);
+                self.make(token);
+                true
+            }
+            Admit::Parked => false,
+        }
+    }
+
+    /// The change may be made: makes it, but for a write, whose bytes the client brings.
+    pub(super) fn make(&mut self, token: Token) {
         let request = self.request_mut(token);
         let (range, op) = (request.range, request.op);
-        let Op::Change(kind) = op else { return };
-        request.locked = true;
-        if matches!(request.origin, Origin::Resync { .. }) {
-            self.hand_over(token);
-            return;
-        }
         self.receiving += 1;
-        match kind {
-            Kind::Write => {}
-            _ if self.disk.is_detached() => self.landed(token),
-            Kind::WriteZeroes if range.len <= ZERO_IN_PLACE_LEN_MAX => {
+        match op {
+            Op::Change(Kind::Write) => {}
+            Op::Change(_) if self.disk.is_detached() => self.landed(token),
+            Op::Change(Kind::WriteZeroes) if range.len <= ZERO_IN_PLACE_LEN_MAX => {
                 self.disk.span(range).fill_zero();
                 self.landed(token);
             }
-            Kind::WriteZeroes => self.workers.submit(Job { kind: JobKind::Zero(range), token }),
-            Kind::Trim => self.workers.submit(Job { kind: JobKind::Punch(range), token }),
+            Op::Change(Kind::WriteZeroes) => {
+                self.workers.submit(Job { kind: JobKind::Zero(range), token });
+            }
+            Op::Change(Kind::Trim) => self.workers.submit(Job { kind: JobKind::Punch(range), token }),
             other => panic!("{other:?} is not a change"),
         }
     }
@@ -218,7 +241,7 @@ impl Volume {
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
         if failed && !self.outlives_failure() {
             self.receiving -= 1;
-            self.unlock_and_fail(token, IoError::DiskFailed);
+            self.give_up_change(token, IoError::DiskFailed);
         } else {
             // The peer can do it all the same: nothing of it comes from this disk.
             self.landed(token);
@@ -237,12 +260,12 @@ impl Volume {
                     self.drop_request(token);
                     continue;
                 }
-                self.start(token);
                 if request.op == Op::Read && self.reads_from_peer() {
                     self.fetch(token);
                     continue;
                 }
-                if matches!(request.op, Op::Read | Op::Change(Kind::Write))
+                if self.start(token)
+                    && matches!(request.op, Op::Read | Op::Change(Kind::Write))
                     && !matches!(request.origin, Origin::Resync { .. })
                 {
                     self.notices.push(Notice::Granted { origin: request.origin, token });
@@ -253,115 +276,5 @@ impl Volume {
                 return;
             }
         }
-    }
-
-    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
-    /// is still one. A client may have written there while the step waited; the step is then planned anew.
-    fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
-        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
-            return false;
-        };
-        let range = request.range;
-        if request.op == Op::Change(Kind::Write) {
-            return true;
-        }
-        let extent = self.disk.extent_at(range.start, range.end());
-        let holds = extent.hole && extent.range.len == range.len;
-        if !holds {
-            resync.untake(range);
-        }
-        holds
-    }
-
-    pub(super) fn step_resync(&mut self) {
-        if self.copy_paused && !self.pipeline.waits_for_copy() {
-            return;
-        }
-        loop {
-            let Some(resync) = &mut self.resync else { return };
-            let Some(dirty) = resync.next(&self.bitmap, self.clients_busy) else { break };
-            let extent = resync.known_data(dirty).map_or_else(
-                || self.disk.extent_at(dirty.start, dirty.end()),
-                |range| Extent { range, hole: false },
-            );
-            if !extent.hole {
-                resync.found_data(extent.range);
-            }
-            let (kind, range) = plan_step(dirty, extent.range.len, extent.hole, self.disk.is_sparse());
-            resync.took(range);
-            if kind == Kind::Write {
-                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
-                self.disk.read_ahead(ahead);
-            }
-            let origin = Origin::Resync { serial: self.resync_serial };
-            let token = self.add_request(Request {
-                origin,
-                op: Op::Change(kind),
-                range,
-                flags: flags::RESYNC,
-                locked: false,
-                landed: false,
-                completed: false,
-                received: 0,
-                lost: false,
-            });
-            match self.inflight.request(token, range, Access::Change) {
-                Admission::Granted => self.start(token),
-                Admission::Waits => {}
-                // The table is full of clients' requests: copy on when there is room.
-                Admission::Full => {
-                    self.drop_request(token);
-                    let resync = self.resync.as_mut().expect("checked above");
-                    resync.untake(range);
-                    return;
-                }
-            }
-        }
-        if let Some(resync) = &mut self.resync
-            && resync.take_flush(&self.bitmap)
-        {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
-            self.pipeline_event(PipelineEvent::FlushBackground(token));
-        }
-    }
-}
-
-/// One step of the copy over the start of `dirty`, of which the first `extent_len` bytes are a hole or are not. Steps end
-/// on the bitmap's grain. A hole goes as a range without payload; where this disk has all its blocks allocated, the
-/// peer's keeps its blocks too.
-fn plan_step(dirty: ByteRange, extent_len: u64, hole: bool, sparse: bool) -> (Kind, ByteRange) {
-    let grain = crate::limits::DIRTY_GRAIN_LEN;
-    let whole = if extent_len >= dirty.len { dirty.len } else { extent_len / grain * grain };
-    if hole && whole > 0 {
-        let kind = if sparse { Kind::Trim } else { Kind::WriteZeroes };
-        return (kind, ByteRange::new(dirty.start, whole));
-    }
-    let data_len = if hole { grain } else { extent_len.next_multiple_of(grain) };
-    (Kind::Write, Resync::chunk(ByteRange::new(dirty.start, data_len.min(dirty.len))))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNK_LEN};
-
-    #[test]
-    fn steps_follow_holes_and_keep_to_the_grain() {
-        let dirty = ByteRange::new(G, 100 * G);
-        assert_eq!(plan_step(dirty, 100 * G, true, true), (Kind::Trim, dirty));
-        assert_eq!(plan_step(dirty, 2 * G + 1, true, false), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
-        assert_eq!(
-            plan_step(dirty, G - 1, true, true),
-            (Kind::Write, ByteRange::new(G, G)),
-            "less than a grain"
-        );
-        assert_eq!(plan_step(dirty, 1, false, true), (Kind::Write, ByteRange::new(G, G)));
-        assert_eq!(plan_step(dirty, 50 * G, false, true), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
-        let tail = ByteRange::new(G, 100);
-        assert_eq!(
-            plan_step(tail, 100, true, true),
-            (Kind::Trim, tail),
-            "the disk's end need not fill a grain"
-        );
     }
 }

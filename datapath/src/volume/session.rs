@@ -1,6 +1,7 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
 use super::diskless::{Diskless, post_reply};
+use super::resync::Telling;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::image::DiskImage;
@@ -60,9 +61,11 @@ impl Volume {
             // What the peer asked of our disk, it asked as what it is no more.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         }
+        self.telling = None;
         if self.source {
             self.source = false;
             self.resync = None;
+            self.end_source_record();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
@@ -83,17 +86,18 @@ impl Volume {
                 self.source = true;
                 self.resync_serial += 1;
                 if resync {
-                    self.bitmap.set_all();
-                    self.resync = Some(Resync::new(&self.bitmap));
+                    self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len()));
                 } else {
-                    self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                    self.record.clear_all();
                 }
+                self.record.session_began();
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
             }
-            Direction::Target { .. } => {
+            Direction::Target { resync } => {
                 self.session_serial += 1;
                 self.access = Some(Access::new(epoch, self.disk.size()));
-                self.bitmap.clear(crate::units::ByteRange::new(0, self.disk.size()));
+                self.begin_target_record();
+                self.telling = resync.then_some(Telling::From(0));
             }
             Direction::Idle => {}
         }
@@ -239,6 +243,7 @@ impl Volume {
                 self.events.push(Event::PeerMessage { volume, code, arg });
                 Ok(())
             }
+            Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
             Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Read => self.read_asked(header),
             Kind::ReadReply | Kind::Write | Kind::WriteZeroes | Kind::Trim => {
@@ -332,6 +337,10 @@ impl Volume {
         self.arrived.clear();
         self.outbox.clear();
         self.resync = None;
+        self.telling = None;
+        if self.source {
+            self.end_source_record();
+        }
         self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
         if self.access_job.is_none() {
             self.report_link_end();
@@ -358,7 +367,7 @@ impl Volume {
             volume: self.index,
             reason,
             undurable,
-            dirty: self.bitmap.dirty_bytes() > 0,
+            dirty: self.record.is_dirty(),
         });
     }
 
@@ -395,13 +404,19 @@ impl Volume {
                     let at = usize::try_from(change.token.0).expect("a token is an index");
                     let request = self.requests[at].as_mut().expect("what is posted is a request");
                     let diskless = outlives.then_some(&mut self.diskless);
-                    post(link.as_mut(), &self.disk, self.epoch, *seq, *change, request, diskless)
+                    let posted =
+                        post(link.as_mut(), &self.disk, self.epoch, *seq, *change, request, diskless);
+                    if posted && change.kind == Kind::Write {
+                        self.counters.posted(change.range.len, change.flags & flags::RESYNC != 0);
+                    }
+                    posted
                 }
                 Outgoing::Flush(seq) => {
                     let mut header = Header::new(Kind::Flush, self.epoch);
                     header.seq = *seq;
                     link.send(header).is_ok()
                 }
+                Outgoing::MarksKept => link.send(Header::new(Kind::DirtyKept, self.epoch)).is_ok(),
                 Outgoing::Control { code, arg } => {
                     let mut header = Header::new(Kind::Control, self.epoch);
                     header.aux = *code;
@@ -433,6 +448,10 @@ impl Volume {
                 access.untake_ack();
             }
             sent = true;
+        }
+        if let Some(telling) = &mut self.telling {
+            // Behind the ack, so that a long map does not take its place in the queue.
+            sent |= telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
         }
         link.kick();
         if sent {

@@ -42,7 +42,8 @@ impl Node {
 
     fn with_disk(disk: Arc<DiskImage>, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
-        let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
+        let workers =
+            DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
         let spec =
             VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
         let volume = Volume::new(0, spec, workers, Instant::now());
@@ -139,11 +140,20 @@ impl Pair {
         pair
     }
 
+    /// With `resync` as control does it where the disks may differ anywhere.
     fn connect(&mut self, resync: bool) {
+        if resync {
+            self.a.volume.mark_all(Box::new(|result| result.expect("marked")));
+        }
+        self.join(resync);
+    }
+
+    /// A session; with `resync` a copy of what either has marked.
+    fn join(&mut self, resync: bool) {
         let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
         let now = Instant::now();
         self.a.volume.attach(Box::new(here), Direction::Source { resync }, self.epoch, now);
-        self.b.volume.attach(Box::new(there), Direction::Target { resync: false }, self.epoch, now);
+        self.b.volume.attach(Box::new(there), Direction::Target { resync }, self.epoch, now);
     }
 
     fn turn(&mut self) {
@@ -288,7 +298,7 @@ fn the_copy_makes_a_foreign_disk_equal_says_so_once_and_then_no_more() {
     pair.until_told(1);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.bitmap.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "once");
     pair.until("its last word as durable", |pair| {
         if !pair.a.volume.pipeline.peer_lags_durably() {
@@ -333,8 +343,7 @@ fn a_hole_that_a_client_fills_while_the_copy_waits_for_it_is_not_punched_on_the_
     let range = ByteRange::new(70_000, 5000);
     let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
     pair.connect(true);
-    pair.turn();
-    assert_eq!(pair.a.volume.inflight.waiting_len(), 1, "the copy's step over the hole waits");
+    pair.until("the copy's step over the hole", |pair| pair.a.volume.inflight.waiting_len() == 1);
     pair.a.fill(range, 4);
     pair.a.volume.landed(token);
     pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
@@ -377,7 +386,7 @@ fn a_copy_does_not_hold_up_a_quiesce_and_goes_on_after_the_service_ended() {
     pair.turn();
     pair.a.volume.quiesce();
     pair.until("the quiesce", |pair| pair.a.saw(|e| matches!(e, Event::Quiesced { .. })));
-    assert!(pair.a.volume.bitmap.dirty_bytes() > 0, "the copy's end was waited for");
+    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "the copy's end was waited for");
     for _ in 0..10 {
         pair.turn();
     }

@@ -231,13 +231,10 @@ impl World {
     pub(super) fn call_ends(&mut self, at: usize, call: u64) {
         let Some(Calling { job, begun }) = self.live(at).calls.remove(&call) else { return };
         let image = std::sync::Arc::clone(&self.nodes[at].disk.image);
-        let result = match job.kind {
-            JobKind::Flush => image.flush().inspect(|()| {
-                self.nodes[at].disk.end_flush(&begun.expect("a flush"));
-            }),
-            JobKind::Punch(range) => image.punch(range),
-            JobKind::Zero(range) => image.zero(range),
-        };
+        let result = job.kind.carry_out(&image, None);
+        if matches!(job.kind, JobKind::Flush) && result.is_ok() {
+            self.nodes[at].disk.end_flush(&begun.expect("a flush"));
+        }
         let result = if std::mem::take(&mut self.nodes[at].call_fails) && result.is_ok() {
             image.fail();
             Err(DiskError::Poisoned { path: "simulated".into() })

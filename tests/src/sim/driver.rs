@@ -400,6 +400,11 @@ impl World {
     }
 
     /// Hands the reactor a command; it takes it up a little later.
+    /// Whether the session brings the node at `at` what it lacks.
+    fn is_sync_target(&mut self, at: usize) -> bool {
+        self.driver(at).controller.status().connection == Connection::SyncTarget
+    }
+
     fn send(&mut self, at: usize, command: Command) {
         let due = self.now() + self.rng.below(self.config.control_delay);
         let commands = &mut self.live(at).commands;
@@ -431,10 +436,8 @@ impl World {
             Action::StartSession { side, serve, epoch } => self.start_session(at, side, serve, epoch)?,
             Action::AdoptEpoch(epoch) => {
                 self.driver(at).epoch = epoch;
-                self.send(
-                    at,
-                    Command::Direct { volume, direction: Direction::Target { resync: false }, epoch },
-                );
+                let direction = Direction::Target { resync: self.is_sync_target(at) };
+                self.send(at, Command::Direct { volume, direction, epoch });
             }
             Action::Serve { epoch } => {
                 self.driver(at).epoch = epoch;
@@ -451,10 +454,8 @@ impl World {
                     && self.driver(at).controller.status().connection != Connection::SyncSource
                 {
                     let epoch = self.driver(at).epoch;
-                    self.send(
-                        at,
-                        Command::Direct { volume, direction: Direction::Target { resync: false }, epoch },
-                    );
+                    let direction = Direction::Target { resync: self.is_sync_target(at) };
+                    self.send(at, Command::Direct { volume, direction, epoch });
                 }
             }
             Action::GoAlone => self.send(at, Command::GoAlone { volume }),
@@ -515,8 +516,11 @@ impl World {
             }
             let direction = match side {
                 SessionSide::Source { resync } => Direction::Source { resync },
-                SessionSide::Target => Direction::Target { resync: false },
+                SessionSide::Target => Direction::Target { resync: self.is_sync_target(at) },
             };
+            if side == (SessionSide::Source { resync: true }) {
+                self.send(at, Command::MarkAll { volume, done: Box::new(|_| ()) });
+            }
             self.sessions += 1;
             if both {
                 self.check_session()?;

@@ -242,8 +242,11 @@ impl VolumeTask {
             Ok(link) => {
                 let direction = match side {
                     SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target { resync: false },
+                    SessionSide::Target => Direction::Target { resync: self.is_sync_target() },
                 };
+                if side == (SessionSide::Source { resync: true }) {
+                    self.send(Command::MarkAll { volume, done: Box::new(|_| ()) });
+                }
                 self.send(Command::Session { volume, link, direction, epoch });
             }
             Err(error) => {

@@ -201,8 +201,7 @@ fn a_copy_cut_off_by_a_change_of_roles_leaves_nothing() {
     let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
     pair.a.fill(ByteRange::new(0, SIZE), 3);
     pair.connect(true);
-    pair.a.turn();
-    assert!(pair.a.volume.inflight.locked_len() > 0, "steps are under way");
+    pair.until("the copy's steps", |pair| pair.a.volume.inflight.locked_len() > 0);
     pair.a.volume.direct(Direction::Idle, Epoch(2));
     pair.a.assert_nothing_left();
 }
@@ -251,7 +250,7 @@ fn service_that_ends_answers_everyone_once() {
     }
     assert_eq!(pair.a.begin(7, Op::Read, grains(0, 1), false), Begin::Failed(IoError::NotPrimary));
     pair.a.assert_nothing_left();
-    assert!(pair.a.volume.bitmap.dirty_bytes() > 0, "what was given up may stand here and not there");
+    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "what was given up may stand here and not there");
 }
 
 #[test]

@@ -191,9 +191,12 @@ impl Load {
 
 impl Pair {
     pub(super) fn attach(&mut self, (here, there): Ends, resync: bool) {
+        if resync {
+            self.a.volume.mark_all(Box::new(|result| result.expect("marked")));
+        }
         let now = Instant::now();
         self.a.volume.attach(here, Direction::Source { resync }, self.epoch, now);
-        self.b.volume.attach(there, Direction::Target { resync: false }, self.epoch, now);
+        self.b.volume.attach(there, Direction::Target { resync }, self.epoch, now);
     }
 
     fn switch(&mut self, (here, there): Ends, serial: u64) {

@@ -39,7 +39,7 @@ fn connected(now: Instant) -> (UnixStream, Connection) {
 fn waiting_volume() -> Volume {
     let disk = DiskImage::memory("test", SIZE).expect("memory");
     let (done, _) = crossbeam_channel::unbounded();
-    let workers = DiskWorkers::start(0, &disk, &done, &Waker::new().expect("bell")).expect("threads");
+    let workers = DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
     let spec =
         VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };

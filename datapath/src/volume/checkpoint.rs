@@ -1,0 +1,185 @@
+//! A volume's record at work: checkpoints, stores, parked changes, and what happens to it when sessions and service end.
+//!
+//! What to store and when is [`crate::disk::record::Record`]'s to say; here it meets the pipeline, which flushes both
+//! disks, and the worker threads.
+//!
+//! Invariants: before control hears that a session has ended, all that the peer may lack is marked; a quiesce is reported
+//! only when both disks are flushed and the record is settled.
+
+use super::{Notice, Origin, RECORD_JOB, Request, Volume};
+use crate::disk::record::{Round, Touched};
+use crate::disk::worker::Job;
+use crate::error::IoError;
+use crate::limits::IDLE_RETIRE_MS;
+use crate::mirror::pipeline::Event as PipelineEvent;
+use crate::reactor::command::Event;
+use crate::transport::DownReason;
+use crate::units::Token;
+use crate::wire::Kind;
+use std::time::{Duration, Instant};
+
+use super::requests::Op;
+
+/// How far a quiesce is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Quiesce {
+    /// None was asked for.
+    No,
+    /// What is under way ends.
+    Draining,
+    /// Both disks are being flushed.
+    Flushing,
+    /// The record is being settled.
+    Settling,
+}
+
+/// Hears the end of a [`Volume::mark_all`].
+pub(super) type MarkedAll = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+impl Volume {
+    /// Marks the whole disk dirty, on record.
+    pub fn mark_all(&mut self, done: MarkedAll) {
+        if self.disk.is_failed() {
+            done(Err("the disk failed".to_owned()));
+            return;
+        }
+        let _ = self.record.dirty.set_all();
+        let round = self.record.ask_store();
+        self.marked_all.push((round, done));
+        self.tell_marked_all();
+    }
+
+    fn tell_marked_all(&mut self) {
+        for (_, done) in self.marked_all.extract_if(.., |(round, _)| self.record.is_stored(*round)) {
+            done(Ok(()));
+        }
+    }
+
+    /// Does what is due for the record: cheap when nothing is.
+    pub(super) fn tend_record(&mut self, now: Instant) {
+        // A failed disk flushes nothing any more.
+        if !self.disk.is_failed() && self.record.checkpoint_is_due(now) {
+            self.begin_checkpoint();
+        }
+        let idle = Duration::from_millis(IDLE_RETIRE_MS);
+        if self.record.can_retire() && self.last_client.is_none_or(|at| now.duration_since(at) >= idle) {
+            self.record.settle();
+        }
+        while let Some(kind) = self.record.next_job(now) {
+            self.workers.submit(Job { kind, token: RECORD_JOB });
+        }
+        while let Some((token, touched)) = self.record.next_ready() {
+            self.unpark(token, touched);
+        }
+        self.receipt_marks();
+        if !self.marked_all.is_empty() {
+            self.tell_marked_all();
+        }
+    }
+
+    /// A change that was parked may be made.
+    pub(super) fn unpark(&mut self, token: Token, touched: Touched) {
+        let request = self.request_mut(token);
+        request.touched = Some(touched);
+        let (origin, op) = (request.origin, request.op);
+        self.make(token);
+        if op == Op::Change(Kind::Write) {
+            self.notices.push(Notice::Granted { origin, token });
+        }
+    }
+
+    fn begin_checkpoint(&mut self) {
+        if let Some(serial) = self.record.begin_checkpoint() {
+            let token = self.add_request(Request::flush(Origin::Checkpoint { serial }));
+            self.pipeline_event(PipelineEvent::FlushBackground(token));
+        }
+    }
+
+    /// A flush that covers everything and that no copy holds back is about to be asked for: a checkpoint rides on it.
+    pub(super) fn ride_on_flush(&mut self, token: Token) {
+        if self.source && self.record.can_checkpoint() && !self.pipeline.is_frozen() {
+            self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
+        }
+    }
+
+    /// The flush `token` has ended well.
+    pub(super) fn flush_ended(&mut self, token: Token) {
+        if let Some((_, serial)) = self.riding.take_if(|(flush, _)| *flush == token) {
+            self.record.flushed(serial);
+        }
+    }
+
+    /// We are no source any more: marks what the peer may lack.
+    pub(super) fn end_source_record(&mut self) {
+        let durable = self.pipeline.is_durable_on_both();
+        let record = &mut self.record;
+        self.pipeline.for_each_unreleased(|range| record.mark(range));
+        record.session_ended(durable);
+        self.riding = None;
+        self.map_round = None;
+    }
+
+    /// We begin to apply the peer's changes: what we wrote ourselves is accounted for by marks alone from here.
+    pub(super) fn begin_target_record(&mut self) {
+        if self.record.can_checkpoint() {
+            self.begin_checkpoint();
+        }
+    }
+
+    /// Ends a change that was let through and is given up: some of its bytes may have changed here, and the peer hears
+    /// of none.
+    pub(super) fn give_up_change(&mut self, token: Token, error: IoError) {
+        let request = *self.request_mut(token);
+        if let Some(touched) = request.touched {
+            self.record.mark(request.range);
+            self.record.written(token, request.range, touched);
+            // A session goes on only between disks that are equal; without a disk there is but one.
+            if !self.diskless.is_active() {
+                self.close_link(DownReason::Local("a change was given up half-way"));
+            }
+        }
+        self.unlock_and_fail(token, error);
+    }
+
+    /// Fails everything that is parked.
+    pub(super) fn fail_parked(&mut self, error: IoError) {
+        for token in self.record.parked() {
+            self.record.give_up(token);
+            self.unlock_and_fail(token, error);
+        }
+    }
+
+    pub(super) fn end_quiesce(&mut self) {
+        match self.quiesce {
+            Quiesce::No | Quiesce::Flushing => {}
+            Quiesce::Draining => {
+                if self.receiving == 0
+                    && self.pipeline.in_flight() == 0
+                    && self.inflight.waiting_len() == 0
+                    && self.record.parked_len() == 0
+                    && !self.record.in_checkpoint()
+                {
+                    self.quiesce = Quiesce::Flushing;
+                    self.serving = false;
+                    let token = self.add_request(Request::flush(Origin::Quiesce));
+                    if self.record.can_checkpoint() {
+                        self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
+                    }
+                    self.pipeline_event(PipelineEvent::FlushBackground(token));
+                }
+            }
+            Quiesce::Settling => {
+                if !self.record.in_checkpoint() {
+                    self.record.settle();
+                    if self.record.is_settled() {
+                        self.quiesce = Quiesce::No;
+                        self.events.push(Event::Quiesced { volume: self.index });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The rounds that somebody outside waits for.
+pub(super) type MarkedAllWaits = Vec<(Round, MarkedAll)>;

@@ -1,0 +1,340 @@
+//! The background copy in a volume: what both ends tell each other before it, its steps, and the end of its flushes.
+//!
+//! ```text
+//! target ──Dirty…, DirtyEnd──▶ source ──DirtyKept──▶ target forgets its map
+//!                                └──▶ steps of what either has marked ──▶ flush ──▶ clear
+//! ```
+//!
+//! Invariants: the target forgets a mark only after the source has it on stable storage; the map is told from a cursor,
+//! as far as the link takes it, and never queued whole; steps change nothing on this disk and so touch no log.
+//!
+//! Survives a peer that tells ranges outside the volume, backwards, unasked or without end: its session ends.
+
+use super::{Origin, Outgoing, Request, Volume};
+use crate::disk::dirty_map::DirtyMap;
+use crate::disk::image::Extent;
+use crate::disk::inflight::{Access, Admission};
+use crate::error::Violation;
+use crate::limits::{
+    DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_READ_AHEAD_LEN,
+};
+use crate::mirror::pipeline::Event as PipelineEvent;
+use crate::mirror::resync::Resync;
+use crate::reactor::command::Event;
+use crate::transport::Link;
+use crate::units::{ByteRange, Epoch};
+use crate::wire::{Header, Kind, flags};
+use std::time::Instant;
+
+use super::requests::Op;
+
+/// Grains that one message with a mask stands for.
+const MASK_GRAINS: u64 = 64;
+
+/// What a target still has to tell the source of its copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Telling {
+    /// What is marked from this byte on.
+    From(u64),
+    /// All was told; the source has not said yet that it is on its record.
+    All,
+}
+
+impl Telling {
+    /// Tells on, as far as the link takes it. Returns whether anything was said.
+    pub(super) fn go_on(&mut self, dirty: &DirtyMap, link: &mut dyn Link, epoch: Epoch) -> bool {
+        let before = match *self {
+            Self::From(at) => at,
+            Self::All => return false,
+        };
+        for count in 0..DIRTY_TOLD_MAX {
+            let Self::From(cursor) = *self else { return true };
+            let (header, next) = match next_told(dirty, cursor, epoch) {
+                Some((header, next)) => (header, Self::From(next)),
+                None => (Header::new(Kind::DirtyEnd, epoch), Self::All),
+            };
+            if link.send(header).is_err() {
+                return count > 0;
+            }
+            *self = next;
+        }
+        !matches!(*self, Self::From(at) if at == before)
+    }
+}
+
+/// The message about the first marks at or behind `cursor`, and where the next one begins. A run or, where the marks are
+/// scattered, a mask of the next few grains.
+fn next_told(dirty: &DirtyMap, cursor: u64, epoch: Epoch) -> Option<(Header, u64)> {
+    let window_len = MASK_GRAINS * dirty.geometry().grain_len();
+    let run = dirty.next_dirty(cursor, DIRTY_RUN_LEN_MAX)?;
+    let mut header = Header::new(Kind::Dirty, epoch);
+    header.range = run;
+    if run.len < window_len {
+        header.range.len = window_len;
+        header.aux = dirty.window(run.start);
+    }
+    // A run that ends the disk need not end a grain.
+    Some((header, header.range.end().next_multiple_of(dirty.geometry().grain_len())))
+}
+
+/// The ranges that a message tells of.
+fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRange> + use<>, Violation> {
+    let (range, mask) = (header.range, header.aux);
+    let wrong = |what| Violation::DirtyMap { what, range };
+    let grain_len = if mask == 0 { range.len } else { range.len / MASK_GRAINS };
+    if range.start % DIRTY_GRAIN_LEN_MIN != 0 {
+        return Err(wrong("a mark that begins inside a page"));
+    }
+    if mask != 0 {
+        let bounds = DIRTY_GRAIN_LEN_MIN..=DIRTY_GRAIN_LEN_MAX;
+        if !grain_len.is_power_of_two() || !bounds.contains(&grain_len) || range.len % MASK_GRAINS != 0 {
+            return Err(wrong("marks of an impossible grain"));
+        }
+        let last = u64::from(mask.ilog2());
+        if range.start.saturating_add(last * grain_len) >= size {
+            return Err(wrong("a mark behind the volume's end"));
+        }
+    } else if !range.fits(size) || (range.len % DIRTY_GRAIN_LEN_MIN != 0 && range.end() != size) {
+        return Err(wrong("a mark that ends inside a page or behind the volume's end"));
+    }
+    let bits = if mask == 0 { 1 } else { mask };
+    let marked = (0..MASK_GRAINS).filter(move |bit| bits & (1 << bit) != 0);
+    Ok(marked.map(move |bit| {
+        let start = range.start + bit * grain_len;
+        ByteRange::new(start, grain_len.min(size - start))
+    }))
+}
+
+impl Volume {
+    /// The peer's word about dirty maps.
+    pub(super) fn map_message(&mut self, header: &Header) -> Result<(), Violation> {
+        if header.epoch < self.epoch {
+            // Of before the roles changed.
+            return Ok(());
+        }
+        let wrong = |what| Violation::DirtyMap { what, range: header.range };
+        if header.epoch > self.epoch {
+            return Err(Violation::Epoch { found: header.epoch, ours: self.epoch });
+        }
+        if header.kind == Kind::DirtyKept {
+            if !matches!(self.telling.take(), Some(Telling::All)) {
+                return Err(wrong("a receipt for marks that were not told"));
+            }
+            self.record.clear_all();
+            return Ok(());
+        }
+        let Some(resync) = &mut self.resync else { return Err(wrong("marks that nobody asked for")) };
+        if header.kind == Kind::DirtyEnd {
+            if !resync.told_all(&self.record.dirty) {
+                return Err(wrong("a second end of the marks"));
+            }
+            self.map_round = Some(self.record.ask_store());
+            return Ok(());
+        }
+        let ranges = told_ranges(header, self.disk.size())?;
+        if !resync.told(header.range) {
+            return Err(wrong("marks out of order"));
+        }
+        for range in ranges {
+            self.record.mark(range);
+        }
+        Ok(())
+    }
+
+    /// Says that the target's marks are on our record, once they are.
+    pub(super) fn receipt_marks(&mut self) {
+        if self.map_round.take_if(|round| self.record.is_stored(*round)).is_some()
+            && let Some(resync) = &mut self.resync
+        {
+            resync.kept();
+            self.outbox.push_back(Outgoing::MarksKept);
+        }
+    }
+
+    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
+    /// is still one. A client may have written there while the step waited; the step is then planned anew.
+    pub(super) fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
+        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
+            return false;
+        };
+        let range = request.range;
+        if request.op == Op::Change(Kind::Write) {
+            return true;
+        }
+        let extent = self.disk.extent_at(range.start, range.end());
+        let holds = extent.hole && extent.range.len == range.len;
+        if !holds {
+            resync.untake(range);
+        }
+        holds
+    }
+
+    pub(super) fn step_resync(&mut self, now: Instant) {
+        if self.copy_paused && !self.pipeline.waits_for_copy() {
+            return;
+        }
+        while let Some(resync) = &mut self.resync {
+            let Some(dirty) = resync.next(&self.record.dirty, self.clients_busy) else { break };
+            let extent = resync.known_data(dirty).map_or_else(
+                || self.disk.extent_at(dirty.start, dirty.end()),
+                |range| Extent { range, hole: false },
+            );
+            if !extent.hole {
+                resync.found_data(extent.range);
+            }
+            let (kind, range) = plan_step(resync, dirty, extent, self.disk.is_sparse());
+            resync.took(range);
+            if kind == Kind::Write {
+                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
+                self.disk.read_ahead(ahead);
+            }
+            let origin = Origin::Resync { serial: self.resync_serial };
+            let token = self.add_request(Request::change_of(origin, kind, range, flags::RESYNC));
+            match self.inflight.request(token, range, Access::Change) {
+                Admission::Granted => {
+                    self.start(token);
+                }
+                Admission::Waits => {}
+                // The table is full of clients' requests: copy on when there is room.
+                Admission::Full => {
+                    self.drop_request(token);
+                    let resync = self.resync.as_mut().expect("checked above");
+                    resync.untake(range);
+                    return;
+                }
+            }
+        }
+        if let Some(resync) = &mut self.resync
+            && resync.take_flush(&self.record.dirty, now)
+        {
+            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
+            self.pipeline_event(PipelineEvent::FlushBackground(token));
+        }
+    }
+
+    /// Both disks were flushed for the copy number `serial`.
+    pub(super) fn copy_flushed(&mut self, serial: u64) {
+        if let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) {
+            let (equal, done) = resync.flushed();
+            self.record.clear(&equal);
+            if done {
+                self.events.push(Event::ResyncDone { volume: self.index });
+            }
+        }
+    }
+}
+
+/// One step of the copy over the start of `dirty`, of which `extent` is the start. Steps end on the map's grain. A hole
+/// goes as a range without payload; where this disk has all its blocks allocated, the peer's keeps its blocks too.
+fn plan_step(resync: &Resync, dirty: ByteRange, extent: Extent, sparse: bool) -> (Kind, ByteRange) {
+    let (grain, extent_len) = (resync.grain_len(), extent.range.len);
+    let whole = if extent_len >= dirty.len { dirty.len } else { extent_len / grain * grain };
+    if extent.hole && whole > 0 {
+        let kind = if sparse { Kind::Trim } else { Kind::WriteZeroes };
+        return (kind, ByteRange::new(dirty.start, whole));
+    }
+    let data_len = if extent.hole { grain } else { extent_len.next_multiple_of(grain) };
+    (Kind::Write, resync.chunk(ByteRange::new(dirty.start, data_len.min(dirty.len))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::metadata::layout::Geometry;
+    use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNK_LEN};
+    use proptest::prelude::*;
+
+    #[test]
+    fn steps_follow_holes_and_keep_to_the_grain() {
+        let plan = |resync: &Resync, dirty: ByteRange, len, hole, sparse| {
+            plan_step(resync, dirty, Extent { range: ByteRange::new(dirty.start, len), hole }, sparse)
+        };
+        let (usual, dirty) = (Resync::new(G), ByteRange::new(G, 100 * G));
+        assert_eq!(plan(&usual, dirty, 100 * G, true, true), (Kind::Trim, dirty));
+        assert_eq!(
+            plan(&usual, dirty, 2 * G + 1, true, false),
+            (Kind::WriteZeroes, ByteRange::new(G, 2 * G))
+        );
+        let one = (Kind::Write, ByteRange::new(G, G));
+        assert_eq!(plan(&usual, dirty, G - 1, true, true), one, "less than a grain");
+        assert_eq!(plan(&usual, dirty, 1, false, true), one);
+        let chunk = (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN));
+        assert_eq!(plan(&usual, dirty, 50 * G, false, true), chunk);
+        let tail = ByteRange::new(G, 100);
+        assert_eq!(
+            plan(&usual, tail, 100, true, true),
+            (Kind::Trim, tail),
+            "the disk's end need not fill a grain"
+        );
+        let (coarse, all) = (Resync::new(16 * G), ByteRange::new(0, 64 * G));
+        let grain = (Kind::Write, ByteRange::new(0, 16 * G));
+        assert_eq!(plan(&coarse, all, 64 * G, false, true), grain, "a grain larger than a usual step");
+    }
+
+    fn header(start: u64, len: u64, mask: u64) -> Header {
+        let mut header = Header::new(Kind::Dirty, Epoch(1));
+        (header.range, header.aux) = (ByteRange::new(start, len), mask);
+        header
+    }
+
+    #[test]
+    fn marks_that_cannot_be_are_refused() {
+        let size = 100 * G + 4096;
+        let wrong = [
+            header(1, G, 0),
+            header(0, G + 1, 0),
+            header(100 * G, G, 0),
+            header(0, 64 * G - 1, 1),
+            header(0, 64 * 3 * 4096, 1),
+            header(0, 64 * 2048, 1),
+            header(0, 64 << 21, 1),
+            header(64 * G, 64 * G, 1 << 37),
+            header(128 * G, 64 * G, 1),
+            header(u64::MAX - 4095, 64 * G, 1),
+        ];
+        for header in wrong {
+            assert!(told_ranges(&header, size).is_err(), "{header:?}");
+        }
+        let tail: Vec<_> = told_ranges(&header(64 * G, 64 * G, 1 << 36), size).expect("the last").collect();
+        assert_eq!(tail, [ByteRange::new(100 * G, 4096)], "cut at the volume's end");
+        let whole: Vec<_> = told_ranges(&header(0, size, 0), size).expect("all of it").collect();
+        assert_eq!(whole, [ByteRange::new(0, size)]);
+    }
+
+    proptest! {
+        /// Whatever is marked arrives, nothing else, in messages that the receiver accepts; at another grain as well.
+        #[test]
+        fn what_is_told_is_what_is_marked(
+            marks in prop::collection::vec((0..5000u64, 1..300u64), 0..40),
+            other_grain in prop::sample::select(vec![4096, G, 1 << 20]),
+        ) {
+            let size = 5000 * G + 4096;
+            let mut dirty = DirtyMap::new(Geometry::for_volume(size).expect("usual"));
+            let mut heard = DirtyMap::new(Geometry::new(size, other_grain, 4 << 20, 1024).expect("good"));
+            let (mut told, mut marked) = (0, 0);
+            for (start, count) in marks {
+                let start = start * G;
+                let _ = dirty.set(ByteRange::new(start, (count * G).min(size - start)));
+            }
+            let mut receiver = Resync::new(G);
+            let mut cursor = 0;
+            while let Some((header, next)) = next_told(&dirty, cursor, Epoch(1)) {
+                let header = Header::decode(&header.encode()).expect("well formed");
+                prop_assert!(receiver.told(header.range));
+                for range in told_ranges(&header, size).expect("accepted") {
+                    let _ = heard.set(range);
+                    told += range.len;
+                }
+                cursor = next;
+            }
+            let mut from = 0;
+            while let Some(run) = dirty.next_dirty(from, u64::MAX) {
+                let found = heard.next_dirty(run.start, u64::MAX).expect("told");
+                prop_assert!(found.start <= run.start && found.end() >= run.end());
+                marked += run.len;
+                from = run.end().next_multiple_of(G);
+            }
+            prop_assert_eq!(told, marked, "no byte twice, and none that is not marked");
+        }
+    }
+}
