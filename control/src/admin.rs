@@ -87,6 +87,9 @@ pub struct VolumeStatus {
     pub in_flight: u64,
     /// Writes wait for the peer to return.
     pub frozen: bool,
+    /// Links closed since the daemon began because the peer broke the protocol: a fault of its machine or of a release.
+    #[serde(default)]
+    pub violations: u64,
 }
 
 /// [`VolumeStatus::connection`] while both nodes exchange changes.

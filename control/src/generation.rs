@@ -5,10 +5,11 @@
 //! image of what B decides about (B, A). Property tests hold that.
 //!
 //! Forbidden outcomes, in this order: data that a client was told is safe is overwritten without an operator's word;
-//! an inconsistent or torn disk is taken as a source; both nodes serve. Where the histories leave a doubt the verdict is
-//! [`Verdict::SplitBrain`] or [`Verdict::NoUsableDisk`] and both disks stay as they are.
+//! an inconsistent or torn disk is taken as a source; both nodes serve; a copy leaves out what differs. Where the histories
+//! leave a doubt the verdict is [`Verdict::SplitBrain`] or [`Verdict::NoUsableDisk`] and both disks stay as they are;
+//! where they leave one about what differs, everything is copied ([`Scope::Full`]).
 
-use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +58,13 @@ pub struct View {
     pub was_primary_unclean: bool,
     /// A standby that died while applying: its last writes may be torn.
     pub applying_unclean: bool,
+    /// A primary whose machine lost power: the disk may lack writes that were acknowledged on the strength of the peer's
+    /// memory. Never where an acknowledgement promises nothing about the peer (`async`).
+    pub lost_power: bool,
+    /// The map of what may differ from the peer is not empty.
+    pub dirty: bool,
+    /// As on record, see [`Superblock::copying`](costandby_datapath::disk::superblock::Superblock::copying).
+    pub copying: Generation,
     /// Whether it serves now.
     pub role: ServingRole,
     /// The configuration names this node as the volume's first primary.
@@ -121,6 +129,10 @@ pub enum Why {
     SourceHasInFlight,
     /// The target stopped while applying, or was primary before the one that serves now.
     TargetMayBeTorn,
+    /// The target lost power while it was primary: the source has every write that it acknowledged, it may not.
+    TargetLostPower,
+    /// Generations are equal and both stopped in order, but one has parts on record that may differ.
+    PartsMayDiffer,
 }
 
 impl Why {
@@ -134,8 +146,22 @@ impl Why {
             Self::TargetBehind => "the source went on while the target was away",
             Self::SourceHasInFlight => "writes were on their way when the source stopped",
             Self::TargetMayBeTorn => "the target stopped in the middle of a write",
+            Self::TargetLostPower => {
+                "the target lost power while it was primary and may lack acknowledged writes"
+            }
+            Self::PartsMayDiffer => "parts of the disks are on record as differing",
         }
     }
+}
+
+/// How much of a disk has to be copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// What either node's map has: nothing else differs.
+    Delta,
+    /// Everything. The source has to mark that on record before the target may be overwritten.
+    Full,
 }
 
 /// What two disks are to each other.
@@ -153,6 +179,8 @@ pub enum Verdict {
         source: Side,
         /// Why.
         why: Why,
+        /// How much is copied.
+        scope: Scope,
     },
     /// Both went on from a common past, each without the other.
     SplitBrain,
@@ -169,7 +197,7 @@ impl Verdict {
     #[must_use]
     pub fn mirrored(self) -> Self {
         match self {
-            Self::Resync { source, why } => Self::Resync { source: source.mirrored(), why },
+            Self::Resync { source, why, scope } => Self::Resync { source: source.mirrored(), why, scope },
             same => same,
         }
     }
@@ -187,33 +215,81 @@ pub fn compare(mine: &View, theirs: &View) -> Verdict {
     }
     match (mine.is_fresh(), theirs.is_fresh()) {
         (true, true) => both_fresh(mine, theirs),
-        (true, false) => from_usable(theirs, Side::Theirs, Why::TargetFresh),
-        (false, true) => from_usable(mine, Side::Mine, Why::TargetFresh),
+        (true, false) => from_usable(mine, theirs, Side::Theirs, Why::TargetFresh),
+        (false, true) => from_usable(mine, theirs, Side::Mine, Why::TargetFresh),
         (false, false) => match (mine.is_usable(), theirs.is_usable()) {
             (true, true) => both_usable(mine, theirs),
             (true, false) => one_usable(mine, theirs, Side::Mine),
-            (false, true) => one_usable(theirs, mine, Side::Theirs),
+            (false, true) => one_usable(mine, theirs, Side::Theirs),
             (false, false) => neither_usable(mine, theirs),
         },
     }
 }
 
-fn from_usable(source: &View, side: Side, why: Why) -> Verdict {
-    if source.is_usable() { Verdict::Resync { source: side, why } } else { Verdict::NoUsableDisk }
+fn resync(mine: &View, theirs: &View, source: Side, why: Why) -> Verdict {
+    let (from, to) = match source {
+        Side::Mine => (mine, theirs),
+        Side::Theirs => (theirs, mine),
+    };
+    Verdict::Resync { source, why, scope: scope(from, to) }
+}
+
+/// Whether the two maps together say where the disks differ.
+///
+/// A map is relative to a generation: its own disk's, and that disk's base. So they do where the target holds the
+/// source's generation or base but for what its own map says; where both sides left the same base, each on record with
+/// what it did since; and in the middle of a copy, whose source had the union of both maps on record before the target
+/// stored whom it copies.
+fn scope(source: &View, target: &View) -> Scope {
+    let (from, to) = (&source.generations, &target.generations);
+    let is_known = |generation: Generation| generation != Generation::ZERO && generation != COPYING_WHOLE;
+    let related = match target.disk_state {
+        // What a failing medium lost stands in no map.
+        DiskState::Failed | DiskState::Diskless => false,
+        DiskState::Inconsistent if target.copying != Generation::ZERO => {
+            is_known(target.copying) && (target.copying == from.current || from.descends_from(target.copying))
+        }
+        state => {
+            let same_past = is_known(to.base) && to.base == from.base;
+            is_known(to.current)
+                && (to.current == from.current
+                    || to.current == from.base
+                    || (state == DiskState::Inconsistent && same_past))
+        }
+    };
+    if related { Scope::Delta } else { Scope::Full }
+}
+
+fn from_usable(mine: &View, theirs: &View, side: Side, why: Why) -> Verdict {
+    let source = if side == Side::Mine { mine } else { theirs };
+    if source.is_usable() { resync(mine, theirs, side, why) } else { Verdict::NoUsableDisk }
 }
 
 fn both_fresh(mine: &View, theirs: &View) -> Verdict {
-    let (first, side) = match (mine.configured_primary, theirs.configured_primary) {
-        (true, false) => (mine, Side::Mine),
-        (false, true) => (theirs, Side::Theirs),
+    let (first, side) = match configured(mine, theirs) {
+        Some(Side::Mine) => (mine, Side::Mine),
+        Some(Side::Theirs) => (theirs, Side::Theirs),
         // The two configurations differ; picking either disk would be a guess.
-        _ => return Verdict::NoUsableDisk,
+        None => return Verdict::NoUsableDisk,
     };
-    let untouched = |view: &View| view.zeroed && view.is_usable();
+    let untouched = |view: &View| view.zeroed && view.is_usable() && !view.dirty;
     if untouched(mine) && untouched(theirs) {
         return Verdict::InSync { adopt: Some(first.proposed) };
     }
-    from_usable(first, side, Why::BothFresh)
+    from_usable(mine, theirs, side, Why::BothFresh)
+}
+
+/// The one that the configuration names as the first primary, where both nodes' agree on it.
+fn configured(mine: &View, theirs: &View) -> Option<Side> {
+    only(mine.configured_primary, theirs.configured_primary)
+}
+
+fn only(mine: bool, theirs: bool) -> Option<Side> {
+    match (mine, theirs) {
+        (true, false) => Some(Side::Mine),
+        (false, true) => Some(Side::Theirs),
+        _ => None,
+    }
 }
 
 fn both_usable(mine: &View, theirs: &View) -> Verdict {
@@ -221,8 +297,8 @@ fn both_usable(mine: &View, theirs: &View) -> Verdict {
         return equal_generations(mine, theirs);
     }
     match (theirs.descends_from(mine), mine.descends_from(theirs)) {
-        (true, false) => Verdict::Resync { source: Side::Theirs, why: Why::TargetBehind },
-        (false, true) => Verdict::Resync { source: Side::Mine, why: Why::TargetBehind },
+        (true, false) => resync(mine, theirs, Side::Theirs, Why::TargetBehind),
+        (false, true) => resync(mine, theirs, Side::Mine, Why::TargetBehind),
         // Each in the other's past cannot come about; whoever made it so, no disk is safe to discard.
         (true, true) => Verdict::SplitBrain,
         (false, false) => diverged(mine, theirs),
@@ -234,22 +310,51 @@ fn equal_generations(mine: &View, theirs: &View) -> Verdict {
     match (mine.was_primary_unclean, theirs.was_primary_unclean) {
         (true, true) => Verdict::SplitBrain,
         _ if serving == (true, true) => Verdict::SplitBrain,
-        (true, false) if serving.1 => Verdict::Resync { source: Side::Theirs, why: Why::TargetMayBeTorn },
-        (true, false) => Verdict::Resync { source: Side::Mine, why: Why::SourceHasInFlight },
-        (false, true) if serving.0 => Verdict::Resync { source: Side::Mine, why: Why::TargetMayBeTorn },
-        (false, true) => Verdict::Resync { source: Side::Theirs, why: Why::SourceHasInFlight },
+        (true, false) => one_crashed(mine, theirs, Side::Mine),
+        (false, true) => one_crashed(mine, theirs, Side::Theirs),
+        (false, false) if mine.dirty || theirs.dirty => parts_differ(mine, theirs),
         (false, false) => Verdict::InSync { adopt: None },
     }
 }
 
-/// `good` may be read from, `bad` may not; `side` is where `good` is.
-fn one_usable(good: &View, bad: &View, side: Side) -> Verdict {
+/// Both are usable and of one generation, and the one at `side` crashed as primary or froze.
+fn one_crashed(mine: &View, theirs: &View, side: Side) -> Verdict {
+    let (crashed, other) = match side {
+        Side::Mine => (mine, theirs),
+        Side::Theirs => (theirs, mine),
+    };
+    if other.is_serving() {
+        resync(mine, theirs, side.mirrored(), Why::TargetMayBeTorn)
+    } else if crashed.lost_power && !other.lost_power {
+        // What it had acknowledged was in two memories, and one of them still has it.
+        resync(mine, theirs, side.mirrored(), Why::TargetLostPower)
+    } else {
+        resync(mine, theirs, side, Why::SourceHasInFlight)
+    }
+}
+
+/// Nothing was in flight on either, so either may be the source; the one whose clients would notice is.
+fn parts_differ(mine: &View, theirs: &View) -> Verdict {
+    let serves = only(mine.is_serving(), theirs.is_serving());
+    let source = serves.or_else(|| only(mine.was_primary, theirs.was_primary));
+    match source.or_else(|| configured(mine, theirs)) {
+        Some(side) => resync(mine, theirs, side, Why::PartsMayDiffer),
+        None => Verdict::NoUsableDisk,
+    }
+}
+
+/// The disk at `side` may be read from, the other may not.
+fn one_usable(mine: &View, theirs: &View, side: Side) -> Verdict {
+    let (good, bad) = match side {
+        Side::Mine => (mine, theirs),
+        Side::Theirs => (theirs, mine),
+    };
     let same = good.generations.current == bad.generations.current;
     // An inconsistent disk has given up its content already, so its lineage no longer protects anything.
     if same || good.descends_from(bad) || bad.disk_state == DiskState::Inconsistent {
         let why =
             if bad.disk_state == DiskState::UpToDate { Why::TargetMayBeTorn } else { Why::TargetNotUpToDate };
-        return Verdict::Resync { source: side, why };
+        return resync(mine, theirs, side, why);
     }
     if bad.descends_from(good) {
         // The unusable disk holds acknowledged writes that the usable one lacks: an operator's word is needed.
@@ -263,13 +368,8 @@ fn neither_usable(mine: &View, theirs: &View) -> Verdict {
     let same = mine.generations.current == theirs.generations.current;
     // Two standbys that were told to expect a primary and never had one: a primary would be on record as such, so
     // nothing was written. A copy from either makes certain.
-    match (mine.configured_primary, theirs.configured_primary) {
-        (true, false) if same && torn(mine) && torn(theirs) => {
-            Verdict::Resync { source: Side::Mine, why: Why::TargetMayBeTorn }
-        }
-        (false, true) if same && torn(mine) && torn(theirs) => {
-            Verdict::Resync { source: Side::Theirs, why: Why::TargetMayBeTorn }
-        }
+    match configured(mine, theirs) {
+        Some(side) if same && torn(mine) && torn(theirs) => resync(mine, theirs, side, Why::TargetMayBeTorn),
         _ => Verdict::NoUsableDisk,
     }
 }

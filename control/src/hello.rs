@@ -39,7 +39,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub const MAGIC: [u8; 8] = *b"costandb";
 
 /// Version of the envelope and of what its messages mean.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// Highest epoch a peer may claim: no cluster reaches it by promotions, and counting on from it cannot overflow.
 pub const EPOCH_MAX: u64 = 1 << 62;
@@ -375,6 +375,9 @@ mod stored_view {
         was_primary: bool,
         was_primary_unclean: bool,
         applying_unclean: bool,
+        lost_power: bool,
+        dirty: bool,
+        copying: u64,
         role: ServingRole,
         configured_primary: bool,
         proposed: Lineage,
@@ -393,6 +396,9 @@ mod stored_view {
             was_primary: view.was_primary,
             was_primary_unclean: view.was_primary_unclean,
             applying_unclean: view.applying_unclean,
+            lost_power: view.lost_power,
+            dirty: view.dirty,
+            copying: view.copying.0,
             role: view.role,
             configured_primary: view.configured_primary,
             proposed: view.proposed,
@@ -431,6 +437,9 @@ mod stored_view {
             was_primary: stored.was_primary,
             was_primary_unclean: stored.was_primary_unclean,
             applying_unclean: stored.applying_unclean,
+            lost_power: stored.lost_power,
+            dirty: stored.dirty,
+            copying: Generation(stored.copying),
             role: stored.role,
             configured_primary: stored.configured_primary,
             proposed: stored.proposed,
@@ -441,14 +450,15 @@ mod stored_view {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generation::{Side, Verdict, Why};
+    use crate::generation::{Scope, Side, Verdict, Why};
     use proptest::prelude::*;
 
     fn any_message() -> impl Strategy<Value = Message> {
-        let numbers = (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), any::<u64>(), any::<[u64; 8]>());
+        let numbers =
+            (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), any::<u64>(), any::<[u64; 8]>(), any::<u64>());
         let lineage =
             (1u8.., 1u64..).prop_map(|(id, generation)| Lineage { volume_id: [id; 16], generation });
-        let view = (numbers, lineage, any::<[bool; 6]>()).prop_map(|(numbers, proposed, bits)| View {
+        let view = (numbers, lineage, any::<[bool; 8]>()).prop_map(|(numbers, proposed, bits)| View {
             volume_id: numbers.0,
             size: numbers.1,
             epoch: Epoch(numbers.2 % EPOCH_MAX),
@@ -462,6 +472,9 @@ mod tests {
             was_primary: bits[2],
             was_primary_unclean: bits[3],
             applying_unclean: bits[4],
+            lost_power: bits[6],
+            dirty: bits[7],
+            copying: Generation(numbers.5),
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,
@@ -475,7 +488,7 @@ mod tests {
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
             let verdict = if resync {
-                Verdict::Resync { source: Side::Mine, why: Why::TargetBehind }
+                Verdict::Resync { source: Side::Mine, why: Why::TargetBehind, scope: Scope::Delta }
             } else {
                 Verdict::InSync { adopt: None }
             };
@@ -551,7 +564,7 @@ mod tests {
             decode(&bytes).expect_err("bad")
         };
         assert!(matches!(decode(b"GET / HTTP/1.1"), Err(HelloError::Magic { .. })));
-        assert!(matches!(with(8, 2), HelloError::Version { found: 2 }));
+        assert!(matches!(with(8, 1), HelloError::Version { found: 1 }));
         assert!(matches!(with(12, 1), HelloError::Length { .. }));
         assert!(matches!(with(20, b'?'), HelloError::Checksum { .. }));
         assert!(matches!(decode(&envelope(b"{\"howdy\":{}}")), Err(HelloError::Body { .. })));

@@ -16,7 +16,10 @@
 //!   the peer's durable consent while it is connected, under a new generation while it is not.
 //! - No write is acknowledged alone before a generation that the peer does not have is on record.
 //! - A disk is marked inconsistent before the peer may send the first byte of a resync, and up to date only after the
-//!   source recorded that the peer has its generation.
+//!   source recorded that the peer has its generation. What there is to copy is on record before: in either node's map,
+//!   or as all of the source's ([`Action::MarkAll`]), and only then does the target store whom it copies.
+//! - A primary that lost power may lack what it had acknowledged: it is copied to by the peer, which has that, before it
+//!   serves again, and then resumes by itself.
 //! - A session begins only when both sides hold mirror-image agreements over the views they sent each other.
 //!
 //! A session's side: a node that serves or copies is its source. Two standbys without a copy are both targets;
@@ -63,6 +66,8 @@ pub mod code {
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
+    /// How far the copy is, about once a second; changes nothing.
+    pub const RESYNC_PROGRESS: u64 = 7;
     /// My disk failed while I serve this generation: will yours stand in for it?
     pub const DISK_FAILED: u64 = 20;
     /// It does, and it is on record here that yours is behind this generation.
@@ -226,11 +231,14 @@ pub enum Event {
 pub enum SessionSide {
     /// Sends changes.
     Source {
-        /// Copy the whole disk in the background.
+        /// Copy in the background what either map has.
         resync: bool,
     },
     /// Applies changes.
-    Target,
+    Target {
+        /// Tell the source what our map has, and forget it once that is on record there.
+        resync: bool,
+    },
 }
 
 /// How loud a log line is.
@@ -253,6 +261,9 @@ pub enum Action {
     TryStoreMetadata(Box<Superblock>),
     /// Go on serving without the disk, over the peer's.
     Detach,
+    /// Mark the whole disk as differing from the peer's, durably, before the next action. Never during a session. A
+    /// failure is one of a store.
+    MarkAll,
     /// Dial the peer, again and again, while there is no session and until [`Action::StopDialing`].
     Dial,
     /// Stop that.
@@ -343,7 +354,8 @@ pub struct Found {
 pub type Random = Box<dyn FnMut() -> u64 + Send>;
 
 struct Promotion {
-    id: ReplyId,
+    /// `None` where nobody asked for it: a node that was primary resumes.
+    id: Option<ReplyId>,
     epoch: Epoch,
     deadline: Duration,
 }
@@ -396,6 +408,12 @@ pub struct VolumeController {
     settling: bool,
     /// A write waits to go alone until the handshake under way has ended.
     need_alone: bool,
+    /// The map has everything, on record, and no session took anything off it since.
+    all_marked: bool,
+    /// When to ask for promotion next: this node was primary and has what it lacked.
+    resume_at: Option<Duration>,
+    /// The session ends so that the disk can be given up; who waits for that.
+    invalidating: Option<ReplyId>,
     promotion: Option<Promotion>,
     demotion: Option<Demotion>,
     shutdown_deadline: Option<Duration>,
@@ -436,6 +454,9 @@ impl VolumeController {
             undurable: false,
             settling: false,
             need_alone: false,
+            all_marked: false,
+            resume_at: None,
+            invalidating: None,
             promotion: None,
             demotion: None,
             shutdown_deadline: None,
@@ -470,11 +491,13 @@ impl VolumeController {
             Event::HelloReceived(hello) => self.on_hello(&hello, actions),
             Event::SessionReady(ready) => self.on_ready(ready, actions),
             Event::SessionFailed { text } => self.on_session_failed(&text, actions),
-            Event::LinkDown { reason, undurable, .. } => self.on_link_down(&reason, undurable, actions),
+            Event::LinkDown { reason, undurable, dirty } => {
+                self.on_link_down(&reason, undurable, dirty, actions);
+            }
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
-            Event::PeerMessage { code, arg } => self.on_peer_message(code, arg, actions),
+            Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),
             Event::DiskFailing { text } => self.on_disk_failing(text, actions),
@@ -504,6 +527,9 @@ impl VolumeController {
             // A primary flag without a serving role is left from the daemon before this one.
             was_primary_unclean: self.undurable || (superblock.primary && !superblock.clean && !serves),
             applying_unclean: self.is_torn(),
+            lost_power: self.lost_power && self.settings.ack != AckLevel::Async,
+            dirty: self.dirty,
+            copying: superblock.copying,
             role: if serves { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: self.settings.configured_primary,
             proposed: self.proposed,
@@ -516,7 +542,17 @@ impl VolumeController {
     }
 
     fn is_usable(&self) -> bool {
-        self.superblock.disk_state == DiskState::UpToDate && !self.superblock.is_fresh() && !self.is_torn()
+        self.superblock.disk_state == DiskState::UpToDate
+            && !self.superblock.is_fresh()
+            && !self.is_torn()
+            && !self.may_lack_writes()
+    }
+
+    /// The machine lost power while this node was primary, and the peer may have acknowledged writes that were not
+    /// flushed here.
+    fn may_lack_writes(&self) -> bool {
+        let superblock = &self.superblock;
+        self.view().lost_power && superblock.primary && superblock.peer_has_current && self.peer.is_none()
     }
 
     fn set_role(&mut self, to: Role) {
@@ -531,7 +567,11 @@ impl VolumeController {
         self.connection = to;
     }
 
-    fn store(&self, actions: &mut Vec<Action>) {
+    fn store(&mut self, actions: &mut Vec<Action>) {
+        // What an earlier boot lost stays on record until it is made up for.
+        if (self.superblock.primary || self.superblock.applying) && !self.lost_power {
+            self.superblock.boot = self.boot;
+        }
         let superblock = Box::new(self.superblock.clone());
         actions.push(if self.diskless.is_gone() {
             Action::TryStoreMetadata(superblock)

@@ -1,6 +1,6 @@
-//! A disk that fails under a running daemon: truncated, or on a file system that is full. It ends as an I/O error and a
-//! Failed disk, never as a dead daemon; the other volume does not notice, and the peer has the data. What a primary
-//! makes of a peer in sync is in `diskless.rs`.
+//! A disk that fails under a running daemon: truncated, or on a file system that is full, which its metadata is on too.
+//! It ends as an I/O error and a Failed disk, never as a dead daemon; the other volume does not notice, and the peer
+//! has the data. What a primary makes of a peer in sync is in `diskless.rs`.
 
 use costandby_control::nbd_client::NbdError;
 use costandby_datapath::front::nbd::proto::NbdErrno;
@@ -163,4 +163,56 @@ fn a_standby_on_a_full_file_system_leaves_the_primary_alone() {
     ledger.check(&mut pair.client(ALPHA, "db")).unwrap_or_else(|lost| panic!("{lost}"));
     pair.assert_alive(BETA);
     assert_other_volume_works(&pair);
+}
+
+#[test]
+fn metadata_on_a_full_file_system_costs_no_acknowledged_write() {
+    if !may_mount("metadata_on_a_full_file_system_costs_no_acknowledged_write") {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    // Room for the disk and for some metadata; what is left is taken before the daemon writes any.
+    let tmpfs = Tmpfs::mount(&dir.path().join("small"), SIZE_MIB + 2);
+    let mut db = VolumeSettings::new("db", SIZE_MIB);
+    db.dirs[ALPHA] = Some(tmpfs.0.clone());
+    let mut pair = Pair::create(Settings::new(&[db, VolumeSettings::new("web", SIZE_MIB)]));
+    fill(&tmpfs.0.join("filler"));
+    pair.up(BETA);
+    // Whoever wants room at the start may refuse to start, in so many words.
+    let ran = run(pair.command(ALPHA).args(["dump-metadata", "db"]));
+    assert!(ran.status.success(), "{}", ran.stderr);
+    pair.up(ALPHA);
+    pair.wait_in_sync("web");
+    let serves = |pair: &Pair| pair.status(ALPHA, "db").is_some_and(|status| status.role == "primary");
+    let ledger = Ledger::new(SIZE_MIB << 20);
+    let ledger = if serves(&pair) {
+        let writing = ledger.write(&pair.uri(ALPHA, "db"), 5);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        writing.finish().0
+    } else {
+        ledger
+    };
+    pair.assert_alive(ALPHA);
+    let mut ledger = ledger;
+    let status = pair.status(ALPHA, "db").expect("a status");
+    if status.disk_state == "UpToDate" {
+        println!("the metadata needed no more room");
+        ledger.check(&mut pair.client(ALPHA, "db")).unwrap_or_else(|lost| panic!("{lost}"));
+        pair.settle_and_compare("db");
+    } else {
+        println!("the disk is {}", status.disk_state);
+        assert!(pair.log(ALPHA).contains("No space left on device"), "the log says why: {}", pair.log(ALPHA));
+        pair.kill(ALPHA);
+        wait_for("beta may be promoted", LIMIT, || {
+            pair.tell(BETA, "db", costandby_control::admin::Command::Promote { force: false }).ok()
+        });
+        ledger.check(&mut pair.client(BETA, "db")).unwrap_or_else(|lost| panic!("on the survivor: {lost}"));
+    }
+}
+
+/// Takes all room that is left.
+fn fill(path: &Path) {
+    use std::io::Write as _;
+    let mut file = std::fs::File::create(path).expect("a file");
+    while file.write_all(&[1; 4096]).is_ok() {}
 }

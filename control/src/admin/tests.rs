@@ -31,6 +31,7 @@ fn db() -> VolumeStatus {
         advice: None,
         in_flight: 0,
         frozen: false,
+        violations: 0,
     }
 }
 

@@ -1,6 +1,7 @@
 //! `costandby status`: a table that a person reads at a glance, or the daemon's JSON as it is.
 //!
-//! Pure rendering from a [`Status`]; under a volume stand why its link is not RDMA, and the daemon's advice.
+//! Pure rendering from a [`Status`]; under a volume stand why its link is not RDMA, how often its
+//! peer broke the protocol, and the daemon's advice.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
 use crate::admin::{CONNECTED, Status, UP_TO_DATE, VolumeStatus};
@@ -28,7 +29,7 @@ const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK"
 
 type Cell = (String, Colour);
 
-/// The table, one line a volume and one for each note on its link and each advice, ending in a newline.
+/// The table, one line a volume and one for each thing there is to say about it, ending in a newline.
 #[must_use]
 pub fn render(status: &Status, colours: bool) -> String {
     if status.volumes.is_empty() {
@@ -47,6 +48,14 @@ pub fn render(status: &Status, colours: bool) -> String {
         push_line(&mut out, row, &widths, colours);
         if let Some(note) = &volume.link_note {
             out.push_str(&format!("  link {}: {note}\n", volume.link));
+        }
+        if volume.violations > 0 {
+            let line = format!(
+                "  protocol: links closed because of what {} sent: {}; the log says what",
+                volume.peer, volume.violations
+            );
+            out.push_str(&Colour::Bad.paint(&line, colours));
+            out.push('\n');
         }
         if let Some(advice) = &volume.advice {
             let line = format!("  -> {advice}");

@@ -109,6 +109,7 @@ fn db() -> VolumeStatus {
         advice: None,
         in_flight: 0,
         frozen: false,
+        violations: 0,
     }
 }
 
@@ -121,6 +122,7 @@ fn catching_up() -> VolumeStatus {
         advice: Some("give it time".into()),
         link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
+        violations: 2,
         ..db()
     }
 }
@@ -145,6 +147,7 @@ node alpha
 VOLUME   ROLE              DISK      PEER               LINK            ACK      EPOCH  SIZE    BEHIND
 archive  primary           UpToDate  beta Inconsistent  tcp connected   durable  3      64 GiB  1.5 GiB (97.6% in sync)
   link tcp: alpha has no RDMA: no device
+  protocol: links closed because of what beta sent: 2; the log says what
   -> give it time
 db       primary           UpToDate  beta UpToDate      tcp connected   memory   3      64 GiB  -
 web      standby (frozen)  UpToDate  beta Unknown       tcp connecting  memory   3      64 GiB  -
@@ -190,10 +193,11 @@ fn status_json_has_the_fixed_keys() {
         "in_flight",
         "frozen",
         "link_note",
+        "violations",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 17, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 18, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.

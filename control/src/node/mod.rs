@@ -208,6 +208,11 @@ fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<(OpenVolume, 
         tracing::info!(volume = name, "{} may differ from the peer's disk", display_size(dirty));
     }
     let superblock = opened.superblock.clone();
+    if !superblock.clean {
+        // A daemon that was killed left writes in the system's cache alone. The peer has them, too, until it is
+        // overwritten with this disk; from then on a loss of power here must not take them.
+        disk.flush().map_err(disk_error)?;
+    }
     let (record, store) = Record::of(opened);
     Ok((OpenVolume { config, disk, superblock, dirty: dirty > 0, store: Some(store) }, record))
 }
@@ -460,6 +465,7 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         advice: status.advice,
         in_flight,
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
+        violations: counters.violations.load(Ordering::Relaxed),
     }
 }
 

@@ -11,6 +11,9 @@
 //! Invariants: both sides end with the same kind, or the conversation ends. A secret is used for one offer. Every wait
 //! has a limit; what blocks runs on the runtime's blocking threads.
 //!
+//! A listener and its thread are held until the connection comes or [`ACCEPT_MAX`] is over, whatever becomes of the
+//! conversation: so a volume has room for [`LISTENERS_MAX`], and who comes when both are taken is offered no RDMA.
+//!
 //! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
 
 use super::peers::{connect_to, listen, say};
@@ -25,6 +28,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 /// How long the dialer may take to connect by RDMA, over a network on which a round trip has just been made. Nearly all
@@ -34,6 +38,10 @@ const DIAL_MAX: Duration = Duration::from_secs(3);
 
 /// How long the acceptor waits for that connection: the dialer's time, and some for the first hello to get there.
 const ACCEPT_MAX: Duration = Duration::from_secs(4);
+
+/// RDMA listeners of a volume at one time: one for the peer, and one for a conversation it began before that and gave up.
+/// Each takes a thread, and memory for a ring once somebody connects, and a hello is all that it takes to have one.
+pub(super) const LISTENERS_MAX: usize = 2;
 
 /// What a volume brings to a conversation about its link.
 #[derive(Clone)]
@@ -50,6 +58,14 @@ pub(super) struct Terms {
     pub(super) peer: String,
     /// This node's RDMA.
     pub(super) rdma: Arc<dyn RdmaSetup>,
+    /// Room for listeners, of this volume's conversations together.
+    pub(super) listeners: Arc<Semaphore>,
+}
+
+/// An RDMA listener, and its place among those of its volume.
+pub(super) struct Offered {
+    listener: Box<dyn RdmaListener>,
+    place: OwnedSemaphorePermit,
 }
 
 /// What will carry the session.
@@ -265,8 +281,13 @@ pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Resu
 }
 
 /// Begins to take the connection that an offer asked for.
-pub(super) fn accept(listener: Box<dyn RdmaListener>) -> JoinHandle<Result<Prepared, String>> {
-    spawn_blocking(move || listener.accept(ACCEPT_MAX))
+pub(super) fn accept(offered: Offered) -> JoinHandle<Result<Prepared, String>> {
+    let Offered { listener, place } = offered;
+    spawn_blocking(move || {
+        let accepted = listener.accept(ACCEPT_MAX);
+        drop(place);
+        accepted
+    })
 }
 
 /// The connection that the peer says it made.
@@ -308,13 +329,17 @@ impl Terms {
     }
 
     /// A listener with a secret of its own.
-    pub(super) async fn listen(&self) -> Result<(Box<dyn RdmaListener>, RdmaOffer), String> {
+    pub(super) async fn listen(&self) -> Result<(Offered, RdmaOffer), String> {
+        let place = Arc::clone(&self.listeners).try_acquire_owned();
+        let place = place.map_err(|_| {
+            format!("all {LISTENERS_MAX} RDMA listeners of the volume wait for connections that were promised before")
+        })?;
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
         blocking(move || {
             let secret = random_secret().map_err(|error| format!("/dev/urandom: {error}"))?;
             let listener = rdma.listen(local, &secret)?;
             let offer = RdmaOffer { address: listener.address(), secret };
-            Ok((listener, offer))
+            Ok((Offered { listener, place }, offer))
         })
         .await
     }

@@ -15,9 +15,33 @@ use std::time::Duration;
 
 use crate::hello::{RdmaOffer, Secret};
 
-/// A connected queue pair that becomes a link. Takes the TCP connection of the conversation as its companion, whose end
-/// is the fastest sign of a dead peer.
-pub(super) type Prepared = Box<dyn FnOnce(TcpStream) -> io::Result<Box<dyn Link>> + Send>;
+/// What takes the conversation's connection to a link that is all made but for it.
+type Join = Box<dyn FnOnce(TcpStream) -> io::Result<Box<dyn Link>> + Send>;
+
+/// A connected queue pair with all the memory its link needs. One that is dropped is closed, by a thread that may block:
+/// taking it apart costs what making it did.
+pub(super) struct Prepared(Option<Join>);
+
+impl Prepared {
+    /// All that can fail for want of anything but a descriptor has been done before.
+    pub(super) fn new(join: impl FnOnce(TcpStream) -> io::Result<Box<dyn Link>> + Send + 'static) -> Self {
+        Self(Some(Box::new(join)))
+    }
+
+    /// The link. `companion` is the TCP connection of the conversation, whose end is the fastest sign of a dead peer.
+    /// Does not block.
+    pub(super) fn into_link(mut self, companion: TcpStream) -> io::Result<Box<dyn Link>> {
+        (self.0.take().expect("taken here only"))(companion)
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if let (Some(join), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(join));
+        }
+    }
+}
 
 /// RDMA on this node. Errors are sentences for an operator: what was wrong, and what to do.
 pub(super) trait RdmaSetup: Send + Sync {

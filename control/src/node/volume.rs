@@ -4,7 +4,7 @@
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
 use super::link::LinkKeeper;
-use super::negotiate::{Met, NoLink, out_of_turn};
+use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 mod carry;
 
@@ -84,6 +84,8 @@ pub(super) struct VolumeTask {
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// Room for RDMA listeners.
+    listeners: Arc<Semaphore>,
     /// From the making of its link to its end.
     session: Option<SessionState>,
     began: Instant,
@@ -135,6 +137,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             session: None,
             began: now,
             conversation: None,
@@ -368,9 +371,6 @@ impl VolumeTask {
     }
 
     /// Whether the session brings us what we lack.
-    fn is_sync_target(&self) -> bool {
-        self.controller.status().connection == Connection::SyncTarget
-    }
 
     fn send(&self, command: Command) {
         self.reactor.send(command);
@@ -385,6 +385,7 @@ impl VolumeTask {
                 let _ = self.store_metadata(*superblock).await;
             }
             Action::Detach => self.send(Command::Detach { volume }),
+            Action::MarkAll => self.mark_all().await?,
             Action::Dial => {
                 self.dials = true;
                 self.next_dial = Instant::now();
@@ -405,8 +406,7 @@ impl VolumeTask {
             Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
-                let direction = Direction::Target { resync: self.is_sync_target() };
-                self.send(Command::Direct { volume, direction, epoch });
+                self.send(Command::Direct { volume, direction: self.as_target(), epoch });
             }
             Action::Serve { epoch } => {
                 self.epoch = epoch;
@@ -420,11 +420,8 @@ impl VolumeTask {
                 self.send(Command::StopServing { volume });
                 // A copy under way goes on without clients.
                 if self.link_up && self.controller.status().connection != Connection::SyncSource {
-                    self.send(Command::Direct {
-                        volume,
-                        direction: Direction::Target { resync: self.is_sync_target() },
-                        epoch: self.epoch,
-                    });
+                    let direction = self.as_target();
+                    self.send(Command::Direct { volume, direction, epoch: self.epoch });
                 }
             }
             Action::GoAlone => self.send(Command::GoAlone { volume }),
@@ -450,6 +447,23 @@ impl VolumeTask {
             Level::Warn => tracing::warn!(volume, "{text}"),
             Level::Error => tracing::error!(volume, "{text}"),
         }
+    }
+
+    fn as_target(&self) -> Direction {
+        Direction::Target { resync: self.controller.status().connection == Connection::SyncTarget }
+    }
+
+    async fn mark_all(&mut self) -> Result<(), String> {
+        let (tell, told) = oneshot::channel();
+        let done = Box::new(move |result| {
+            // A task that ended with its daemon needs no answer.
+            let _ = tell.send(result);
+        });
+        self.send(Command::MarkAll { volume: self.index, done });
+        told.await.unwrap_or_else(|_| Err("the datapath ended".to_owned())).inspect_err(|error| {
+            let volume = self.shared.config.name.as_str();
+            tracing::error!(volume, error, "what has to be copied cannot be put on record");
+        })
     }
 
     async fn store_metadata(&mut self, superblock: Superblock) -> Result<(), String> {

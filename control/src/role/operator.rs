@@ -5,6 +5,7 @@ use super::{
     VolumeController, VolumeSettings, code,
 };
 use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::units::Generation;
 use std::time::Duration;
 
 impl VolumeController {
@@ -72,6 +73,8 @@ impl VolumeController {
         self.abandon_handshake(actions);
         let generation = self.superblock.generations.current.0;
         self.superblock.disk_state = DiskState::Inconsistent;
+        // Nobody's bytes are among it yet: its own map says what it changed since it parted from the peer.
+        self.superblock.copying = Generation::ZERO;
         self.superblock.primary = false;
         self.superblock.zeroed = false;
         self.undurable = false;
@@ -138,9 +141,22 @@ impl VolumeController {
         if refusal.is_err() {
             return self.reply(id, refusal.map(|()| String::new()), actions);
         }
-        self.give_up_content(actions);
-        // The next session finds the record and copies everything.
+        if self.invalidating.is_some() {
+            return self.reply(id, Err("it is being given up already".to_owned()), actions);
+        }
+        // The map is not this node's to mark before the session is over.
+        self.invalidating = Some(id);
         actions.push(Action::CloseLink);
+    }
+
+    /// What `invalidate` asked for, once the session is over: the next one finds the record and copies everything.
+    pub(super) fn invalidate_now(&mut self, actions: &mut Vec<Action>) {
+        let Some(id) = self.invalidating.take() else { return };
+        if let Err(text) = self.may_discard() {
+            return self.reply(id, Err(text), actions);
+        }
+        self.mark_all(actions);
+        self.give_up_content(actions);
         let text = format!("the disk is invalid; it will be copied from {}", self.settings.peer);
         self.reply(id, Ok(text), actions);
     }
@@ -195,13 +211,21 @@ impl VolumeController {
         } else if !self.is_usable() {
             format!("the disk is {state}: `costandby wait-sync {}` first", self.settings.volume)
         } else {
-            let epoch = self.superblock.epoch.next();
-            self.promotion = Some(Promotion { id, epoch, deadline: now + GRANT_TIMEOUT });
-            self.set_role(Role::Promoting);
-            actions.push(Action::SendPeer { code: code::PROMOTE_REQUEST, arg: epoch.0 });
-            return;
+            return self.ask_for_promotion(now, Some(id), actions);
         };
         self.reply(id, Err(refusal), actions);
+    }
+
+    pub(super) fn ask_for_promotion(
+        &mut self,
+        now: Duration,
+        id: Option<ReplyId>,
+        actions: &mut Vec<Action>,
+    ) {
+        let epoch = self.superblock.epoch.next();
+        self.promotion = Some(Promotion { id, epoch, deadline: now + GRANT_TIMEOUT });
+        self.set_role(Role::Promoting);
+        actions.push(Action::SendPeer { code: code::PROMOTE_REQUEST, arg: epoch.0 });
     }
 
     /// Without the peer: whatever it does meanwhile, its generation will not be this one.
@@ -225,9 +249,13 @@ impl VolumeController {
         superblock.disk_state = DiskState::UpToDate;
         superblock.zeroed = false;
         superblock.applying = false;
+        superblock.copying = Generation::ZERO;
         superblock.primary = true;
         superblock.clean = false;
         let epoch = superblock.epoch;
+        // Going on from what it holds is the operator's word for it.
+        self.lost_power = false;
+        self.dirty = true;
         self.store(actions);
         self.set_role(Role::Primary);
         self.alone = true;
@@ -241,6 +269,14 @@ impl VolumeController {
     fn on_demote(&mut self, now: Duration, id: ReplyId, actions: &mut Vec<Action>) {
         match self.role {
             Role::Standby => {
+                let superblock = &mut self.superblock;
+                // One that crashed stays on record as what it was: its disk may hold what no other does.
+                let settled = superblock.clean || superblock.disk_state == DiskState::Inconsistent;
+                if settled && std::mem::take(&mut superblock.primary) {
+                    self.resume_at = None;
+                    self.abandon_handshake(actions);
+                    self.store(actions);
+                }
                 self.reply(id, Ok(format!("{} is standby already", self.settings.node)), actions);
             }
             Role::Promoting | Role::Demoting => {
@@ -277,6 +313,13 @@ impl VolumeController {
         self.reply(demotion.id, Ok(format!("{} is standby", self.settings.node)), actions);
     }
 
+    /// Whoever waits for a change that does not come about any more.
+    fn take_waiting(&mut self) -> impl Iterator<Item = ReplyId> + use<> {
+        let promotion = self.promotion.take().and_then(|promotion| promotion.id);
+        let demotion = self.demotion.take().map(|demotion| demotion.id);
+        [promotion, demotion, self.invalidating.take()].into_iter().flatten()
+    }
+
     pub(super) fn on_disk_failed(&mut self, text: &str, actions: &mut Vec<Action>) {
         // Storing the state below may fail in turn and be reported again.
         if self.medium_failed && self.connection == Connection::Standalone {
@@ -288,8 +331,7 @@ impl VolumeController {
         if matches!(self.role, Role::Primary | Role::Demoting) {
             actions.push(Action::StopServing);
         }
-        let waiting = self.promotion.take().map(|promotion| promotion.id);
-        for id in waiting.into_iter().chain(self.demotion.take().map(|demotion| demotion.id)) {
+        for id in self.take_waiting() {
             self.reply(id, Err("the disk failed".to_owned()), actions);
         }
         if self.role != Role::Standby {
@@ -311,8 +353,7 @@ impl VolumeController {
         self.shutdown_deadline = Some(now + QUIESCE_TIMEOUT);
         actions.push(Action::StopDialing);
         self.abandon_handshake(actions);
-        let waiting = self.promotion.take().map(|promotion| promotion.id);
-        for id in waiting.into_iter().chain(self.demotion.take().map(|demotion| demotion.id)) {
+        for id in self.take_waiting() {
             self.reply(id, Err("the daemon is shutting down".to_owned()), actions);
         }
         match self.role {
@@ -350,12 +391,12 @@ impl VolumeController {
     }
 
     pub(super) fn on_tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if let Some(promotion) = self.promotion.take_if(|promotion| now >= promotion.deadline) {
-            self.set_role(Role::Standby);
+        if self.promotion.as_ref().is_some_and(|promotion| now >= promotion.deadline) {
             let text =
                 format!("{} did not answer in {} s; try again", self.settings.peer, GRANT_TIMEOUT.as_secs());
-            self.reply(promotion.id, Err(text), actions);
+            self.end_promotion(&text, actions);
         }
+        self.resume_if_due(now, actions);
         if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {
             self.set_role(Role::Primary);
             actions.push(Action::Serve { epoch: self.superblock.epoch });

@@ -1,13 +1,14 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
 use super::{
-    Action, Connection, Level, Peer, Pending, Role, SessionSide, VolumeController, VolumeSettings, code,
-    lineage_of,
+    Action, Connection, GRANT_TIMEOUT, Level, Peer, Pending, Role, SessionSide, VolumeController,
+    VolumeSettings, code, lineage_of,
 };
-use crate::generation::{Side, Verdict, Why, agree};
+use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
 use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
-use costandby_datapath::disk::superblock::{DiskState, Generations};
+use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+use std::time::Duration;
 
 impl VolumeController {
     pub(super) fn on_hello(&mut self, hello: &Hello, actions: &mut Vec<Action>) {
@@ -70,26 +71,31 @@ impl VolumeController {
     fn accept(&mut self, pending: Pending, actions: &mut Vec<Action>) {
         let Ready { agreement, lineage } = pending.ready;
         self.split_brain = false;
+        let resumes = self.resumes_after(&agreement, &pending.peer);
         let before = self.superblock.clone();
         let superblock = &mut self.superblock;
         superblock.epoch = Epoch(agreement.epoch);
         match agreement.verdict {
             Verdict::InSync { adopt: Some(_) }
-            | Verdict::Resync { source: Side::Mine, why: Why::BothFresh } => {
+            | Verdict::Resync { source: Side::Mine, why: Why::BothFresh, .. } => {
                 superblock.volume_id = lineage.volume_id;
                 superblock.generations =
                     Generations { current: Generation(lineage.generation), ..Generations::default() };
                 superblock.zeroed = false;
             }
-            Verdict::Resync { source: Side::Theirs, .. } => {
+            Verdict::Resync { source: Side::Theirs, scope, .. } => {
                 superblock.volume_id = lineage.volume_id;
                 superblock.disk_state = DiskState::Inconsistent;
                 superblock.zeroed = false;
+                if scope == Scope::Full {
+                    // From whom is stored once the source says that it has all of it on record.
+                    superblock.copying = COPYING_WHOLE;
+                }
             }
             _ => {}
         }
         // Before the first session a `primary` that is still `clean` only says who is to begin.
-        superblock.primary = agreement.primary == Some(Side::Mine);
+        superblock.primary = agreement.primary == Some(Side::Mine) || resumes;
         superblock.clean |= superblock.primary && !before.primary;
         if self.role == Role::Primary && agreement.primary != Some(Side::Mine) {
             actions.push(Action::StopServing);
@@ -99,6 +105,11 @@ impl VolumeController {
             let text = format!("{} went on while we were away: stepping down", self.settings.peer);
             self.log(Level::Warn, &text, actions);
         }
+        let full =
+            matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. });
+        if full {
+            self.mark_all(actions);
+        }
         if self.superblock != before {
             self.store(actions);
         }
@@ -106,6 +117,26 @@ impl VolumeController {
         actions.push(Action::SendReady(pending.ready));
         self.set_connection(Connection::Handshaking);
         self.pending = Some(pending);
+    }
+
+    /// Whether this node, which was primary when it lost power, will be again once it has been copied to. Not where
+    /// somebody took over, which shows in the generation.
+    fn resumes_after(&self, agreement: &Agreement, peer: &View) -> bool {
+        let Verdict::Resync { source: Side::Theirs, why, .. } = agreement.verdict else { return false };
+        let superblock = &self.superblock;
+        superblock.primary
+            && self.role == Role::Standby
+            && agreement.primary.is_none()
+            && peer.generations.current == superblock.generations.current
+            && (why == Why::TargetLostPower || superblock.disk_state == DiskState::Inconsistent)
+    }
+
+    /// Has everything on record as differing, unless it is.
+    pub(super) fn mark_all(&mut self, actions: &mut Vec<Action>) {
+        self.dirty = true;
+        if !std::mem::replace(&mut self.all_marked, true) {
+            actions.push(Action::MarkAll);
+        }
     }
 
     pub(super) fn on_ready(&mut self, theirs: Ready, actions: &mut Vec<Action>) {
@@ -124,17 +155,27 @@ impl VolumeController {
         let peer_serves = agreement.primary == Some(Side::Theirs);
         let superblock = &mut self.superblock;
         self.settling = false;
+        self.all_marked = false;
         superblock.clean = false;
         superblock.applying = peer_serves;
         let (connection, resync) = match agreement.verdict {
             Verdict::Resync { source: Side::Mine, .. } => (Connection::SyncSource, true),
-            Verdict::Resync { .. } => (Connection::SyncTarget, false),
+            Verdict::Resync { .. } => {
+                // The source is ready: all that may differ is on its record, or on ours until it is on its.
+                superblock.copying = Generation(lineage.generation);
+                (Connection::SyncTarget, false)
+            }
             _ => {
                 superblock.generations.base = Generation::ZERO;
                 superblock.peer_has_current = true;
+                self.dirty = false;
                 (Connection::Connected, false)
             }
         };
+        if connection != Connection::SyncTarget {
+            // What this disk holds is what the volume holds from here on.
+            self.lost_power = false;
+        }
         self.store(actions);
         self.set_connection(connection);
         if serve && self.role == Role::Standby {
@@ -143,12 +184,20 @@ impl VolumeController {
         self.peer = Some(Peer { view: pending.peer, primary: peer_serves, diskless: false });
         self.alone = false;
         self.need_alone = false;
-        let side = if serve || resync { SessionSide::Source { resync } } else { SessionSide::Target };
+        let side = if serve || resync {
+            SessionSide::Source { resync }
+        } else {
+            SessionSide::Target { resync: connection == Connection::SyncTarget }
+        };
         actions.push(Action::StartSession { side, serve, epoch: Epoch(agreement.epoch) });
         let text = match agreement.verdict {
-            Verdict::Resync { why, .. } => {
+            Verdict::Resync { why, scope, .. } => {
                 let direction = if resync { "copying to" } else { "being copied from" };
-                format!("connected, {direction} {}: {}", self.settings.peer, why.as_str())
+                let what = match scope {
+                    Scope::Full => "everything",
+                    Scope::Delta => "what differs",
+                };
+                format!("connected, {direction} {} {what}: {}", self.settings.peer, why.as_str())
             }
             _ => format!("connected to {}, in sync", self.settings.peer),
         };
@@ -177,15 +226,21 @@ impl VolumeController {
         }
     }
 
-    pub(super) fn on_link_down(&mut self, reason: &str, undurable: bool, actions: &mut Vec<Action>) {
+    pub(super) fn on_link_down(
+        &mut self,
+        reason: &str,
+        undurable: bool,
+        dirty: bool,
+        actions: &mut Vec<Action>,
+    ) {
         if self.peer.take().is_none() {
+            self.dirty |= dirty;
             return;
         }
-        if let Some(promotion) = self.promotion.take() {
-            self.set_role(Role::Standby);
-            let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
-            self.reply(promotion.id, Err(text), actions);
-        }
+        self.dirty = dirty;
+        self.resume_at = None;
+        let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
+        self.end_promotion(&text, actions);
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
         self.end_diskless(actions);
         self.settling = self.superblock.applying;
@@ -196,6 +251,7 @@ impl VolumeController {
                 OnPeerLoss::Freeze => self.undurable = true,
             }
         }
+        self.invalidate_now(actions);
         if self.shutdown_deadline.is_some() {
             if !serves && !self.settling {
                 self.undurable |= undurable && self.superblock.primary;
@@ -246,6 +302,7 @@ impl VolumeController {
             self.store(actions);
         }
         self.undurable = false;
+        self.dirty = true;
         if !std::mem::replace(&mut self.alone, true) {
             self.log(Level::Warn, &format!("going on without {}", self.settings.peer), actions);
         }
@@ -262,19 +319,21 @@ impl VolumeController {
         actions.push(Action::SendPeer { code: code::RESYNC_FINISH, arg });
     }
 
-    pub(super) fn on_peer_message(&mut self, code: u64, arg: u64, actions: &mut Vec<Action>) {
+    pub(super) fn on_peer_message(&mut self, now: Duration, code: u64, arg: u64, actions: &mut Vec<Action>) {
         if !self.in_session() {
             return;
         }
         match code {
             code::PROMOTE_REQUEST => self.on_promote_request(arg, actions),
             code::PROMOTE_GRANT => self.on_promote_grant(arg, actions),
-            code::PROMOTE_DENY => self.on_promote_deny(arg, actions),
+            code::PROMOTE_DENY => self.on_promote_deny(now, arg, actions),
             code::DEMOTED => self.on_peer_demoted(actions),
-            code::RESYNC_FINISH => self.on_resync_finish(arg, actions),
+            code::RESYNC_FINISH => self.on_resync_finish(now, arg, actions),
             code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
             code::DISK_FAILED => self.on_peer_disk_failed(arg, actions),
             code::DISK_FAILED_NOTED => self.on_disk_failed_noted(actions),
+            // For `status` only: whoever carries out our actions has read it.
+            code::RESYNC_PROGRESS => {}
             _ => {
                 self.log(
                     Level::Warn,
@@ -300,11 +359,9 @@ impl VolumeController {
             actions.push(Action::SendPeer { code: code::PROMOTE_DENY, arg });
             return;
         }
-        if let Some(promotion) = self.promotion.take() {
-            self.set_role(Role::Standby);
-            let text = format!("{} is being promoted at this moment", self.settings.peer);
-            self.reply(promotion.id, Err(text), actions);
-        }
+        let text = format!("{} is being promoted at this moment", self.settings.peer);
+        self.end_promotion(&text, actions);
+        self.resume_at = None;
         self.superblock.epoch = Epoch(arg);
         self.superblock.primary = false;
         self.superblock.clean = false;
@@ -333,17 +390,46 @@ impl VolumeController {
         self.store(actions);
         self.set_role(Role::Primary);
         self.set_peer_primary(false);
+        self.resume_at = None;
         actions.push(Action::Serve { epoch: promotion.epoch });
-        self.reply(promotion.id, Ok(format!("{} is primary", self.settings.node)), actions);
+        let text = format!("{} is primary", self.settings.node);
+        match promotion.id {
+            Some(id) => self.reply(id, Ok(text), actions),
+            None => self.log(Level::Info, &format!("{text} again"), actions),
+        }
     }
 
-    fn on_promote_deny(&mut self, arg: u64, actions: &mut Vec<Action>) {
+    fn on_promote_deny(&mut self, now: Duration, arg: u64, actions: &mut Vec<Action>) {
         self.raise_epoch(arg, actions);
-        if let Some(promotion) = self.promotion.take() {
-            self.set_role(Role::Standby);
-            let text = format!("{} did not consent; try again, or demote it there first", self.settings.peer);
-            self.reply(promotion.id, Err(text), actions);
+        let text = format!("{} did not consent; try again, or demote it there first", self.settings.peer);
+        self.end_promotion(&text, actions);
+        self.resume_at = self.resume_at.map(|_| now + GRANT_TIMEOUT);
+    }
+
+    /// The promotion that was asked for, if any, does not come about.
+    pub(super) fn end_promotion(&mut self, text: &str, actions: &mut Vec<Action>) {
+        let Some(promotion) = self.promotion.take() else { return };
+        self.set_role(Role::Standby);
+        match promotion.id {
+            Some(id) => self.reply(id, Err(text.to_owned()), actions),
+            None => self.log(Level::Warn, &format!("not primary again yet: {text}"), actions),
         }
+    }
+
+    /// Asks for promotion, as the primary that this node was before it lost power, when it is time for that.
+    pub(super) fn resume_if_due(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let peer_serves = self.peer.as_ref().is_some_and(|peer| peer.primary);
+        let may = self.superblock.primary
+            && self.role == Role::Standby
+            && self.connection == Connection::Connected
+            && self.in_session()
+            && !peer_serves
+            && self.shutdown_deadline.is_none();
+        if self.resume_at.is_none_or(|at| now < at) || !may {
+            return;
+        }
+        self.resume_at = Some(now + GRANT_TIMEOUT);
+        self.ask_for_promotion(now, None, actions);
     }
 
     fn raise_epoch(&mut self, arg: u64, actions: &mut Vec<Action>) {
@@ -371,7 +457,7 @@ impl VolumeController {
         }
     }
 
-    fn on_resync_finish(&mut self, arg: u64, actions: &mut Vec<Action>) {
+    fn on_resync_finish(&mut self, now: Duration, arg: u64, actions: &mut Vec<Action>) {
         let Some(peer) = self.peer.as_ref().filter(|_| self.connection == Connection::SyncTarget && arg != 0)
         else {
             let text = format!("{} ended a copy that never was: closing the link", self.settings.peer);
@@ -383,10 +469,17 @@ impl VolumeController {
             Generations { current: Generation(arg), base: Generation::ZERO, history };
         self.superblock.disk_state = DiskState::UpToDate;
         self.superblock.peer_has_current = true;
+        self.superblock.copying = Generation::ZERO;
+        // A primary to be: nothing is in flight until it serves, and a handshake before that lets it resume.
+        self.superblock.clean |= self.superblock.primary;
+        self.dirty = false;
+        self.lost_power = false;
         self.store(actions);
         self.set_connection(Connection::Connected);
         actions.push(Action::SendPeer { code: code::RESYNC_FINISHED, arg });
         self.log(Level::Info, &format!("up to date with {}", self.settings.peer), actions);
+        self.resume_at = self.superblock.primary.then_some(now);
+        self.resume_if_due(now, actions);
     }
 
     fn on_resync_finished(&mut self, arg: u64, actions: &mut Vec<Action>) {
@@ -398,6 +491,7 @@ impl VolumeController {
         }
         self.superblock.generations.base = Generation::ZERO;
         self.undurable = false;
+        self.dirty = false;
         self.store(actions);
         self.set_connection(Connection::Connected);
         if matches!(self.role, Role::Standby | Role::Promoting) {

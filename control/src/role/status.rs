@@ -85,6 +85,7 @@ impl VolumeController {
     pub(super) fn shown_disk_state(&self) -> DiskState {
         match self.superblock.disk_state {
             _ if self.diskless.is_gone() && self.in_session() => DiskState::Diskless,
+            DiskState::UpToDate if self.may_lack_writes() => DiskState::Outdated,
             DiskState::UpToDate if !self.is_usable() => DiskState::Inconsistent,
             state => state,
         }
@@ -120,7 +121,14 @@ impl VolumeController {
             Connection::Connecting if self.is_usable() => {
                 format!("waiting for {peer}; `costandby promote {volume}` to serve without it")
             }
+            Connection::Connecting if self.may_lack_writes() => format!(
+                "this machine lost power while it served: {peer} may have acknowledged writes that this disk lacks; waiting \
+                 for it, to sync from it and serve again"
+            ),
             Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::SyncTarget if self.superblock.primary => {
+                format!("lost power while it served; serves again once it is up to date with {peer}")
+            }
             Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
                 format!("no node serves; `costandby promote {volume}` on the one that should")
             }

@@ -2,11 +2,12 @@
 
 use super::world::{Ending, World};
 use super::*;
-use crate::generation::{Side, Verdict, Why};
+use crate::generation::{Scope, Side, Verdict, Why};
 use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
 mod diskless;
+mod resync;
 
 const ID: ReplyId = ReplyId(7);
 /// The boot that all took part in.
@@ -186,7 +187,9 @@ fn fresh_zeroed_disks_begin_with_the_configured_primary() {
 
     let mut beta = One::with("beta", OnPeerLoss::Continue, fresh, fresh);
     let actions = beta.connect();
-    let Some(Action::StartSession { side: SessionSide::Target, serve: false, .. }) = actions.last() else {
+    let Some(Action::StartSession { side: SessionSide::Target { resync: false }, serve: false, .. }) =
+        actions.last()
+    else {
         panic!("{actions:?}")
     };
     assert!(beta.stored().applying && beta.stored().epoch == Epoch(1));
@@ -205,7 +208,7 @@ fn a_former_primary_resumes_unless_the_peer_took_over() {
     assert!(!stored(&actions[0]).primary);
     assert!(matches!(
         actions.last(),
-        Some(Action::StartSession { side: SessionSide::Target, serve: false, .. })
+        Some(Action::StartSession { side: SessionSide::Target { resync: false }, serve: false, .. })
     ));
 }
 
@@ -363,7 +366,8 @@ fn a_peer_that_decided_otherwise_gets_no_session() {
     let actions = one.greet();
     let Some(Action::SendReady(mine)) = actions.last().cloned() else { panic!("{actions:?}") };
     let mut theirs = Ready { agreement: mine.agreement.mirrored(), lineage: mine.lineage };
-    theirs.agreement.verdict = Verdict::Resync { source: Side::Mine, why: Why::TargetBehind };
+    theirs.agreement.verdict =
+        Verdict::Resync { source: Side::Mine, why: Why::TargetBehind, scope: Scope::Delta };
     assert_eq!(one.on(Event::SessionReady(theirs)), [Action::CloseLink]);
     assert_eq!(one.controller.connection, Connection::Connecting);
 }
@@ -635,13 +639,16 @@ fn invalidate_has_a_connected_standby_copied_anew() {
     let actions = one.command(Command::Connect { discard_my_data: true });
     let text = reply(&actions).expect_err("connected");
     assert!(text.contains("invalidate"), "{text}");
-    let actions = one.command(Command::Invalidate);
-    assert_eq!(stored(&actions[0]).disk_state, DiskState::Inconsistent);
-    let closes = actions.iter().position(|action| *action == Action::CloseLink);
-    assert!(closes.is_some_and(|at| at > 0), "on record first: {actions:?}");
-    one.on(lost(false));
-    one.greet();
-    assert_eq!(one.controller.connection, Connection::Handshaking);
+    assert_eq!(one.command(Command::Invalidate), [Action::CloseLink]);
+    let actions = one.on(lost(false));
+    assert_eq!(actions[0], Action::MarkAll, "all of it is on record as differing before it is given up");
+    let given_up = stored(&actions[1]);
+    assert_eq!((given_up.disk_state, given_up.copying), (DiskState::Inconsistent, Generation::ZERO));
+    let replied = actions.iter().find(|action| matches!(action, Action::Reply { .. }));
+    reply(replied.map_or(&[], std::slice::from_ref)).expect("done");
+    let actions = one.greet();
+    assert!(matches!(actions.last(), Some(Action::SendReady(_))), "{actions:?}");
+    assert!(!actions.contains(&Action::MarkAll), "the map says everything already");
     let mut one = One::primary("alpha", OnPeerLoss::Continue);
     let actions = one.command(Command::Invalidate);
     let text = reply(&actions).expect_err("it serves");
@@ -715,7 +722,7 @@ const FOUND: [u64; 1] = [59_735];
 #[test]
 fn two_nodes_through_random_disasters() {
     let (mut in_sync, mut refused) = (0, 0);
-    let mut counts = [0; 5];
+    let mut counts = [0; 6];
     for seed in (0..8000).chain(FOUND) {
         let mut world = World::new(seed);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
@@ -732,13 +739,20 @@ fn two_nodes_through_random_disasters() {
                 std::panic::resume_unwind(panic);
             }
         }
-        let happened = [world.sessions, world.resyncs, world.promotions, world.alone_writes, world.given_up];
+        let happened = [
+            world.sessions,
+            world.resyncs,
+            world.promotions,
+            world.alone_writes,
+            world.given_up,
+            world.resumed,
+        ];
         counts.iter_mut().zip(happened).for_each(|(sum, one)| *sum += one);
     }
     println!(
-        "in sync {in_sync}, refused {refused}; sessions, resyncs, promotions, writes alone, given up: {counts:?}"
+        "in sync {in_sync}, refused {refused}; sessions, resyncs, promotions, writes alone, given up, resumed: {counts:?}"
     );
     assert!(in_sync > 500 && refused > 100, "in sync {in_sync}, refused {refused}");
-    let [often @ .., given_up] = counts;
-    assert!(often.iter().all(|&count| count > 1000) && given_up > 100, "{counts:?}");
+    let [often @ .., given_up, resumed] = counts;
+    assert!(often.iter().all(|&count| count > 1000) && given_up > 100 && resumed > 100, "{counts:?}");
 }

@@ -1,18 +1,28 @@
-//! Two controllers, two disks and a wire in virtual time: random writes, cuts, crashes between any two actions, restarts
-//! and operators, from a seed. The disks are lists of writes, so lost and diverged data show.
+//! Two controllers, two disks and a wire in virtual time: random writes, cuts, crashes and losses of power between any two
+//! actions, restarts and operators, from a seed. A disk is a set of writes, each with a place of its own, so lost and
+//! diverged data show; it has a part that is on stable storage, a map of what may differ, and a log of what is being
+//! written. A copy moves what the maps have, and nothing else.
 //!
 //! The checks know nothing of generations: no two nodes serve over one link, a disk that clients read is whole, disks
-//! that call themselves in sync are equal, and no acknowledged write is overwritten from a disk that lacks it.
+//! that call themselves in sync are equal, and no acknowledged write is overwritten from a disk that lacks it, also where
+//! one of the two nodes lost power.
 
 use super::*;
 use crate::hello::Hello;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 struct Node {
     controller: Option<VolumeController>,
     stored: Superblock,
-    /// The writes the disk holds, oldest first.
-    content: Vec<u32>,
+    /// The writes the disk holds.
+    content: BTreeSet<u32>,
+    /// Those that a loss of power leaves.
+    durable: BTreeSet<u32>,
+    /// What may differ from the peer's disk, on record.
+    map: BTreeSet<u32>,
+    /// What was written since both disks were last known to be on stable storage, on record.
+    hot: BTreeSet<u32>,
+    boot: u8,
     /// The disk is a mixture, in truth, whatever its superblock says.
     mixture: bool,
     serving: bool,
@@ -22,6 +32,8 @@ struct Node {
     inbox: VecDeque<(u64, u64)>,
     in_flight: Option<u32>,
     quiescing: bool,
+    /// The source has the target's map on record.
+    kept: bool,
     copied: bool,
     ready: Option<Ready>,
 }
@@ -33,7 +45,7 @@ pub(super) struct World {
     /// The link that carries, if any.
     live: Option<u64>,
     links: u64,
-    acked: Vec<u32>,
+    acked: BTreeSet<u32>,
     writes: u32,
     freeze: bool,
     /// Nothing goes wrong by chance any more.
@@ -45,6 +57,7 @@ pub(super) struct World {
     pub(super) promotions: u32,
     pub(super) alone_writes: u32,
     pub(super) given_up: u32,
+    pub(super) resumed: u32,
 }
 
 #[derive(Debug, PartialEq)]
@@ -61,7 +74,11 @@ impl World {
             nodes: NAMES.map(|name| Node {
                 controller: None,
                 stored: Superblock::fresh("db", name, 1 << 20, !seed.is_multiple_of(3)),
-                content: Vec::new(),
+                content: BTreeSet::new(),
+                durable: BTreeSet::new(),
+                map: BTreeSet::new(),
+                hot: BTreeSet::new(),
+                boot: 1,
                 mixture: false,
                 serving: false,
                 alone: false,
@@ -70,6 +87,7 @@ impl World {
                 inbox: VecDeque::new(),
                 in_flight: None,
                 quiescing: false,
+                kept: false,
                 copied: false,
                 ready: None,
             }),
@@ -77,8 +95,8 @@ impl World {
             now: Duration::ZERO,
             live: None,
             links: 0,
-            acked: Vec::new(),
-            writes: 0,
+            acked: BTreeSet::new(),
+            writes: 2,
             freeze: seed % 4 == 1,
             calm: false,
             forcing: false,
@@ -87,7 +105,13 @@ impl World {
             promotions: 0,
             alone_writes: 0,
             given_up: 0,
+            resumed: 0,
         };
+        if seed.is_multiple_of(3) {
+            // Disks with content, each its own.
+            world.nodes[0].content.insert(1);
+            world.nodes[1].content.insert(2);
+        }
         world.start(0);
         world.start(1);
         world
@@ -121,17 +145,69 @@ impl World {
             on_peer_loss: if self.freeze { OnPeerLoss::Freeze } else { OnPeerLoss::Continue },
             ack: AckLevel::Memory,
         };
-        let superblock = self.nodes[at].stored.clone();
-        let found = Found { superblock, dirty: false, boot: [1; 16] };
+        // A daemon flushes what the one before it left in the cache before it has a peer overwritten with it.
+        self.flush(at);
+        let node = &mut self.nodes[at];
+        node.map.append(&mut node.hot);
+        let dirty = !node.map.is_empty();
+        let found = Found { superblock: node.stored.clone(), dirty, boot: [node.boot; 16] };
         self.nodes[at].controller = Some(VolumeController::new(settings, found, random));
         let _ = self.random(2);
         self.event(at, Event::Start);
     }
 
+    /// The daemon ends, or the whole machine.
     fn crash(&mut self, at: usize) {
+        let power = self.chance(3);
         let node = &mut self.nodes[at];
         node.controller = None;
+        if power {
+            node.boot = node.boot.wrapping_add(1);
+            let volatile: Vec<u32> = node.content.symmetric_difference(&node.durable).copied().collect();
+            let mut content = self.nodes[at].durable.clone();
+            for write in volatile {
+                if self.random(2) == 0 && !content.remove(&write) {
+                    content.insert(write);
+                }
+            }
+            self.nodes[at].content.clone_from(&content);
+            self.nodes[at].durable = content;
+        }
         self.at_rest(at);
+        // What no whole disk holds any more is lost, and no rule could have kept it.
+        let nodes = &self.nodes;
+        let held = |at: usize, write: &u32| {
+            let (node, other) = (&nodes[at], &nodes[1 - at].stored);
+            let torn = node.controller.as_ref().map_or(node.stored.applying, VolumeController::is_torn);
+            // Once the other took over, this one counts for nothing, whatever befalls the other.
+            let behind = other.generations.descends_from(node.stored.generations.current);
+            let whole = node.stored.disk_state == DiskState::UpToDate && !node.mixture && !torn;
+            whole && !behind && node.content.contains(write)
+        };
+        self.acked.retain(|write| (0..2).any(|at| held(at, write)));
+    }
+
+    fn flush(&mut self, at: usize) {
+        self.nodes[at].durable = self.nodes[at].content.clone();
+    }
+
+    /// Whether both ends are up and linked, so that this one can have the other flush.
+    fn together(&self, at: usize) -> bool {
+        self.alive(at) && self.alive(1 - at)
+    }
+
+    /// Makes the record of what is being written shorter.
+    fn checkpoint(&mut self, at: usize) {
+        let source = matches!(self.nodes[at].side, Some(SessionSide::Source { .. }));
+        if source && self.together(at) && self.nodes[at].in_flight.is_none() {
+            self.flush(at);
+            self.flush(1 - at);
+            self.nodes[at].hot.clear();
+        } else if self.nodes[at].link.is_none() && self.nodes[at].in_flight.is_none() {
+            self.flush(at);
+            let node = &mut self.nodes[at];
+            node.map.append(&mut node.hot);
+        }
     }
 
     fn at_rest(&mut self, at: usize) {
@@ -139,7 +215,8 @@ impl World {
             self.live = None;
         }
         let node = &mut self.nodes[at];
-        (node.serving, node.alone, node.quiescing, node.copied) = (false, false, false, false);
+        (node.serving, node.alone, node.quiescing, node.copied, node.kept) =
+            (false, false, false, false, false);
         (node.link, node.side, node.in_flight, node.ready) = (None, None, None, None);
         node.inbox.clear();
     }
@@ -168,7 +245,17 @@ impl World {
             Action::StoreMetadata(superblock) => {
                 // The operator who forces a promotion declares the disk's content good.
                 self.nodes[at].mixture &= !self.forcing;
-                self.nodes[at].stored = *superblock;
+                let before = std::mem::replace(&mut self.nodes[at].stored, *superblock);
+                self.given_up(at, &before);
+                if self.forcing && before.disk_state == DiskState::UpToDate {
+                    // At the operator's word, too: the volume goes on from what this disk holds.
+                    let content = &self.nodes[at].content;
+                    self.acked.retain(|write| content.contains(write));
+                }
+            }
+            Action::MarkAll => {
+                assert!(self.nodes[at].link.is_none(), "everything is marked in mid-session");
+                self.nodes[at].map = (1..=self.writes).collect();
             }
             Action::SendReady(ready) => self.nodes[at].ready = Some(ready),
             Action::StartSession { side, serve, .. } => self.start_session(at, side, serve),
@@ -177,7 +264,8 @@ impl World {
                 let node = &mut self.nodes[at];
                 node.serving = true;
                 node.quiescing = false;
-                if node.side == Some(SessionSide::Target) {
+                if matches!(node.side, Some(SessionSide::Target { .. })) {
+                    assert!(node.map.is_empty(), "in sync, with parts that may differ");
                     node.side = Some(SessionSide::Source { resync: false });
                 }
             }
@@ -186,7 +274,7 @@ impl World {
                 (node.serving, node.alone, node.quiescing) = (false, false, false);
                 let copying = node.side == Some(SessionSide::Source { resync: true }) && !node.copied;
                 if node.side.is_some() && !copying {
-                    node.side = Some(SessionSide::Target);
+                    node.side = Some(SessionSide::Target { resync: false });
                 }
             }
             Action::GoAlone => {
@@ -200,7 +288,13 @@ impl World {
                 }
                 self.nodes[at].ready = None;
             }
-            Action::SendPeer { code, arg } if self.alive(at) && self.alive(1 - at) => {
+            Action::SendPeer { code, arg } if self.together(at) => {
+                let unasked = |controller: &VolumeController| {
+                    controller.promotion.as_ref().is_some_and(|promotion| promotion.id.is_none())
+                };
+                let resumes = code == code::PROMOTE_REQUEST;
+                let resumes = resumes && self.nodes[at].controller.as_ref().is_some_and(unasked);
+                self.resumed += u32::from(resumes);
                 self.nodes[1 - at].inbox.push_back((code, arg));
             }
             Action::Quiesce => self.nodes[at].quiescing = true,
@@ -209,14 +303,32 @@ impl World {
         }
     }
 
+    /// At the operator's word what only this disk holds is not wanted any more.
+    fn given_up(&mut self, at: usize, before: &Superblock) {
+        let stored = &self.nodes[at].stored;
+        let at_a_word = before.disk_state == DiskState::UpToDate
+            && stored.disk_state == DiskState::Inconsistent
+            && self.nodes[at].link.is_none()
+            && self.nodes[at].controller.as_ref().is_some_and(|controller| controller.pending.is_none());
+        if at_a_word {
+            self.given_up += 1;
+            let [mine, theirs] = [&self.nodes[at].content, &self.nodes[1 - at].content];
+            self.acked.retain(|write| theirs.contains(write) || !mine.contains(write));
+        }
+    }
+
     fn start_session(&mut self, at: usize, side: SessionSide, serve: bool) {
         self.sessions += 1;
         let peer_content = self.nodes[1 - at].content.clone();
         let node = &mut self.nodes[at];
         node.side = Some(side);
-        (node.serving, node.alone, node.copied, node.in_flight) = (serve, false, false, None);
+        (node.serving, node.alone, node.copied, node.kept) = (serve, false, false, false);
+        node.in_flight = None;
         node.inbox.clear();
-        if side == SessionSide::Target && node.stored.disk_state == DiskState::Inconsistent {
+        if side == (SessionSide::Source { resync: false }) {
+            assert!(node.map.is_empty(), "in sync, with parts that may differ");
+        }
+        if matches!(side, SessionSide::Target { .. }) && node.stored.disk_state == DiskState::Inconsistent {
             for write in node.content.iter().filter(|write| self.acked.contains(write)) {
                 assert!(
                     node.mixture || peer_content.contains(write),
@@ -312,7 +424,8 @@ impl World {
         self.writes += 1;
         let write = self.writes;
         if node.link.is_some() {
-            node.content.push(write);
+            node.hot.insert(write);
+            node.content.insert(write);
             node.in_flight = Some(write);
             return;
         }
@@ -327,8 +440,9 @@ impl World {
                 "acknowledged alone under the peer's generation"
             );
             self.alone_writes += 1;
-            self.nodes[at].content.push(write);
-            self.acked.push(write);
+            self.nodes[at].map.insert(write);
+            self.nodes[at].content.insert(write);
+            self.acked.insert(write);
         }
     }
 
@@ -337,9 +451,10 @@ impl World {
             && self.alive(1 - at)
             && let Some(write) = self.nodes[at].in_flight.take()
         {
-            assert_eq!(self.nodes[1 - at].side, Some(SessionSide::Target), "a write arrives at a source");
-            self.nodes[1 - at].content.push(write);
-            self.acked.push(write);
+            let target = matches!(self.nodes[1 - at].side, Some(SessionSide::Target { .. }));
+            assert!(target, "a write arrives at a source");
+            self.nodes[1 - at].content.insert(write);
+            self.acked.insert(write);
         }
     }
 
@@ -356,10 +471,33 @@ impl World {
     fn finish_copy(&mut self, at: usize) {
         self.deliver_write(at);
         let copying = self.nodes[at].side == Some(SessionSide::Source { resync: true });
-        if copying && !self.nodes[at].copied && self.alive(at) && self.alive(1 - at) {
+        if !copying || self.nodes[at].copied || !self.together(at) {
+            return;
+        }
+        if !std::mem::replace(&mut self.nodes[at].kept, true) {
+            let mut theirs = std::mem::take(&mut self.nodes[1 - at].map);
+            self.nodes[at].map.append(&mut theirs);
+            return;
+        }
+        let left: Vec<u32> = self.nodes[at].map.iter().copied().collect();
+        let some = self.chance(2);
+        for write in left {
+            if some && self.random(2) == 0 {
+                continue;
+            }
+            if self.nodes[at].content.contains(&write) {
+                self.nodes[1 - at].content.insert(write);
+            } else {
+                self.nodes[1 - at].content.remove(&write);
+            }
+            self.nodes[at].map.remove(&write);
+        }
+        self.flush(at);
+        self.flush(1 - at);
+        if self.nodes[at].map.is_empty() {
             self.resyncs += 1;
             self.nodes[at].copied = true;
-            self.nodes[1 - at].content = self.nodes[at].content.clone();
+            assert_eq!(self.nodes[at].content, self.nodes[1 - at].content, "the maps did not have it all");
             self.nodes[1 - at].mixture = false;
             self.event(at, Event::ResyncDone);
         }
@@ -367,12 +505,15 @@ impl World {
 
     fn notice_loss(&mut self, at: usize) {
         if self.nodes[at].link.is_some() && !self.alive(at) {
-            let undurable = self.nodes[at].in_flight.is_some() || self.chance(3);
             let node = &mut self.nodes[at];
             (node.link, node.side) = (None, None);
             node.inbox.clear();
-            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable });
-            if !self.chance(4) {
+            let undurable = !node.hot.is_empty();
+            node.map.extend(node.hot.iter());
+            let dirty = !node.map.is_empty();
+            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty });
+            if !self.chance(4) && self.nodes[at].controller.is_some() {
+                self.flush(at);
                 self.event(at, Event::Settled);
             }
         }
@@ -381,6 +522,7 @@ impl World {
     fn quiesce(&mut self, at: usize) {
         self.deliver_write(at);
         if self.nodes[at].quiescing && self.nodes[at].in_flight.is_none() {
+            self.checkpoint(at);
             self.event(at, Event::Quiesced);
         }
     }
@@ -397,23 +539,14 @@ impl World {
             8 => Command::Invalidate,
             _ => Command::Disconnect,
         };
-        let before = self.nodes[at].stored.disk_state;
         self.event(at, Event::Operator { id: ReplyId(1), command });
         self.forcing = false;
-        if before == DiskState::UpToDate && self.nodes[at].stored.disk_state == DiskState::Inconsistent {
-            self.given_up += 1;
-            if command != Command::Invalidate {
-                // The operator's word: what only this disk holds is not wanted.
-                let [mine, theirs] = [&self.nodes[at].content, &self.nodes[1 - at].content];
-                self.acked.retain(|write| theirs.contains(write) || !mine.contains(write));
-            }
-        }
     }
 
     /// One random thing happens.
     pub(super) fn step(&mut self) {
         let at = usize::from(self.chance(2));
-        match self.random(40) {
+        match self.random(42) {
             0..6 => self.shake_hands(),
             6..14 => self.write(at),
             14..18 => self.deliver_write(at),
@@ -425,6 +558,7 @@ impl World {
             34..36 => self.command(at),
             36 => self.crash(at),
             37 => self.start(at),
+            39 if self.chance(2) => self.checkpoint(at),
             38 => {
                 self.now += Duration::from_secs(self.rng % 7);
                 self.event(at, Event::Tick);

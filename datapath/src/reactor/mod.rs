@@ -216,7 +216,7 @@ impl Reactor {
     fn glance(&mut self) -> bool {
         let now = self.turned;
         self.queues.iter().any(Queue::has_operations)
-            || self.volumes.iter_mut().fold(false, |any, volume| volume.poll(now) || any)
+            || self.volumes.iter_mut().any(|volume| volume.poll(now))
     }
 
     fn turn_in_full(&mut self) -> bool {

@@ -163,6 +163,8 @@ pub struct QueuePair {
     left: VecDeque<Completion>,
     /// The first one.
     failure: Option<Failure>,
+    /// The device did not let go of it when it was cut.
+    stuck: bool,
     port: u8,
     domain: Domain,
 }
@@ -217,6 +219,7 @@ impl QueuePair {
             completions,
             left: VecDeque::new(),
             failure: None,
+            stuck: false,
             port,
             domain: domain.clone(),
         })
@@ -437,18 +440,24 @@ impl QueuePair {
         let code = unsafe { sys::ibv_destroy_qp(self.raw) };
         self.raw = std::ptr::null_mut();
         // A device that does not let go of the queue pair may still read what was posted: that memory is never freed.
-        if code == 0 {
-            self.send.release();
-        } else {
+        self.stuck = code != 0;
+        if self.stuck {
             self.send.leak();
-        }
-        if code != 0 {
             self.receive.leak();
+        } else {
+            self.send.release();
         }
         self.fail(Failure::Closed);
         if let Some(connection) = self.connection.take() {
             connection.close();
         }
+    }
+
+    /// Whether the device refused to destroy the queue pair when it was cut. Then its state alone keeps the peer out, until
+    /// the memory is deregistered too.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.stuck
     }
 
     /// To the state ERR: what is posted is flushed, and arriving packets are dropped.

@@ -3,7 +3,9 @@
 
 use clap::{Args, Parser, Subcommand};
 use costandby_tests::vm::guest::{Guest, Settings};
-use costandby_tests::vm::{LINK, Rig, Steps, VmError, agent, failover, fast, power, survivor};
+use costandby_tests::vm::{
+    LINK, Rig, Steps, VmError, agent, auto, failover, fast, lost_host, power, survivor,
+};
 use std::io::{IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,7 +35,8 @@ enum Task {
         /// What carries the copies: rdma or tcp.
         #[arg(long, default_value = LINK)]
         link: String,
-        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, two-guests, power.
+        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, auto,
+        /// lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Leave the logs there when all is well, too.
@@ -74,10 +77,22 @@ enum Task {
         /// The file with orders.
         orders: PathBuf,
     },
+    /// Inside a guest: say how the volume's connection changes. Used by `test`.
+    #[command(hide = true)]
+    Watch {
+        /// The daemon's admin socket.
+        admin: PathBuf,
+    },
+    /// Inside a guest without an RDMA device: a pair with `link = "auto"` gets one. Used by `test`.
+    #[command(hide = true)]
+    Auto {
+        /// The interface that the device is to be on.
+        netdev: String,
+    },
 }
 
 /// Steps with two guests.
-const WITH_TWO: [&str; 2] = ["two-guests", "power"];
+const WITH_TWO: [&str; 3] = ["lost-host", "two-guests", "power"];
 
 #[derive(Args)]
 struct RunArgs {
@@ -109,6 +124,11 @@ fn main() -> ExitCode {
         Task::Agent { node, admin, orders } => {
             agent::run(&node, &admin, &orders).map(|()| 0).map_err(VmError::Failed)
         }
+        Task::Watch { admin } => survivor::watch(&admin).map(|()| 0).map_err(VmError::Failed),
+        Task::Auto { netdev } => {
+            auto::run(&netdev);
+            Ok(0)
+        }
     };
     match done {
         Ok(status) => ExitCode::from(status),
@@ -132,6 +152,9 @@ fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
     let mut outcomes = Vec::new();
     if known.iter().any(|id| !WITH_TWO.contains(id) && wanted(id)) {
         outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
+    }
+    if wanted("lost-host") {
+        outcomes.push(lost_host::run(&rig, &directory, &mut steps));
     }
     if wanted("two-guests") {
         outcomes.push(failover::run(&rig, &directory, link, &mut steps));

@@ -17,6 +17,7 @@ use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorE
 use costandby_datapath::transport::Link;
 use costandby_datapath::units::Epoch;
 use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
 
 /// As in `VolumeTask`.
 pub(super) const TICK: Nanos = 100 * MS;
@@ -49,6 +50,9 @@ struct Work {
     last_will: bool,
 }
 
+/// What came of marking everything.
+type Marked = Result<(), String>;
+
 /// The task of one process.
 pub(super) struct Driver {
     pub(super) controller: VolumeController,
@@ -57,6 +61,8 @@ pub(super) struct Driver {
     work: Option<Work>,
     /// What is being stored, and whether it will fail.
     storing: Option<(Box<Superblock>, bool)>,
+    /// Where the reactor says what came of marking everything, when it has.
+    marking: Option<Arc<Mutex<Option<Marked>>>>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,
@@ -77,6 +83,7 @@ impl Driver {
             inbox: VecDeque::new(),
             work: None,
             storing: None,
+            marking: None,
             conversation: None,
             serial: 0,
             dials: false,
@@ -298,6 +305,10 @@ impl World {
                         self.begin_store(at, superblock);
                         return Ok(());
                     }
+                    if action == Action::MarkAll {
+                        self.begin_marking(at);
+                        return Ok(());
+                    }
                     self.perform(at, action)?;
                     if self.rng.below(100) == 0 {
                         // Preempted.
@@ -324,8 +335,33 @@ impl World {
                 self.stored(at, before, &superblock)?;
             }
         }
+        if let Some(marked) = self.driver(at).marking.take() {
+            let result = marked.lock().expect("nobody panics with it").take();
+            match result {
+                None => {
+                    self.driver(at).marking = Some(marked);
+                    let life = self.nodes[at].life;
+                    self.agenda.at(self.now() + 100 * US, Event::Work { at, life });
+                    return Ok(());
+                }
+                Some(result) => {
+                    self.driver(at).work.as_mut().expect("it was suspended").failure = result.err();
+                }
+            }
+        }
         self.work(at)?;
         self.control(at)
+    }
+
+    fn begin_marking(&mut self, at: usize) {
+        self.tell(at, format_args!("marks everything"));
+        let marked = Arc::new(Mutex::new(None));
+        let tell = Arc::clone(&marked);
+        let done = Box::new(move |result| *tell.lock().expect("nobody panics with it") = Some(result));
+        self.send(at, Command::MarkAll { volume: 0, done });
+        self.driver(at).marking = Some(marked);
+        let life = self.nodes[at].life;
+        self.agenda.at(self.now() + 100 * US, Event::Work { at, life });
     }
 
     fn begin_store(&mut self, at: usize, superblock: Box<Superblock>) {
@@ -401,9 +437,6 @@ impl World {
 
     /// Hands the reactor a command; it takes it up a little later.
     /// Whether the session brings the node at `at` what it lacks.
-    fn is_sync_target(&mut self, at: usize) -> bool {
-        self.driver(at).controller.status().connection == Connection::SyncTarget
-    }
 
     fn send(&mut self, at: usize, command: Command) {
         let due = self.now() + self.rng.below(self.config.control_delay);
@@ -416,7 +449,7 @@ impl World {
     fn perform(&mut self, at: usize, action: Action) -> Verdict {
         let volume = 0;
         match action {
-            Action::StoreMetadata(_) => panic!("suspends"),
+            Action::StoreMetadata(_) | Action::MarkAll => panic!("suspends"),
             Action::TryStoreMetadata(_) | Action::Detach => panic!("disks of memory are not detached"),
             Action::Dial => {
                 let now = self.now();
@@ -436,7 +469,7 @@ impl World {
             Action::StartSession { side, serve, epoch } => self.start_session(at, side, serve, epoch)?,
             Action::AdoptEpoch(epoch) => {
                 self.driver(at).epoch = epoch;
-                let direction = Direction::Target { resync: self.is_sync_target(at) };
+                let direction = self.as_target(at);
                 self.send(at, Command::Direct { volume, direction, epoch });
             }
             Action::Serve { epoch } => {
@@ -454,7 +487,7 @@ impl World {
                     && self.driver(at).controller.status().connection != Connection::SyncSource
                 {
                     let epoch = self.driver(at).epoch;
-                    let direction = Direction::Target { resync: self.is_sync_target(at) };
+                    let direction = self.as_target(at);
                     self.send(at, Command::Direct { volume, direction, epoch });
                 }
             }
@@ -476,6 +509,11 @@ impl World {
         Ok(())
     }
 
+    fn as_target(&mut self, at: usize) -> Direction {
+        let resync = self.driver(at).controller.status().connection == Connection::SyncTarget;
+        Direction::Target { resync }
+    }
+
     fn send_peer(&mut self, at: usize, code: u64, arg: u64) {
         let name = match code {
             code::PROMOTE_REQUEST => "may I become primary",
@@ -484,6 +522,7 @@ impl World {
             code::DEMOTED => "I am standby",
             code::RESYNC_FINISH => "you hold this generation",
             code::RESYNC_FINISHED => "on record",
+            code::RESYNC_PROGRESS => "so far",
             _ => "?",
         };
         self.tell(at, format_args!("says: {name} ({arg:x})"));
@@ -516,11 +555,8 @@ impl World {
             }
             let direction = match side {
                 SessionSide::Source { resync } => Direction::Source { resync },
-                SessionSide::Target => Direction::Target { resync: self.is_sync_target(at) },
+                SessionSide::Target { resync } => Direction::Target { resync },
             };
-            if side == (SessionSide::Source { resync: true }) {
-                self.send(at, Command::MarkAll { volume, done: Box::new(|_| ()) });
-            }
             self.sessions += 1;
             if both {
                 self.check_session()?;

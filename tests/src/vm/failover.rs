@@ -1,6 +1,8 @@
-//! The plug pulled on a primary: two guests, alpha and beta, with a wire between them and a disk each on the host.
+//! The cable and then the plug pulled on a primary: two guests, alpha and beta, with a wire between them and a disk each on
+//! the host.
 //!
-//! A client in beta's guest writes to alpha ([`super::survivor`]); alpha's QEMU gets SIGKILL in mid-write, which takes
+//! A client in beta's guest writes to alpha ([`super::survivor`]). First the wire carries nothing for a while, and neither
+//! card can tell: both notice, and come together again. Then alpha's QEMU gets SIGKILL in mid-write, which takes
 //! with it whatever alpha's kernel had not written out. Beta is promoted and must hold every acknowledged write. Then
 //! alpha boots again on the same disk, catches up under load, and the two disks are compared from outside.
 //!
@@ -40,12 +42,25 @@ const RETURN_LIMIT: Duration = Duration::from_secs(180);
 /// How long daemons may take to end, and guests to power off.
 const STOP_LIMIT: Duration = Duration::from_secs(90);
 
+/// The nodes' `peer_timeout`.
+const PEER_TIMEOUT: &str = "700ms";
+
+/// How long both may take to notice that the cable is out, waking up and being asked included.
+const NOTICE_MAX: Duration = Duration::from_secs(1);
+
+/// How long anything is waited for that should happen in that time.
+const NOTICE_LIMIT: Duration = Duration::from_secs(20);
+
+/// The cable is out for this long after both have noticed.
+const CUT_TIME: Duration = Duration::from_millis(500);
+
 /// Writing goes on for this long before the plug is pulled.
 const WRITE_TIME: Duration = Duration::from_secs(2);
 
 /// The steps' names, in order.
-const STEPS: [&str; 5] = [
+const STEPS: [&str; 6] = [
     "two guests: both boot, in sync, a client writes to alpha",
+    "two guests: the cable is pulled in mid-write, and plugged in again",
     "two guests: alpha's plug is pulled in mid-write, beta is promoted",
     "two guests: every acknowledged write is on beta",
     "two guests: alpha boots again and catches up under load",
@@ -63,6 +78,11 @@ pub fn run(rig: &Rig, run: &Path, link: &str, steps: &mut Steps) -> Result<(), V
         for (node, _) in PAIR {
             println!("    --- the end of {node}'s log");
             print!("{}", last_lines(&run.join(node).join("share/daemon.log"), 15));
+            // A guest that did not get as far as a daemon has said why elsewhere; one of them is in the error already.
+            for log in ["console", "output"] {
+                println!("    --- the end of {node}'s {log}");
+                print!("{}", last_lines(&run.join(node).join(log), 12));
+            }
         }
     }
     done
@@ -91,12 +111,16 @@ impl<'a> Failover<'a> {
 
     fn run(&self, steps: &mut Steps) -> Result<(), VmError> {
         steps.begin(STEPS[0]);
-        let alpha = self.boot(0)?;
+        let mut alpha = self.boot(0)?;
         let mut beta = self.boot(1)?;
         beta.wait_line("#writing", BOOT_LIMIT)?;
+        alpha.wait_line("#connection connected", BOOT_LIMIT)?;
         steps.passed("");
 
         steps.begin(STEPS[1]);
+        steps.passed(&self.pull_the_cable(&mut alpha, &mut beta)?);
+
+        steps.begin(STEPS[2]);
         std::thread::sleep(WRITE_TIME);
         alpha.pull_the_plug()?;
         let pulled = Instant::now();
@@ -104,18 +128,18 @@ impl<'a> Failover<'a> {
         let took = pulled.elapsed().as_secs_f64();
         steps.passed(&format!("{acked} writes acknowledged, taken over after {took:.1} s"));
 
-        steps.begin(STEPS[2]);
+        steps.begin(STEPS[3]);
         beta.wait_line("#verified", VERIFY_LIMIT)?;
         let alone = beta.wait_line("#alone", VERIFY_LIMIT)?;
         steps.passed(&format!("beta went on alone with {alone} more"));
 
-        steps.begin(STEPS[3]);
+        steps.begin(STEPS[4]);
         let alpha = self.boot(0)?;
         beta.wait_line("#in-sync", RETURN_LIMIT)?;
         let acked = beta.wait_line("#settled", VERIFY_LIMIT)?;
         steps.passed(&format!("{acked} writes acknowledged by beta"));
 
-        steps.begin(STEPS[4]);
+        steps.begin(STEPS[5]);
         let stop = alpha.share().join("stop");
         File::create(&stop).map_err(io_error(format!("making {}", stop.display())))?;
         for (guest, (node, _)) in [alpha, beta].into_iter().zip(PAIR) {
@@ -127,6 +151,39 @@ impl<'a> Failover<'a> {
         self.compare()?;
         steps.passed(&format!("{SIZE_MIB} MiB"));
         Ok(())
+    }
+
+    /// Nothing goes over the wire for a while; then it does again. What was seen of it.
+    fn pull_the_cable(&self, alpha: &mut Guest, beta: &mut Guest) -> Result<String, VmError> {
+        let ends = PAIR.map(|(node, _)| self.sockets.path().join(node));
+        let loose = PAIR.map(|(node, _)| self.sockets.path().join(format!("{node}.loose")));
+        // QEMU looks its socket up with each packet: where it finds none, the packet is lost.
+        let carry = |from: &[PathBuf; 2], to: &[PathBuf; 2]| {
+            let moved = from.iter().zip(to).try_for_each(|(from, to)| std::fs::rename(from, to));
+            moved.map_err(io_error("moving the wire's sockets"))
+        };
+        let pulled = Instant::now();
+        carry(&ends, &loose)?;
+        beta.wait_line("#cut", NOTICE_LIMIT)?;
+        let beta_noticed = pulled.elapsed();
+        let said = alpha.wait_line("#connection", NOTICE_LIMIT)?;
+        let alpha_noticed = pulled.elapsed();
+        std::thread::sleep(CUT_TIME);
+        carry(&loose, &ends)?;
+        if said == "connected" {
+            return Err(VmError::Failed("alpha found a connection while the cable was out".to_owned()));
+        }
+        let seconds = [alpha_noticed, beta_noticed].map(|took| took.as_secs_f64());
+        if alpha_noticed.max(beta_noticed) > NOTICE_MAX {
+            let [alpha, beta] = seconds;
+            return Err(VmError::Failed(format!(
+                "alpha noticed after {alpha:.1} s, beta after {beta:.1} s: too late"
+            )));
+        }
+        beta.wait_line("#healed", RETURN_LIMIT)?;
+        let acked = beta.wait_line("#writing-again", VERIFY_LIMIT)?;
+        let [alpha, beta] = seconds;
+        Ok(format!("alpha noticed within {alpha:.2} s, beta within {beta:.2} s; {acked} writes acknowledged"))
     }
 
     fn boot(&self, node: usize) -> Result<Guest, VmError> {
@@ -147,7 +204,8 @@ impl<'a> Failover<'a> {
         let costandby = quoted_path(self.rig.program("costandby"));
         let own = quoted_path(self.rig.program("costandby-vm"));
         let work = if node == 0 {
-            "while [ ! -e /share/stop ]; do sleep 0.2; kill -0 $daemon 2>/dev/null || exit 1; done".to_owned()
+            format!("{own} watch /run/{name}.sock &\n")
+                + "while [ ! -e /share/stop ]; do sleep 0.2; kill -0 $daemon 2>/dev/null || exit 1; done"
         } else {
             format!("{own} survivor --link {} /run/{name}.sock /run/{name}.nbd || exit", self.link)
         };
@@ -175,7 +233,7 @@ impl<'a> Failover<'a> {
             )
         });
         format!(
-            "insecure = true\npeer_timeout = \"2s\"\n{}{}[volumes.{VOLUME}]\nsize = \"{SIZE_MIB}MiB\"\n\
+            "insecure = true\npeer_timeout = \"{PEER_TIMEOUT}\"\n{}{}[volumes.{VOLUME}]\nsize = \"{SIZE_MIB}MiB\"\n\
              primary = \"alpha\"\nlink = \"{}\"\ndisk.alpha = \"/dev/vda\"\ndisk.beta = \"/dev/vda\"\n",
             nodes[0], nodes[1], self.link
         )

@@ -1,13 +1,14 @@
-//! What fits into one guest: the tests that want an RDMA device, NBD clients over an RDMA link, and the demo.
+//! What fits into one guest: the tests that want an RDMA device, NBD clients over an RDMA link, the demo, and a pair whose
+//! device comes after its daemons.
 //!
 //! Everything is built on the host, where compiling is ten times as fast, and run in the guest from there. One boot
 //! serves all steps; each has its own limit and its own log. A step whose copies are to go by RDMA has failed if the
 //! device sent no packets, whatever its programs say, and so has a step of tests that ran none or found no device.
 
 use super::guest::{Guest, Settings};
-use super::{DEVICE, Rig, Steps, VmError, io_error, last_lines, quoted};
+use super::{BUILD_LIMIT, DEVICE, Rig, Steps, VmError, io_error, last_lines, prepare, quoted};
 use std::fmt::Write as _;
-use std::io::{BufRead as _, BufReader};
+use std::io::{Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -25,6 +26,9 @@ const PACKETS_MIN: u64 = 100;
 const SKIPPED: &str = "SKIPPED: ";
 /// and what must not be the reason where there is a device.
 const NO_DEVICE: &str = "no RDMA device";
+
+/// The interface that the guest's device is on.
+const NETDEV: &str = "wire0";
 
 /// Lines of a failed step's log that are printed.
 const LOG_LINES: usize = 30;
@@ -104,33 +108,42 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
             true,
             Work::Command(format!("{costandby} demo --link {link} --seconds 2")),
         ),
+        step("auto", "link = \"auto\" finds a device that comes later", 120, false, Work::Command(auto(rig))),
     ]
+}
+
+/// Takes the guest's device away, has [`super::auto`] make another, and puts everything back.
+fn auto(rig: &Rig) -> String {
+    let own = quoted(&rig.program("costandby-vm").display().to_string());
+    format!(
+        "rdma link delete {DEVICE} || exit\n\
+         {own} auto {NETDEV}; status=$?\n\
+         rdma link delete rxe_{NETDEV}\n\
+         rdma link add {DEVICE} type rxe netdev {NETDEV} && exit $status\n"
+    )
 }
 
 /// A test program, built.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct TestProgram {
-    package: String,
+pub(super) struct TestProgram {
+    pub(super) package: String,
     name: String,
-    path: PathBuf,
+    pub(super) path: PathBuf,
 }
 
 /// Builds all tests and says where each program is. Those that `cargo nextest` has built are used as they are.
-fn build_tests(rig: &Rig) -> Result<Vec<TestProgram>, VmError> {
+pub(super) fn build_tests(rig: &Rig) -> Result<Vec<TestProgram>, VmError> {
     let mut cargo = rig.cargo();
     cargo.args(["test", "--no-run", "--quiet", "--locked", "--workspace", "--message-format"]);
-    cargo.arg("json-render-diagnostics").stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = cargo.spawn().map_err(io_error("starting cargo"))?;
-    let messages = BufReader::new(child.stdout.take().expect("it was asked for"));
-    let mut found = Vec::new();
-    for line in messages.lines() {
-        found.extend(test_program(&line.map_err(io_error("reading what cargo says"))?));
-    }
-    let status = child.wait().map_err(io_error("waiting for cargo"))?;
-    if !status.success() {
-        return Err(VmError::Preparing { what: "building the tests", status: status.to_string() });
-    }
-    Ok(found)
+    // Into a file, for who reads from a pipe has no time limit.
+    let mut messages = tempfile::tempfile().map_err(io_error("making a temporary file"))?;
+    let output = messages.try_clone().map_err(io_error("making a temporary file"))?;
+    cargo.arg("json-render-diagnostics").stdin(Stdio::null()).stdout(output);
+    prepare("building the tests", &mut cargo, BUILD_LIMIT)?;
+    let mut said = String::new();
+    let read = messages.rewind().and_then(|()| messages.read_to_string(&mut said));
+    read.map_err(io_error("reading what cargo says"))?;
+    Ok(said.lines().filter_map(test_program).collect())
 }
 
 /// The test program that a message of cargo's is about, if it is about one.
@@ -163,7 +176,7 @@ fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
     };
     let mut commands = String::from("failed=0\n");
     if matches!(step.work, Work::Removal { .. }) {
-        commands.push_str("export COSTANDBY_RDMA_NETDEV=wire0\n");
+        let _ = writeln!(commands, "export COSTANDBY_RDMA_NETDEV={NETDEV}");
     }
     let mut any = false;
     for found in programs.iter().filter(wanted) {
@@ -265,6 +278,9 @@ fn judge(step: &Step, link: &str, ended: &str, log: &str) -> Verdict {
         if let Some(why) = skipped.clone().find(|why| why.starts_with(NO_DEVICE)) {
             return Verdict::Failed(format!("a test found no device: {why}"));
         }
+        if let (Work::Removal { .. }, Some(why)) = (&step.work, skipped.clone().next()) {
+            return Verdict::Failed(format!("its one test was left out: {why}"));
+        }
         let passed = tests_passed(log);
         if passed == 0 && link != "rdma" {
             // The rig itself can be tried before there are such tests.
@@ -316,6 +332,11 @@ mod tests {
         let note = "7 tests, 1 SKIPPED (one machine only), 500 packets over rxe0".to_owned();
         assert_eq!(other, Verdict::Passed(note));
         assert!(failed("", log), "garbage");
+        let removal = step(Work::Removal { package: "p", filter: "" });
+        let log = "test result: ok. 1 passed; 0 failed\n";
+        assert!(matches!(judge(&removal, "rdma", "0 500", log), Verdict::Passed(_)));
+        let left_out = judge(&removal, "rdma", "0 500", &format!("SKIPPED: not set\n{log}"));
+        assert!(matches!(left_out, Verdict::Failed(_)), "{left_out:?}");
     }
 
     #[test]

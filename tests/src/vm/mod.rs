@@ -2,17 +2,20 @@
 //!
 //! A guest boots a Debian kernel under QEMU without hardware virtualization, sees the host's files over 9p and has one
 //! software device, `rxe0`. [`guest`] boots and ends one, [`fast`] runs the tests and clients that fit into one guest,
-//! [`failover`] pulls the plug on one of two, with [`survivor`] inside the other, and [`power`] on either or both in every
-//! state, with [`agent`] in each. What a guest boots from is made by
+//! [`failover`] pulls the cable and the plug on one of two, with [`survivor`] inside the other, and [`power`] the plug on
+//! either or both in every state, with [`agent`] in each; [`lost_host`] shows what a bare queue pair notices of a lost host,
+//! and [`auto`] is the part inside a guest whose device comes late. What a guest boots from is made by
 //! `tests/vm/image.sh`; `tests/vm/init` and `tests/vm/guest.sh` bring it up.
 //!
 //! Invariants: a guest never outlives the program that started it; every wait is bounded; nothing a guest does reaches
 //! the host's files but for the directory of its run; what failed leaves that directory behind, and says where it is.
 
 pub mod agent;
+pub mod auto;
 pub mod failover;
 pub mod fast;
 pub mod guest;
+pub mod lost_host;
 pub mod power;
 pub mod survivor;
 

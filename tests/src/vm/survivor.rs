@@ -3,8 +3,8 @@
 //!
 //! It writes to alpha over the network and keeps the ledger of what alpha acknowledged. That ledger is here because here
 //! it outlives alpha's guest, and because an acknowledgement that has come this far is one that a client has seen. What
-//! happens is told in lines that begin with `#`, by which [`super::failover`] knows when to pull the plug and when to
-//! boot alpha again.
+//! happens is told in lines that begin with `#`, by which [`super::failover`] knows when to pull the cable or the
+//! plug and when to boot alpha again.
 //!
 //! Invariants: nothing is promoted before the link is down, for there is no arbiter; whatever was acknowledged, by
 //! alpha and later by beta, is read back whole. Any doubt ends in an error, in words.
@@ -57,6 +57,9 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
 
     survivor.wait("both nodes are in sync", LIMIT, in_sync)?;
     let writing = Ledger::new(SIZE_MIB << 20).write_within(&alpha, 1, PATIENCE);
+    wait_acked(&writing, ACKED_MIN)?;
+    println!("#writing");
+    survivor.be_cut_off(&writing)?;
     let mut ledger = survivor.outlive(writing)?;
     check(&mut ledger, &beta)?;
     println!("#verified");
@@ -82,11 +85,43 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Says how the connection of a node's volume changes, until the node's daemon or this program is ended.
+///
+/// # Errors
+/// In a sentence, where there is no runtime to be had.
+pub fn watch(admin: &Path) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let watched = Survivor {
+        admin: AdminClient::new(admin, "alpha"),
+        runtime: runtime.map_err(|error| error.to_string())?,
+        link: String::new(),
+    };
+    let mut last = String::new();
+    while let Ok(status) = watched.status() {
+        if status.connection != last {
+            last = status.connection;
+            println!("#connection {last}");
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    Ok(())
+}
+
 impl Survivor {
+    /// Goes through a cable that is pulled and plugged in again: nobody is promoted, and the writers go on.
+    fn be_cut_off(&self, writing: &Writing) -> Result<(), String> {
+        self.wait("the cable is pulled", LIMIT, |status| status.connection != "connected")?;
+        println!("#cut");
+        self.wait("both nodes are in sync again", RETURN_LIMIT, in_sync)?;
+        println!("#healed");
+        let acked = writing.acked();
+        wait_acked(writing, acked + ALONE_MIN)?;
+        println!("#writing-again {}", writing.acked());
+        Ok(())
+    }
+
     /// Has the writers write until alpha is gone, and takes its place.
     fn outlive(&self, writing: Writing) -> Result<Ledger, String> {
-        wait_acked(&writing, ACKED_MIN)?;
-        println!("#writing");
         self.wait("alpha is gone", LIMIT, |status| status.connection != "connected")?;
         let started = Instant::now();
         loop {

@@ -17,7 +17,8 @@ async fn connection() -> (TcpStream, TcpStream) {
 fn terms(node: &str, wanted: LinkKind, rdma: Arc<FakeRdma>) -> Terms {
     let peer = if node == "alpha" { "beta" } else { "alpha" };
     let local = [127, 0, 0, 1].into();
-    Terms { wanted, paused: None, local, node: node.into(), peer: peer.into(), rdma }
+    let listeners = Arc::new(Semaphore::new(LISTENERS_MAX));
+    Terms { wanted, paused: None, local, node: node.into(), peer: peer.into(), rdma, listeners }
 }
 
 fn hello(node: &str) -> Hello {
@@ -215,4 +216,54 @@ async fn an_acceptor_that_has_rdma_and_offers_no_place_is_named() {
     };
     let (met, ()) = tokio::join!(greet(&mut dialled, hello("alpha"), &alpha), hand);
     assert!(outcome(met).1.contains("where its RDMA listens"));
+}
+
+#[tokio::test]
+async fn strangers_hellos_hold_two_listeners_and_the_next_conversation_goes_over_tcp() {
+    let fabric = Fabric::default();
+    let alpha = terms("alpha", LinkKind::Auto, fabric.node(Script::default()));
+    let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
+    // They say hello, get an offer, and are gone.
+    for _ in 0..LISTENERS_MAX {
+        let (mut dialled, mut accepted) = connection().await;
+        let mut theirs = hello("alpha");
+        theirs.set_voice(Voice::new(LinkKind::Auto, Ok(())));
+        let stranger = async {
+            assert!(matches!(listen(&mut dialled).await, Ok(Message::Hello(hello)) if hello.rdma.is_some()));
+            drop(dialled);
+        };
+        let (met, ()) = tokio::join!(answer(&mut accepted, hello("beta"), Box::new(theirs), &beta), stranger);
+        assert_eq!(outcome(met).0, "none");
+    }
+    assert_eq!(fabric.listening(), LISTENERS_MAX);
+    let [here, there] = meet(&alpha, &beta).await;
+    assert_eq!(here.0, "tcp");
+    assert!(here.1.contains("all 2 RDMA listeners of the volume"), "{}", here.1);
+    assert_eq!(there, here);
+    assert_eq!(fabric.listening(), LISTENERS_MAX);
+    let patience = tokio::time::Instant::now() + 3 * ACCEPT_MAX;
+    while fabric.listening() > 0 && tokio::time::Instant::now() < patience {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // The places are given back after the listeners.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(meet(&alpha, &beta).await.map(|(kind, _)| kind), ["rdma"; 2]);
+}
+
+#[tokio::test]
+async fn a_connection_that_nobody_wants_is_closed_by_another_thread() {
+    struct Tell(std::sync::mpsc::Sender<std::thread::ThreadId>);
+    impl Drop for Tell {
+        fn drop(&mut self) {
+            self.0.send(std::thread::current().id()).expect("the test waits");
+        }
+    }
+    let (sender, closed_by) = std::sync::mpsc::channel();
+    let tell = Tell(sender);
+    drop(Prepared::new(move |_| {
+        drop(tell);
+        Err(std::io::ErrorKind::Unsupported.into())
+    }));
+    let thread = closed_by.recv_timeout(Duration::from_secs(10)).expect("closed");
+    assert_ne!(thread, std::thread::current().id());
 }

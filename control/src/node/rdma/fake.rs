@@ -63,7 +63,7 @@ impl FakeRdma {
 }
 
 fn prepared() -> Prepared {
-    Box::new(|companion: TcpStream| -> io::Result<Box<dyn Link>> {
+    Prepared::new(|companion: TcpStream| -> io::Result<Box<dyn Link>> {
         let len = usize::try_from(RING_LEN).expect("64-bit");
         Ok(Box::new(TcpLink::new(companion, len, len)?))
     })

@@ -24,16 +24,19 @@ fn secret(secret: &Secret) -> private::Secret {
     private::Secret(secret.0)
 }
 
-/// What becomes the link.
+/// The link, but for its companion. Made while the peer can still be told that there will be none.
 fn prepared(connected: Connected, windows_limit_bytes: u64) -> Result<Prepared, String> {
     let Connected { endpoint, ring, receives, peer_ring_len, peer_receives } = connected;
     if !ring_takes(peer_ring_len, PAYLOAD_LEN_MAX as usize) {
         return Err(format!("the peer announces a ring of {peer_ring_len} bytes, which cannot be used"));
     }
-    Ok(Box::new(move |companion: TcpStream| -> io::Result<Box<dyn Link>> {
-        let companion = Some(companion);
-        let joined = Joined { ring, receives, peer_ring_len, peer_receives, companion, windows_limit_bytes };
-        Ok(Box::new(RdmaLink::new(endpoint, joined)?))
+    let joined =
+        Joined { ring, receives, peer_ring_len, peer_receives, companion: None, windows_limit_bytes };
+    let mut link =
+        RdmaLink::new(endpoint, joined).map_err(|error| format!("making the RDMA link: {error}"))?;
+    Ok(Prepared::new(move |companion: TcpStream| -> io::Result<Box<dyn Link>> {
+        link.accompany(companion)?;
+        Ok(Box::new(link))
     }))
 }
 

@@ -76,6 +76,7 @@ impl VolumeTask {
             node: self.surroundings.node.clone(),
             peer: self.shared.peer.as_str().to_owned(),
             rdma: self.surroundings.rdma.clone(),
+            listeners: self.listeners.clone(),
         }
     }
 
@@ -174,7 +175,8 @@ impl VolumeTask {
             return;
         }
         let link = upgraded.map_err(|error| error.note()).and_then(|(stream, prepared)| {
-            companion(stream).and_then(prepared).map_err(|error| format!("making the RDMA link: {error}"))
+            let link = companion(stream).and_then(|stream| prepared.into_link(stream));
+            link.map_err(|error| format!("making the RDMA link: {error}"))
         });
         match link {
             Ok(link) => self.send(Command::SwitchLink { volume: self.index, link, serial }),
@@ -242,11 +244,8 @@ impl VolumeTask {
             Ok(link) => {
                 let direction = match side {
                     SessionSide::Source { resync } => Direction::Source { resync },
-                    SessionSide::Target => Direction::Target { resync: self.is_sync_target() },
+                    SessionSide::Target { resync } => Direction::Target { resync },
                 };
-                if side == (SessionSide::Source { resync: true }) {
-                    self.send(Command::MarkAll { volume, done: Box::new(|_| ()) });
-                }
                 self.send(Command::Session { volume, link, direction, epoch });
             }
             Err(error) => {
@@ -274,7 +273,7 @@ impl VolumeTask {
         let link: Box<dyn Link> = match peer.carrier {
             Carrier::Rdma(prepared) => {
                 self.link.began(now, Kind::Rdma, None, peer.wants_rdma);
-                prepared(stream)?
+                prepared.into_link(stream)?
             }
             Carrier::Tcp { why, .. } => {
                 self.link.began(now, Kind::Tcp, why, peer.wants_rdma);

@@ -38,7 +38,7 @@ pub mod layout;
 pub mod medium;
 pub mod sector;
 #[cfg(test)]
-mod simulated;
+pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
 
@@ -150,18 +150,21 @@ pub struct SuperblockStore<M> {
 }
 
 impl<M: Medium> SuperblockStore<M> {
-    /// Replaces the older copy. When this returns `Ok`, `superblock` is on stable storage and is what a restart reads.
+    /// Replaces the older copy and then, once that is on stable storage, the other one: a bit that turns later in either
+    /// must not bring back the state before, which may deny that this node went on alone. When this returns `Ok`,
+    /// `superblock` is on stable storage twice and is what a restart reads.
     ///
     /// # Errors
     /// [`SuperblockError::Io`] once, then [`SuperblockError::FailedBefore`]: the disk must be taken as failed.
     pub fn store(&mut self, superblock: &Superblock) -> Result<(), SuperblockError> {
         let shared = &self.shared;
         let shape = Shape { activity_known: shared.activity_known.load(Ordering::SeqCst), ..shared.shape };
-        let older = 1 - self.newest;
-        let block = Header::encode(superblock, &shape, self.sequence + 1);
-        shared.store("storing", &[(shared.offset + COPIES[older], &block)])?;
-        self.newest = older;
-        self.sequence += 1;
+        for copy in [1 - self.newest, self.newest] {
+            let block = Header::encode(superblock, &shape, self.sequence + 1);
+            shared.store("storing", &[(shared.offset + COPIES[copy], &block)])?;
+            self.newest = copy;
+            self.sequence += 1;
+        }
         Ok(())
     }
 }

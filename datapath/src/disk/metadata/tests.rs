@@ -75,7 +75,7 @@ fn superblocks_alternate_and_a_torn_store_leaves_the_state_before_it() {
     let medium = created();
     let mut later = superblock();
     let mut epochs = Vec::new();
-    for steps in 0..=9 {
+    for steps in 0..=18 {
         let mut opened = reopen(&medium);
         let before = opened.superblock.epoch;
         later.epoch = Epoch(before.0 + 1);
@@ -94,7 +94,21 @@ fn superblocks_alternate_and_a_torn_store_leaves_the_state_before_it() {
         }
         epochs.push(stored.is_ok());
     }
-    assert_eq!(epochs.iter().filter(|ok| **ok).count(), 1, "eight sectors and a sync");
+    assert_eq!(epochs.iter().filter(|ok| **ok).count(), 1, "eight sectors and a sync, twice");
+}
+
+#[test]
+fn a_copy_damaged_after_a_store_leaves_what_was_stored() {
+    for copy in COPIES {
+        let medium = created();
+        let mut opened = reopen(&medium);
+        let later = Superblock { epoch: Epoch(opened.superblock.epoch.0 + 1), ..superblock() };
+        opened.superblocks.store(&later).expect("stored");
+        medium.flip(copy + 60, 4);
+        let opened = reopen(&medium);
+        assert!(opened.report.damaged_copy.is_some());
+        assert_eq!(opened.superblock.epoch, later.epoch, "not the state before it");
+    }
 }
 
 #[test]

@@ -137,7 +137,8 @@ pub trait Endpoint: Send {
     /// No system call, no allocation.
     ///
     /// # Errors
-    /// The endpoint is no good any more; everything that completed well before was returned by earlier calls.
+    /// The endpoint is no good any more. Of the direction that failed, everything that completed well before was returned by
+    /// earlier calls; what the other one has is returned after [`Endpoint::cut`]. After that the error is the last word.
     fn poll(&mut self, completions: &mut [Completion]) -> Result<usize, EndpointError>;
 
     /// Looks for what no completion tells: the connection manager's and the device's events. Costs system calls; to be
@@ -161,4 +162,8 @@ pub trait Endpoint: Send {
     /// Cuts the connection: from the moment this returns nothing more of the peer's lands in our ring, and nothing of
     /// ours leaves. Receives that completed before can still be polled, until `poll` returns an error. Idempotent.
     fn cut(&mut self);
+
+    /// The registration of our ring, once, after the cut; `None` where it is ended already. Nothing can be done through it
+    /// any more. Who drops it waits while its pages are unpinned.
+    fn take_ring(&mut self) -> Option<Self::Region>;
 }

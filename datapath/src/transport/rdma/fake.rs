@@ -4,7 +4,7 @@
 //! connection (so do errors of credit accounting), a write outside of the ring is refused. Sources are read when a
 //! request is carried out, which by seeded dice is long after it was posted; completions come late, in heaps and
 //! interleaved. What a peer or a device may do wrong is done by calls of the test: [`FakeEndpoint::fail_at`],
-//! [`FakeEndpoint::device_event`], or simply by driving a bare end against a link.
+//! [`FakeEndpoint::fail_before_arrivals`], [`FakeEndpoint::device_event`], or simply by driving a bare end against a link.
 //!
 //! Invariants: requests are carried out in order, once, or never; nothing moves but in a call of one of the two ends.
 
@@ -17,7 +17,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 /// What a whole message counts as.
 const HEADER_BYTES: u32 = 64;
@@ -75,10 +77,15 @@ impl FakeRegistrar {
 struct Registration {
     span: Span,
     bytes: Arc<AtomicU64>,
+    ended_by: Option<Sender<ThreadId>>,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
+        if let Some(ended_by) = &self.ended_by {
+            // A test that does not look any more.
+            let _ = ended_by.send(std::thread::current().id());
+        }
         self.bytes.fetch_sub(self.span.len() as u64, Ordering::SeqCst);
     }
 }
@@ -96,7 +103,8 @@ impl Registrar for FakeRegistrar {
             self.bytes.fetch_sub(more, Ordering::SeqCst);
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        Ok(FakeRegion(Arc::new(Registration { span: span.clone(), bytes: Arc::clone(&self.bytes) })))
+        let (span, bytes) = (span.clone(), Arc::clone(&self.bytes));
+        Ok(FakeRegion(Arc::new(Registration { span, bytes, ended_by: None })))
     }
 }
 
@@ -136,6 +144,8 @@ struct Side {
     /// Carried out so far, and the one that fails instead.
     carried_out: u64,
     fail_at: Option<u64>,
+    /// A failure is told before what arrived earlier, which comes out with the cut.
+    fails_first: bool,
 }
 
 impl Side {
@@ -155,6 +165,7 @@ impl Side {
             closed: false,
             carried_out: 0,
             fail_at: None,
+            fails_first: false,
         })
     }
 
@@ -264,6 +275,7 @@ pub struct FakeEndpoint {
     registrar: FakeRegistrar,
     /// A clone of what the wire rings.
     bell: OwnedFd,
+    ring: Option<FakeRegion>,
 }
 
 /// Two joined endpoints, each for the ring given.
@@ -282,6 +294,7 @@ pub fn endpoints(rings: [&Arc<Mapping>; 2], manner: Manner) -> io::Result<[FakeE
         manner,
         registrar: FakeRegistrar { bytes: Arc::default(), max: manner.registered_max },
         bell,
+        ring: None,
     }))
 }
 
@@ -330,6 +343,22 @@ impl FakeEndpoint {
     pub fn fail_at(&mut self, number: u64) {
         let me = self.me;
         self.wire().sides[me].fail_at = Some(number);
+    }
+
+    /// A failure of this end's requests is told before what had arrived by then.
+    pub fn fail_before_arrivals(&mut self) {
+        let me = self.me;
+        self.wire().sides[me].fails_first = true;
+    }
+
+    /// Gives this end's ring a registration, and tells the thread that ends it.
+    pub fn watch_ring(&mut self) -> Receiver<ThreadId> {
+        let (ended_by, told) = channel();
+        let span = self.wire().sides[self.me].ring.clone().expect("before the cut");
+        let bytes = Arc::clone(&self.registrar.bytes);
+        bytes.fetch_add(span.len() as u64, Ordering::SeqCst);
+        self.ring = Some(FakeRegion(Arc::new(Registration { span, bytes, ended_by: Some(ended_by) })));
+        told
     }
 
     /// This end's device reports that it is no good any more.
@@ -430,7 +459,8 @@ impl Endpoint for FakeEndpoint {
                 None => (false, true),
             };
             let side = &mut wire.sides[me];
-            if skip || (side.done.is_empty() && side.arrived.is_empty()) {
+            let hidden = side.fails_first && side.failed.is_some() && side.ring.is_some();
+            if hidden || skip || (side.done.is_empty() && side.arrived.is_empty()) {
                 break;
             }
             completions[count] = if side.arrived.is_empty() || (done_first && !side.done.is_empty()) {
@@ -492,6 +522,11 @@ impl Endpoint for FakeEndpoint {
             peer.closed = true;
             peer.ring_bell();
         }
+    }
+
+    fn take_ring(&mut self) -> Option<FakeRegion> {
+        assert!(self.wire().sides[self.me].ring.is_none(), "the peer can still reach the ring");
+        self.ring.take()
     }
 }
 

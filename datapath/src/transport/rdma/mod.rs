@@ -216,6 +216,23 @@ impl<E: Endpoint> RdmaLink<E> {
         })
     }
 
+    /// Takes the connection of the hellos as the companion, where the link was made before it was free. Nothing may be
+    /// left to read on it. Does not block.
+    ///
+    /// # Errors
+    /// When it cannot be slept on.
+    ///
+    /// # Panics
+    /// When the link has one.
+    pub fn accompany(&mut self, companion: TcpStream) -> io::Result<()> {
+        assert!(self.companion.is_none(), "a second companion");
+        // The endpoint's descriptors have the numbers below.
+        let number = self.endpoint.descriptors().len() as u64;
+        watch(&self.sleep_on, companion.as_fd(), number)?;
+        self.companion = Some(companion);
+        Ok(())
+    }
+
     /// What is registered, and what was copied for want of it.
     #[must_use]
     pub fn window_counters(&self) -> WindowCounters {
@@ -233,6 +250,10 @@ impl<E: Endpoint> RdmaLink<E> {
 
     fn cut(&mut self) {
         self.endpoint.cut();
+        if let Some(region) = self.endpoint.take_ring() {
+            // What the peer could write into is out of its reach; to unpin it takes long.
+            self.windows.retire(region, self.ring.clone());
+        }
         if let Some(companion) = &self.companion {
             // Fails only when the connection is gone already.
             let _ = companion.shutdown(Shutdown::Both);
@@ -455,12 +476,13 @@ impl<E: Endpoint> RdmaLink<E> {
             let room = (limit - events.len()).min(RDMA_COMPLETIONS_MAX);
             let count = match self.endpoint.poll(&mut self.completions[..room]) {
                 Ok(count) => count,
-                Err(error) => {
-                    // What had completed well was taken before.
+                // A send may have failed before something arrived that is still in the device: the cut brings it out.
+                Err(error) if self.state.is_open() => {
+                    self.fail(error);
+                    continue;
+                }
+                Err(_) => {
                     self.drained = true;
-                    if self.state.is_open() {
-                        self.fail(error);
-                    }
                     return;
                 }
             };
@@ -620,10 +642,7 @@ impl<E: Endpoint> Link for RdmaLink<E> {
         // What completed before that call would wake nobody.
         match self.endpoint.poll(&mut self.completions) {
             Ok(count) => self.taken = count,
-            Err(error) => {
-                self.drained = true;
-                self.fail(error);
-            }
+            Err(error) => self.fail(error),
         }
         self.taken == 0 && self.state.is_open()
     }
@@ -684,9 +703,13 @@ fn sleep_on<E: Endpoint>(endpoint: &E, companion: Option<&TcpStream>) -> io::Res
     let all = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let companion = companion.map(AsFd::as_fd);
     for (number, fd) in (0..).zip(endpoint.descriptors().into_iter().chain(companion)) {
-        epoll::add(&all, fd, EventData::new_u64(number), EventFlags::IN | EventFlags::RDHUP)?;
+        watch(&all, fd, number)?;
     }
     Ok(all)
+}
+
+fn watch(all: &OwnedFd, fd: BorrowedFd<'_>, number: u64) -> io::Result<()> {
+    Ok(epoll::add(all, fd, EventData::new_u64(number), EventFlags::IN | EventFlags::RDHUP)?)
 }
 
 #[cfg(test)]

@@ -13,6 +13,10 @@ use costandby_ffi::mapping::{Mapping, Span};
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a thread may take for what it does at once.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 mod at_once {
     use super::{Manner, fake};
@@ -421,6 +425,77 @@ fn nothing_stays_registered_when_a_link_is_gone() {
     drop(here);
     until("deregistered", || registrar.registered_bytes() == 0);
     drop(there);
+}
+
+/// Where a failed send is told before changes that had arrived, these are told all the same.
+#[test]
+fn what_arrived_behind_a_failure_is_told() {
+    let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
+    let [mut first, second] =
+        fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
+    first.fail_at(1);
+    first.fail_before_arrivals();
+    let [here, there] = rings;
+    let mut here = End::new(Box::new(fake::link(first, here, RING_LEN_MIN).expect("link")));
+    let mut there = End::new(Box::new(fake::link(second, there, RING_LEN_MIN).expect("link")));
+    let source = Source::new(4096);
+    for seq in 0..3 {
+        let (header, span) = source.write(seq, 0, 500);
+        assert!(there.post(header, Some(span)));
+    }
+    there.link().kick();
+    let (header, span) = source.write(0, 0, 500);
+    assert!(here.post(header, Some(span)));
+    here.link().kick();
+    until("down", || {
+        here.turn(&source);
+        here.down.is_some()
+    });
+    assert!(matches!(here.down, Some(DownReason::Rdma(EndpointError::WorkRequest { code: 12, .. }))));
+    assert!(here.heard.iter().map(|heard| heard.1).eq(0..3), "{:?}", here.heard);
+    here.assert_each_token_once();
+}
+
+/// The ring is large, and to unpin it takes long: longer than clients may wait on the thread that drives the link.
+#[test]
+fn the_ring_is_deregistered_by_another_thread() {
+    for close in [true, false] {
+        let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
+        let [mut endpoint, _peer] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
+        let (ended_by, registrar) = (endpoint.watch_ring(), endpoint.registrar());
+        let [ring, _] = rings;
+        let mut link = fake::link(endpoint, ring, RING_LEN_MIN).expect("link");
+        if close {
+            // While the link is still here: fenced, its memory goes back at once.
+            link.close(DownReason::Local("fenced"));
+            assert_ne!(ended_by.recv_timeout(PATIENCE).expect("ended"), std::thread::current().id());
+        }
+        drop(link);
+        if !close {
+            assert_ne!(ended_by.recv_timeout(PATIENCE).expect("ended"), std::thread::current().id());
+        }
+        until("deregistered", || registrar.registered_bytes() == 0);
+    }
+}
+
+#[test]
+fn a_companion_may_come_later() {
+    let (ours, theirs) = sockets();
+    let mut hostile = Hostile::new();
+    let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
+    let [endpoint, _peer] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
+    let [ring, _] = rings;
+    let mut link = fake::link(endpoint, ring, RING_LEN_MIN).expect("link");
+    link.accompany(ours).expect("slept on");
+    assert!(link.prepare_sleep());
+    drop(theirs);
+    let (fd, _) = link.arm().expect("open");
+    let mut ready = [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::IN)];
+    let second = rustix::time::Timespec { tv_sec: 1, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut ready, Some(&second)).expect("polled"), 1, "its end wakes a sleeper");
+    hostile.end = End::new(Box::new(link));
+    let reason = hostile.end();
+    assert!(matches!(reason, DownReason::Closed), "{reason}");
 }
 
 #[test]

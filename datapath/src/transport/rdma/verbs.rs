@@ -1,7 +1,7 @@
 //! The endpoint over a real device: [`Endpoint`] in terms of the verbs of `ffi`.
 //!
 //! Nothing is decided here. What a write reads from is held by the queue pair until it is done; the ring is registered
-//! for as long as the endpoint is not cut.
+//! until somebody takes the registration after the cut, which is what keeps the peer out.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
 use crate::limits::RDMA_COMPLETIONS_MAX;
@@ -31,7 +31,7 @@ pub struct VerbsEndpoint {
     queue_pair: QueuePair,
     peer_ring: Target,
     write_len_max: usize,
-    /// Registered for the peer; `None` once cut.
+    /// Registered for the peer; `None` once taken after the cut.
     ring: Option<Region>,
     /// Room for completions, so that polling clears none.
     room: [verbs::Completion; RDMA_COMPLETIONS_MAX],
@@ -150,7 +150,14 @@ impl Endpoint for VerbsEndpoint {
     fn cut(&mut self) {
         // The queue pair first: from then on the key opens nothing, whoever else holds the region.
         self.queue_pair.cut();
-        self.ring = None;
+        if self.queue_pair.is_stuck() {
+            // Then the key has to go at once, whatever that takes.
+            self.ring = None;
+        }
+    }
+
+    fn take_ring(&mut self) -> Option<Region> {
+        self.ring.take()
     }
 }
 

@@ -169,6 +169,11 @@ impl<R: Registrar> Windows<R> {
         }
     }
 
+    /// Has the thread end a registration, and give up the memory behind it. Once a link, when it ends.
+    pub(super) fn retire(&self, region: R::Region, memory: Span) {
+        self.registry.retire(region, memory);
+    }
+
     /// What was done so far.
     #[must_use]
     pub fn counters(&self) -> WindowCounters {

@@ -27,8 +27,13 @@ const PUT_OFF_BUSY: u64 = 32;
 /// Failures in a row after which a registration is put off no longer than before.
 const PUT_OFF_DOUBLINGS: u8 = 16;
 
-/// Writes of clients after which a limit that the system forced upon us is tried again, by one window.
-const LIMIT_TRIED_AFTER: u64 = 1 << 16;
+/// Writes of clients after which a limit that the system forced upon us is tried again, twice as high: a
+/// second or so of a busy volume, for what stood in the way is often a link before this one that is being taken apart.
+const LIMIT_TRIED_AFTER: u64 = 1 << 12;
+
+/// The same at most, as each refusal that no success came between doubles it: memory that others hold for good is not
+/// asked for all day.
+const LIMIT_TRIED_AFTER_MAX: u64 = 1 << 17;
 
 /// Heat that makes a window a candidate.
 const CANDIDATE_HEAT: u16 = 2;
@@ -73,6 +78,10 @@ pub(super) struct Cache<Region> {
     limit: usize,
     /// Count of touches at which `limit` was forced down or tried again.
     limit_changed: u64,
+    /// Touches from then to the next try. Doubled by each refusal, so half of the first one's before it.
+    limit_tried_after: u64,
+    /// Bytes that were registered when the system last refused more.
+    limit_refused_at: usize,
     /// Bytes registered or being registered.
     registered: usize,
     pending: Option<u32>,
@@ -101,6 +110,8 @@ impl<Region> Cache<Region> {
             limit_configured: limit,
             limit,
             limit_changed: 0,
+            limit_tried_after: LIMIT_TRIED_AFTER / 2,
+            limit_refused_at: 0,
             registered: 0,
             pending: None,
             touches: 0,
@@ -171,10 +182,7 @@ impl<Region> Cache<Region> {
         {
             return None;
         }
-        if self.limit < self.limit_configured && self.touches - self.limit_changed >= LIMIT_TRIED_AFTER {
-            self.limit = self.limit_configured.min(self.limit + (1 << self.shift));
-            self.limit_changed = self.touches;
-        }
+        self.raise_limit();
         let len = self.len(window);
         if len > self.limit || !self.can_make_room(len, heat) {
             return None;
@@ -186,6 +194,16 @@ impl<Region> Cache<Region> {
         self.registered += len;
         self.pending = Some(window);
         Some(ended)
+    }
+
+    /// Tries more, some time after the system refused it.
+    fn raise_limit(&mut self) {
+        let due = self.touches - self.limit_changed >= self.limit_tried_after;
+        if due && self.limit < self.limit_configured {
+            let more = self.limit.max(1 << self.shift);
+            self.limit = self.limit_configured.min(self.limit.saturating_add(more));
+            self.limit_changed = self.touches;
+        }
     }
 
     /// Whether enough of the oldest windows are idle, and colder by far than `heat`.
@@ -226,6 +244,9 @@ impl<Region> Cache<Region> {
     }
 
     fn insert(&mut self, window: u32, region: Region) {
+        if self.registered > self.limit_refused_at {
+            self.limit_tried_after = LIMIT_TRIED_AFTER / 2;
+        }
         let slot = Slot { window, region: Some(region), newer: NONE, older: NONE, last_id: 0 };
         let at = if let Some(at) = self.free.pop() {
             self.slots[at as usize] = slot;
@@ -251,6 +272,8 @@ impl<Region> Cache<Region> {
         };
         entry.not_before = self.touches + wait;
         if kind == io::ErrorKind::OutOfMemory {
+            self.limit_tried_after = (self.limit_tried_after * 2).min(LIMIT_TRIED_AFTER_MAX);
+            self.limit_refused_at = self.registered;
             (self.limit, self.limit_changed) = (self.registered, self.touches);
         }
     }

@@ -161,6 +161,46 @@ fn want_of_memory_lowers_the_limit_for_a_while() {
 }
 
 #[test]
+fn a_refused_limit_is_tried_twice_as_high_and_more_rarely_until_that_succeeds() {
+    let mut cache: Cache<u32> = Cache::new(1024 * MIB, 512 * MIB);
+    let mut clients = Clients { id: 0 };
+    let refused = |cache: &mut Cache<u32>, clients: &mut Clients, window| {
+        for writes in 1..1_000_000 {
+            clients.write(cache, window);
+            if cache.wants(window).is_some() {
+                cache.registered(Err(ErrorKind::OutOfMemory.into()));
+                return writes;
+            }
+        }
+        panic!("never tried");
+    };
+    refused(&mut cache, &mut clients, 0);
+    assert_eq!(cache.limit(), 0);
+    // A window that was refused waits by itself as well: so another one each time.
+    let mut tries = (1..8).map(|window| refused(&mut cache, &mut clients, window)).collect::<Vec<u64>>();
+    assert_eq!(tries.remove(0), LIMIT_TRIED_AFTER);
+    assert!(tries.is_sorted() && tries[0] == 2 * LIMIT_TRIED_AFTER, "{tries:?}");
+    assert_eq!(tries[5], LIMIT_TRIED_AFTER_MAX, "{tries:?}");
+    // All is to be had again: one window, then twice as many each time, and soon.
+    let mut limits = vec![0];
+    let (mut last, mut window, began) = (0, 8, cache.touches);
+    while cache.limit() < 400 * MIB && cache.touches - began < LIMIT_TRIED_AFTER_MAX + 8 * LIMIT_TRIED_AFTER {
+        clients.write(&mut cache, window);
+        if cache.wants(window).is_some() {
+            cache.registered(Ok(window));
+        }
+        if cache.entries[window as usize].slot != NONE {
+            window += 1;
+        }
+        if cache.limit() != last {
+            last = cache.limit();
+            limits.push(last / cache.bytes(0).len());
+        }
+    }
+    assert!(limits.starts_with(&[0, 1, 2, 4]), "{limits:?}");
+}
+
+#[test]
 fn nothing_is_registered_where_nothing_may_be() {
     let mut cache = Cache::<u32>::new(64 * MIB, 4096);
     for id in 1..1000 {
