@@ -128,6 +128,7 @@ struct Node {
 impl Node {
     fn start(disk: &Arc<DiskImage>, link: Box<dyn Link>, primary: bool, load: &Load) -> Outcome<Self> {
         let spec = VolumeSpec {
+            checksum_first: false,
             name: "bench".into(),
             disk: Arc::clone(disk),
             ack: AckLevel::Memory,

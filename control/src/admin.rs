@@ -1,7 +1,7 @@
 //! The admin API: HTTP and JSON on a unix socket that only the daemon's user can open.
 //!
 //! Stands between the command line (or anything that speaks HTTP) and whoever implements [`AdminBackend`]; it decides
-//! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect}`
+//! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect|…}`
 //! answers `{"message": …}`, or `{"error": …}` with 404 for an unknown volume and 409 for a refusal.
 //!
 //! Invariants: the socket has mode 0600 from its first instant; a socket on which a daemon answers is never taken over;
@@ -75,8 +75,14 @@ pub struct VolumeStatus {
     pub size: u64,
     /// Bytes that the standby lacks, or may lack.
     pub dirty_bytes: u64,
-    /// How far the standby has caught up; 100 where nothing is to be copied.
+    /// How far the copy under way is, on either node; 100 where nothing is to be copied.
     pub resync_percent: f64,
+    /// Bytes a second that it copied lately; absent without a copy and in its first seconds.
+    #[serde(default)]
+    pub resync_rate: Option<u64>,
+    /// Seconds until it is over, at that rate; absent where there is none or it stands still.
+    #[serde(default)]
+    pub resync_eta_s: Option<u64>,
     /// `connected`, or what stands in the way.
     pub connection: String,
     /// The other node.
@@ -85,6 +91,9 @@ pub struct VolumeStatus {
     pub advice: Option<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
+    /// The verification under way, or else the last one of this daemon.
+    #[serde(default)]
+    pub verify: Option<VerifyStatus>,
     /// Writes wait for the peer to return.
     pub frozen: bool,
     /// Links closed since the daemon began because the peer broke the protocol: a fault of its machine or of a release.
@@ -92,8 +101,37 @@ pub struct VolumeStatus {
     pub violations: u64,
 }
 
+/// A comparison of the peer's disk with this node's.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VerifyStatus {
+    /// Counts them since the daemon started.
+    pub id: u64,
+    /// Under way; what is said of differences grows until it ends.
+    pub running: bool,
+    /// What differs is copied to the peer at once.
+    pub repair: bool,
+    /// How much of the disk is compared.
+    pub percent: f64,
+    /// Bytes in grains of the dirty map that differ.
+    pub differing_bytes: u64,
+    /// How many ranges that is; known when it has ended.
+    pub differing_ranges: u64,
+    /// The first of those ranges, each its first byte and its length.
+    pub ranges: Vec<[u64; 2]>,
+    /// What differed was copied, and is durable on both nodes.
+    pub repaired: bool,
+    /// Why it ended before its end.
+    pub unfinished: Option<String>,
+}
+
 /// [`VolumeStatus::connection`] while both nodes exchange changes.
 pub const CONNECTED: &str = "connected";
+
+/// [`VolumeStatus::connection`] while this node is copied from.
+pub const SYNC_SOURCE: &str = "sync-source";
+
+/// [`VolumeStatus::connection`] while this node is copied to.
+pub const SYNC_TARGET: &str = "sync-target";
 
 /// [`VolumeStatus::disk_state`] and [`VolumeStatus::peer_state`] of a complete, current disk.
 pub const UP_TO_DATE: &str = "UpToDate";
@@ -116,6 +154,8 @@ impl Command {
             Self::Connect { .. } => "connect",
             Self::Disconnect => "disconnect",
             Self::Invalidate => "invalidate",
+            Self::Verify { .. } => "verify",
+            Self::StopVerify => "stop-verify",
         }
     }
 }
@@ -330,6 +370,13 @@ struct ConnectBody {
     discard_my_data: bool,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerifyBody {
+    #[serde(default)]
+    repair: bool,
+}
+
 /// A command's options: the body as JSON, or none of them for an empty one. `shape` is for the one who got it wrong.
 fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) -> Result<T, String> {
     if body.is_empty() {
@@ -351,9 +398,13 @@ async fn command(
         "demote" => Ok(Command::Demote),
         "disconnect" => Ok(Command::Disconnect),
         "invalidate" => Ok(Command::Invalidate),
+        "verify" => options(&body, "verify is {\"repair\": true|false}")
+            .map(|VerifyBody { repair }| Command::Verify { repair }),
+        "stop-verify" => Ok(Command::StopVerify),
         _ => {
-            let text =
-                format!("no command {word:?}: there are promote, demote, connect, disconnect, invalidate");
+            let text = format!(
+                "no command {word:?}: there are promote, demote, connect, disconnect, invalidate, verify, stop-verify"
+            );
             return failure(StatusCode::NOT_FOUND, &text);
         }
     };

@@ -121,6 +121,7 @@ impl AdminClient {
             Command::Connect { discard_my_data } => {
                 Bytes::from(format!("{{\"discard_my_data\":{discard_my_data}}}"))
             }
+            Command::Verify { repair } => Bytes::from(format!("{{\"repair\":{repair}}}")),
             _ => Bytes::new(),
         };
         let (status, body) = self.request(Method::POST, &target, body, COMMAND_TIMEOUT).await?;

@@ -213,6 +213,8 @@ pub struct Volume {
     pub ack: AckLevel,
     /// What the primary does without its standby.
     pub on_peer_loss: OnPeerLoss,
+    /// A copy to the standby compares first and sends only what differs.
+    pub checksum_first: bool,
     /// The disk of each of its two nodes.
     pub disks: BTreeMap<NodeName, Disk>,
 }
@@ -411,7 +413,7 @@ fn volume(
     nodes: &BTreeMap<NodeName, Node>,
 ) -> Result<Volume, ConfigError> {
     let name = checker.name(key, "volume", table.at())?;
-    table.only(&["size", "primary", "link", "ack", "on_peer_loss", "disk"])?;
+    table.only(&["size", "primary", "link", "ack", "on_peer_loss", "checksum_first", "disk"])?;
     let (text, at) = table
         .string_or_integer("size", "a size such as \"64GiB\" or a number of bytes")?
         .ok_or_else(|| table.missing("size", "size = \"64GiB\""))?;
@@ -434,5 +436,6 @@ fn volume(
     let on_peer_loss = table.choice("on_peer_loss", &words, OnPeerLoss::default())?;
     let disks = checker.disks(table, &name, nodes)?;
     let primary = checker.primary(table, nodes, &disks)?;
-    Ok(Volume { name, size, primary, link, ack, on_peer_loss, disks })
+    let checksum_first = table.boolean("checksum_first")?.unwrap_or(false);
+    Ok(Volume { name, size, primary, link, ack, on_peer_loss, checksum_first, disks })
 }

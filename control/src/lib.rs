@@ -12,4 +12,5 @@ pub mod kernel;
 pub mod link;
 pub mod nbd_client;
 pub mod node;
+pub mod progress;
 pub mod role;

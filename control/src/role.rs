@@ -32,6 +32,7 @@ use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
+use costandby_datapath::volume::Verified;
 use std::time::Duration;
 
 mod diskless;
@@ -40,10 +41,12 @@ mod session;
 mod status;
 #[cfg(test)]
 mod tests;
+mod verify;
 #[cfg(test)]
 mod world;
 
 pub use status::Status;
+pub use verify::Verification;
 
 /// How long a peer may take to consent to a promotion: far over a durable store on a slow disk, short enough that an
 /// operator still waits for the answer.
@@ -66,7 +69,7 @@ pub mod code {
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
-    /// How far the copy is, about once a second; changes nothing.
+    /// How far the copy is, about once a second: a [`Sample`](crate::progress::Sample). Changes nothing.
     pub const RESYNC_PROGRESS: u64 = 7;
     /// My disk failed while I serve this generation: will yours stand in for it?
     pub const DISK_FAILED: u64 = 20;
@@ -157,6 +160,13 @@ pub enum Command {
     Disconnect,
     /// Give up what this node's disk holds and have the connected peer copy everything anew.
     Invalidate,
+    /// Compare the connected peer's disk with this one.
+    Verify {
+        /// Copy what differs to the peer at once.
+        repair: bool,
+    },
+    /// End the verification under way.
+    StopVerify,
 }
 
 /// What happened.
@@ -192,6 +202,8 @@ pub enum Event {
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
     ResyncDone,
+    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
+    Verified(Box<Verified>),
     /// A control frame from the peer; all changes that it sent before are applied, and flushed where it said so.
     PeerMessage {
         /// One of [`code`].
@@ -302,6 +314,13 @@ pub enum Action {
         /// What it says.
         arg: u64,
     },
+    /// Compare the peer's disk with this one, then report [`Event::Verified`].
+    Verify {
+        /// Copy what differs.
+        repair: bool,
+    },
+    /// Let that end early.
+    StopVerify,
     /// Admit nothing new, finish what is in flight, flush both sides, then report [`Event::Quiesced`].
     Quiesce,
     /// Answer a command.
@@ -425,6 +444,9 @@ pub struct VolumeController {
     medium_failed: bool,
     /// The disk failed while this node served, and the peer's stands in for it.
     diskless: diskless::Diskless,
+    verification: Verification,
+    /// In this session something was found to differ, and is marked.
+    unrepaired: bool,
 }
 
 impl VolumeController {
@@ -464,6 +486,8 @@ impl VolumeController {
             split_brain: false,
             medium_failed: false,
             diskless: diskless::Diskless::default(),
+            verification: Verification::default(),
+            unrepaired: false,
         }
     }
 
@@ -497,6 +521,7 @@ impl VolumeController {
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
+            Event::Verified(outcome) => self.on_verified(*outcome, actions),
             Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),

@@ -4,11 +4,14 @@
 //! its checksum; only then are its bytes applied to the disk, whole, in seq order. So the disk holds at any instant a
 //! prefix of the primary's write order. Changes that block (trim) hold up what follows them.
 //!
-//! Acks are cumulative and coalesce: the reactor takes at most one a turn.
+//! Acks are cumulative and coalesce: the reactor takes at most one a turn. Where the peer asked for a comparison and the
+//! bytes differ, that is told before the ack that covers it, so an ack without it says that they are equal.
 
 use crate::error::Violation;
-use crate::units::{Epoch, Seq};
+use crate::limits::DIFFERS_QUEUED_MAX;
+use crate::units::{ByteRange, Epoch, Seq};
 use crate::wire::{Header, flags};
+use std::collections::VecDeque;
 
 /// The access side of one volume, within one session.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct Access {
     flush_wanted: Seq,
     flush_running: Option<Seq>,
     acked: (Seq, Seq),
+    /// Comparisons that found a difference, not told yet.
+    differing: VecDeque<(Seq, ByteRange)>,
 }
 
 impl Access {
@@ -40,6 +45,7 @@ impl Access {
             flush_wanted: Seq::ZERO,
             flush_running: None,
             acked: (Seq::ZERO, Seq::ZERO),
+            differing: VecDeque::new(),
         }
     }
 
@@ -81,6 +87,28 @@ impl Access {
         if header.flags & flags::FUA != 0 {
             self.want_flush(header.seq);
         }
+    }
+
+    /// The comparison that is to be applied next found other bytes here.
+    pub fn differs(&mut self, header: &Header) {
+        self.differing.push_back((header.seq, header.range));
+    }
+
+    /// The difference to tell next.
+    #[must_use]
+    pub fn difference(&self) -> Option<(Seq, ByteRange)> {
+        self.differing.front().copied()
+    }
+
+    /// It is told.
+    pub fn difference_told(&mut self) {
+        self.differing.pop_front();
+    }
+
+    /// Whether nothing more may be applied before some differences are told: a peer that asks and does not listen.
+    #[must_use]
+    pub fn is_held_up(&self) -> bool {
+        self.differing.len() >= DIFFERS_QUEUED_MAX
     }
 
     /// The peer asks for everything up to `header.seq` on stable storage.
@@ -137,7 +165,7 @@ impl Access {
     /// The ack to send, if there is news: applied and durable, both cumulative.
     pub fn take_ack(&mut self) -> Option<(Seq, Seq)> {
         let now = (self.applied, self.durable);
-        if now == self.acked {
+        if now == self.acked || !self.differing.is_empty() {
             return None;
         }
         self.acked = now;
@@ -160,7 +188,6 @@ impl Access {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::ByteRange;
     use crate::wire::Kind;
 
     fn change(seq: u64) -> Header {
@@ -215,6 +242,27 @@ mod tests {
         access.admit(&fua).expect("in order");
         access.applied(&fua);
         assert!(access.take_flush(), "FUA flushes unasked");
+    }
+
+    #[test]
+    fn no_ack_overtakes_a_difference() {
+        let mut access = Access::new(Epoch(3), 1 << 20);
+        for seq in 1..=DIFFERS_QUEUED_MAX as u64 {
+            assert!(!access.is_held_up());
+            let mut verify = change(seq);
+            verify.kind = Kind::Verify;
+            access.admit(&verify).expect("in order");
+            access.differs(&verify);
+            access.applied(&verify);
+            assert_eq!(access.take_ack(), None, "it would say that they are equal");
+        }
+        assert!(access.is_held_up());
+        for seq in 1..=DIFFERS_QUEUED_MAX as u64 {
+            assert_eq!(access.difference(), Some((Seq(seq), ByteRange::new(0, 512))));
+            assert_eq!(access.take_ack(), None);
+            access.difference_told();
+        }
+        assert_eq!(access.take_ack(), Some((Seq(DIFFERS_QUEUED_MAX as u64), Seq::ZERO)));
     }
 
     #[test]

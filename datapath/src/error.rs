@@ -151,6 +151,14 @@ pub enum Violation {
         /// Bytes of it.
         found: u32,
     },
+    /// A difference in what was not to be compared, or no longer.
+    #[error("the peer reports that bytes {range} differ, for seq {seq}: no such comparison is under way")]
+    Differs {
+        /// As sent.
+        seq: Seq,
+        /// As sent.
+        range: ByteRange,
+    },
     /// The connection that only stands for the peer's life was used to say something.
     #[error(
         "the peer sent bytes on the connection whose end alone means something: nothing goes there after the hello"

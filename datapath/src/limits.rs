@@ -67,13 +67,11 @@ pub const LINK_EVENTS_MAX: usize = 64;
 /// foreground write to the same range waits well under a millisecond on a 10 Gbit/s link.
 pub const RESYNC_CHUNK_LEN: u64 = 256 << 10;
 
-/// Background copy steps in flight while clients are busy: what a client's write has to wait behind.
-pub const RESYNC_CHUNKS_WITH_CLIENTS: usize = 1;
+/// Milliseconds for which clients count as busy after a request: one that writes now and then is not to find the link
+/// full each time, and a copy that waits so long for one that has gone loses nothing.
+pub const CLIENTS_BUSY_MS: u64 = 500;
 
-/// Milliseconds for which clients count as busy after a request.
-pub const CLIENTS_BUSY_MS: u64 = 20;
-
-/// Background copy steps in flight: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
+/// Background copy steps in flight while nobody is disturbed: with 256 KiB steps this is 2 MiB, which covers the product of 10 Gbit/s and 1 ms.
 pub const RESYNC_CHUNKS_IN_FLIGHT: usize = 8;
 
 /// Bytes of the disk that one bit of the dirty bitmap usually stands for (64 KiB: 16 TiB costs 32 MiB).
@@ -231,8 +229,8 @@ pub const DIRTY_STORE_BLOCKS_MAX: usize = 256;
 /// in a few tens of milliseconds and holds a file system's usual neighbourhood.
 pub const ACTIVITY_EXTENT_LEN: u64 = 4 << 20;
 
-/// Smallest extent: no less than the largest grain.
-pub const ACTIVITY_EXTENT_LEN_MIN: u64 = 1 << 20;
+/// Smallest extent: no less than the smallest grain. Only volumes as small as the simulator's are served well by it.
+pub const ACTIVITY_EXTENT_LEN_MIN: u64 = 4 << 10;
 
 /// Largest extent: 4096 of them are 64 GiB to copy after a crash, more than an hour's worth on a slow link.
 pub const ACTIVITY_EXTENT_LEN_MAX: u64 = 16 << 20;
@@ -241,7 +239,7 @@ pub const ACTIVITY_EXTENT_LEN_MAX: u64 = 16 << 20;
 pub const ACTIVITY_SLOTS: u32 = 1024;
 
 /// Fewest hot extents: with fewer, almost every write would wait for a transaction.
-pub const ACTIVITY_SLOTS_MIN: u32 = 64;
+pub const ACTIVITY_SLOTS_MIN: u32 = 16;
 
 /// Most hot extents: their table goes once through the ring's transactions with half of the ring to spare.
 pub const ACTIVITY_SLOTS_MAX: u32 = 4096;
@@ -275,6 +273,63 @@ pub const DISKLESS_RANGES_MAX: usize = 4096;
 /// waited for, as it is the same kind of store on a disk that may be busy; short enough that a client's own timeout (30 s)
 /// does not end first.
 pub const DETACH_S_MAX: u64 = 10;
+
+/// Bytes compared by one step of a verification or of a copy that compares first: the largest grain, as nothing smaller
+/// can be marked; its digests take the peer's reactor a tenth of a millisecond when the pages are there.
+pub const VERIFY_LEN_MAX: u64 = DIRTY_GRAIN_LEN_MAX;
+
+/// Differences waiting for credit to be told, beyond which the target applies nothing more: a sender's whole window of
+/// steps is answered by fewer.
+pub const DIFFERS_QUEUED_MAX: usize = RESYNC_CHUNKS_IN_FLIGHT;
+
+/// Differing ranges that a verification lists; the rest is counted. An operator reads a screen or two of them, and a
+/// disk that differs everywhere must not grow our memory.
+pub const VERIFY_RANGES_LISTED_MAX: usize = 256;
+
+/// Bytes a second at which the background copy goes on at least while clients are busy: a TiB in three days, in steps so
+/// short and few that hardly a client could tell.
+pub const PACE_RATE_MIN: u64 = 4 << 20;
+
+/// Bytes a second at which it begins beside busy clients, before anything is known about the link and the disks: a
+/// tenth of what common disks and a gigabit link do, and few judgements away from either bound.
+pub const PACE_RATE_START: u64 = 32 << 20;
+
+/// Bytes a second beyond which nothing is held back any more: more than one reactor's thread can copy.
+pub const PACE_RATE_MAX: u64 = 8 << 30;
+
+/// Bytes a second up to which it grows beside clients that only read, where nothing tells how they fare: steps of a few
+/// dozen microseconds each millisecond.
+pub const PACE_RATE_READERS: u64 = 256 << 20;
+
+/// Bytes of the shortest steps: less than a tenth of a millisecond on a gigabit link, which doubles nobody's wait.
+pub const PACE_STEP_LEN_MIN: u64 = 8 << 10;
+
+/// One in so many changes may be slow beside a copy before that is held back: half of what a 99th percentile overlooks,
+/// as it finds out by going too far.
+pub const PACE_SLOW_ONE_IN: u64 = 200;
+
+/// Milliseconds between judgements: at 1000 writes a second each rests on 250 of them, and a copy that disturbs is slowed
+/// down before anyone can tell.
+pub const PACE_JUDGE_MS: u64 = 250;
+
+/// Changes a judgement rests on at least: fewer cannot tell how many in two hundred are slow.
+pub const PACE_CHANGES_MIN: u64 = 200;
+
+/// Milliseconds after which fewer changes have to do: a client that writes ten times a second counts as well.
+pub const PACE_JUDGE_LATEST_MS: u64 = 2000;
+
+/// The latest undisturbed changes by which is judged: of fewer, a 99th percentile is mostly chance; more remember a load
+/// that has changed since.
+pub const PACE_CHANGES_KNOWN: usize = 1024;
+
+/// Milliseconds between two pauses of a copy that leaves no client undisturbed, in which to see what undisturbed is.
+pub const PACE_PAUSE_EVERY_MS: u64 = 2000;
+
+/// Milliseconds such a pause takes at most: a twentieth of the time between two.
+pub const PACE_PAUSE_MS: u64 = 100;
+
+/// Undisturbed changes that end such a pause.
+pub const PACE_PAUSE_CHANGES: u64 = 250;
 
 /// Bytes the background copy has applied after which both disks are flushed and its bits cleared: half a second's at
 /// 1 Gbit/s, so that little is copied twice when the session is lost.

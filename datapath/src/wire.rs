@@ -1,10 +1,11 @@
 //! The frame: what two nodes say to each other once a volume's link is up.
 //!
 //! A frame is a 64-byte header, then for [`Kind::Write`] and [`Kind::ReadReply`] a payload, padded to a multiple of 64
-//! bytes so that every header in the ring is aligned. Everything is little-endian, versioned and checksummed; `docs/PROTOCOL.md` shows the
+//! bytes so that every header in the ring is aligned. Everything is little-endian, versioned and checksummed;
+//! `docs/PROTOCOL.md` shows the
 //! dialogue. Decoding never panics and never trusts a field: it says which one was wrong.
 
-use crate::limits::PAYLOAD_LEN_MAX;
+use crate::limits::{PAYLOAD_LEN_MAX, VERIFY_LEN_MAX};
 use crate::units::{ByteRange, Epoch, Seq};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -45,6 +46,12 @@ pub enum Kind {
     DirtyEnd = 10,
     /// Source to target: all of it is on the source's record, and the target may forget it.
     DirtyKept = 11,
+    /// Compare `range`: the sender's digest of it is `aux` and `payload_crc`, see [`crate::disk::digest`]. It takes its
+    /// turn among the changes, changes nothing, and has no payload.
+    Verify = 12,
+    /// The bytes of `range` that the [`Kind::Verify`] numbered `seq` named are others here. Sent before the ack that
+    /// covers it.
+    Differs = 13,
     /// Send me the bytes of `range`: the sender serves without a disk of its own. `aux` numbers the question; the answer
     /// is one or more [`Kind::ReadReply`] in order.
     Read = 14,
@@ -67,16 +74,19 @@ impl Kind {
             9 => Self::Dirty,
             10 => Self::DirtyEnd,
             11 => Self::DirtyKept,
+            12 => Self::Verify,
+            13 => Self::Differs,
             14 => Self::Read,
             15 => Self::ReadReply,
             _ => return None,
         })
     }
 
-    /// Whether the frame changes the disk: it then has a seq of its own and is applied in seq order.
+    /// Whether the frame changes the disk, or looks at it in its turn among the changes: it then has a seq of its own and
+    /// is applied in seq order.
     #[must_use]
     pub fn is_change(self) -> bool {
-        matches!(self, Self::Write | Self::WriteZeroes | Self::Trim)
+        matches!(self, Self::Write | Self::WriteZeroes | Self::Trim | Self::Verify)
     }
 
     /// Whether the frame takes ring space, and so a permit.
@@ -119,7 +129,7 @@ pub struct Header {
     pub range: ByteRange,
     /// What [`Kind`] says.
     pub aux: u64,
-    /// CRC-32C of the payload; 0 where there is none.
+    /// CRC-32C of the payload, or of what is to be compared; 0 where there is neither.
     pub payload_crc: u32,
     /// Filled in by the transport: bytes of the *receiver's peer's* ring released since the link came up.
     pub ring_returned: u64,
@@ -208,6 +218,9 @@ impl Header {
         }
         if (kind.has_payload() || kind == Kind::Read) && range.len > PAYLOAD_LEN_MAX.into() {
             return Err(WireError::Length { found: raw.len.get() });
+        }
+        if kind == Kind::Verify && range.len > VERIFY_LEN_MAX {
+            return Err(WireError::VerifyLength { found: raw.len.get() });
         }
         Ok(Self {
             kind,
@@ -303,6 +316,12 @@ pub enum WireError {
         /// As sent.
         found: u32,
     },
+    /// More bytes to compare at once than one may ask for.
+    #[error("frame asks for {found} bytes to be compared, the limit is {VERIFY_LEN_MAX}")]
+    VerifyLength {
+        /// As sent.
+        found: u32,
+    },
 }
 
 #[cfg(test)]
@@ -323,6 +342,8 @@ mod tests {
             Just(Kind::Dirty),
             Just(Kind::DirtyEnd),
             Just(Kind::DirtyKept),
+            Just(Kind::Verify),
+            Just(Kind::Differs),
             Just(Kind::Read),
             Just(Kind::ReadReply)
         ];
@@ -333,7 +354,10 @@ mod tests {
                 flags,
                 epoch: Epoch(epoch),
                 seq: Seq(seq),
-                range: ByteRange::new(start, len),
+                range: ByteRange::new(
+                    start,
+                    if kind == Kind::Verify { len.min(VERIFY_LEN_MAX) } else { len },
+                ),
                 aux,
                 payload_crc,
                 ring_returned,

@@ -34,6 +34,7 @@ impl Node {
     fn new(poll: PollMode, link: Box<dyn Link>, direction: Direction) -> Self {
         let disk = DiskImage::memory("rdma", SIZE).expect("memory");
         let spec = VolumeSpec {
+            checksum_first: false,
             name: "v".to_owned(),
             disk: Arc::clone(&disk),
             ack: AckLevel::Memory,

@@ -41,6 +41,7 @@ struct Node {
 fn node(poll: PollMode, direction: Direction, link: Box<TcpLink>) -> Node {
     let disk = DiskImage::memory("test", SIZE).expect("memory");
     let spec = VolumeSpec {
+        checksum_first: false,
         name: "v".into(),
         disk: Arc::clone(&disk),
         ack: AckLevel::Memory,

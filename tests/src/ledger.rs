@@ -86,12 +86,22 @@ impl Ledger {
     /// dies closes no connection.
     #[must_use]
     pub fn write_within(self, uri: &NbdUri, seed: u64, patience: Duration) -> Writing {
+        self.start(uri, seed, patience, Duration::ZERO)
+    }
+
+    /// The same as [`Ledger::write`] with a pause after each write, for a load that leaves the machine time for others.
+    #[must_use]
+    pub fn write_slowly(self, uri: &NbdUri, seed: u64, pause: Duration) -> Writing {
+        self.start(uri, seed, PATIENCE, pause)
+    }
+
+    fn start(self, uri: &NbdUri, seed: u64, patience: Duration, pause: Duration) -> Writing {
         let stop = Arc::new(AtomicBool::new(false));
         let acked = Arc::new(AtomicU64::new(0));
         let start = |(n, part): (u64, Part)| {
             let (uri, stop, acked) = (uri.clone(), Arc::clone(&stop), Arc::clone(&acked));
             std::thread::spawn(move || {
-                write_part(part, &uri, patience, Rng::new(seed ^ (n << 56)), &stop, &acked)
+                write_part(part, &uri, [patience, pause], Rng::new(seed ^ (n << 56)), &stop, &acked)
             })
         };
         let threads = (0..).zip(self.parts).map(start).collect();
@@ -271,7 +281,7 @@ impl Writing {
 fn write_part(
     mut part: Part,
     uri: &NbdUri,
-    patience: Duration,
+    [patience, pause]: [Duration; 2],
     mut rng: Rng,
     stop: &AtomicBool,
     acked: &AtomicU64,
@@ -310,6 +320,9 @@ fn write_part(
             for entry in &mut part.entries {
                 entry.flushed = entry.acked;
             }
+        }
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
         }
     }
     (part, None)

@@ -67,6 +67,8 @@ pub struct VolumeSettings {
     pub ack: &'static str,
     /// `continue` or `freeze`.
     pub on_peer_loss: &'static str,
+    /// `checksum_first`.
+    pub checksum_first: bool,
     /// Directory of each node's disk, where it is not to be the pair's own.
     pub dirs: [Option<PathBuf>; 2],
 }
@@ -81,6 +83,7 @@ impl VolumeSettings {
             primary: ALPHA,
             ack: "memory",
             on_peer_loss: "continue",
+            checksum_first: false,
             dirs: [None, None],
         }
     }
@@ -315,7 +318,10 @@ impl Pair {
     pub fn hand_over(&self, volume: &str, from: usize) {
         let told = self.tell(from, volume, admin::Command::Demote);
         told.unwrap_or_else(|error| panic!("demote {volume} on {}: {error}", NODES[from]));
-        self.promote(1 - from, volume);
+        // The news of the demotion may still be on its way.
+        wait_for(&format!("{} may be promoted", NODES[1 - from]), LIMIT, || {
+            self.tell(1 - from, volume, admin::Command::Promote { force: false }).ok()
+        });
     }
 
     /// A volume's state as a node sees it; `None` where its daemon does not answer.
@@ -534,14 +540,14 @@ impl Pair {
             );
         }
         for volume in &self.settings.volumes {
-            let VolumeSettings { name, size, primary, ack, on_peer_loss, .. } = volume;
+            let VolumeSettings { name, size, primary, ack, on_peer_loss, checksum_first, .. } = volume;
             let primary = NODES[*primary];
             let link = self.settings.link;
             let disks = [ALPHA, BETA].map(|node| self.disk(node, name).display().to_string());
             let _ = write!(
                 text,
                 "\n[volumes.{name}]\nsize = {size}\nprimary = \"{primary}\"\nlink = \"{link}\"\nack = \"{ack}\"\n\
-                 on_peer_loss = \"{on_peer_loss}\"\ndisk.alpha = \"{}\"\ndisk.beta = \"{}\"\n",
+                 on_peer_loss = \"{on_peer_loss}\"\nchecksum_first = {checksum_first}\ndisk.alpha = \"{}\"\ndisk.beta = \"{}\"\n",
                 disks[0], disks[1]
             );
         }

@@ -155,7 +155,10 @@ pub fn costandby_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let test = std::env::current_exe().expect("the test's own path");
-        let profile = test.parent().and_then(Path::parent).expect("tests are in target/PROFILE/deps");
+        // Tests are in target/PROFILE/deps, programs one above.
+        let own = test.parent().expect("a program is in a directory");
+        let above = own.parent().filter(|_| own.ends_with("deps"));
+        let profile = above.unwrap_or(own);
         let binary = profile.join("costandby");
         if !binary.exists() {
             let target = profile.parent().expect("a profile is in a target directory");

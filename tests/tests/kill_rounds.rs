@@ -148,17 +148,6 @@ fn was_cut_short(pair: &Pair, node: usize) -> bool {
 }
 
 impl Rounds {
-    /// Changes roles. The news of the demotion takes its time over the slow wire.
-    fn hand_over(&mut self) {
-        let (from, to) = (self.primary, 1 - self.primary);
-        self.pair.tell(from, "db", Command::Demote).expect("a demotion");
-        wait_for("the other node may be promoted", LIMIT, || {
-            self.pair.tell(to, "db", Command::Promote { force: false }).ok()
-        });
-        self.primary = to;
-        self.pair.wait_in_sync("db");
-    }
-
     /// One node goes away, comes back after some writes, and then nodes die at a random moment of its catching up.
     /// Whether that moment was in mid-resync.
     fn kill_in_resync(&mut self, victim: Victim) -> bool {
@@ -229,7 +218,9 @@ fn kills_in_mid_resync_lose_nothing() {
         rounds.check("after the return");
         rounds.pair.settle_and_compare("db");
         if round % 4 == 3 {
-            rounds.hand_over();
+            rounds.pair.hand_over("db", rounds.primary);
+            rounds.primary = 1 - rounds.primary;
+            rounds.pair.wait_in_sync("db");
         }
     }
     println!("{hits} of {RESYNC_ROUNDS} kills hit a resync");

@@ -3,9 +3,12 @@
 
 use costandby_control::admin::Command;
 use costandby_control::nbd_client::NbdError;
+use costandby_datapath::disk::metadata::file::open_at;
+use costandby_datapath::disk::superblock::{Location, Superblock};
 use costandby_tests::Rng;
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -176,6 +179,58 @@ fn a_primary_killed_with_its_standby_resumes_by_itself() {
     let mut found = vec![0; data.len()];
     pair.client(ALPHA, "db").read(1 << 20, &mut found).expect("a read");
     assert!(found == data, "the durable write is there");
+    pair.settle_and_compare("db");
+}
+
+/// What `node`'s machine would leave of its metadata if it lost power: another boot finds it.
+fn lose_power(pair: &Pair, node: usize) {
+    let location = Location { path: pair.metadata(node, "db"), offset: 0 };
+    let name = ["alpha", "beta"][node];
+    let mut opened = open_at(&location, "db", name, SIZE_MIB << 20, 1).expect("the metadata it left");
+    let found = Superblock { boot: [9; 16], ..opened.superblock.clone() };
+    opened.superblocks.store(&found).expect("stored");
+}
+
+#[test]
+fn a_primary_that_lost_power_takes_from_its_standby_what_it_lacks_and_serves_again() {
+    let mut pair = Pair::start(settings());
+    let mut client = pair.client(ALPHA, "db");
+    client.write(0, &[1; 1 << 20], true).expect("a durable write");
+    client.write(4 << 20, &[2; 1 << 16], false).expect("a write that is in two memories");
+    pair.kill(ALPHA);
+    lose_power(&pair, ALPHA);
+    let disk = std::fs::OpenOptions::new().write(true).open(pair.disk(ALPHA, "db")).expect("alpha's disk");
+    disk.write_all_at(&[0; 1 << 16], 4 << 20).expect("it had not been flushed");
+    drop(disk);
+
+    pair.up(ALPHA);
+    pair.wait_log(ALPHA, &["being copied from beta what differs", "lost power"]);
+    pair.wait_in_sync("db");
+    pair.wait_status(ALPHA, "db", "serving again", |status| status.role == "primary");
+    let mut found = vec![0; 1 << 16];
+    pair.client(ALPHA, "db").read(4 << 20, &mut found).expect("a read");
+    assert!(found == vec![2; 1 << 16], "an acknowledged write is lost");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn a_primary_that_lost_power_with_its_standby_away_serves_only_by_force() {
+    let mut pair = Pair::start(settings());
+    pair.client(ALPHA, "db").write(0, &[1; 1 << 20], false).expect("a write");
+    pair.kill(ALPHA);
+    pair.kill(BETA);
+    lose_power(&pair, ALPHA);
+    pair.up(ALPHA);
+    let status = pair.wait_status(ALPHA, "db", "up", |_| true);
+    assert_eq!(status.disk_state, "Outdated");
+    assert!(status.advice.is_some_and(|advice| advice.contains("lost power")));
+    let said = refusal(&pair, ALPHA, &["promote", "db"]);
+    assert!(said.contains("Outdated") && said.contains("--force"), "{said}");
+    pair.cli_ok(ALPHA, &["promote", "db", "--force"]);
+    pair.client(ALPHA, "db").write(0, &[2; 4096], false).expect("it serves what it has");
+    pair.up(BETA);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
     pair.settle_and_compare("db");
 }
 

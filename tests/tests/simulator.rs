@@ -25,7 +25,7 @@ const LINES: usize = 60;
 fn hold(seed: u64) -> Outcome {
     let outcome = run(seed, Options::default());
     let Some(violation) = &outcome.violation else { return outcome };
-    let told = run(seed, Options { told: true, ..Options::default() });
+    let told = run(seed, Options { told: true });
     let from = told.story.len().saturating_sub(LINES);
     panic!(
         "seed {seed} broke the rule `{}`: {}\n{}\n{}\nreplay it with: make sim SEED={seed}",
@@ -75,8 +75,7 @@ fn every_seed_that_ever_broke_a_rule_holds() {
 fn a_seed_is_a_run() {
     catch_panics();
     for seed in [1, 2, 3] {
-        let (first, second) =
-            (run(seed, Options::default()), run(seed, Options { told: true, ..Options::default() }));
+        let (first, second) = (run(seed, Options::default()), run(seed, Options { told: true }));
         assert_eq!(
             (first.sum, first.nanos, first.answered),
             (second.sum, second.nanos, second.answered),

@@ -19,6 +19,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        verify: None,
         link_note: None,
         ack: "memory".into(),
         epoch: 3,
@@ -26,6 +27,8 @@ fn db() -> VolumeStatus {
         size: 64 << 30,
         dirty_bytes: 0,
         resync_percent: 100.0,
+        resync_rate: None,
+        resync_eta_s: None,
         connection: CONNECTED.into(),
         peer: "beta".into(),
         advice: None,
@@ -115,6 +118,9 @@ async fn status_and_commands_make_the_round_trip() {
         Command::Connect { discard_my_data: false },
         Command::Disconnect,
         Command::Invalidate,
+        Command::Verify { repair: true },
+        Command::Verify { repair: false },
+        Command::StopVerify,
     ];
     for command in commands {
         let message = client.command("db", command).await.expect("done");

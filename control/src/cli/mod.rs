@@ -27,6 +27,7 @@ pub mod soft_roce;
 pub mod status;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 pub mod wait_sync;
 
 /// Where the configuration is where nothing says otherwise.
@@ -138,6 +139,9 @@ Refused on the node that serves, and while no connected peer holds the whole dat
         /// Which volume.
         volume: Name,
     },
+    /// Compare the standby's disk with this node's, byte by byte, while the volume is in use.
+    #[command(after_help = verify::EXAMPLES)]
+    Verify(VerifyArgs),
     /// Wait until a volume is connected and both disks are UpToDate.
     #[command(after_help = "\
 Examples:
@@ -202,6 +206,22 @@ pub struct CreateArgs {
     /// Take over a disk that is there: its content stays, its metadata starts anew.
     #[arg(long)]
     pub force: bool,
+}
+
+/// Flags of `verify`.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Which volume.
+    pub volume: Name,
+    /// Copy what differs from this node to the standby at once.
+    #[arg(long)]
+    pub repair: bool,
+    /// End the verification under way.
+    #[arg(long, conflicts_with = "repair")]
+    pub stop: bool,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `soft-roce`'s.
@@ -285,6 +305,9 @@ pub enum CliError {
     /// Waiting.
     #[error(transparent)]
     WaitSync(#[from] wait_sync::WaitError),
+    /// Comparing.
+    #[error(transparent)]
+    Verify(#[from] verify::VerifyError),
     /// Metadata that no daemon would take.
     #[error("volume {volume}: {text}")]
     Metadata {
@@ -359,6 +382,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         }
         Command::Invalidate { volume } => roles::run(&place.client()?, &volume, AdminCommand::Invalidate),
         Command::Disconnect { volume } => roles::run(&place.client()?, &volume, AdminCommand::Disconnect),
+        Command::Verify(args) => verify::run(&place.client()?, &args),
         Command::WaitSync { volume, timeout } => wait_sync::run(&place.client()?, &volume, timeout),
         Command::DumpMetadata { volume, json } => {
             let (config, node) = place.load()?;

@@ -4,7 +4,7 @@
 //! peer broke the protocol, and the daemon's advice.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
-use crate::admin::{CONNECTED, Status, UP_TO_DATE, VolumeStatus};
+use crate::admin::{CONNECTED, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
 use crate::admin_client::AdminClient;
 use crate::config::quantity::display_size;
 use std::io::{self, IsTerminal};
@@ -23,6 +23,9 @@ pub fn run(client: &AdminClient, json: bool) -> Result<(), CliError> {
         print(&render(&status, colours_wanted(io::stdout().is_terminal())))
     }
 }
+
+/// Characters of a copy's bar.
+const BAR_LEN: usize = 30;
 
 const COLUMNS: usize = 9;
 const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK", "EPOCH", "SIZE", "BEHIND"];
@@ -48,6 +51,10 @@ pub fn render(status: &Status, colours: bool) -> String {
         push_line(&mut out, row, &widths, colours);
         if let Some(note) = &volume.link_note {
             out.push_str(&format!("  link {}: {note}\n", volume.link));
+        }
+        if let Some(copy) = copy_line(volume) {
+            out.push_str(&Colour::Attention.paint(&copy, colours));
+            out.push('\n');
         }
         if volume.violations > 0 {
             let line = format!(
@@ -114,12 +121,50 @@ pub(super) fn percent(volume: &VolumeStatus) -> String {
     format!("{percent:.1}")
 }
 
+/// How fast a copy goes and when it will be over, as far as that is known: `, 120 MiB/s, 3 min left`.
+pub(super) fn pace(volume: &VolumeStatus) -> String {
+    let rate = volume.resync_rate.map(|rate| format!(", {}/s", display_size(rate)));
+    let left = volume.resync_eta_s.map(|seconds| format!(", {} left", display_seconds(seconds)));
+    rate.unwrap_or_default() + &left.unwrap_or_default()
+}
+
+fn display_seconds(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+fn is_copying(volume: &VolumeStatus) -> bool {
+    [SYNC_SOURCE, SYNC_TARGET].contains(&volume.connection.as_str())
+}
+
+fn copy_line(volume: &VolumeStatus) -> Option<String> {
+    let direction = match volume.connection.as_str() {
+        SYNC_SOURCE => "to",
+        SYNC_TARGET => "from",
+        _ => return None,
+    };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=BAR_LEN")]
+    let done = (volume.resync_percent.clamp(0.0, 100.0) / 100.0 * BAR_LEN as f64) as usize;
+    let bar: String = (0..BAR_LEN)
+        .map(|at| match at {
+            at if at < done => '=',
+            at if at == done => '>',
+            _ => ' ',
+        })
+        .collect();
+    let (peer, percent) = (&volume.peer, percent(volume));
+    Some(format!("  copy {direction} {peer} [{bar}] {percent}%{}", pace(volume)))
+}
+
 fn behind(volume: &VolumeStatus) -> Cell {
     if volume.dirty_bytes == 0 && volume.resync_percent >= 100.0 {
         return ("-".to_owned(), Colour::Plain);
     }
     let mut text = display_size(volume.dirty_bytes);
-    if volume.connection == CONNECTED && volume.resync_percent < 100.0 {
+    if is_copying(volume) && volume.resync_percent < 100.0 {
         text = format!("{text} ({}% in sync)", percent(volume));
     }
     (text, Colour::Attention)

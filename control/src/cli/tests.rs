@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::admin::{
-    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, Status, UP_TO_DATE,
-    VolumeStatus,
+    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, SYNC_SOURCE, Status,
+    UP_TO_DATE, VolumeStatus,
 };
 use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
@@ -56,6 +56,8 @@ fn wrong_usage_is_told_from_help() {
     for args in [
         &["promote"][..],
         &["promote", "a/b"],
+        &["verify"],
+        &["verify", "db", "--repair", "--stop"],
         &["wait-sync", "db", "--timeout", "30"],
         &["demo", "--seconds", "0"],
         &["soft-roce", "up"],
@@ -68,7 +70,7 @@ fn wrong_usage_is_told_from_help() {
     }
     let help = parse(&["--help"]).expect_err("help");
     assert!(!help.use_stderr());
-    for later in ["verify", "attach", "events", "top"] {
+    for later in ["attach", "events", "top"] {
         assert!(parse(&[later, "db"]).is_err(), "{later} is not there yet");
     }
 }
@@ -97,6 +99,7 @@ fn db() -> VolumeStatus {
         disk_state: UP_TO_DATE.into(),
         peer_state: UP_TO_DATE.into(),
         link: "tcp".into(),
+        verify: None,
         link_note: None,
         ack: "memory".into(),
         epoch: 3,
@@ -104,6 +107,8 @@ fn db() -> VolumeStatus {
         size: 64 << 30,
         dirty_bytes: 0,
         resync_percent: 100.0,
+        resync_rate: None,
+        resync_eta_s: None,
         connection: CONNECTED.into(),
         peer: "beta".into(),
         advice: None,
@@ -119,7 +124,11 @@ fn catching_up() -> VolumeStatus {
         peer_state: "Inconsistent".into(),
         dirty_bytes: 3 << 29,
         resync_percent: 97.69,
+        resync_rate: Some(120 << 20),
+        resync_eta_s: Some(13),
+        connection: SYNC_SOURCE.into(),
         advice: Some("give it time".into()),
+        verify: None,
         link_note: Some("alpha has no RDMA: no device".into()),
         ack: "durable".into(),
         violations: 2,
@@ -144,13 +153,14 @@ fn status_is_a_table_read_at_a_glance() {
     let status = Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()] };
     let expected = "\
 node alpha
-VOLUME   ROLE              DISK      PEER               LINK            ACK      EPOCH  SIZE    BEHIND
-archive  primary           UpToDate  beta Inconsistent  tcp connected   durable  3      64 GiB  1.5 GiB (97.6% in sync)
+VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
+archive  primary           UpToDate  beta Inconsistent  tcp sync-source  durable  3      64 GiB  1.5 GiB (97.6% in sync)
   link tcp: alpha has no RDMA: no device
+  copy to beta [=============================>] 97.6%, 120 MiB/s, 13 s left
   protocol: links closed because of what beta sent: 2; the log says what
   -> give it time
-db       primary           UpToDate  beta UpToDate      tcp connected   memory   3      64 GiB  -
-web      standby (frozen)  UpToDate  beta Unknown       tcp connecting  memory   3      64 GiB  -
+db       primary           UpToDate  beta UpToDate      tcp connected    memory   3      64 GiB  -
+web      standby (frozen)  UpToDate  beta Unknown       tcp connecting   memory   3      64 GiB  -
   -> waiting for beta; `costandby promote web` to serve without it
 ";
     assert_eq!(status::render(&status, false), expected);
@@ -193,11 +203,14 @@ fn status_json_has_the_fixed_keys() {
         "in_flight",
         "frozen",
         "link_note",
+        "verify",
         "violations",
+        "resync_rate",
+        "resync_eta_s",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 18, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 19, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.

@@ -3,7 +3,7 @@
 //! Survives a daemon that is just starting: it is given a few seconds to open its socket, because scripts start it in the
 //! background and wait right away. A daemon that answered once and then is gone is an error at once.
 
-use super::status::percent;
+use super::status::{pace, percent};
 use super::{CliError, block_on, print};
 use crate::admin::{Status, VolumeStatus};
 use crate::admin_client::{AdminClient, ClientError};
@@ -94,7 +94,7 @@ async fn wait(
     }
 }
 
-fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitError> {
+pub(super) fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitError> {
     status.volumes.iter().find(|found| found.name == volume).ok_or_else(|| {
         let known: Vec<_> = status.volumes.iter().map(|found| found.name.as_str()).collect();
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
@@ -105,7 +105,8 @@ fn find<'a>(status: &'a Status, volume: &str) -> Result<&'a VolumeStatus, WaitEr
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Clamped to 0..=1000.
 fn show(bar: &ProgressBar, volume: &VolumeStatus) {
     bar.set_position((volume.resync_percent * 10.0).clamp(0.0, 1000.0) as u64);
-    bar.set_message(format!("{}% {}, peer {}", percent(volume), volume.connection, volume.peer_state));
+    let (percent, pace) = (percent(volume), pace(volume));
+    bar.set_message(format!("{percent}%{pace} ({}, peer {})", volume.connection, volume.peer_state));
 }
 
 fn stood(volume: &VolumeStatus) -> String {

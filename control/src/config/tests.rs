@@ -96,7 +96,11 @@ fn what_is_not_said_has_the_documented_default() {
 const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("poll    =", "pol =", &["c.toml:9: unknown key \"pol\" in [nodes.alpha]", "did you mean \"poll\"?"]),
     ("peer_timeout", "peer_timeot", &["c.toml:2:", "did you mean \"peer_timeout\"?"]),
-    ("on_peer_loss", "zzzzzzzz", &["c.toml:22:", "there are size, primary, link, ack, on_peer_loss, disk"]),
+    (
+        "on_peer_loss",
+        "zzzzzzzz",
+        &["c.toml:22:", "there are size, primary, link, ack, on_peer_loss, checksum_first, disk"],
+    ),
     ("insecure = true", "insecure = 1", &["c.toml:1:", "is an integer", "true or false"]),
     ("\"750ms\"", "750", &["c.toml:2:", "is an integer", "500ms"]),
     ("\"750ms\"", "\"750\"", &["c.toml:2:", "us, ms, s, m, h"]),

@@ -10,14 +10,17 @@ use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
 use crate::kernel::{boot_id, random_number, random_source};
 use crate::link::Kind;
-use crate::role::{Connection, Found, Status as ControllerStatus, VolumeController, VolumeSettings};
+use crate::progress::Progress;
+use crate::role::{
+    Connection, Found, Status as ControllerStatus, Verification, VolumeController, VolumeSettings,
+};
 use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
 use costandby_datapath::disk::metadata::file::open_at;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
 use costandby_datapath::disk::record::Record;
 use costandby_datapath::disk::superblock::{Location, Superblock, SuperblockError};
-use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeSpec};
+use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeCounters, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
 use link::LinkStatus;
@@ -98,6 +101,8 @@ struct Shared {
     status: Mutex<ControllerStatus>,
     /// `None` until the task runs.
     link: Mutex<Option<LinkStatus>>,
+    /// Of the copy under way.
+    progress: Mutex<Progress>,
     inbox: mpsc::UnboundedSender<Input>,
 }
 
@@ -146,6 +151,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
             disk: Arc::clone(&o.disk),
             ack: o.config.ack,
             on_peer_loss: o.config.on_peer_loss,
+            checksum_first: o.config.checksum_first,
             record,
         })
         .collect();
@@ -320,6 +326,7 @@ async fn serve(
         let entry = Arc::new(Shared {
             status: Mutex::new(controller.status()),
             link: Mutex::new(None),
+            progress: Mutex::default(),
             config: open.config,
             peer: peer.clone(),
             inbox,
@@ -398,6 +405,7 @@ fn forward_events(
                 | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
+                | ReactorEvent::Verified { volume, .. }
                 | ReactorEvent::PeerMessage { volume, .. }
                 | ReactorEvent::DiskFailing { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }
@@ -442,8 +450,14 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
     let status = shared.status.lock().expect("nobody panics with it").clone();
     let counters = registry.reactor.counters(index);
     let resyncing = counters.resyncing.load(Ordering::Relaxed);
+    let progress = shared.progress.lock().expect("nobody panics with it").clone();
+    let copied_x100 = match status.connection {
+        Connection::SyncSource if resyncing => Some(counters.resync_percent_x100.load(Ordering::Relaxed)),
+        Connection::SyncTarget => progress.percent_x100(),
+        _ => None,
+    };
     #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
-    let percent = counters.resync_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
+    let percent = copied_x100.map(|percent| percent as f64 / 100.0);
     let link = shared.link.lock().expect("nobody panics with it").clone();
     let (link, link_note) = link.map_or((Kind::Tcp, None), |link| (link.kind, link.note));
     let in_flight = counters.in_flight.load(Ordering::Relaxed);
@@ -459,14 +473,36 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         generation: format!("{:016x}", status.generation.0),
         size: shared.config.size,
         dirty_bytes: counters.dirty_bytes.load(Ordering::Relaxed),
-        resync_percent: if resyncing { percent } else { percent_without_copy(status.connection) },
+        resync_percent: percent.unwrap_or_else(|| percent_without_copy(status.connection)),
+        resync_rate: progress.rate(),
+        resync_eta_s: progress.eta_s(),
         connection: status.connection.as_str().to_owned(),
         peer: shared.peer.as_str().to_owned(),
         advice: status.advice,
         in_flight,
+        verify: verify_status(&status.verification, counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
         violations: counters.violations.load(Ordering::Relaxed),
     }
+}
+
+/// The daemon's last verification, if there was any.
+fn verify_status(verification: &Verification, counters: &VolumeCounters) -> Option<admin::VerifyStatus> {
+    let Verification { id, running, repair, outcome } = verification;
+    #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
+    let percent = counters.verify_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
+    let found = counters.verify_differing_bytes.load(Ordering::Relaxed);
+    (*id > 0).then(|| admin::VerifyStatus {
+        id: *id,
+        running: *running,
+        repair: *repair,
+        percent,
+        differing_bytes: if *running { found } else { outcome.findings.differing },
+        differing_ranges: outcome.findings.ranges,
+        ranges: outcome.findings.listed.iter().map(|range| [range.start, range.len]).collect(),
+        repaired: outcome.repaired,
+        unfinished: outcome.unfinished.clone(),
+    })
 }
 
 /// A target does not count the copy's progress itself, and a source may not have begun.

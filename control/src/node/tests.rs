@@ -41,6 +41,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let disk = DiskImage::memory("db", SIZE).expect("memory");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
     let spec = VolumeSpec {
+        checksum_first: false,
         name: "db".into(),
         disk,
         ack,
@@ -68,6 +69,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let shared = Arc::new(Shared {
         status: Mutex::new(controller.status()),
         link: Mutex::new(None),
+        progress: Mutex::default(),
         peer: peer.clone(),
         config: volume,
         inbox,

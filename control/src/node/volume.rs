@@ -10,7 +10,8 @@ use super::rdma::{Prepared, RdmaSetup};
 use super::{Replies, Shared};
 use crate::admin;
 use crate::hello::{Hello, Message, Upgrade};
-use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController};
+use crate::progress::Sample;
+use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController, code};
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::superblock::Superblock;
@@ -20,6 +21,7 @@ use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorE
 use costandby_datapath::units::Epoch;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -171,6 +173,7 @@ impl VolumeTask {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
                     self.upgrade_if_due();
+                    self.note_progress();
                 }
             }
         }
@@ -225,6 +228,10 @@ impl VolumeTask {
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
+            ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
+            ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
+                return self.told_progress(arg);
+            }
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
@@ -370,8 +377,6 @@ impl VolumeTask {
         }
     }
 
-    /// Whether the session brings us what we lack.
-
     fn send(&self, command: Command) {
         self.reactor.send(command);
     }
@@ -432,6 +437,8 @@ impl VolumeTask {
                 }
             }
             Action::SendPeer { code, arg } => self.send(Command::SendPeer { volume, code, arg }),
+            Action::Verify { repair } => self.send(Command::Verify { volume, repair }),
+            Action::StopVerify => self.send(Command::StopVerify { volume }),
             Action::Quiesce => self.send(Command::Quiesce { volume }),
             Action::Reply { id, result } => answer(&mut self.replies, id, result),
             Action::Log { level, text } => self.log(level, &text),
@@ -446,6 +453,37 @@ impl VolumeTask {
             Level::Info => tracing::info!(volume, "{text}"),
             Level::Warn => tracing::warn!(volume, "{text}"),
             Level::Error => tracing::error!(volume, "{text}"),
+        }
+    }
+
+    /// As source of a copy: sees how far it is, and tells the target.
+    fn note_progress(&mut self) {
+        let connection = self.controller.status().connection;
+        let mut progress = self.shared.progress.lock().expect("nobody panics with it");
+        if !matches!(connection, Connection::SyncSource | Connection::SyncTarget) {
+            return progress.clear();
+        }
+        let (now, counters) = (self.began.elapsed(), self.reactor.counters(self.index));
+        let copies = connection == Connection::SyncSource && counters.resyncing.load(Ordering::Relaxed);
+        if !copies || !progress.is_due(now) {
+            return;
+        }
+        let total = counters.resync_total_bytes.load(Ordering::Relaxed);
+        let sample = Sample {
+            percent_x100: counters.resync_percent_x100.load(Ordering::Relaxed),
+            left_bytes: total.saturating_sub(counters.resync_done_bytes.load(Ordering::Relaxed)),
+        };
+        progress.note(now, sample);
+        drop(progress);
+        let (code, arg) = (code::RESYNC_PROGRESS, sample.to_message());
+        self.send(Command::SendPeer { volume: self.index, code, arg });
+    }
+
+    /// As its target: hears of it.
+    fn told_progress(&self, arg: u64) {
+        let is_target = self.controller.status().connection == Connection::SyncTarget;
+        if let Some(sample) = Sample::from_message(arg).filter(|_| is_target) {
+            self.shared.progress.lock().expect("nobody panics with it").note(self.began.elapsed(), sample);
         }
     }
 

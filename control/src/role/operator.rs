@@ -34,6 +34,8 @@ impl VolumeController {
             Command::Connect { discard_my_data: false } => self.on_connect(id, "connecting", actions),
             Command::Connect { discard_my_data: true } => self.on_discard(id, actions),
             Command::Invalidate => self.on_invalidate(id, actions),
+            Command::Verify { repair } => self.on_verify(id, repair, actions),
+            Command::StopVerify => self.on_stop_verify(id, actions),
             Command::Disconnect => {
                 self.part(actions);
                 self.reply(id, Ok("disconnected until `costandby connect`".to_owned()), actions);
@@ -283,6 +285,9 @@ impl VolumeController {
                 self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
             }
             Role::Primary => {
+                if let Some(text) = self.verification_forbids_demotion() {
+                    return self.reply(id, Err(text), actions);
+                }
                 // It agreed that this node serves; its end must not undo the demotion.
                 self.abandon_handshake(actions);
                 self.demotion = Some(Demotion { id, deadline: now + QUIESCE_TIMEOUT });

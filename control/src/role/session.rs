@@ -237,6 +237,7 @@ impl VolumeController {
             self.dirty |= dirty;
             return;
         }
+        self.unrepaired = false;
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);

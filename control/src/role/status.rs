@@ -1,6 +1,6 @@
 //! What the controller tells an operator about its volume.
 
-use super::{Connection, Role, VolumeController};
+use super::{Connection, Role, Verification, VolumeController};
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 
@@ -25,6 +25,8 @@ pub struct Status {
     pub alone: bool,
     /// Serving, without the peer, and not allowed to acknowledge writes.
     pub frozen: bool,
+    /// The verification under way, or the last one.
+    pub verification: Verification,
     /// What an operator may want to know or type.
     pub advice: Option<String>,
 }
@@ -78,6 +80,7 @@ impl VolumeController {
             generation: self.superblock.generations.current,
             alone: self.alone,
             frozen,
+            verification: self.verification.clone(),
             advice: self.advice(frozen),
         }
     }
@@ -126,6 +129,12 @@ impl VolumeController {
                  for it, to sync from it and serve again"
             ),
             Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::Connected if self.unrepaired => {
+                format!(
+                    "{peer}'s disk differs from this one: `costandby verify {volume} --repair` copies what differs now, \
+                     disconnect and connect does as well"
+                )
+            }
             Connection::SyncTarget if self.superblock.primary => {
                 format!("lost power while it served; serves again once it is up to date with {peer}")
             }

@@ -8,6 +8,7 @@ use costandby_datapath::disk::superblock::Generations;
 
 mod diskless;
 mod resync;
+mod verify;
 
 const ID: ReplyId = ReplyId(7);
 /// The boot that all took part in.

@@ -318,10 +318,12 @@ impl DirtyMap {
         Some(word as u64 * 64 + u64::from(self.words[word].trailing_zeros()))
     }
 
-    /// Bytes marked, at the map's grain and never more than the disk has.
+    /// Bytes marked, at the map's grain; the last grain has no more than the disk.
     #[must_use]
     pub fn dirty_bytes(&self) -> u64 {
-        (self.dirty_count << self.grain_shift).min(self.geometry.size())
+        let behind_end = (self.geometry.grains() << self.grain_shift) - self.geometry.size();
+        let last = self.is_set(self.geometry.grains() - 1);
+        (self.dirty_count << self.grain_shift) - if last { behind_end } else { 0 }
     }
 
     /// Grains marked.

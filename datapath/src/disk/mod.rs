@@ -2,6 +2,7 @@
 //! knows about itself.
 
 pub mod activity_log;
+pub mod digest;
 pub mod dirty_map;
 pub mod image;
 pub mod inflight;

@@ -293,7 +293,11 @@ impl Record {
     /// When it was not let through.
     pub fn written(&mut self, token: Token, range: ByteRange, touched: Touched) {
         match touched {
-            Touched::Log => self.activity.written(range),
+            Touched::Log => {
+                self.activity.written(range);
+                // Its extents stayed hot if the log was emptied meanwhile.
+                self.retired = false;
+            }
             Touched::Long => {
                 let at = self.long.iter().position(|long| long.token == token);
                 let long = self.long.swap_remove(at.unwrap_or_else(|| panic!("{range} was not touched")));

@@ -70,7 +70,7 @@ enum Local {
 pub struct Change {
     /// Whose it is.
     pub token: Token,
-    /// `Write`, `WriteZeroes` or `Trim`.
+    /// `Write`, `WriteZeroes`, `Trim` or `Verify`, which changes nothing.
     pub kind: Kind,
     /// Where.
     pub range: ByteRange,
@@ -262,6 +262,15 @@ impl Pipeline {
     #[must_use]
     pub fn peer_word(&self) -> (Seq, Seq) {
         (self.peer_applied, self.peer_durable)
+    }
+
+    /// The comparison that was posted under `seq`, if it was of `range` and is not answered yet.
+    #[must_use]
+    pub fn comparison(&self, seq: Seq, range: ByteRange) -> Option<Token> {
+        let at = self.window.partition_point(|entry| entry.seq < seq);
+        let entry = self.window.get(at).filter(|entry| self.peer == Peer::Live && entry.seq == seq)?;
+        let Change { token, kind, range: asked, .. } = entry.change;
+        (kind == Kind::Verify && asked == range).then_some(token)
     }
 
     /// Whether the peer has not confirmed everything posted to it as durable.

@@ -7,13 +7,17 @@
 //! Invariant: a bit is cleared only after a flush of both disks that began after its grain was applied
 //! ([`Resync::take_flush`], [`Resync::flushed`]). What a lost session leaves is therefore still marked, and the next copy
 //! goes on with it.
+//!
+//! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
+//! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
+//! at a time is [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
+//! of it was applied.
 
+use super::ranges::Ranges;
 use crate::disk::dirty_map::DirtyMap;
-use crate::limits::{
-    RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT, RESYNC_CHUNKS_WITH_CLIENTS, RESYNC_FLUSH_LEN, RESYNC_FLUSH_MS,
-    RESYNC_HOLE_LEN_MAX, RESYNC_RUNS_MAX,
-};
+use crate::limits::{RESYNC_FLUSH_LEN, RESYNC_FLUSH_MS, RESYNC_HOLE_LEN_MAX, RESYNC_RUNS_MAX};
 use crate::units::ByteRange;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Where a copy stands.
@@ -27,11 +31,24 @@ pub enum Stage {
     Flushing,
 }
 
+/// What to do next about a stretch of the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// The stretch. A step covers the first part of it, or all.
+    pub range: ByteRange,
+    /// The peer said that its bytes are others; otherwise a copy that compares first asks.
+    pub differs: bool,
+}
+
 /// One background copy, within one session.
 #[derive(Debug)]
 pub struct Resync {
     grain_len: u64,
+    size: u64,
+    compares: bool,
     cursor: u64,
+    /// Stretches behind the cursor that need another step.
+    again: VecDeque<Wanted>,
     steps_in_flight: usize,
     stage: Stage,
     /// The peer's marks are on our record.
@@ -43,7 +60,7 @@ pub struct Resync {
     /// Up to here, from the cursor on, the disk was found to hold data.
     data_until: u64,
     /// Runs that the peer applied since the last flush was asked for.
-    applied: Vec<ByteRange>,
+    applied: Ranges,
     applied_len: u64,
     /// Those that the flush under way covers.
     flushing: Option<Vec<ByteRange>>,
@@ -52,12 +69,16 @@ pub struct Resync {
 }
 
 impl Resync {
-    /// A copy that waits for the peer's word. `grain_len` is our dirty map's.
+    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty map's; `compares` where
+    /// what is equal is not to be sent.
     #[must_use]
-    pub fn new(grain_len: u64) -> Self {
+    pub fn new(grain_len: u64, size: u64, compares: bool) -> Self {
         Self {
             grain_len,
+            size,
+            compares,
             cursor: 0,
+            again: VecDeque::new(),
             steps_in_flight: 0,
             stage: Stage::Told,
             kept: false,
@@ -65,7 +86,7 @@ impl Resync {
             total: 0,
             done: 0,
             data_until: 0,
-            applied: Vec::new(),
+            applied: Ranges::default(),
             applied_len: 0,
             flushing: None,
             waiting_since: None,
@@ -94,18 +115,33 @@ impl Resync {
         self.kept = true;
     }
 
-    /// The next dirty range to copy, or `None` while enough is under way or nothing is left. The caller says with
+    /// Whether to ask the peer before sending `wanted`.
+    #[must_use]
+    pub fn compares(&self, wanted: Wanted) -> bool {
+        self.compares && !wanted.differs
+    }
+
+    /// What to do next, or `None` when nothing is left to begin, or too much waits for a flush. The caller says with
     /// [`Resync::took`] how much of it the step covers.
     #[must_use]
-    pub fn next(&self, dirty: &DirtyMap, clients_busy: bool) -> Option<ByteRange> {
-        let steps_max = if clients_busy { RESYNC_CHUNKS_WITH_CLIENTS } else { RESYNC_CHUNKS_IN_FLIGHT };
-        if self.stage != Stage::Copying
-            || self.steps_in_flight >= steps_max
-            || self.applied.len() >= RESYNC_RUNS_MAX
-        {
+    pub fn next(&self, dirty: &DirtyMap) -> Option<Wanted> {
+        if self.applied.len() >= RESYNC_RUNS_MAX { None } else { self.left(dirty) }
+    }
+
+    fn left(&self, dirty: &DirtyMap) -> Option<Wanted> {
+        if self.stage != Stage::Copying {
             return None;
         }
-        dirty.next_dirty(self.cursor, RESYNC_HOLE_LEN_MAX)
+        if let Some(again) = self.again.front() {
+            return Some(*again);
+        }
+        if self.cursor >= self.size {
+            return None;
+        }
+        let marked = dirty.next_dirty(self.cursor, RESYNC_HOLE_LEN_MAX)?;
+        // The cursor may stand within a grain.
+        let start = marked.start.max(self.cursor);
+        Some(Wanted { range: ByteRange::new(start, marked.end() - start), differs: false })
     }
 
     /// How much of `dirty`, from its start on, is known to be data. A file system in memory looks at every page to find
@@ -121,29 +157,49 @@ impl Resync {
         self.data_until = range.end();
     }
 
-    /// A step over `range` is under way. Its length must be a multiple of the map's grain, or end the disk.
+    /// A step over `range`, with which what was last wanted begins, is under way.
+    ///
+    /// # Panics
+    /// When it is another range.
     pub fn took(&mut self, range: ByteRange) {
-        self.cursor = range.end().next_multiple_of(self.grain_len);
+        assert!(range.len > 0, "a step covers something");
         self.steps_in_flight += 1;
+        let Some(again) = self.again.front_mut() else {
+            self.cursor = range.end();
+            return;
+        };
+        assert_eq!(again.range.start, range.start, "a step covers the beginning of what is wanted");
+        again.range = ByteRange::new(range.end(), again.range.end() - range.end());
+        if again.range.len == 0 {
+            self.again.pop_front();
+        }
     }
 
-    /// A step that was taken could not start: it comes again. So may those taken after it, unless their bits are cleared
-    /// by then; that costs their bytes once more and nothing else.
-    pub fn untake(&mut self, range: ByteRange) {
-        self.cursor = self.cursor.min(range.start);
-        // What lies between may have been a hole.
+    /// A step that was taken could not start: it comes again.
+    pub fn untake(&mut self, range: ByteRange, differs: bool) {
+        self.again.push_front(Wanted { range, differs });
+        // What was found there may have changed.
         self.data_until = 0;
         self.steps_in_flight -= 1;
     }
 
-    /// The peer applied a step.
+    /// The peer applied a step, or holds the same bytes.
     pub fn applied(&mut self, range: ByteRange) {
         self.steps_in_flight -= 1;
         self.done = (self.done + range.len).min(self.total);
         self.applied_len += range.len;
-        match self.applied.last_mut() {
-            Some(last) if last.end() == range.start => last.len += range.len,
-            _ => self.applied.push(range),
+        self.applied.insert(range);
+    }
+
+    /// The peer holds other bytes in the range of a step that asked.
+    pub fn differs(&mut self, range: ByteRange) {
+        self.steps_in_flight -= 1;
+        let mut start = range.start;
+        while start < range.end() {
+            let len = self.grain_len.min(range.end() - start);
+            let differs = len == range.len;
+            self.again.push_back(Wanted { range: ByteRange::new(start, len), differs });
+            start += len;
         }
     }
 
@@ -152,8 +208,7 @@ impl Resync {
         if self.flushing.is_some() || self.stage != Stage::Copying {
             return false;
         }
-        let is_last =
-            self.kept && self.steps_in_flight == 0 && dirty.next_dirty(self.cursor, self.grain_len).is_none();
+        let is_last = self.kept && self.steps_in_flight == 0 && self.left(dirty).is_none();
         if is_last {
             self.stage = Stage::Flushing;
         } else if self.applied.is_empty() {
@@ -165,7 +220,7 @@ impl Resync {
                 return false;
             }
         }
-        self.flushing = Some(std::mem::take(&mut self.applied));
+        self.flushing = Some(self.applied.take_whole(self.grain_len, self.size));
         self.applied_len = 0;
         self.waiting_since = None;
         true
@@ -177,12 +232,6 @@ impl Resync {
     /// When none was under way.
     pub fn flushed(&mut self) -> (Vec<ByteRange>, bool) {
         (self.flushing.take().expect("a flush was under way"), self.stage == Stage::Flushing)
-    }
-
-    /// Bytes of data one step copies at most.
-    #[must_use]
-    pub fn chunk(&self, range: ByteRange) -> ByteRange {
-        ByteRange::new(range.start, range.len.min(RESYNC_CHUNK_LEN.max(self.grain_len)))
     }
 
     /// The map's grain.
@@ -199,111 +248,4 @@ impl Resync {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::metadata::layout::Geometry;
-    use crate::limits::DIRTY_GRAIN_LEN as G;
-
-    fn full(size: u64) -> DirtyMap {
-        let mut dirty = DirtyMap::new(Geometry::for_volume(size).expect("usual"));
-        let _ = dirty.set_all();
-        dirty
-    }
-
-    fn begun(dirty: &DirtyMap) -> Resync {
-        let mut resync = Resync::new(G);
-        assert_eq!(resync.next(dirty, false), None, "the peer has not told yet");
-        assert!(resync.told_all(dirty) && !resync.told_all(dirty));
-        resync
-    }
-
-    #[test]
-    fn a_stretch_of_data_is_asked_for_once_and_anew_after_a_step_back() {
-        let dirty = full(8 * RESYNC_CHUNK_LEN);
-        let mut resync = begun(&dirty);
-        let all = resync.next(&dirty, false).expect("all of it");
-        assert_eq!(resync.known_data(all), None, "not asked yet");
-        resync.found_data(ByteRange::new(0, 3 * RESYNC_CHUNK_LEN));
-        let first = resync.chunk(all);
-        resync.took(first);
-        let rest = resync.next(&dirty, false).expect("more");
-        assert_eq!(resync.known_data(rest), Some(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN)));
-        resync.took(ByteRange::new(RESYNC_CHUNK_LEN, 2 * RESYNC_CHUNK_LEN));
-        let beyond = resync.next(&dirty, false).expect("more");
-        assert_eq!(resync.known_data(beyond), None, "the end of what was found");
-        resync.found_data(beyond);
-        resync.untake(first);
-        assert_eq!(resync.known_data(all), None, "there may be a hole in front");
-    }
-
-    #[test]
-    fn it_covers_every_dirty_byte_once_with_bounded_steps_then_flushes_once_more() {
-        let size = 10 * RESYNC_CHUNK_LEN + 4096;
-        let dirty = full(size);
-        let (mut resync, now) = (begun(&dirty), Instant::now());
-        let mut under_way = std::collections::VecDeque::new();
-        // Clients come when a third is copied and stay.
-        let clients_busy = |copied: u64| copied > size / 3;
-        let (mut copied, mut kept) = (0, false);
-        while !resync.take_flush(&dirty, now) {
-            while let Some(marked) = resync.next(&dirty, clients_busy(copied)) {
-                let step = resync.chunk(marked);
-                assert_eq!(step.start, copied, "in order, without gaps");
-                resync.took(step);
-                copied = step.end();
-                under_way.push_back(step);
-                let bound = if clients_busy(step.start) {
-                    RESYNC_CHUNKS_WITH_CLIENTS
-                } else {
-                    RESYNC_CHUNKS_IN_FLIGHT
-                };
-                assert!(under_way.len() <= bound, "{} steps", under_way.len());
-            }
-            match under_way.pop_front() {
-                Some(step) => resync.applied(step),
-                None => {
-                    assert!(!std::mem::replace(&mut kept, true), "the peer's marks are not on record yet");
-                    resync.kept();
-                }
-            }
-        }
-        assert!(kept);
-        assert_eq!((copied, resync.progress()), (size, (size, size)));
-        assert!(!resync.take_flush(&dirty, now), "once");
-        assert_eq!(resync.flushed(), (vec![ByteRange::new(0, size)], true));
-    }
-
-    #[test]
-    fn a_flush_covers_what_was_applied_before_it_and_comes_by_bytes_or_by_time() {
-        let size = 3 * RESYNC_FLUSH_LEN;
-        let dirty = full(size);
-        let (mut resync, now) = (begun(&dirty), Instant::now());
-        let step = |n: u64| ByteRange::new(n * RESYNC_CHUNK_LEN, RESYNC_CHUNK_LEN);
-        for n in [0, 1, 3] {
-            resync.took(step(n));
-        }
-        resync.applied(step(0));
-        assert!(!resync.take_flush(&dirty, now), "too little");
-        resync.applied(step(1));
-        let later = now + Duration::from_millis(RESYNC_FLUSH_MS);
-        assert!(resync.take_flush(&dirty, later), "time is up");
-        resync.applied(step(3));
-        assert!(!resync.take_flush(&dirty, later + Duration::from_secs(9)), "one at a time");
-        assert_eq!(resync.flushed(), (vec![ByteRange::new(0, 2 * RESYNC_CHUNK_LEN)], false));
-        let large = ByteRange::new(4 * RESYNC_CHUNK_LEN, RESYNC_FLUSH_LEN);
-        resync.took(large);
-        resync.applied(large);
-        assert!(resync.take_flush(&dirty, later), "enough");
-        let all = ByteRange::new(3 * RESYNC_CHUNK_LEN, RESYNC_CHUNK_LEN + RESYNC_FLUSH_LEN);
-        assert_eq!(resync.flushed(), (vec![all], false));
-    }
-
-    #[test]
-    fn a_map_is_told_forwards_and_once() {
-        let mut resync = Resync::new(G);
-        assert!(resync.told(ByteRange::new(G, G)) && resync.told(ByteRange::new(2 * G, G)));
-        assert!(!resync.told(ByteRange::new(2 * G, G)), "goes back");
-        assert!(resync.told_all(&full(8 * G)));
-        assert!(!resync.told(ByteRange::new(5 * G, G)), "after its end");
-    }
-}
+mod tests;

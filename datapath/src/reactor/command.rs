@@ -8,6 +8,7 @@ use crate::disk::record::Record;
 use crate::front::queue::QueueServer;
 use crate::transport::Link;
 use crate::units::{AckLevel, Epoch, OnPeerLoss};
+use crate::volume::Verified;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -22,6 +23,8 @@ pub struct VolumeSpec {
     pub ack: AckLevel,
     /// What to do without the standby.
     pub on_peer_loss: OnPeerLoss,
+    /// A background copy asks the peer first whether its bytes are others, and sends only those.
+    pub checksum_first: bool,
     /// The disk's activity log and dirty map.
     pub record: Record,
 }
@@ -123,6 +126,18 @@ pub enum Command {
         /// Index of the volume.
         volume: usize,
     },
+    /// Compare the peer's disk with this one; [`Event::Verified`] follows.
+    Verify {
+        /// Index of the volume.
+        volume: usize,
+        /// Copy what differs.
+        repair: bool,
+    },
+    /// End the verification under way, if one is.
+    StopVerify {
+        /// Index of the volume.
+        volume: usize,
+    },
     /// A message to the peer's control.
     SendPeer {
         /// Index of the volume.
@@ -195,6 +210,13 @@ pub enum Event {
         /// Index of the volume.
         volume: usize,
     },
+    /// A verification ended, or could not begin. What differs and was not repaired is marked in the dirty map.
+    Verified {
+        /// Index of the volume.
+        volume: usize,
+        /// What came of it, or why nothing did.
+        outcome: Verified,
+    },
     /// The peer's control says something.
     PeerMessage {
         /// Index of the volume.
@@ -240,6 +262,12 @@ pub struct VolumeCounters {
     pub resync_percent_x100: AtomicU64,
     /// A background copy is under way.
     pub resyncing: AtomicBool,
+    /// A verification is under way.
+    pub verifying: AtomicBool,
+    /// Percent of the disk that it, or the last one, has compared, times 100.
+    pub verify_percent_x100: AtomicU64,
+    /// Bytes that it, or the last one, found to differ.
+    pub verify_differing_bytes: AtomicU64,
     /// Completions wait for an absent peer.
     pub frozen: AtomicBool,
     /// Changes completed towards clients.

@@ -222,6 +222,9 @@ impl Reactor {
     fn turn_in_full(&mut self) -> bool {
         let now = Instant::now();
         self.turned = now;
+        for volume in &mut self.volumes {
+            volume.woke(now);
+        }
         let mut any = self.take_commands(now);
         // Queues come before the links: a client that drives the reactor submits and turns at once, and what it submitted
         // is to be on its way before anything is waited for. Their depth bounds how long a turn stays here.
@@ -330,7 +333,9 @@ impl Reactor {
             || self.queues.iter().any(Queue::has_operations)
             || self.volumes.iter().any(|v| !v.notices.is_empty());
         if !queued {
-            let timeout = self.next_deadline.saturating_duration_since(Instant::now());
+            let paced = self.volumes.iter().filter_map(Volume::due).min();
+            let due = paced.map_or(self.next_deadline, |at| at.min(self.next_deadline));
+            let timeout = due.saturating_duration_since(Instant::now());
             self.look_at_poller(Some(timeout), Instant::now());
         }
         self.waker.awake();
@@ -542,6 +547,8 @@ impl Reactor {
             }
             Command::GoAlone { volume } => self.volumes[volume].go_alone(),
             Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
+            Command::Verify { volume, repair } => self.volumes[volume].verify(repair),
+            Command::StopVerify { volume } => self.volumes[volume].stop_verify(),
             Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
             Command::Detach { volume } => self.volumes[volume].detach(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),

@@ -88,7 +88,7 @@ impl Volume {
         }
     }
 
-    fn begin_checkpoint(&mut self) {
+    pub(super) fn begin_checkpoint(&mut self) {
         if let Some(serial) = self.record.begin_checkpoint() {
             let token = self.add_request(Request::flush(Origin::Checkpoint { serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));

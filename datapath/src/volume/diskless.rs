@@ -128,6 +128,7 @@ impl Volume {
         }
         if self.diskless.state == State::Sound {
             self.diskless.state = State::Failing;
+            self.end_verify("the local disk failed");
             self.inflight.hold();
             self.pipeline_event(PipelineEvent::LocalFailing);
             tracing::warn!(volume = %self.name, error, "the disk failed; requests are held until the peer knows");

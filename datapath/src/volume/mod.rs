@@ -12,6 +12,7 @@ use crate::disk::record::{Record, Round, Touched};
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
+use crate::mirror::pace::{Landed, Pace};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
@@ -30,8 +31,10 @@ mod requests;
 mod resync;
 mod session;
 mod switch;
+mod verify;
 
 pub use requests::{Begin, NewRequest, Op};
+pub use verify::Verified;
 
 use checkpoint::{MarkedAllWaits, Quiesce};
 use resync::Telling;
@@ -76,6 +79,11 @@ pub enum Origin {
         /// Tells it from an earlier copy's, which must not vouch for this one.
         serial: u64,
     },
+    /// A step of the verification number `serial`.
+    Verify {
+        /// Tells its steps from an earlier one's.
+        serial: u64,
+    },
     /// The flush of the checkpoint number `serial`.
     Checkpoint {
         /// As the record numbered it.
@@ -85,6 +93,13 @@ pub enum Origin {
     Quiesce,
     /// A client that is gone.
     Nobody,
+}
+
+impl Origin {
+    /// A step that no client asked for.
+    fn is_background(self) -> bool {
+        matches!(self, Self::Resync { .. } | Self::Verify { .. })
+    }
 }
 
 /// What a front end gets to hear.
@@ -128,6 +143,10 @@ struct Request {
     received: u64,
     /// Its bytes were lost with the disk.
     lost: bool,
+    /// A comparison, and the peer says that its bytes are others.
+    differs: bool,
+    /// When a client's change landed.
+    landed_at: Option<Landed>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -182,6 +201,8 @@ pub struct Volume {
     granted: Vec<Token>,
     pipeline: Pipeline,
     actions: Vec<Action>,
+    /// A copy asks the peer first whether its bytes are others.
+    checksum_first: bool,
     record: Record,
     /// The flush that a checkpoint rides on, and its number.
     riding: Option<(Token, u64)>,
@@ -193,6 +214,15 @@ pub struct Volume {
     telling: Option<Telling>,
     resync: Option<Resync>,
     resync_serial: u64,
+    verifying: Option<verify::Verifying>,
+    verify_serial: u64,
+    /// How fast the copy and the verification may go, and when their next step is due.
+    pace: Pace,
+    pace_due: Option<Instant>,
+    /// When the present turn began.
+    now: Instant,
+    /// What the turn before spent on background steps: a request that came meanwhile waited for it unseen.
+    stalled: Duration,
     /// A request came since the last turn's end; when the last one came; whether that is recent.
     client_came: bool,
     last_client: Option<Instant>,
@@ -254,6 +284,7 @@ impl Volume {
             granted: Vec::with_capacity(WINDOW_LEN),
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
+            checksum_first: spec.checksum_first,
             record: spec.record,
             riding: None,
             marked_all: Vec::new(),
@@ -261,6 +292,12 @@ impl Volume {
             telling: None,
             resync: None,
             resync_serial: 0,
+            verifying: None,
+            verify_serial: 0,
+            pace: Pace::new(),
+            pace_due: None,
+            now,
+            stalled: Duration::ZERO,
             client_came: false,
             last_client: None,
             clients_busy: false,
@@ -331,6 +368,7 @@ impl Volume {
     pub fn stop_serving(&mut self) {
         self.serving = false;
         self.quiesce = Quiesce::No;
+        self.end_verify("this node stopped serving the volume");
         self.end_diskless();
         self.fail_all(IoError::NotPrimary);
         self.copy_paused = false;
@@ -350,7 +388,7 @@ impl Volume {
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
         // Until here a lost link left the peer behind.
-        self.resync = None;
+        self.end_copy();
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -406,8 +444,22 @@ impl Volume {
         other.is_none_or(|link| link.prepare_sleep()) && link
     }
 
+    /// A turn begins.
+    pub fn woke(&mut self, now: Instant) {
+        self.now = now;
+    }
+
+    /// When something is due that no event will announce.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.pace_due
+    }
+
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
+        self.now = now;
+        self.stalled = Duration::ZERO;
+        self.pace_due = None;
         self.pump_detach(now);
         self.serve_granted();
         if let Some(token) = self.inflight.pin_in_the_way() {
@@ -420,6 +472,7 @@ impl Volume {
         self.clients_busy = self.last_client.is_some_and(|at| now.duration_since(at) < busy);
         self.tend_record(now);
         self.step_resync(now);
+        self.step_verify(now);
         self.end_quiesce();
         if self.disk.is_failed() {
             self.disk_failed(
@@ -443,6 +496,7 @@ impl Volume {
             Ordering::Relaxed,
         );
         c.resyncing.store(self.resync.is_some(), Ordering::Relaxed);
+        self.publish_verify();
         if let Some(resync) = &self.resync {
             let (total, done) = resync.progress();
             c.resync_total_bytes.store(total, Ordering::Relaxed);
@@ -481,20 +535,27 @@ impl Volume {
         self.inflight.release(change.token, change.range.start, &mut self.granted);
         let request = self.request_mut(change.token);
         request.locked = false;
-        let (origin, completed) = (request.origin, request.completed);
-        let touched = request.touched.take();
+        let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        let (landed_at, touched) = (request.landed_at, request.touched.take());
+        if let Some(landed) = landed_at {
+            self.pace.released(landed, self.now);
+        }
         if let Some(touched) = touched {
             self.record.written(change.token, change.range, touched);
         }
         if change.kind == Kind::Write {
             self.passed_through(change.range);
         }
-        if let Origin::Resync { serial } = origin {
-            if serial == self.resync_serial
-                && let Some(resync) = &mut self.resync
-            {
-                resync.applied(change.range);
+        if let Origin::Verify { serial } = origin {
+            self.step_compared(serial, change.range, equal);
+            // A step that a session's end cut off is never completed. One whose verification alone has ended is.
+            if !completed && !self.source {
+                self.drop_request(change.token);
+                return;
             }
+        }
+        if let Origin::Resync { serial } = origin {
+            self.resync_step_released(serial, change.kind, change.range, !equal);
             // A step that a session's end cut off is never completed.
             if !completed && self.resync.is_none() {
                 self.drop_request(change.token);
@@ -514,14 +575,14 @@ impl Volume {
         if !locked {
             self.drop_request(token);
         }
-        if matches!(op, Op::Change(_)) && !matches!(origin, Origin::Resync { .. }) {
+        if matches!(op, Op::Change(_)) && !origin.is_background() {
             self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
         }
         if op == Op::Flush {
             self.flush_ended(token);
         }
         match origin {
-            Origin::Resync { .. } | Origin::Nobody => {}
+            Origin::Resync { .. } | Origin::Verify { .. } | Origin::Nobody => {}
             Origin::Checkpoint { serial } => self.record.flushed(serial),
             Origin::ResyncFlush { serial } => self.copy_flushed(serial),
             Origin::Quiesce => self.quiesce = Quiesce::Settling,
@@ -547,6 +608,7 @@ impl Volume {
         }
         self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
         self.close_link(crate::transport::DownReason::Local("the local disk failed"));
+        self.end_verify("the local disk failed");
         self.fail_all(IoError::DiskFailed);
         for (_, done) in self.marked_all.drain(..) {
             done(Err(error.to_owned()));
@@ -635,23 +697,14 @@ impl Request {
             completed: false,
             received: 0,
             lost: false,
+            differs: false,
+            landed_at: None,
         }
     }
 
     fn change_of(origin: Origin, kind: Kind, range: ByteRange, flags: u8) -> Self {
         let op = Op::Change(kind);
-        Self {
-            origin,
-            op,
-            range,
-            flags,
-            locked: false,
-            touched: None,
-            landed: false,
-            completed: false,
-            received: 0,
-            lost: false,
-        }
+        Self { op, range, flags, landed: false, ..Self::flush(origin) }
     }
 
     fn change(&self, token: Token, kind: Kind) -> Change {

@@ -84,6 +84,8 @@ impl Volume {
             completed: false,
             received: 0,
             lost: false,
+            differs: false,
+            landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
             Admission::Granted if new.op == Op::Read && self.reads_from_peer() => {
@@ -189,8 +191,12 @@ impl Volume {
     }
 
     fn hand_over(&mut self, token: Token) {
+        let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
         let request = self.request_mut(token);
         request.landed = true;
+        if !request.origin.is_background() {
+            request.landed_at = Some(landed);
+        }
         let Op::Change(kind) = request.op else { panic!("only changes land") };
         let change = request.change(token, kind);
         self.pipeline_event(PipelineEvent::Landed(change));
@@ -204,7 +210,7 @@ impl Volume {
             return true;
         }
         request.locked = true;
-        if matches!(origin, Origin::Resync { .. }) {
+        if origin.is_background() {
             self.hand_over(token);
             return true;
         }
@@ -253,9 +259,12 @@ impl Volume {
             let mut granted = std::mem::take(&mut self.granted);
             for token in granted.drain(..) {
                 let request = *self.request_mut(token);
-                if let Origin::Resync { serial } = request.origin
-                    && !self.resync_step_holds(serial, &request)
-                {
+                let holds = match request.origin {
+                    Origin::Resync { serial } => self.resync_step_holds(serial, &request),
+                    Origin::Verify { serial } => self.verify_step_counts(serial),
+                    _ => true,
+                };
+                if !holds {
                     self.inflight.release(token, request.range.start, &mut self.granted);
                     self.drop_request(token);
                     continue;
@@ -266,7 +275,7 @@ impl Volume {
                 }
                 if self.start(token)
                     && matches!(request.op, Op::Read | Op::Change(Kind::Write))
-                    && !matches!(request.origin, Origin::Resync { .. })
+                    && !request.origin.is_background()
                 {
                     self.notices.push(Notice::Granted { origin: request.origin, token });
                 }

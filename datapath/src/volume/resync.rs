@@ -16,8 +16,10 @@ use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
 use crate::error::Violation;
 use crate::limits::{
-    DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_READ_AHEAD_LEN,
+    DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_CHUNK_LEN,
+    RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX,
 };
+use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
 use crate::reactor::command::Event;
@@ -151,6 +153,19 @@ impl Volume {
         }
     }
 
+    /// Copies what is marked here and there, once the peer has told its marks.
+    pub(super) fn begin_copy(&mut self, compares: bool) {
+        self.resync_serial += 1;
+        self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len(), self.disk.size(), compares));
+    }
+
+    /// No step of a copy counts any more.
+    pub(super) fn end_copy(&mut self) {
+        if self.resync.take().is_some() {
+            self.pace.all_ended();
+        }
+    }
+
     /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
     /// is still one. A client may have written there while the step waited; the step is then planned anew.
     pub(super) fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
@@ -158,33 +173,60 @@ impl Volume {
             return false;
         };
         let range = request.range;
-        if request.op == Op::Change(Kind::Write) {
+        if matches!(request.op, Op::Change(Kind::Write | Kind::Verify)) {
             return true;
         }
         let extent = self.disk.extent_at(range.start, range.end());
         let holds = extent.hole && extent.range.len == range.len;
         if !holds {
-            resync.untake(range);
+            resync.untake(range, false);
+            self.pace.step_ended();
         }
         holds
     }
 
+    /// A step of the copy `serial` is released: the peer has it, or has looked at it.
+    pub(super) fn resync_step_released(&mut self, serial: u64, kind: Kind, range: ByteRange, differs: bool) {
+        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return };
+        self.pace.step_ended();
+        if kind == Kind::Verify && differs {
+            resync.differs(range);
+        } else {
+            resync.applied(range);
+        }
+    }
+
+    /// Begins what steps may begin, and the flush behind the last.
     pub(super) fn step_resync(&mut self, now: Instant) {
-        if self.copy_paused && !self.pipeline.waits_for_copy() {
+        let urgent = self.pipeline.waits_for_copy();
+        if self.copy_paused && !urgent {
             return;
         }
-        while let Some(resync) = &mut self.resync {
-            let Some(dirty) = resync.next(&self.record.dirty, self.clients_busy) else { break };
-            let extent = resync.known_data(dirty).map_or_else(
+        while let Some(resync) = &mut self.resync
+            && let Some(wanted) = resync.next(&self.record.dirty)
+        {
+            let grain = resync.grain_len();
+            let len = match self.pace.leave(now, self.clients_busy && !urgent) {
+                Leave::Step(len) => len,
+                Leave::Wait(at) => {
+                    self.pace_due = Some(at);
+                    return;
+                }
+                Leave::Enough => return,
+            };
+            let dirty = wanted.range;
+            let extent = if wanted.differs { Some(dirty) } else { resync.known_data(dirty) }.map_or_else(
                 || self.disk.extent_at(dirty.start, dirty.end()),
                 |range| Extent { range, hole: false },
             );
-            if !extent.hole {
+            if !extent.hole && !wanted.differs {
                 resync.found_data(extent.range);
             }
-            let (kind, range) = plan_step(resync, dirty, extent, self.disk.is_sparse());
+            let plan = Plan { grain, len, compares: resync.compares(wanted), sparse: self.disk.is_sparse() };
+            let (kind, range) = plan.step(dirty, extent.range.len, extent.hole);
             resync.took(range);
-            if kind == Kind::Write {
+            self.pace.step_began(now, range.len);
+            if matches!(kind, Kind::Write | Kind::Verify) {
                 let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
                 self.disk.read_ahead(ahead);
             }
@@ -198,8 +240,9 @@ impl Volume {
                 // The table is full of clients' requests: copy on when there is room.
                 Admission::Full => {
                     self.drop_request(token);
+                    self.pace.step_ended();
                     let resync = self.resync.as_mut().expect("checked above");
-                    resync.untake(range);
+                    resync.untake(range, wanted.differs);
                     return;
                 }
             }
@@ -217,24 +260,48 @@ impl Volume {
         if let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) {
             let (equal, done) = resync.flushed();
             self.record.clear(&equal);
-            if done {
+            if done && !self.repair_done() {
                 self.events.push(Event::ResyncDone { volume: self.index });
             }
         }
     }
 }
 
-/// One step of the copy over the start of `dirty`, of which `extent` is the start. Steps end on the map's grain. A hole
-/// goes as a range without payload; where this disk has all its blocks allocated, the peer's keeps its blocks too.
-fn plan_step(resync: &Resync, dirty: ByteRange, extent: Extent, sparse: bool) -> (Kind, ByteRange) {
-    let (grain, extent_len) = (resync.grain_len(), extent.range.len);
-    let whole = if extent_len >= dirty.len { dirty.len } else { extent_len / grain * grain };
-    if extent.hole && whole > 0 {
-        let kind = if sparse { Kind::Trim } else { Kind::WriteZeroes };
-        return (kind, ByteRange::new(dirty.start, whole));
+/// What the next step has to keep to.
+struct Plan {
+    /// The dirty map's.
+    grain: u64,
+    /// Bytes of data it may send.
+    len: u64,
+    /// It asks the peer instead of sending.
+    compares: bool,
+    /// The disk has holes of its own.
+    sparse: bool,
+}
+
+impl Plan {
+    /// One step over the start of `dirty`, of which the first `extent_len` bytes are a hole or are not. A hole goes as a
+    /// range of whole grains without payload; where this disk has all its blocks allocated, the peer's keeps its blocks
+    /// too. A step that asks covers whole grains as well.
+    fn step(&self, dirty: ByteRange, extent_len: u64, hole: bool) -> (Kind, ByteRange) {
+        let up = |at: u64| at.next_multiple_of(self.grain).min(dirty.end()) - dirty.start;
+        let to = dirty.start + extent_len.min(dirty.len);
+        let whole = if extent_len >= dirty.len {
+            dirty.len
+        } else {
+            (to / self.grain * self.grain).saturating_sub(dirty.start)
+        };
+        if hole && whole > 0 {
+            let kind = if self.sparse { Kind::Trim } else { Kind::WriteZeroes };
+            return (kind, ByteRange::new(dirty.start, whole));
+        }
+        let data_len = if hole { up(dirty.start + 1) } else { up(to) };
+        if self.compares {
+            let asked = up(dirty.start + self.len.min(VERIFY_LEN_MAX));
+            return (Kind::Verify, ByteRange::new(dirty.start, asked.min(data_len)));
+        }
+        (Kind::Write, ByteRange::new(dirty.start, data_len.min(self.len).min(RESYNC_CHUNK_LEN)))
     }
-    let data_len = if extent.hole { grain } else { extent_len.next_multiple_of(grain) };
-    (Kind::Write, resync.chunk(ByteRange::new(dirty.start, data_len.min(dirty.len))))
 }
 
 #[cfg(test)]
@@ -246,29 +313,31 @@ mod tests {
 
     #[test]
     fn steps_follow_holes_and_keep_to_the_grain() {
-        let plan = |resync: &Resync, dirty: ByteRange, len, hole, sparse| {
-            plan_step(resync, dirty, Extent { range: ByteRange::new(dirty.start, len), hole }, sparse)
-        };
-        let (usual, dirty) = (Resync::new(G), ByteRange::new(G, 100 * G));
-        assert_eq!(plan(&usual, dirty, 100 * G, true, true), (Kind::Trim, dirty));
-        assert_eq!(
-            plan(&usual, dirty, 2 * G + 1, true, false),
-            (Kind::WriteZeroes, ByteRange::new(G, 2 * G))
-        );
-        let one = (Kind::Write, ByteRange::new(G, G));
-        assert_eq!(plan(&usual, dirty, G - 1, true, true), one, "less than a grain");
-        assert_eq!(plan(&usual, dirty, 1, false, true), one);
-        let chunk = (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN));
-        assert_eq!(plan(&usual, dirty, 50 * G, false, true), chunk);
+        let plan = |len, compares, sparse| Plan { grain: G, len, compares, sparse };
+        let dirty = ByteRange::new(G, 100 * G);
+        let all = plan(RESYNC_CHUNK_LEN, false, true);
+        assert_eq!(all.step(dirty, 100 * G, true), (Kind::Trim, dirty));
+        let allocated = plan(RESYNC_CHUNK_LEN, false, false);
+        assert_eq!(allocated.step(dirty, 2 * G + 1, true), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
+        assert_eq!(all.step(dirty, G - 1, true), (Kind::Write, ByteRange::new(G, G)), "less than a grain");
+        assert_eq!(all.step(dirty, 1, false), (Kind::Write, ByteRange::new(G, G)));
+        assert_eq!(all.step(dirty, 50 * G, false), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
         let tail = ByteRange::new(G, 100);
+        assert_eq!(all.step(tail, 100, true), (Kind::Trim, tail), "the disk's end need not fill a grain");
+        let short = plan(G / 8, false, true);
+        assert_eq!(short.step(dirty, 50 * G, false), (Kind::Write, ByteRange::new(G, G / 8)));
+        let rest = ByteRange::new(G + G / 8, 99 * G + 7 * G / 8);
         assert_eq!(
-            plan(&usual, tail, 100, true, true),
-            (Kind::Trim, tail),
-            "the disk's end need not fill a grain"
+            short.step(rest, 3 * G, true),
+            (Kind::Trim, ByteRange::new(rest.start, 2 * G + 7 * G / 8)),
+            "a hole from within a grain still ends with one"
         );
-        let (coarse, all) = (Resync::new(16 * G), ByteRange::new(0, 64 * G));
-        let grain = (Kind::Write, ByteRange::new(0, 16 * G));
-        assert_eq!(plan(&coarse, all, 64 * G, false, true), grain, "a grain larger than a usual step");
+        let asks = plan(G / 8, true, true);
+        assert_eq!(asks.step(dirty, 50 * G, false), (Kind::Verify, ByteRange::new(G, G)));
+        assert_eq!(
+            plan(3 * G, true, true).step(dirty, G + 1, false),
+            (Kind::Verify, ByteRange::new(G, 2 * G))
+        );
     }
 
     fn header(start: u64, len: u64, mask: u64) -> Header {
@@ -316,7 +385,7 @@ mod tests {
                 let start = start * G;
                 let _ = dirty.set(ByteRange::new(start, (count * G).min(size - start)));
             }
-            let mut receiver = Resync::new(G);
+            let mut receiver = Resync::new(G, size, false);
             let mut cursor = 0;
             while let Some((header, next)) = next_told(&dirty, cursor, Epoch(1)) {
                 let header = Header::decode(&header.encode()).expect("well formed");

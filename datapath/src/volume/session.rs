@@ -4,12 +4,12 @@ use super::diskless::{Diskless, post_reply};
 use super::resync::Telling;
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
+use crate::disk::digest::Digest;
 use crate::disk::image::DiskImage;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, STALLED_PEER_TIMEOUTS};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
-use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{Epoch, Seq, Token};
@@ -64,7 +64,8 @@ impl Volume {
         self.telling = None;
         if self.source {
             self.source = false;
-            self.resync = None;
+            self.end_copy();
+            self.end_verify("the roles changed");
             self.end_source_record();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
@@ -84,11 +85,9 @@ impl Volume {
         match direction {
             Direction::Source { resync } => {
                 self.source = true;
-                self.resync_serial += 1;
+                // In sync, the map is empty but for what a verification found. Nobody clears a bit at its word alone.
                 if resync {
-                    self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len()));
-                } else {
-                    self.record.clear_all();
+                    self.begin_copy(self.checksum_first);
                 }
                 self.record.session_began();
                 self.pipeline_event(PipelineEvent::SessionUp { in_sync: !resync });
@@ -232,8 +231,9 @@ impl Volume {
                 self.perform();
                 outcome
             }
-            // A late ack of before the roles changed.
-            Kind::Ack | Kind::KeepAlive => Ok(()),
+            Kind::Differs if self.source && header.epoch == self.epoch => self.differs(header),
+            // A late one of before the roles changed.
+            Kind::Ack | Kind::Differs | Kind::KeepAlive => Ok(()),
             Kind::Flush => match &mut self.access {
                 Some(access) => access.flush_asked(header),
                 None => Err(Violation::Role { what: "a flush request", role: "primary" }),
@@ -246,7 +246,7 @@ impl Volume {
             Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
             Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Read => self.read_asked(header),
-            Kind::ReadReply | Kind::Write | Kind::WriteZeroes | Kind::Trim => {
+            Kind::ReadReply | Kind::Write | Kind::WriteZeroes | Kind::Trim | Kind::Verify => {
                 panic!("changes arrive in slots")
             }
         }
@@ -266,7 +266,7 @@ impl Volume {
 
     /// Applies what arrived, in order, until it is all applied or one change must wait for the disk.
     fn apply_arrived(&mut self) -> Result<(), Violation> {
-        while self.access_job.is_none() {
+        while self.access_job.is_none() && !self.access.as_ref().is_some_and(Access::is_held_up) {
             let Some(slot) = self.arrived.pop_front() else { break };
             let header = slot.header;
             match header.kind {
@@ -278,6 +278,15 @@ impl Volume {
                 }
                 Kind::WriteZeroes if header.range.len <= ZERO_IN_PLACE_LEN_MAX => {
                     self.disk.span(header.range).fill_zero();
+                    self.change_applied(slot);
+                }
+                Kind::Verify => {
+                    let announced = Digest { hash: header.aux, crc: header.payload_crc };
+                    if Digest::of_disk(&self.disk, header.range) != announced
+                        && let Some(access) = &mut self.access
+                    {
+                        access.differs(&header);
+                    }
                     self.change_applied(slot);
                 }
                 _ => {
@@ -301,7 +310,9 @@ impl Volume {
         }
         if let Some(access) = &mut self.access {
             access.applied(&slot.header);
-            self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
+            if slot.header.kind != Kind::Verify {
+                self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
+            }
         }
         self.release(slot);
     }
@@ -336,7 +347,8 @@ impl Volume {
         let was_target = self.access.take().is_some();
         self.arrived.clear();
         self.outbox.clear();
-        self.resync = None;
+        self.end_copy();
+        self.end_verify("the session ended");
         self.telling = None;
         if self.source {
             self.end_source_record();
@@ -404,10 +416,13 @@ impl Volume {
                     let at = usize::try_from(change.token.0).expect("a token is an index");
                     let request = self.requests[at].as_mut().expect("what is posted is a request");
                     let diskless = outlives.then_some(&mut self.diskless);
+                    let background = change.flags & flags::RESYNC != 0;
+                    let began = background.then(Instant::now);
                     let posted =
                         post(link.as_mut(), &self.disk, self.epoch, *seq, *change, request, diskless);
+                    self.stalled += began.map_or(Duration::ZERO, |began| began.elapsed());
                     if posted && change.kind == Kind::Write {
-                        self.counters.posted(change.range.len, change.flags & flags::RESYNC != 0);
+                        self.counters.posted(change.range.len, background);
                     }
                     posted
                 }
@@ -438,6 +453,18 @@ impl Volume {
             sent = true;
             self.outbox.pop_front();
         }
+        let was_held_up = self.access.as_ref().is_some_and(Access::is_held_up);
+        while let Some(access) = &mut self.access
+            && let Some((seq, range)) = access.difference()
+        {
+            let mut header = Header::new(Kind::Differs, self.epoch);
+            (header.seq, header.range) = (seq, range);
+            if link.send(header).is_err() {
+                break;
+            }
+            access.difference_told();
+            sent = true;
+        }
         if let Some(access) = &mut self.access
             && let Some((applied, durable)) = access.take_ack()
         {
@@ -457,6 +484,17 @@ impl Volume {
         if sent {
             self.last_sent = now;
         }
+        if was_held_up && let Err(violation) = self.apply_arrived() {
+            self.distrust_link(violation);
+        }
+    }
+
+    /// The peer holds other bytes than we in what a step of ours has it compare.
+    fn differs(&mut self, header: &Header) -> Result<(), Violation> {
+        let (seq, range) = (header.seq, header.range);
+        let token = self.pipeline.comparison(seq, range).ok_or(Violation::Differs { seq, range })?;
+        self.request_mut(token).differs = true;
+        Ok(())
     }
 }
 
@@ -479,6 +517,10 @@ fn post(
     let mut span = (change.kind == Kind::Write).then(|| disk.span(change.range));
     if let Some(span) = &span {
         header.payload_crc = span.crc32c();
+    }
+    if change.kind == Kind::Verify {
+        let digest = Digest::of_disk(disk, change.range);
+        (header.aux, header.payload_crc) = (digest.hash, digest.crc);
     }
     if disk.is_failed() {
         // The sum may be of zeroes that stand in for a lost page; they must not reach the good disk.

@@ -14,10 +14,12 @@ use crossbeam_channel::Receiver;
 use std::collections::HashMap;
 use std::time::Duration;
 
+mod delta;
 mod diskless;
 mod faults;
 mod links;
 mod random;
+mod verify;
 
 /// Not a whole number of grains, and room for the copy to have several steps.
 const SIZE: u64 = 24 * crate::limits::DIRTY_GRAIN_LEN + 4096;
@@ -41,11 +43,15 @@ impl Node {
     }
 
     fn with_disk(disk: Arc<DiskImage>, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
+        let record = Record::in_memory(disk.size());
+        Self::with_record(disk, record, ack, on_peer_loss)
+    }
+
+    fn with_record(disk: Arc<DiskImage>, record: Record, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
-        let workers =
-            DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
-        let spec =
-            VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
+        let bell = Waker::new().expect("bell");
+        let workers = DiskWorkers::start(0, &disk, record.store.as_ref(), &done, &bell).expect("threads");
+        let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
     }
@@ -53,6 +59,7 @@ impl Node {
     /// One turn of the loop, as the reactor makes it.
     fn turn(&mut self) {
         let now = Instant::now();
+        self.volume.woke(now);
         while let Ok(done) = self.jobs.try_recv() {
             self.volume.job_done(done);
         }
@@ -116,6 +123,7 @@ impl Node {
         assert_eq!((v.inflight.locked_len(), v.inflight.waiting_len(), v.granted.len()), (0, 0, 0));
         assert_eq!((v.pipeline.in_flight(), v.receiving, v.outbox.len()), (0, 0, 0));
         assert!(v.access_job.is_none() && v.arrived.is_empty());
+        assert_eq!(v.record.parked_len(), 0);
     }
 }
 
@@ -167,7 +175,13 @@ impl Pair {
         while !done(self) {
             self.turn();
             std::thread::yield_now();
-            assert!(began.elapsed() < PATIENCE, "{what} never came; in flight {:?}", self.a.volume.pipeline);
+            assert!(
+                began.elapsed() < PATIENCE,
+                "{what} never came; in flight {:?}; {:?} {:?}",
+                self.a.volume.pipeline,
+                self.a.events,
+                self.b.events
+            );
         }
     }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// Lines of a story that are printed: what a reader goes back over at first.
 const LINES: usize = 120;
 
-const USAGE: &str = "usage: sim SEED [--lines N] | sim --soak [--from SEED] | sim --seeds A..B [--seconds N] [--keep-going]\n\
-    --strict-power: a power failure of the primary alone is no excuse either";
+const USAGE: &str =
+    "usage: sim SEED [--lines N] | sim --soak [--from SEED] | sim --seeds A..B [--seconds N] [--keep-going]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,26 +20,25 @@ fn main() -> ExitCode {
     };
     catch_panics();
     let seconds = value("--seconds").map_or(Duration::MAX, Duration::from_secs);
-    let strict_power = arguments.iter().any(|argument| argument == "--strict-power");
     let keep_going = arguments.iter().any(|argument| argument == "--keep-going");
     match arguments.first().map(String::as_str) {
         Some("--soak") => {
             let since_1970 = || std::time::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
             let from = value("--from").unwrap_or_else(since_1970);
-            many(from..u64::MAX, seconds, keep_going, strict_power)
+            many(from..u64::MAX, seconds, keep_going)
         }
         Some("--seeds") => {
             let range = arguments
                 .get(1)
                 .and_then(|text| text.split_once(".."))
                 .and_then(|(from, to)| Some(from.parse().ok()?..to.parse().ok()?));
-            range.map_or_else(usage, |range| many(range, seconds, keep_going, strict_power))
+            range.map_or_else(usage, |range| many(range, seconds, keep_going))
         }
         Some(seed) => seed.parse().map_or_else(
             |_| usage(),
             |seed| {
                 let lines = value("--lines").and_then(|lines| usize::try_from(lines).ok()).unwrap_or(LINES);
-                tell(seed, lines, strict_power)
+                tell(seed, lines)
             },
         ),
         None => usage(),
@@ -51,8 +50,8 @@ fn usage() -> ExitCode {
     ExitCode::from(2)
 }
 
-fn tell(seed: u64, lines: usize, strict_power: bool) -> ExitCode {
-    let outcome = run(seed, Options { told: true, strict_power });
+fn tell(seed: u64, lines: usize) -> ExitCode {
+    let outcome = run(seed, Options { told: true });
     let from = outcome.story.len().saturating_sub(lines);
     println!("seed {seed}: {}", outcome.config);
     for line in &outcome.story[from..] {
@@ -74,7 +73,7 @@ fn verdict(outcome: &Outcome) -> ExitCode {
     }
 }
 
-fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool, strict_power: bool) -> ExitCode {
+fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool) -> ExitCode {
     let began = Instant::now();
     let mut nanos = 0;
     let (mut runs, mut sessions, mut answered, mut failed, mut broken) = (0_u64, 0, 0, 0, 0_u64);
@@ -82,7 +81,7 @@ fn many(seeds: std::ops::Range<u64>, limit: Duration, keep_going: bool, strict_p
     let mut rules: BTreeMap<&str, u64> = BTreeMap::new();
     let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
     for seed in seeds {
-        let outcome = run(seed, Options { told: false, strict_power });
+        let outcome = run(seed, Options { told: false });
         runs += 1;
         nanos += outcome.nanos;
         sessions += outcome.sessions;

@@ -22,10 +22,16 @@
 //! - `serving`: answers come only from a disk on record as up to date and primary, and not from a standby's that lost power
 //!   while it applied, until that is made good; writes under one pair of
 //!   generation and epoch are acknowledged by one node;
+//! - `uncovered`: what is on record on neither side as possibly different is the same on both media (see `coverage`);
+//! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
+//! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
+//!   since the disks were equal, only those that were written to since no record named them;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;
-use super::storage::{Record, SECTOR_LEN, SimDisk};
+use super::coverage::Coverage;
+use super::metadata::Record;
+use super::storage::{SECTOR_LEN, SimDisk};
 use costandby_datapath::units::{AckLevel, ByteRange, OnPeerLoss};
 use std::collections::BTreeMap;
 
@@ -89,10 +95,15 @@ struct Duty {
     since: Nanos,
     /// When its host last lost power.
     lost_power: Nanos,
+    /// When its host last lost power while it was on record as going on without its peer: what it had not flushed was
+    /// nowhere else, and its peer is behind for good.
+    lost_alone: Nanos,
     /// An operator made it serve content of unknown worth, or gave it up: what it lacks is the operator's loss.
     excused: bool,
     /// It lost power while it applied what a primary sent, and nothing has made it whole since.
     torn: bool,
+    /// Its daemon died while it applied what a primary sent: until something has made it whole, nobody may read from it.
+    behind: bool,
     /// An operator forced it to acknowledge alone.
     forced_alone: bool,
 }
@@ -105,6 +116,15 @@ pub(super) struct FlushAsked {
     floor: Vec<Nanos>,
 }
 
+/// What a copy may send.
+#[derive(Clone, Debug)]
+struct CopyBound {
+    began: Nanos,
+    grain_sectors: usize,
+    /// By sector.
+    allowed: Vec<bool>,
+}
+
 /// The history and the rules.
 #[derive(Debug)]
 pub(super) struct Checker {
@@ -114,10 +134,16 @@ pub(super) struct Checker {
     zeroes: Vec<Zeroes>,
     duties: [Duty; 2],
     servers: BTreeMap<(u64, u64), usize>,
+    /// When neither record last named a sector: what was asked for since may have to be copied.
+    unnamed_at: Vec<Nanos>,
+    /// Since the disks were equal a process ended, a disk was given up or a copy of everything began: more may have to be.
+    crashed: bool,
+    /// What the copy of each node may send; `None`: everything.
+    copies: [Option<CopyBound>; 2],
+    /// The disks were equal once, and since then each side's record says what it changed.
+    pub(super) related: bool,
     /// How often each rule was applied, so that a run can show what it covered.
     pub(super) applied: BTreeMap<&'static str, u64>,
-    /// Whether a power failure of a copy's source excuses what only its target still had.
-    pub(super) power_excuses: bool,
 }
 
 pub(super) fn sectors(range: ByteRange) -> std::ops::Range<usize> {
@@ -164,8 +190,11 @@ impl Checker {
             zeroes: vec![Zeroes::default(); count],
             duties: [duty(), duty()],
             servers: BTreeMap::new(),
+            related: false,
+            unnamed_at: vec![0; count],
+            crashed: true,
+            copies: [None, None],
             applied: BTreeMap::new(),
-            power_excuses: true,
         }
     }
 
@@ -313,6 +342,11 @@ impl Checker {
         Ok(())
     }
 
+    /// An operator wants everything copied.
+    pub(super) fn invalidated(&mut self) {
+        self.crashed = true;
+    }
+
     /// A flush is asked for.
     pub(super) fn ask_flush(&self, now: Nanos, node: usize) -> FlushAsked {
         FlushAsked { node, asked: now, floor: self.duties[node].floor.clone() }
@@ -330,7 +364,9 @@ impl Checker {
         self.count("durable-here");
         self.hold("durable-here", NAMES[here], &disks[here].shadow, 0, &flush.floor)?;
         raise_all(&mut self.duties[here].durable, &flush.floor);
-        if !records[here].peer_has_current || self.duties[there].upset >= flush.asked {
+        // A peer that is being copied to is no replica yet.
+        let replica = records[here].peer_has_current && records[there].up_to_date;
+        if !replica || self.duties[there].upset >= flush.asked {
             return Ok(());
         }
         self.count("durable-there");
@@ -434,9 +470,12 @@ impl Checker {
         let duty = &mut self.duties[node];
         duty.upset = now;
         duty.since = now;
-        duty.lost_power = now;
         duty.seen.fill(0);
-        let settled = record.up_to_date && !record.primary && !record.applying;
+        duty.lost_power = now;
+        if record.primary && !record.peer_has_current {
+            duty.lost_alone = now;
+        }
+        let settled = record.up_to_date && (record.clean || !record.primary) && !record.applying;
         if !settled {
             duty.floor = duty.durable.clone();
             duty.torn = record.applying;
@@ -450,7 +489,8 @@ impl Checker {
     }
 
     /// A process ended: what was asked of it has no further effect.
-    pub(super) fn ended(&mut self, now: Nanos, node: usize) {
+    pub(super) fn ended(&mut self, now: Nanos, node: usize, record: Record) {
+        self.duties[node].behind |= record.applying;
         let open: Vec<u64> = (0..)
             .zip(&self.changes)
             .filter(|(_, c)| c.node == node && c.ended == Nanos::MAX)
@@ -460,6 +500,7 @@ impl Checker {
             self.end(now, id);
         }
         self.duties[node].seen.fill(0);
+        self.crashed = true;
     }
 
     /// The disk of `node` is being overwritten from its peer's from now on.
@@ -469,8 +510,10 @@ impl Checker {
         let excused = source.excused || target.excused;
         // With `async` a failover may lose what was acknowledged, but not what was flushed.
         let must = if self.ack == AckLevel::Async { &target.durable } else { &target.floor };
-        let by_power = |asked: Nanos| self.power_excuses && asked < source.lost_power;
-        let lost = must.iter().zip(&source.floor).position(|(must, has)| must > has && !by_power(*must));
+        // Two failures at once: what the source had not flushed was only in the memory of a node that had gone, too, or
+        // of none.
+        let gone = |asked: Nanos| asked < source.lost_alone || (target.behind && asked < source.lost_power);
+        let lost = must.iter().zip(&source.floor).position(|(must, has)| must > has && !gone(*must));
         if let Some(sector) = lost.filter(|_| !excused) {
             let text = format!(
                 "{} must hold of sector {sector} what was asked for at {}{} and is overwritten by {}, which only has to hold {}",
@@ -503,6 +546,57 @@ impl Checker {
         Ok(())
     }
 
+    /// The copy from `source` begins; with `delta` only what is on record as possibly different needs to be sent, and
+    /// where no process ended since the disks were equal, only what was asked for since no record named it.
+    pub(super) fn begin_copy(&mut self, now: Nanos, source: usize, delta: bool, coverages: [&Coverage; 2]) {
+        if !delta {
+            self.copies[source] = None;
+            self.crashed = true;
+            return;
+        }
+        let grain_sectors = usize::try_from(coverages[source].grain_len).expect("small") / SECTOR_LEN;
+        let count = self.zeroes.len();
+        let mut allowed: Vec<bool> = (0..count).map(|s| coverages.iter().any(|c| c.names(s))).collect();
+        if !self.crashed {
+            let asked = self.grains_asked(|at| self.unnamed_at[at], grain_sectors);
+            for (allowed, asked) in allowed.iter_mut().zip(asked) {
+                *allowed &= asked;
+            }
+        }
+        self.copies[source] = Some(CopyBound { began: now, grain_sectors, allowed });
+    }
+
+    /// Sectors of grains that some change was asked for that had not ended before `since`, a moment for each sector.
+    fn grains_asked(&self, since: impl Fn(usize) -> Nanos, grain_sectors: usize) -> Vec<bool> {
+        let mut asked = vec![false; self.zeroes.len()];
+        for change in self.changes.iter().skip(1) {
+            let span = sectors(change.range);
+            let start = span.start / grain_sectors * grain_sectors;
+            let end = span.end.next_multiple_of(grain_sectors).min(asked.len());
+            for (asked, sector) in asked[start..end].iter_mut().zip(start..) {
+                *asked |= change.ended >= since(sector);
+            }
+        }
+        asked
+    }
+
+    /// The copy from `source` sends this.
+    pub(super) fn copies_range(&mut self, source: usize, range: ByteRange) -> Verdict {
+        self.count("copied-needlessly");
+        let Some(bound) = &self.copies[source] else { return Ok(()) };
+        let span = sectors(range);
+        let Some(sector) = span.clone().find(|&sector| !bound.allowed[sector]) else { return Ok(()) };
+        let since = self.grains_asked(|_| bound.began, bound.grain_sectors);
+        if span.into_iter().all(|sector| bound.allowed[sector] || since[sector]) {
+            return Ok(());
+        }
+        let text = format!(
+            "the copy from {} sends {range}, and nothing says that sector {sector} differs",
+            NAMES[source]
+        );
+        broken("copied-needlessly", text)
+    }
+
     /// `source` has it on record, and tells its peer, that the peer holds what it holds itself.
     pub(super) fn vouched(&mut self, source: usize) {
         let had = self.duties[source].clone();
@@ -511,7 +605,7 @@ impl Checker {
         duty.floor = if self.ack == AckLevel::Async { had.durable.clone() } else { had.floor };
         duty.durable = had.durable;
         duty.upset = 0;
-        duty.torn = false;
+        (duty.torn, duty.behind) = (false, false);
     }
 
     /// `node` has put on record that it holds what its peer vouched for. The peer may have gone on since.
@@ -528,11 +622,12 @@ impl Checker {
 
     /// An operator gave up what `node` holds (`create --force`), or its medium failed.
     pub(super) fn gave_up(&mut self, now: Nanos, node: usize) {
+        self.crashed = true;
         let duty = &mut self.duties[node];
         duty.upset = now;
         duty.since = now;
         duty.excused = true;
-        duty.torn = false;
+        (duty.torn, duty.behind) = (false, false);
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
             list.fill(0);
         }
@@ -542,7 +637,7 @@ impl Checker {
     pub(super) fn forced(&mut self, node: usize, record: Record) {
         if !record.up_to_date || record.applying {
             self.duties[node].excused = true;
-            self.duties[node].torn = false;
+            (self.duties[node].torn, self.duties[node].behind) = (false, false);
             self.duties[node].floor.fill(0);
             self.duties[node].durable.fill(0);
         }
@@ -555,6 +650,8 @@ impl Checker {
 
     /// Both are in sync again: a word of force is used up.
     pub(super) fn in_sync(&mut self) {
+        self.related = true;
+        self.crashed = false;
         for duty in &mut self.duties {
             duty.forced_alone = false;
         }
@@ -581,6 +678,40 @@ impl Checker {
                     NAMES[0], NAMES[1]
                 );
                 return broken("unequal", text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Some record has changed.
+    pub(super) fn look_at_records(&mut self, now: Nanos, coverages: [&Coverage; 2]) {
+        for (sector, unnamed_at) in self.unnamed_at.iter_mut().enumerate() {
+            if coverages.iter().all(|coverage| !coverage.names(sector)) {
+                *unnamed_at = now;
+            }
+        }
+    }
+
+    /// What neither record names is the same in these two pictures of the disks.
+    pub(super) fn uncovered(
+        &mut self,
+        when: &str,
+        pictures: [&[u8]; 2],
+        coverages: [&Coverage; 2],
+    ) -> Verdict {
+        if !self.related {
+            return Ok(());
+        }
+        self.count("uncovered");
+        let pairs = pictures[0].chunks(SECTOR_LEN).zip(pictures[1].chunks(SECTOR_LEN));
+        for (sector, (one, other)) in pairs.enumerate().filter(|(_, (one, other))| one != other) {
+            if coverages.iter().all(|coverage| !coverage.names(sector)) {
+                let (one, other) = (self.age(one, sector)?.2, self.age(other, sector)?.2);
+                let text = format!(
+                    "{when}, sector {sector} holds change {one} on {} and {other} on {}, and neither side's record says so",
+                    NAMES[0], NAMES[1]
+                );
+                return broken("uncovered", text);
             }
         }
         Ok(())

@@ -295,7 +295,7 @@ impl World {
                 self.close(id, false);
             }
         }
-        self.checker.ended(now, at);
+        self.checker.ended(now, at, self.nodes[at].meta.durable());
     }
 }
 

@@ -35,7 +35,7 @@ pub(super) struct Reactor {
     jobs: Receiver<Job>,
     calls: BTreeMap<u64, Calling>,
     calls_begun: u64,
-    jobs_done: VecDeque<JobDone>,
+    pub(super) jobs_done: VecDeque<JobDone>,
     pub(super) commands: VecDeque<(Nanos, Command)>,
     pub(super) operations: VecDeque<OpId>,
     pub(super) full: bool,
@@ -122,7 +122,7 @@ impl World {
         let again = any || self.volume(at).has_backlog();
         self.live(at).busy = again;
         self.wake(at, if again { soon } else { next });
-        Ok(())
+        self.marked(at)
     }
 
     fn take_commands(&mut self, at: usize) -> Result<bool, super::Violation> {
@@ -170,6 +170,8 @@ impl World {
                 self.volume(at).go_alone();
             }
             Command::MarkAll { done, .. } => self.volume(at).mark_all(done),
+            Command::Verify { repair, .. } => self.volume(at).verify(repair),
+            Command::StopVerify { .. } => self.volume(at).stop_verify(),
             Command::PeerInSync { .. } => self.volume(at).peer_in_sync(),
             Command::SendPeer { code, arg, .. } => self.volume(at).send_peer(code, arg),
             Command::Quiesce { .. } => {
@@ -215,6 +217,7 @@ impl World {
     /// Starts the disk calls that were asked for.
     fn take_jobs(&mut self, at: usize) {
         while let Ok(job) = self.live(at).jobs.try_recv() {
+            let Some(job) = self.metadata_job(at, job) else { continue };
             let begun = matches!(job.kind, JobKind::Flush).then(|| self.nodes[at].disk.begin_flush());
             let takes = self.disk_call_takes(at);
             self.tell(at, format_args!("disk call {:?} takes {} µs", job.kind, takes / US));
@@ -232,8 +235,8 @@ impl World {
         let Some(Calling { job, begun }) = self.live(at).calls.remove(&call) else { return };
         let image = std::sync::Arc::clone(&self.nodes[at].disk.image);
         let result = job.kind.carry_out(&image, None);
-        if matches!(job.kind, JobKind::Flush) && result.is_ok() {
-            self.nodes[at].disk.end_flush(&begun.expect("a flush"));
+        if let (Some(begun), Ok(())) = (begun, &result) {
+            self.nodes[at].disk.end_flush(&begun);
         }
         let result = if std::mem::take(&mut self.nodes[at].call_fails) && result.is_ok() {
             image.fail();
@@ -252,10 +255,8 @@ impl World {
         for Calling { job, .. } in calls.into_values() {
             let image = std::sync::Arc::clone(&self.nodes[at].disk.image);
             let done = self.rng.below(2) == 0;
-            match job.kind {
-                JobKind::Punch(range) if done => drop(image.punch(range)),
-                JobKind::Zero(range) if done => drop(image.zero(range)),
-                _ => {}
+            if done && !matches!(job.kind, JobKind::Flush) {
+                let _ = job.kind.carry_out(&image, None);
             }
         }
     }

@@ -7,12 +7,16 @@
 
 use super::checker::{NAMES, Verdict};
 use super::clock::{MS, Nanos, US};
-use super::network::SimLink;
+use super::metadata::{Record, SimMedium};
+use super::metadata_calls::MetadataCall;
+use super::network::{SimLink, lock};
 use super::streams::StreamId;
 use super::world::{Event, World};
+use costandby_control::generation::{self, Verdict as Relation};
 use costandby_control::hello::{Message, Ready};
 use costandby_control::role::{self, Action, Connection, ReplyId, Role, SessionSide, VolumeController, code};
-use costandby_datapath::disk::superblock::{DiskState, MetaStore, Superblock};
+use costandby_datapath::disk::metadata::SuperblockStore;
+use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
 use costandby_datapath::transport::Link;
 use costandby_datapath::units::Epoch;
@@ -50,19 +54,27 @@ struct Work {
     last_will: bool,
 }
 
-/// What came of marking everything.
-type Marked = Result<(), String>;
+/// What a session copies, as both nodes agreed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Scope {
+    Nothing,
+    Delta,
+    Full,
+}
+
+/// Where the reactor's answer to a wish to mark everything shows.
+type Marked = Arc<Mutex<Option<Result<(), String>>>>;
 
 /// The task of one process.
 pub(super) struct Driver {
     pub(super) controller: VolumeController,
-    store: MetaStore,
+    pub(super) store: SuperblockStore<SimMedium>,
     pub(super) inbox: VecDeque<(Nanos, Input)>,
     work: Option<Work>,
-    /// What is being stored, and whether it will fail.
-    storing: Option<(Box<Superblock>, bool)>,
-    /// Where the reactor says what came of marking everything, when it has.
-    marking: Option<Arc<Mutex<Option<Marked>>>>,
+    /// A superblock is being stored.
+    storing: bool,
+    /// The whole disk is being marked; the volume's answer comes here.
+    marking: Option<Marked>,
     conversation: Option<Conversation>,
     serial: u64,
     dials: bool,
@@ -73,16 +85,20 @@ pub(super) struct Driver {
     epoch: Epoch,
     refusal_told: String,
     pub(super) finished: bool,
+    /// Of the last session that was agreed.
+    pub(super) scope: Option<Scope>,
+    /// The command being carried out gives up this disk's data.
+    pub(super) discards: bool,
 }
 
 impl Driver {
-    pub(super) fn new(controller: VolumeController, store: MetaStore) -> Self {
+    pub(super) fn new(controller: VolumeController, store: SuperblockStore<SimMedium>) -> Self {
         Self {
             controller,
             store,
             inbox: VecDeque::new(),
             work: None,
-            storing: None,
+            storing: false,
             marking: None,
             conversation: None,
             serial: 0,
@@ -94,12 +110,9 @@ impl Driver {
             epoch: Epoch::ZERO,
             refusal_told: String::new(),
             finished: false,
+            scope: None,
+            discards: false,
         }
-    }
-
-    /// A store is under way: its bytes may be in the cache, on the medium, or half there.
-    pub(super) fn is_storing(&self) -> bool {
-        self.storing.is_some()
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -200,6 +213,7 @@ impl World {
             ReactorEvent::Settled { .. } => role::Event::Settled,
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
+            ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
             ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
@@ -301,13 +315,16 @@ impl World {
                 (Some(error), false) => self.leave_undone(at, &action, &error),
                 (_, true) if matches!(action, Action::StoreMetadata(_)) => {}
                 _ => {
-                    if let Action::StoreMetadata(superblock) = action {
-                        self.begin_store(at, superblock);
-                        return Ok(());
-                    }
-                    if action == Action::MarkAll {
-                        self.begin_marking(at);
-                        return Ok(());
+                    match action {
+                        Action::StoreMetadata(superblock) => {
+                            self.begin_store(at, superblock);
+                            return Ok(());
+                        }
+                        Action::MarkAll => {
+                            self.begin_marking(at);
+                            return Ok(());
+                        }
+                        _ => {}
                     }
                     self.perform(at, action)?;
                     if self.rng.below(100) == 0 {
@@ -323,62 +340,55 @@ impl World {
         self.finish_work(at)
     }
 
-    /// The medium has the superblock, or refused it; or the processor is ours again.
+    /// The processor is ours again.
     pub(super) fn resume(&mut self, at: usize) -> Verdict {
-        if let Some((superblock, fails)) = self.driver(at).storing.take() {
-            if fails {
-                let work = self.driver(at).work.as_mut().expect("it was suspended");
-                work.failure = Some("simulated: input/output error".to_owned());
-            } else {
-                let before = self.nodes[at].meta.durable();
-                self.nodes[at].meta.settle();
-                self.stored(at, before, &superblock)?;
-            }
-        }
-        if let Some(marked) = self.driver(at).marking.take() {
-            let result = marked.lock().expect("nobody panics with it").take();
-            match result {
-                None => {
-                    self.driver(at).marking = Some(marked);
-                    let life = self.nodes[at].life;
-                    self.agenda.at(self.now() + 100 * US, Event::Work { at, life });
-                    return Ok(());
-                }
-                Some(result) => {
-                    self.driver(at).work.as_mut().expect("it was suspended").failure = result.err();
-                }
-            }
-        }
+        assert!(!self.driver(at).storing, "a store ends by itself");
         self.work(at)?;
         self.control(at)
     }
 
-    fn begin_marking(&mut self, at: usize) {
-        self.tell(at, format_args!("marks everything"));
-        let marked = Arc::new(Mutex::new(None));
-        let tell = Arc::clone(&marked);
-        let done = Box::new(move |result| *tell.lock().expect("nobody panics with it") = Some(result));
-        self.send(at, Command::MarkAll { volume: 0, done });
-        self.driver(at).marking = Some(marked);
-        let life = self.nodes[at].life;
-        self.agenda.at(self.now() + 100 * US, Event::Work { at, life });
+    fn begin_store(&mut self, at: usize, superblock: Box<Superblock>) {
+        self.driver(at).storing = true;
+        self.call_metadata(at, MetadataCall::Superblock(superblock));
     }
 
-    fn begin_store(&mut self, at: usize, superblock: Box<Superblock>) {
-        let fails = std::mem::take(&mut self.nodes[at].store_fails);
-        let takes = self.store_takes(at);
-        self.tell(at, format_args!("stores {} ({} µs)", named(&superblock), takes / US));
-        let driver = self.driver(at);
-        if !fails {
-            driver.store.store(&superblock).expect("a memory file takes it");
+    fn begin_marking(&mut self, at: usize) {
+        let marked = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&marked);
+        self.driver(at).marking = Some(marked);
+        let done = Box::new(move |result| *lock(&told) = Some(result));
+        self.send(at, Command::MarkAll { volume: 0, done });
+    }
+
+    /// If the volume has answered that all is marked, control goes on.
+    pub(super) fn marked(&mut self, at: usize) -> Verdict {
+        let marking = self.nodes[at].process.as_ref().and_then(|process| process.driver.marking.clone());
+        let Some(result) = marking.and_then(|marked| lock(&marked).take()) else { return Ok(()) };
+        self.tell(at, format_args!("all is marked: {result:?}"));
+        self.driver(at).marking = None;
+        self.driver(at).work.as_mut().expect("it was suspended").failure = result.err();
+        self.resume(at)
+    }
+
+    /// The medium has the superblock, or refused it.
+    pub(super) fn superblock_stored(
+        &mut self,
+        at: usize,
+        before: Record,
+        superblock: &Superblock,
+        failure: Option<String>,
+    ) -> Verdict {
+        self.driver(at).storing = false;
+        match failure {
+            None => self.stored(at, before, superblock)?,
+            failure => self.driver(at).work.as_mut().expect("it was suspended").failure = failure,
         }
-        driver.storing = Some((superblock, fails));
-        let life = self.nodes[at].life;
-        self.agenda.at(self.now() + takes, Event::Work { at, life });
+        self.resume(at)
     }
 
     fn finish_work(&mut self, at: usize) -> Verdict {
         let work = self.driver(at).work.take().expect("it was under way");
+        self.driver(at).discards = false;
         let status = self.driver(at).controller.status();
         if work.before == Connection::SyncSource
             && status.connection == Connection::Connected
@@ -436,8 +446,6 @@ impl World {
     }
 
     /// Hands the reactor a command; it takes it up a little later.
-    /// Whether the session brings the node at `at` what it lacks.
-
     fn send(&mut self, at: usize, command: Command) {
         let due = self.now() + self.rng.below(self.config.control_delay);
         let commands = &mut self.live(at).commands;
@@ -501,6 +509,8 @@ impl World {
                 }
             }
             Action::SendPeer { code, arg } => self.send_peer(at, code, arg),
+            Action::Verify { repair } => self.send(at, Command::Verify { volume, repair }),
+            Action::StopVerify => self.send(at, Command::StopVerify { volume }),
             Action::Quiesce => self.send(at, Command::Quiesce { volume }),
             Action::Reply { id, result } => self.replied(at, id, &result),
             Action::Log { text, .. } => self.tell(at, format_args!("log: {text}")),
@@ -537,6 +547,11 @@ impl World {
         let stream = self.driver(at).conversation.as_mut().and_then(|c| c.stream.take());
         if let Some(stream) = stream {
             self.tell(at, format_args!("ready: {:?}", ready.agreement));
+            self.driver(at).scope = Some(match ready.agreement.verdict {
+                Relation::Resync { scope: generation::Scope::Full, .. } => Scope::Full,
+                Relation::Resync { .. } => Scope::Delta,
+                _ => Scope::Nothing,
+            });
             self.converse(at, serial, stream, &Message::Ready(ready));
         }
     }
@@ -552,6 +567,11 @@ impl World {
             if side == (SessionSide::Source { resync: true }) {
                 let target = self.record(1 - at);
                 self.checker.copies(at, target)?;
+                let delta = self.driver(at).scope == Some(Scope::Delta);
+                self.seen.insert(if delta { "a copy of what differs" } else { "a copy of everything" });
+                let now = self.now();
+                let coverages = [self.nodes[0].meta.coverage(), self.nodes[1].meta.coverage()];
+                self.checker.begin_copy(now, at, delta, coverages);
             }
             let direction = match side {
                 SessionSide::Source { resync } => Direction::Source { resync },
@@ -589,7 +609,7 @@ impl World {
     }
 }
 
-fn named(superblock: &Superblock) -> String {
+pub(super) fn named(superblock: &Superblock) -> String {
     let state = match superblock.disk_state {
         DiskState::UpToDate => "",
         other => other.as_str(),

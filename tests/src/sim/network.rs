@@ -12,8 +12,8 @@ use super::clock::{Clock, Nanos, US};
 use crate::Rng;
 use costandby_datapath::transport::loopback::{LoopbackLink, pair};
 use costandby_datapath::transport::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
-use costandby_datapath::units::Token;
-use costandby_datapath::wire::Header;
+use costandby_datapath::units::{ByteRange, Token};
+use costandby_datapath::wire::{Header, flags};
 use costandby_ffi::mapping::Span;
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -38,6 +38,8 @@ pub(super) struct Ether {
     pub(super) blocked: [bool; 2],
     /// Nodes to be woken, and when.
     pub(super) wakes: Vec<(usize, Nanos)>,
+    /// What background copies have posted, and which node did.
+    pub(super) copied: Vec<(usize, ByteRange)>,
 }
 
 impl Ether {
@@ -180,6 +182,10 @@ impl Link for SimLink {
     }
 
     fn post(&mut self, permit: Permit, header: Header, span: Option<Span>, token: Token) {
+        if header.flags & flags::RESYNC != 0 {
+            let wire = lock(&self.wire);
+            lock(&wire.ether).copied.push((self.at, header.range));
+        }
         self.inner(|link| link.post(permit, header, span, token));
     }
 

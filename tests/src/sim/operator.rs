@@ -40,6 +40,12 @@ impl World {
 
     /// What an operator's word excuses.
     pub(super) fn note_command(&mut self, at: usize, command: Command) {
+        if matches!(command, Command::Connect { discard_my_data: true }) {
+            self.driver(at).discards = true;
+        }
+        if command == Command::Invalidate {
+            self.checker.invalidated();
+        }
         let Command::Promote { force } = command else { return };
         let status = self.status(at).expect("it takes commands");
         let alone = status.role == Role::Standby && status.peer_primary.is_none();
@@ -98,6 +104,17 @@ impl World {
         if split && apart > patience && other.is_some() {
             let other_serves = other.as_ref().is_some_and(|other| other.role == Role::Primary);
             let wanted = status.role == Role::Primary && (!other_serves || at == 0);
+            let told = status.advice.as_ref().is_some_and(|a| a.contains("split brain"));
+            if !wanted && told && self.rng.below(4) > 0 {
+                let command = if status.role == Role::Standby {
+                    Command::Connect { discard_my_data: true }
+                } else {
+                    Command::Demote
+                };
+                self.seen.insert("a split brain was resolved");
+                self.order(at, command);
+                return Ok(());
+            }
             if !wanted {
                 return self.discard(at);
             }
@@ -123,7 +140,9 @@ impl World {
         let now = self.now();
         self.checker.gave_up(now, at);
         let fresh = Superblock::fresh("db", NAMES[at], self.config.size, false);
-        self.nodes[at].meta.recreate(&fresh);
+        let area = self.rng.next_u64();
+        self.nodes[at].meta.recreate(&fresh, area);
+        self.checker.related = false;
         self.agenda.at(now + 50 * MS, Event::Boot { at });
         Ok(())
     }
@@ -158,11 +177,15 @@ impl World {
                 let force = self.rng.below(4) == 0;
                 self.order(standby, Command::Promote { force });
             }
+            6 => {
+                self.seen.insert("a disk was invalidated");
+                self.order(standby, Command::Invalidate);
+            }
             5 => {
                 let at = usize::from(self.rng.below(2) == 0);
                 self.order(at, Command::Disconnect);
             }
-            6 => {
+            7 => {
                 let at = usize::from(self.rng.below(2) == 0);
                 self.tell(at, format_args!("operator: restarts the daemon"));
                 self.post_input(at, Input::Shutdown);
@@ -182,7 +205,7 @@ impl World {
         let pause = self.config.fault_pause / 4 + self.rng.below(2 * self.config.fault_pause);
         self.agenda.at(self.now() + pause, Event::Fault);
         let at = usize::from(self.rng.below(2) == 0);
-        let name = match self.rng.below(40) {
+        let name = match self.rng.below(42) {
             0..=5 => self.cut_path(at),
             6..=12 => self.crash(at),
             13..=14 => {
@@ -207,6 +230,11 @@ impl World {
             29 => {
                 self.nodes[at].store_fails = true;
                 "failing metadata"
+            }
+            31..=32 => {
+                let until = self.now() + self.rng.below(3 * S);
+                self.nodes[at].stores_slow_until = until;
+                "slow metadata"
             }
             30 => {
                 self.nodes[at]
@@ -287,6 +315,7 @@ impl World {
         self.cut = [false; 2];
         for node in &mut self.nodes {
             node.slow_until = 0;
+            node.stores_slow_until = 0;
             node.call_fails = false;
             node.store_fails = false;
         }

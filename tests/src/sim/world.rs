@@ -8,13 +8,16 @@ use super::client::{Client, OpId, Requests};
 use super::clock::{Agenda, Clock, MS, Nanos, S, Skew, US};
 use super::datapath::Reactor;
 use super::driver::{Driver, TICK};
+use super::metadata::{Record, SimMeta, Start};
+use super::metadata_calls::MetadataCalls;
 use super::network::{Ether, SharedEther, SharedWire, lock};
 use super::operator::Operator;
-use super::storage::{Record, SimDisk, SimMeta};
+use super::storage::SimDisk;
 use super::story::Story;
 use super::streams::{Said, Stream, StreamId};
 use crate::Rng;
 use costandby_control::role::{self, Connection, Role, VolumeController, VolumeSettings};
+use costandby_datapath::disk::metadata::layout::Geometry;
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::disk::worker::DiskWorkers;
 use costandby_datapath::reactor::command::VolumeSpec;
@@ -24,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub(super) use super::driver::Input;
+pub(super) use super::driver::{Input, Scope};
 
 /// What happens.
 #[derive(Debug)]
@@ -34,6 +37,7 @@ pub(super) enum Event {
     Work { at: usize, life: u64 },
     Tick { at: usize, life: u64 },
     Call { at: usize, life: u64, call: u64 },
+    MetadataCall { at: usize, life: u64 },
     Land { at: usize, life: u64, op: OpId },
     Dialled { at: usize, life: u64, stream: Option<StreamId> },
     Spoken { stream: StreamId, to: usize, said: Said },
@@ -52,6 +56,9 @@ pub(super) enum Event {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Config {
     pub(super) size: u64,
+    pub(super) grain_len: u64,
+    pub(super) extent_len: u64,
+    pub(super) slots: u32,
     pub(super) ack: AckLevel,
     pub(super) on_loss: OnPeerLoss,
     pub(super) zeroed: bool,
@@ -68,6 +75,7 @@ pub(super) struct Config {
 pub(super) struct Process {
     pub(super) reactor: Reactor,
     pub(super) driver: Driver,
+    pub(super) metadata: MetadataCalls,
 }
 
 /// One machine.
@@ -77,10 +85,13 @@ pub(super) struct Node {
     pub(super) life: u64,
     pub(super) disk: SimDisk,
     pub(super) meta: SimMeta,
+    /// Another after each loss of power.
+    pub(super) boot_id: [u8; 16],
     pub(super) skew: Skew,
     /// Its power is out.
     pub(super) dark: bool,
     pub(super) slow_until: Nanos,
+    pub(super) stores_slow_until: Nanos,
     pub(super) call_fails: bool,
     pub(super) store_fails: bool,
 }
@@ -111,15 +122,39 @@ pub(super) struct World {
     pub(super) seen: BTreeSet<&'static str>,
 }
 
+pub(super) fn random_id(rng: &mut Rng) -> [u8; 16] {
+    (u128::from(rng.next_u64()) << 64 | u128::from(rng.next_u64())).to_le_bytes()
+}
+
 fn pick<T: Copy>(rng: &mut Rng, list: &[T]) -> T {
     list[usize::try_from(rng.below(list.len() as u64)).expect("small")]
 }
 
 impl Config {
+    fn geometry(&self) -> Geometry {
+        Geometry::new(self.size, self.grain_len, self.extent_len, self.slots).expect("a legal shape")
+    }
+
     fn new(rng: &mut Rng) -> Self {
         use AckLevel::{Async, Durable, Memory};
+        let size = pick(rng, &[64 << 10, 64 << 10, 132 << 10, 132 << 10, 260 << 10, 260 << 10, 1 << 20]);
+        // A log as of a real volume, which holds all of this one, or one that has to let go of extents; a quarter of
+        // it takes any write.
+        let (grain_len, extent_len, slots) = pick(
+            rng,
+            &[
+                (64 << 10, 4 << 20, 1024),
+                (4 << 10, 1 << 20, 136),
+                (4 << 10, 4 << 10, 72),
+                (4 << 10, 16 << 10, 20),
+                (16 << 10, 16 << 10, 20),
+            ],
+        );
         Self {
-            size: pick(rng, &[64 << 10, 64 << 10, 132 << 10, 132 << 10, 260 << 10, 260 << 10, 1 << 20]),
+            size,
+            grain_len,
+            extent_len,
+            slots,
             ack: pick(rng, &[Async, Memory, Memory, Memory, Durable]),
             on_loss: pick(rng, &[OnPeerLoss::Continue, OnPeerLoss::Continue, OnPeerLoss::Freeze]),
             zeroed: rng.below(3) > 0,
@@ -143,6 +178,7 @@ impl World {
             jitter: pick(&mut rng, &[10 * US, 200 * US, 2 * MS]),
             blocked: [false; 2],
             wakes: Vec::new(),
+            copied: Vec::new(),
         };
         let mut checker = Checker::new(config.size, config.ack, config.on_loss);
         let base = Instant::now();
@@ -159,14 +195,25 @@ impl World {
                 process: None,
                 life: 0,
                 disk: SimDisk::new(NAMES[at], &content),
-                meta: SimMeta::new(&Superblock::fresh("db", NAMES[at], config.size, config.zeroed)),
+                meta: {
+                    let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed);
+                    // An upgrade gives the usual shape.
+                    if config.extent_len == 4 << 20 && rng.below(3) == 0 {
+                        SimMeta::of_format_1(&fresh, config.geometry())
+                    } else {
+                        SimMeta::new(&fresh, config.geometry(), rng.next_u64())
+                    }
+                },
+                boot_id: random_id(&mut rng),
                 skew: Skew::new(base, offset, 950 + rng.below(101)),
                 dark: false,
                 slow_until: 0,
+                stores_slow_until: 0,
                 call_fails: false,
                 store_fails: false,
             }
         });
+        checker.related = config.zeroed;
         let agenda = Agenda::new(clock.clone());
         let mut world = Self {
             config,
@@ -220,6 +267,7 @@ impl World {
             | Event::Work { at, life }
             | Event::Tick { at, life }
             | Event::Call { at, life, .. }
+            | Event::MetadataCall { at, life }
             | Event::Land { at, life, .. }
             | Event::Dialled { at, life, .. }
                 if lives[at] != life =>
@@ -241,6 +289,7 @@ impl World {
                 self.call_ends(at, call);
                 Ok(())
             }
+            Event::MetadataCall { at, .. } => self.metadata_call_ends(at),
             Event::Land { at, op, .. } => {
                 self.land(at, op);
                 Ok(())
@@ -252,7 +301,13 @@ impl World {
             other => self.step_outside(other),
         };
         self.deliver_wakes();
-        outcome
+        outcome.and_then(|()| self.check_copied())
+    }
+
+    /// What background copies sent is what they need to.
+    fn check_copied(&mut self) -> Verdict {
+        let copied = std::mem::take(&mut lock(&self.ether).copied);
+        copied.into_iter().try_for_each(|(from, range)| self.checker.copies_range(from, range))
     }
 
     /// What is no process's own.
@@ -303,10 +358,16 @@ impl World {
         node.disk.reopen();
         node.store_fails = false;
         node.call_fails = false;
-        let opened = match node.meta.open(NAMES[at], self.config.size) {
-            Ok(opened) => opened,
+        let cut_after = (!self.calm && self.rng.below(8) == 0).then(|| self.rng.below(24));
+        let opened = match node.meta.open(NAMES[at], self.config.size, self.rng.next_u64(), cut_after) {
+            Ok(Start::Open(opened)) => opened,
+            Ok(Start::CutOff) => return self.start_cut_off(at),
             Err(error) => return broken("metadata", error),
         };
+        let superblock = opened.superblock.clone();
+        let dirty = opened.dirty.dirty_grains() > 0;
+        let (record, superblocks) = costandby_datapath::disk::record::Record::of(*opened);
+        let metadata = MetadataCalls::new(record.store.clone());
         let settings = VolumeSettings {
             volume: "db".to_owned(),
             node: NAMES[at].to_owned(),
@@ -315,28 +376,39 @@ impl World {
             on_peer_loss: self.config.on_loss,
             ack: self.config.ack,
         };
+        let found = role::Found { superblock, dirty, boot: node.boot_id };
         let mut random = Rng::new(self.rng.next_u64());
         let random: role::Random = Box::new(move || random.next_u64());
-        let found = role::Found { superblock: opened.superblock, dirty: false, boot: [1; 16] };
         let controller = VolumeController::new(settings, found, random);
         let (workers, jobs) = DiskWorkers::by_hand();
         let spec = VolumeSpec {
+            checksum_first: false,
             name: "db".to_owned(),
             disk: Arc::clone(&node.disk.image),
             ack: self.config.ack,
             on_peer_loss: self.config.on_loss,
-            record: costandby_datapath::disk::record::Record::in_memory(node.disk.image.size()),
+            record,
         };
         let life = node.life;
         let now = self.clock.now();
         let volume = Volume::new(0, spec, workers, node.skew.instant(now));
         let reactor = Reactor::new(volume, jobs);
-        node.process = Some(Process { reactor, driver: Driver::new(controller, opened.store) });
+        let driver = Driver::new(controller, superblocks);
+        node.process = Some(Process { reactor, driver, metadata });
         self.tell(at, format_args!("starts"));
         self.handle(at, role::Event::Start, false)?;
         self.agenda.at(now + TICK, Event::Tick { at, life });
         self.wake(at, now);
-        Ok(())
+        self.check_coverage("after a start")
+    }
+
+    /// Reading the metadata, or putting it in order, was cut off.
+    fn start_cut_off(&mut self, at: usize) -> Verdict {
+        *self.faults.entry("start cut off").or_default() += 1;
+        self.tell(at, format_args!("is cut off as it starts"));
+        let due = self.now() + 50 * MS + self.rng.below(S);
+        self.agenda.at(due, Event::Boot { at });
+        if self.rng.below(2) == 0 { self.lose_power(at) } else { Ok(()) }
     }
 
     /// The process at `at` ends, by itself or by a signal.
@@ -346,9 +418,7 @@ impl World {
         }
         self.tell(at, format_args!("ends"));
         self.nodes[at].life += 1;
-        if self.driver(at).is_storing() && !self.nodes[at].dark && self.rng.below(2) == 0 {
-            self.nodes[at].meta.take_back();
-        }
+        self.abandon_metadata_call(at);
         self.abandon_calls(at);
         self.end_requests(at);
         self.nodes[at].process = None;
@@ -369,8 +439,10 @@ impl World {
         let node = &mut self.nodes[at];
         node.meta.lose_power(&mut rng);
         node.disk.lose_power(&mut rng);
+        node.boot_id = random_id(&mut rng);
         let (record, now) = (node.meta.durable(), self.clock.now());
-        self.checker.lost_power(now, at, &self.nodes[at].disk, record)
+        self.checker.lost_power(now, at, &self.nodes[at].disk, record)?;
+        self.check_coverage("after a loss of power")
     }
 
     /// Sets which paths carry nothing.
@@ -398,7 +470,8 @@ impl World {
     }
 
     pub(super) fn store_takes(&mut self, at: usize) -> Nanos {
-        self.disk_call_takes(at)
+        let slow = self.nodes[at].stores_slow_until > self.now();
+        self.disk_call_takes(at) + if slow { self.rng.below(800 * MS) } else { 0 }
     }
 
     pub(super) fn record(&self, at: usize) -> Record {
@@ -410,6 +483,11 @@ impl World {
         let now = self.now();
         if before.up_to_date && superblock.disk_state == DiskState::Inconsistent {
             self.seen.insert("a copy began");
+            if self.driver(at).discards {
+                self.seen.insert("data were discarded");
+                self.checker.gave_up(now, at);
+                return Ok(());
+            }
             return self.checker.overwritten(now, at);
         }
         if !before.up_to_date && superblock.disk_state == DiskState::UpToDate && !superblock.primary {
@@ -418,6 +496,18 @@ impl World {
             return self.checker.copied(now, at, &self.nodes[at].disk);
         }
         Ok(())
+    }
+
+    /// What no record names is the same on both media.
+    pub(super) fn check_coverage(&mut self, when: &str) -> Verdict {
+        let now = self.now();
+        let [one, other] = &self.nodes;
+        self.checker.look_at_records(now, [one.meta.coverage(), other.meta.coverage()]);
+        self.checker.uncovered(
+            when,
+            [&one.disk.shadow, &other.disk.shadow],
+            [one.meta.coverage(), other.meta.coverage()],
+        )
     }
 
     pub(super) fn check_equal(&mut self, when: &str) -> Verdict {
@@ -432,8 +522,42 @@ impl World {
         self.check_equal("with nothing under way")
     }
 
+    /// One run in four ends with a long silence.
+    pub(super) fn seed_says_idle(&mut self) -> bool {
+        self.rng.below(4) == 0
+    }
+
+    /// In sync and idle for long: no record names anything, and both media are equal.
+    pub(super) fn check_idle(&mut self) -> Verdict {
+        self.seen.insert("an idle end");
+        let named = (0..2).find(|at| self.nodes[*at].meta.coverage().names_any());
+        if let Some(at) = named {
+            return broken(
+                "idle",
+                format!(
+                    "long after the last request, {} still has something on record (hot: {:?})",
+                    NAMES[at],
+                    self.nodes[at].meta.coverage().hot
+                ),
+            );
+        }
+        self.check_coverage("after a long silence")
+    }
+
     /// A session begins on both sides. Where it needs no copy, both disks are the same.
     pub(super) fn check_session(&mut self) -> Verdict {
+        let scope = |node: &Node| node.process.as_ref().and_then(|process| process.driver.scope);
+        let delta = self.nodes.iter().all(|node| scope(node).is_some_and(|scope| scope != Scope::Full));
+        if delta {
+            self.check_coverage("as a session begins that copies no more than what is on record")?;
+            let [one, other] = &self.nodes;
+            let contents = [one.disk.content(), other.disk.content()];
+            self.checker.uncovered(
+                "as a session begins that copies no more than what is on record",
+                [&contents[0], &contents[1]],
+                [one.meta.coverage(), other.meta.coverage()],
+            )?;
+        }
         let in_sync = |at: usize| {
             let process = self.nodes[at].process.as_ref();
             process.is_some_and(|p| p.driver.controller.status().connection == Connection::Connected)
@@ -463,6 +587,7 @@ impl World {
                 node.process.as_ref().is_some_and(|p| {
                     p.driver.controller.status().connection == Connection::Connected
                         && p.driver.is_idle()
+                        && p.metadata.is_idle()
                         && p.reactor.is_idle()
                 })
             })

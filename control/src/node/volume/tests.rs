@@ -53,6 +53,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
     let config = Config::parse(CONFIG, Path::new("c.toml")).expect("parses");
     let disk = DiskImage::memory("db", SIZE).expect("memory");
     let spec = VolumeSpec {
+        checksum_first: false,
         name: "db".into(),
         disk,
         ack: AckLevel::Memory,
@@ -85,6 +86,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         config: volume,
         status: Mutex::new(controller.status()),
         link: Mutex::new(None),
+        progress: Mutex::default(),
         inbox,
     });
     let surroundings = Surroundings {

@@ -59,15 +59,17 @@ pub enum GeometryError {
         size: u64,
     },
     /// Not a power of two in bounds.
-    #[error("activity log extents of {extent_len} bytes: they must be a power of two from 1 MiB to 16 MiB")]
+    #[error(
+        "activity log extents of {extent_len} bytes: they must be a power of two from 4 KiB to 16 MiB and hold a grain"
+    )]
     Extent {
         /// Bytes of an extent.
         extent_len: u64,
     },
     /// Too many, too few, or too few for one large write.
     #[error(
-        "{slots} hot extents of {extent_len} bytes: from 64 to 4096 are allowed, and a quarter of them must hold a \
-         write of 32 MiB"
+        "{slots} hot extents of {extent_len} bytes: from 16 to 4096 are allowed, and a quarter of them must hold a \
+         write of 32 MiB, or a sixteenth of a small volume"
     )]
     Slots {
         /// Hot extents.
@@ -108,12 +110,13 @@ impl Geometry {
             return Err(GeometryError::Grain { grain_len });
         }
         let bounds = ACTIVITY_EXTENT_LEN_MIN..=ACTIVITY_EXTENT_LEN_MAX;
-        if !extent_len.is_power_of_two() || !bounds.contains(&extent_len) {
+        if !extent_len.is_power_of_two() || !bounds.contains(&extent_len) || extent_len < grain_len {
             return Err(GeometryError::Extent { extent_len });
         }
         let geometry = Self { size, grain_len, extent_len, slots };
         let bounds = ACTIVITY_SLOTS_MIN..=ACTIVITY_SLOTS_MAX;
-        if !bounds.contains(&slots) || geometry.touch_len_max() < u64::from(PAYLOAD_LEN_MAX) {
+        let largest = u64::from(PAYLOAD_LEN_MAX).min(size / 16);
+        if !bounds.contains(&slots) || geometry.touch_len_max() < largest {
             return Err(GeometryError::Slots { slots, extent_len });
         }
         if geometry.map_len() > DIRTY_MAP_LEN_MAX {
@@ -263,6 +266,11 @@ mod tests {
         assert!(matches!(new(GIB, 65536, 32 << 20, 1024), Some(GeometryError::Extent { .. })));
         assert!(matches!(new(GIB, 65536, 4 << 20, 8192), Some(GeometryError::Slots { .. })));
         assert!(matches!(new(GIB, 65536, 1 << 20, 64), Some(GeometryError::Slots { .. })), "32 MiB");
+        assert_eq!(new(1 << 20, 4096, 16 << 10, 20), None, "a sixteenth is enough on a small one");
+        assert!(
+            matches!(new(GIB, 65536, 32 << 10, 1024), Some(GeometryError::Extent { .. })),
+            "less than a grain"
+        );
     }
 
     #[test]

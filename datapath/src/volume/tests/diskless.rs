@@ -484,3 +484,30 @@ fn what_passed_through_is_given_back() {
     assert_eq!(in_use, [1], "a payload is arriving there");
     volume.landed(token);
 }
+
+#[test]
+fn a_verification_under_way_ends_with_the_disk_or_when_stopped_and_its_steps_with_their_acks() {
+    for stopped in [false, true] {
+        let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+        pair.a.volume.verify(true);
+        let began = Instant::now();
+        while pair.a.volume.pipeline.all_released() {
+            pair.a.turn();
+            assert!(began.elapsed() < PATIENCE, "no step was posted");
+        }
+        if stopped {
+            pair.a.volume.stop_verify();
+        } else {
+            pair.lose_disk();
+        }
+        let ended = |e: &Event| matches!(e, Event::Verified { outcome, .. } if outcome.unfinished.is_some());
+        pair.until("its end", |pair| pair.a.saw(ended));
+        pair.until_quiet();
+        if !stopped {
+            pair.a.volume.verify(false);
+            assert!(pair.a.volume.events.iter().any(ended), "there is nothing to compare");
+        }
+        pair.until_quiet();
+        pair.a.assert_nothing_left();
+    }
+}

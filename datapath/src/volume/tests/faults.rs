@@ -17,14 +17,14 @@ fn trim(seq: u64, range: ByteRange) -> Header {
     header
 }
 
-fn ack(epoch: u64, applied: u64, durable: u64) -> Header {
+pub(super) fn ack(epoch: u64, applied: u64, durable: u64) -> Header {
     let mut header = Header::new(Kind::Ack, Epoch(epoch));
     (header.seq, header.aux) = (Seq(applied), durable);
     header
 }
 
 /// A node whose peer is played by the test.
-fn with_raw_peer(direction: Direction, epoch: Epoch) -> (Node, loopback::LoopbackLink) {
+pub(super) fn with_raw_peer(direction: Direction, epoch: Epoch) -> (Node, loopback::LoopbackLink) {
     let mut node = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
     node.volume.serve();
     let (here, raw) = loopback::pair(RING_LEN).expect("ring memory");
@@ -32,7 +32,7 @@ fn with_raw_peer(direction: Direction, epoch: Epoch) -> (Node, loopback::Loopbac
     (node, raw)
 }
 
-fn turns_until(node: &mut Node, what: &str, mut done: impl FnMut(&mut Node) -> bool) {
+pub(super) fn turns_until(node: &mut Node, what: &str, mut done: impl FnMut(&mut Node) -> bool) {
     let began = Instant::now();
     while !done(node) {
         node.turn();
@@ -41,7 +41,7 @@ fn turns_until(node: &mut Node, what: &str, mut done: impl FnMut(&mut Node) -> b
     }
 }
 
-fn is_link_down(event: &Event) -> bool {
+pub(super) fn is_link_down(event: &Event) -> bool {
     matches!(event, Event::LinkDown { .. })
 }
 

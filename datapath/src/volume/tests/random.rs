@@ -1,7 +1,10 @@
-//! Random clients, cuts, copies and changes of link: whatever happens, both disks end equal, everyone is answered once, nothing is left.
+//! Random clients, cuts, copies and changes of link: whatever happens, both disks end equal, everyone is answered once,
+//! nothing is left, and at every moment what differs is what a crash of both nodes would leave marked.
 
+use super::delta::{marked_after_a_crash, stored};
 use super::links::Make;
 use super::*;
+use crate::disk::metadata::simulated::Simulated;
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +29,10 @@ enum Step {
         by_peer: bool,
     },
     Connect {
-        resync: bool,
+        full: bool,
     },
+    /// A checkpoint, or, where that has nothing to do, an empty log.
+    Settle,
     /// Another link is made; each end is told of it later.
     NewLink(Make),
     Tell {
@@ -58,7 +63,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => any::<prop::sample::Index>().prop_map(Step::Land),
         8 => (1..6u8).prop_map(Step::Turns),
         1 => any::<(bool, bool)>().prop_map(|(recorded, by_peer)| Step::Cut { recorded, by_peer }),
-        2 => any::<bool>().prop_map(|resync| Step::Connect { resync }),
+        2 => prop::bool::weighted(0.2).prop_map(|full| Step::Connect { full }),
+        2 => Just(Step::Settle),
         1 => prop::sample::select(vec![Make::Loopback, Make::Rdma, Make::Slow]).prop_map(Step::NewLink),
         3 => any::<bool>().prop_map(|source| Step::Tell { source }),
         2 => any::<bool>().prop_map(|source| Step::Say { source }),
@@ -79,8 +85,9 @@ struct Run {
     asked: Vec<Asked>,
     /// Writes whose payload is on its way.
     open: Vec<(u32, Token)>,
-    /// The peer lacks something that only a copy brings it.
-    behind: bool,
+    /// A copy is under way that control waits for.
+    copying: bool,
+    media: [Simulated; 2],
     /// The ends of a new link that were not handed over yet, and its number.
     new_link: [Option<Box<dyn Link>>; 2],
     serial: u64,
@@ -91,13 +98,33 @@ struct Run {
 
 impl Run {
     fn new(ack: AckLevel) -> Self {
-        let pair = Pair::new(ack, OnPeerLoss::Continue);
-        pair.b.fill(ByteRange::new(0, SIZE), 0xEE);
+        let mut media = Vec::new();
+        let mut node = || {
+            let (medium, record) = stored(SIZE);
+            media.push(medium);
+            let disk = DiskImage::memory("test", SIZE).expect("memory");
+            Node::with_record(disk, record, ack, OnPeerLoss::Continue)
+        };
+        let mut pair = Pair { a: node(), b: node(), epoch: Epoch(1) };
+        pair.a.volume.serve();
+        pair.b.fill(grains(3, 9), 0xEE);
+        // Each knows of a part of it.
+        pair.a.volume.record.mark(grains(3, 5));
+        pair.b.volume.record.mark(grains(7, 5));
+        for node in [&mut pair.a, &mut pair.b] {
+            let round = node.volume.record.ask_store();
+            let began = Instant::now();
+            while !node.volume.record.is_stored(round) {
+                node.turn();
+                assert!(began.elapsed() < PATIENCE);
+            }
+        }
         Self {
             pair,
+            copying: false,
+            media: media.try_into().expect("two"),
             asked: Vec::new(),
             open: Vec::new(),
-            behind: true,
             new_link: [None, None],
             serial: 0,
             said: [0; 2],
@@ -131,7 +158,8 @@ impl Run {
             Step::Land(index) => self.land(index.index(self.open.len())),
             Step::Turns(count) => (0..count).for_each(|_| self.turn()),
             Step::Cut { recorded, by_peer } => self.cut(recorded, by_peer),
-            Step::Connect { resync } => self.connect(resync),
+            Step::Connect { full } => self.connect(full),
+            Step::Settle => self.settle(),
             Step::NewLink(make) => {
                 let (here, there) = make.ends();
                 self.new_link = [Some(here), Some(there)];
@@ -214,7 +242,27 @@ impl Run {
         }
         if self.pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })) {
             self.pair.a.volume.peer_in_sync();
-            self.behind = false;
+            self.copying = false;
+        }
+    }
+
+    fn settle(&mut self) {
+        let volume = &mut self.pair.a.volume;
+        if volume.record.can_checkpoint() {
+            volume.begin_checkpoint();
+        } else if volume.record.can_retire() {
+            volume.record.settle();
+        }
+    }
+
+    /// Whatever differs, in either's memory, is marked on a medium.
+    fn assert_marked(&self) {
+        let grain = usize::try_from(crate::limits::DIRTY_GRAIN_LEN).expect("small");
+        let marked = self.media.each_ref().map(|medium| marked_after_a_crash(medium, SIZE));
+        let (a, b) = (self.pair.a.content(), self.pair.b.content());
+        for (at, (here, there)) in a.chunks(grain).zip(b.chunks(grain)).enumerate() {
+            let is_marked = marked.iter().any(|map| map.window(grains(at as u64, 1).start) & 1 != 0);
+            assert!(here == there || is_marked, "grain {at} differs and is not marked");
         }
     }
 
@@ -228,18 +276,21 @@ impl Run {
         }
         if recorded {
             self.pair.a.volume.go_alone();
-            self.behind = true;
         }
     }
 
-    fn connect(&mut self, resync: bool) {
+    fn connect(&mut self, full: bool) {
         if self.pair.a.volume.has_link() || self.pair.b.volume.has_link() {
             return;
         }
-        let resync = resync || self.behind;
-        self.behind = resync;
         (self.said, self.heard) = ([0; 2], [0; 2]);
-        self.pair.connect(resync);
+        if full {
+            self.pair.connect(true);
+        } else {
+            let dirty = [&self.pair.a, &self.pair.b].map(|node| node.volume.record.is_dirty());
+            self.pair.join(dirty != [false, false]);
+        }
+        self.copying = self.pair.a.volume.resync.is_some();
     }
 
     fn finish(mut self) {
@@ -253,7 +304,11 @@ impl Run {
             self.turn();
             std::thread::yield_now();
             let v = &self.pair.a.volume;
-            if !self.behind && v.requests.iter().all(Option::is_none) && self.said == self.heard {
+            if !self.copying
+                && v.has_link()
+                && v.requests.iter().all(Option::is_none)
+                && self.said == self.heard
+            {
                 break;
             }
             assert!(
@@ -282,8 +337,11 @@ proptest! {
         steps in steps(),
     ) {
         let mut run = Run::new(ack);
-        for step in steps {
+        for (n, step) in steps.into_iter().enumerate() {
             run.step(step);
+            if n % 4 == 0 {
+                run.assert_marked();
+            }
         }
         run.finish();
     }

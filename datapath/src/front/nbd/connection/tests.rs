@@ -41,8 +41,14 @@ fn waiting_volume() -> Volume {
     let (done, _) = crossbeam_channel::unbounded();
     let workers = DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
-    let spec =
-        VolumeSpec { name: "v".into(), record: Record::in_memory(disk.size()), disk, ack, on_peer_loss };
+    let spec = VolumeSpec {
+        name: "v".into(),
+        record: Record::in_memory(disk.size()),
+        disk,
+        ack,
+        on_peer_loss,
+        checksum_first: false,
+    };
     let mut volume = Volume::new(0, spec, workers, Instant::now());
     volume.serve();
     volume

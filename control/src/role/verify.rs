@@ -1,0 +1,110 @@
+//! The part of the controller that deals with verifications: when one may begin, and what follows from what it found.
+//!
+//! Only a serving node in sync with its peer verifies: its disk is what the peer's is held against. What differs and is not
+//! repaired at once is marked in the dirty map, so that the next handshake ends in a copy of it, from this node. Until
+//! then the volume may not be handed over, for the other node would serve what differs.
+
+use super::{Action, Connection, Level, ReplyId, Role, VolumeController};
+use costandby_datapath::units::ByteRange;
+use costandby_datapath::volume::Verified;
+
+/// The verification under way, or the last one of this daemon.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Verification {
+    /// Counts them, from 1; 0 before the first.
+    pub id: u64,
+    /// Under way.
+    pub running: bool,
+    /// What differs is to be copied at once.
+    pub repair: bool,
+    /// What it found; empty while it is under way.
+    pub outcome: Verified,
+}
+
+impl VolumeController {
+    pub(super) fn on_verify(&mut self, id: ReplyId, repair: bool, actions: &mut Vec<Action>) {
+        let (volume, node, peer) = (&self.settings.volume, &self.settings.node, &self.settings.peer);
+        let refusal = if self.role != Role::Primary {
+            Some(format!("{node} does not serve the volume: verify on the node that does"))
+        } else if self.connection == Connection::SyncSource {
+            Some(format!("{peer} is being copied to: `costandby wait-sync {volume}` first"))
+        } else if self.connection != Connection::Connected || !self.in_session() {
+            Some(format!("not connected to {peer}, so there is nothing to compare with"))
+        } else if self.verification.running {
+            Some(format!(
+                "a verification is under way: see `costandby status`, or end it with `costandby verify {volume} --stop`"
+            ))
+        } else {
+            None
+        };
+        if let Some(text) = refusal {
+            return self.reply(id, Err(text), actions);
+        }
+        let id_before = self.verification.id;
+        self.verification =
+            Verification { id: id_before + 1, running: true, repair, ..Verification::default() };
+        actions.push(Action::Verify { repair });
+        let text = format!("comparing with {}", self.settings.peer);
+        self.reply(id, Ok(text), actions);
+    }
+
+    pub(super) fn on_stop_verify(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
+        let answer = if self.verification.running {
+            actions.push(Action::StopVerify);
+            Ok("the verification ends".to_owned())
+        } else {
+            Err("no verification is under way".to_owned())
+        };
+        self.reply(id, answer, actions);
+    }
+
+    pub(super) fn on_verified(&mut self, outcome: Verified, actions: &mut Vec<Action>) {
+        let peer = self.settings.peer.clone();
+        let Verified { findings, repaired, unfinished } = &outcome;
+        let found = format!(
+            "{} of {} bytes compared, {} in {} ranges differ from {peer}'s",
+            findings.compared, self.superblock.size, findings.differing, findings.ranges
+        );
+        let differs = findings.differing > 0;
+        let (level, text) = match unfinished {
+            Some(why) => (Level::Warn, format!("verification unfinished ({why}): {found}")),
+            None if differs && *repaired => (Level::Warn, format!("verified and repaired: {found}")),
+            None if differs => (Level::Error, format!("verified: {found}")),
+            None => (Level::Info, format!("verified: {found}")),
+        };
+        self.log(level, &text, actions);
+        for range in &findings.listed {
+            self.log(Level::Warn, &format!("bytes {} differ from {peer}'s", shown(*range)), actions);
+        }
+        if differs && !repaired {
+            self.dirty = true;
+            self.unrepaired = self.peer.is_some();
+        } else if *repaired {
+            // A repair copies all that is marked.
+            self.dirty = false;
+            self.unrepaired = false;
+        }
+        self.verification.running = false;
+        self.verification.outcome = outcome;
+    }
+
+    /// Why the volume may not be handed over now, if that is because of a verification.
+    pub(super) fn verification_forbids_demotion(&self) -> Option<String> {
+        let (volume, peer) = (&self.settings.volume, &self.settings.peer);
+        if self.verification.running {
+            return Some(format!(
+                "a verification is under way: wait for its end, or `costandby verify {volume} --stop`"
+            ));
+        }
+        self.unrepaired.then(|| {
+            format!(
+                "{peer}'s disk differs from this one: `costandby verify {volume} --repair` first (or disconnect and \
+                 connect, which copies what differs)"
+            )
+        })
+    }
+}
+
+fn shown(range: ByteRange) -> String {
+    format!("{} to {}", range.start, range.end() - 1)
+}
