@@ -101,8 +101,10 @@ impl Pair {
         self.wait("both disks are equal", in_sync)
     }
 
-    /// Parts the nodes, has `write` change something, and joins them again.
+    /// Parts the nodes, has `write` change something, and joins them again. Flushes first: what no flush has covered yet
+    /// may be missing on the standby's disk, and counts as changed.
     fn apart(&mut self, write: impl FnOnce(&mut NbdClient) -> Outcome<()>) -> Outcome<()> {
+        self.client.flush()?;
         self.mirror.command(0, &["disconnect", "bench"])?;
         self.wait("the nodes are apart", |status| status["connection"] != "connected")?;
         write(&mut self.client)?;

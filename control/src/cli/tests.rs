@@ -210,7 +210,7 @@ fn status_json_has_the_fixed_keys() {
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 19, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 21, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.
@@ -385,7 +385,7 @@ fn wait_sync_says_where_it_stood() {
     daemon(bench.path("alpha.sock"), Duration::ZERO, u32::MAX);
     let complaint = bench.complaint("alpha", &["wait-sync", "db", "--timeout", "700ms"]);
     let stood = "volume db is not in sync after 700ms: role primary, disk UpToDate, peer beta Inconsistent, \
-                 connected, 97.6% in sync; give it time";
+                 sync-source, 97.6% in sync; give it time";
     assert_eq!(complaint, stood);
     let complaint = bench.complaint("beta", &["wait-sync", "db", "--timeout", "200ms"]);
     assert!(complaint.contains("start it with `costandby --node beta up`"), "{complaint}");

@@ -374,6 +374,17 @@ impl DiskImage {
                 .is_ok_and(|stat| u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_LEN < self.size)
     }
 
+    /// Whether `range` is known to have no blocks at all: then it reads as zeroes, and reading it could give it some. Cheap;
+    /// says no where that takes a walk through the file (space that is reserved and was never written).
+    #[must_use]
+    pub fn is_hole(&self, range: ByteRange) -> bool {
+        self.is_sparse()
+            && match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
+                Ok(data) => data >= range.end(),
+                Err(error) => error == Errno::NXIO,
+            }
+    }
+
     /// The extent at `from`, cut at `end`. Where the backing cannot tell, everything is allocated.
     #[must_use]
     pub fn extent_at(&self, from: u64, end: u64) -> Extent {

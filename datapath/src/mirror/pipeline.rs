@@ -288,9 +288,11 @@ impl Pipeline {
             && !self.peer_lags_durably()
     }
 
-    /// Every change whose range is still locked.
+    /// Every change whose range is still locked; comparisons change nothing.
     pub fn for_each_unreleased(&self, tell: impl FnMut(ByteRange)) {
-        self.window.iter().map(|entry| entry.change.range).for_each(tell);
+        let changes =
+            self.window.iter().map(|entry| entry.change).filter(|change| change.kind != Kind::Verify);
+        changes.map(|change| change.range).for_each(tell);
     }
 
     fn is_held(&self) -> bool {

@@ -196,12 +196,23 @@ impl Volume {
         }
     }
 
-    /// Begins what steps may begin, and the flush behind the last.
+    /// Begins what steps may begin, and the flush that is due behind what was applied.
     pub(super) fn step_resync(&mut self, now: Instant) {
         let urgent = self.pipeline.waits_for_copy();
         if self.copy_paused && !urgent {
             return;
         }
+        self.begin_steps(now, urgent);
+        // However many steps are under way: what is not cleared by the session's end is copied again.
+        if let Some(resync) = &mut self.resync
+            && resync.take_flush(&self.record.dirty, now)
+        {
+            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
+            self.pipeline_event(PipelineEvent::FlushBackground(token));
+        }
+    }
+
+    fn begin_steps(&mut self, now: Instant, urgent: bool) {
         while let Some(resync) = &mut self.resync
             && let Some(wanted) = resync.next(&self.record.dirty)
         {
@@ -246,12 +257,6 @@ impl Volume {
                     return;
                 }
             }
-        }
-        if let Some(resync) = &mut self.resync
-            && resync.take_flush(&self.record.dirty, now)
-        {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
-            self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
 

@@ -8,11 +8,11 @@ use crate::disk::digest::Digest;
 use crate::disk::image::DiskImage;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
-use crate::limits::{PEER_ANSWER_S_MAX, STALLED_PEER_TIMEOUTS};
+use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::reactor::command::{Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
-use crate::units::{Epoch, Seq, Token};
+use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind, flags};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -281,6 +281,8 @@ impl Volume {
                     self.change_applied(slot);
                 }
                 Kind::Verify => {
+                    let ahead = ByteRange::new(header.range.end() + RESYNC_READ_AHEAD_LEN, header.range.len);
+                    self.disk.read_ahead(ahead);
                     let announced = Digest { hash: header.aux, crc: header.payload_crc };
                     if Digest::of_disk(&self.disk, header.range) != announced
                         && let Some(access) = &mut self.access

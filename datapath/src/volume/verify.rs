@@ -11,6 +11,7 @@ use crate::disk::inflight::{Access, Admission};
 use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
 use crate::mirror::pace::Leave;
+use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::verify::{Findings, Verify};
 use crate::reactor::command::Event;
 use crate::units::ByteRange;
@@ -172,6 +173,9 @@ impl Volume {
             return;
         }
         verifying.marking = Some(self.record.ask_store());
+        // Its steps count as changes: until a flush the peer would seem to lag behind.
+        let token = self.add_request(Request::flush(Origin::Nobody));
+        self.pipeline_event(PipelineEvent::FlushBackground(token));
         self.tell_marked();
     }
 

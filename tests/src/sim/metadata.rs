@@ -1,8 +1,9 @@
 //! Metadata that forgets: the production format 2 on a medium in memory, and a shadow of what is on stable storage.
 //!
 //! A [`SimMedium`] stands in for the file beside a disk. What is written can be read back at once; a sync brings it to the
-//! shadow, but only when the simulated call ends ([`SimMeta::end_call`]). Until then a loss of power leaves of each 512-byte
-//! sector the old one or any version written since, and the end of the process leaves what it had handed to the system.
+//! shadow, but only when the simulated call ends ([`SimMeta::end_call`]). A call that is cut off before has some of its
+//! syncs behind it; of what it wrote after them a loss of power leaves of each 512-byte sector the old one or any version
+//! written since, and the end of the process leaves what it had handed to the system.
 //! One call is under way at a time, as the production code has one lock for a whole area.
 //!
 //! A start may be cut off in the middle (`cut_after`), so that recovery is interrupted too.
@@ -23,6 +24,15 @@ use super::storage::SECTOR_LEN;
 
 type SectorBytes = [u8; SECTOR_LEN];
 
+/// A sector that the call under way has written, after so many of its syncs.
+#[derive(Debug)]
+struct Written {
+    syncs: u64,
+    sector: usize,
+    before: SectorBytes,
+    after: SectorBytes,
+}
+
 #[derive(Debug, Default)]
 struct Content {
     /// What is read back.
@@ -31,9 +41,11 @@ struct Content {
     shadow: Vec<u8>,
     /// Versions of a sector that were written and not synced.
     pending: BTreeMap<usize, Vec<SectorBytes>>,
-    /// What the call under way has overwritten, the oldest first.
-    undo: Vec<(usize, SectorBytes)>,
-    /// A call is under way: its syncs take effect when it ends.
+    /// What the call under way has written, the oldest first.
+    written: Vec<Written>,
+    /// Syncs of that call.
+    syncs: u64,
+    /// A call is under way: whether its syncs have taken effect shows when it ends.
     in_call: bool,
     /// The next sync fails.
     sync_fails: bool,
@@ -46,6 +58,29 @@ impl Content {
         for sector in std::mem::take(&mut self.pending).into_keys() {
             let at = sector * SECTOR_LEN..(sector + 1) * SECTOR_LEN;
             self.shadow[at.clone()].copy_from_slice(&self.seen[at]);
+        }
+    }
+
+    /// The call under way is cut off, some of its syncs done, and everything before them.
+    fn cut_call(&mut self, rng: &mut Rng) {
+        (self.in_call, self.sync_fails) = (false, false);
+        let synced = rng.below(self.syncs + 1);
+        let of_last = self.written.iter().filter(|written| written.syncs == synced).count();
+        let mut left = usize::try_from(rng.below(2 * of_last as u64 + 1)).expect("small").min(of_last);
+        let mut undone = Vec::new();
+        for written in std::mem::take(&mut self.written) {
+            if written.syncs < synced {
+                self.shadow[written.sector * SECTOR_LEN..][..SECTOR_LEN].copy_from_slice(&written.after);
+                self.pending.remove(&written.sector);
+            } else if written.syncs == synced && left > 0 {
+                left -= 1;
+                self.pending.entry(written.sector).or_default().push(written.after);
+            } else {
+                undone.push(written);
+            }
+        }
+        for Written { sector, before, .. } in undone.into_iter().rev() {
+            self.seen[sector * SECTOR_LEN..][..SECTOR_LEN].copy_from_slice(&before);
         }
     }
 
@@ -102,8 +137,13 @@ impl Medium for SimMedium {
             let place = &mut content.seen[sector * SECTOR_LEN..][..SECTOR_LEN];
             let before: SectorBytes = (&*place).try_into().expect("a sector");
             place.copy_from_slice(bytes);
-            content.undo.push((sector, before));
-            content.pending.entry(sector).or_default().push(bytes.try_into().expect("a sector"));
+            let after: SectorBytes = bytes.try_into().expect("a sector");
+            if content.in_call {
+                let syncs = content.syncs;
+                content.written.push(Written { syncs, sector, before, after });
+            } else {
+                content.pending.entry(sector).or_default().push(after);
+            }
         }
         Ok(())
     }
@@ -114,9 +154,10 @@ impl Medium for SimMedium {
         if std::mem::take(&mut content.sync_fails) {
             return Err(io::Error::other("simulated input/output error"));
         }
-        if !content.in_call {
+        if content.in_call {
+            content.syncs += 1;
+        } else {
             content.settle();
-            content.undo.clear();
         }
         Ok(())
     }
@@ -190,7 +231,7 @@ impl SimMeta {
         let mut content = lock(&self.medium.0);
         assert!(!std::mem::replace(&mut content.in_call, true), "one call at a time");
         content.sync_fails = fails;
-        content.undo.clear();
+        content.syncs = 0;
     }
 
     /// The call ends; what it synced is on stable storage.
@@ -198,7 +239,9 @@ impl SimMeta {
         let mut content = lock(&self.medium.0);
         content.in_call = false;
         content.sync_fails = false;
-        content.undo.clear();
+        for Written { sector, after, .. } in std::mem::take(&mut content.written) {
+            content.pending.entry(sector).or_default().push(after);
+        }
         if !failed {
             content.settle();
         }
@@ -206,27 +249,15 @@ impl SimMeta {
         self.look();
     }
 
-    /// The process ends in the middle of a call: the system has the first `written` of its sectors, or all.
+    /// The process ends in the middle of a call.
     pub(super) fn abandon_call(&mut self, rng: &mut Rng) {
-        let mut content = lock(&self.medium.0);
-        content.in_call = false;
-        content.sync_fails = false;
-        let undo = std::mem::take(&mut content.undo);
-        let written = usize::try_from(rng.below(2 * undo.len() as u64 + 1)).expect("small");
-        for (sector, before) in undo.into_iter().skip(written).rev() {
-            content.seen[sector * SECTOR_LEN..][..SECTOR_LEN].copy_from_slice(&before);
-            let versions = content.pending.get_mut(&sector).expect("it was written");
-            versions.pop();
-            if versions.is_empty() {
-                content.pending.remove(&sector);
-            }
-        }
+        lock(&self.medium.0).cut_call(rng);
+        self.look();
     }
 
     pub(super) fn lose_power(&mut self, rng: &mut Rng) {
         let mut content = lock(&self.medium.0);
-        (content.in_call, content.sync_fails) = (false, false);
-        content.undo.clear();
+        content.cut_call(rng);
         for (sector, versions) in std::mem::take(&mut content.pending) {
             let pick = usize::try_from(rng.below(versions.len() as u64 + 1)).expect("small");
             if let Some(version) = versions.get(pick) {

@@ -167,6 +167,38 @@ impl Config {
 }
 
 impl World {
+    fn make_node(config: &Config, at: usize, base: Instant, rng: &mut Rng, checker: &mut Checker) -> Node {
+        let len = usize::try_from(config.size).expect("small");
+        let content = if config.zeroed {
+            vec![0; len]
+        } else {
+            let id = checker.beginning(at, config.size);
+            super::checker::payload(id, costandby_datapath::units::ByteRange::new(0, config.size))
+        };
+        let offset = Duration::from_millis(rng.below(1_000_000));
+        Node {
+            process: None,
+            life: 0,
+            disk: SimDisk::new(NAMES[at], &content),
+            meta: {
+                let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed);
+                // An upgrade gives the usual shape.
+                if config.extent_len == 4 << 20 && rng.below(3) == 0 {
+                    SimMeta::of_format_1(&fresh, config.geometry())
+                } else {
+                    SimMeta::new(&fresh, config.geometry(), rng.next_u64())
+                }
+            },
+            boot_id: random_id(rng),
+            skew: Skew::new(base, offset, 950 + rng.below(101)),
+            dark: false,
+            slow_until: 0,
+            stores_slow_until: 0,
+            call_fails: false,
+            store_fails: false,
+        }
+    }
+
     pub(super) fn new(seed: u64, told: bool) -> Self {
         let mut rng = Rng::new(seed);
         let config = Config::new(&mut rng);
@@ -182,37 +214,7 @@ impl World {
         };
         let mut checker = Checker::new(config.size, config.ack, config.on_loss);
         let base = Instant::now();
-        let nodes = [0, 1].map(|at| {
-            let len = usize::try_from(config.size).expect("small");
-            let content = if config.zeroed {
-                vec![0; len]
-            } else {
-                let id = checker.beginning(at, config.size);
-                super::checker::payload(id, costandby_datapath::units::ByteRange::new(0, config.size))
-            };
-            let offset = Duration::from_millis(rng.below(1_000_000));
-            Node {
-                process: None,
-                life: 0,
-                disk: SimDisk::new(NAMES[at], &content),
-                meta: {
-                    let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed);
-                    // An upgrade gives the usual shape.
-                    if config.extent_len == 4 << 20 && rng.below(3) == 0 {
-                        SimMeta::of_format_1(&fresh, config.geometry())
-                    } else {
-                        SimMeta::new(&fresh, config.geometry(), rng.next_u64())
-                    }
-                },
-                boot_id: random_id(&mut rng),
-                skew: Skew::new(base, offset, 950 + rng.below(101)),
-                dark: false,
-                slow_until: 0,
-                stores_slow_until: 0,
-                call_fails: false,
-                store_fails: false,
-            }
-        });
+        let nodes = [0, 1].map(|at| Self::make_node(&config, at, base, &mut rng, &mut checker));
         checker.related = config.zeroed;
         let agenda = Agenda::new(clock.clone());
         let mut world = Self {

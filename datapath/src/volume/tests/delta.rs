@@ -185,6 +185,9 @@ fn lies_about_marks_end_the_session_and_mark_nothing() {
         turns_until(&mut node, "the end", |node| node.saw(is_link_down));
         assert_eq!(node.volume.counters.violations.load(Ordering::Relaxed), 1, "{lie:?}");
         assert!(!node.volume.record.is_dirty(), "{lie:?}");
+        // The copy's flush may have been asked for by then; it ends like any other.
+        node.volume.go_alone();
+        turns_until(&mut node, "quiet", |node| node.volume.requests.iter().all(Option::is_none));
         node.assert_nothing_left();
     }
     // One that goes on and on repeats itself sooner or later.

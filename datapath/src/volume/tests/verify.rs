@@ -81,6 +81,8 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!(found.listed, expected);
     assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 4 * G, "marked, and left to the next session");
     assert_ne!(pair.a.content(), pair.b.content(), "nothing was changed");
+    pair.until_quiet();
+    assert!(!pair.a.volume.pipeline.peer_lags_durably(), "comparisons leave no lag behind");
     let posted_before = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed);
     pair.be_idle();
     pair.a.volume.verify(true);
@@ -104,10 +106,13 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     pair.a.volume.verify(false);
     pair.a.volume.verify(true);
     assert!(pair.verified().expect_err("one at a time").contains("already"));
-    for _ in 0..20 {
-        pair.turn();
+    let began = Instant::now();
+    while pair.a.volume.pipeline.in_flight() == 0 {
+        pair.a.turn();
+        assert!(began.elapsed() < PATIENCE, "no step is ever under way");
     }
     pair.cut();
+    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0, "to compare is not to change");
     assert!(pair.verified().expect_err("cut").contains("session ended"));
     pair.a.volume.landed(token);
     pair.until("the wish", |pair| pair.a.saw(|e| matches!(e, Event::AskAlone { .. })));
