@@ -35,6 +35,7 @@ use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
 use costandby_datapath::volume::Verified;
 use std::time::Duration;
 
+mod diskless;
 mod operator;
 mod session;
 mod status;
@@ -70,6 +71,10 @@ pub mod code {
     pub const RESYNC_FINISHED: u64 = 6;
     /// How far the copy is, about once a second: a [`Sample`](crate::progress::Sample). Changes nothing.
     pub const RESYNC_PROGRESS: u64 = 7;
+    /// My disk failed while I serve this generation: will yours stand in for it?
+    pub const DISK_FAILED: u64 = 20;
+    /// It does, and it is on record here that yours is behind this generation.
+    pub const DISK_FAILED_NOTED: u64 = 21;
 }
 
 /// Whether this node serves the volume.
@@ -215,7 +220,14 @@ pub enum Event {
     },
     /// What [`Action::Quiesce`] asked for is done: nothing is in flight and both sides flushed.
     Quiesced,
-    /// The local disk, or its metadata, reported an error.
+    /// The local disk failed while this node serves from it and the peer is in sync; clients are held until
+    /// [`Action::Detach`]. [`Event::DiskFailed`] follows if that comes too late.
+    DiskFailing {
+        /// What it said.
+        text: String,
+    },
+    /// The local disk, or its metadata, reported an error; nothing is served from it any more. Also after
+    /// [`Action::Detach`], when the session has ended.
     DiskFailed {
         /// What it said.
         text: String,
@@ -257,6 +269,10 @@ pub enum Level {
 pub enum Action {
     /// Make this the stored superblock, durably, before the next action.
     StoreMetadata(Box<Superblock>),
+    /// The same for a disk that has failed, whose metadata may have failed with it: nothing rests on it.
+    TryStoreMetadata(Box<Superblock>),
+    /// Go on serving without the disk, over the peer's.
+    Detach,
     /// Mark the whole disk as differing from the peer's, durably, before the next action. Never during a session. A
     /// failure is one of a store.
     MarkAll,
@@ -378,6 +394,8 @@ struct Pending {
 struct Peer {
     view: View,
     primary: bool,
+    /// It serves from this node's disk, its own having failed.
+    diskless: bool,
 }
 
 /// The controller. See the module's doc.
@@ -424,6 +442,8 @@ pub struct VolumeController {
     split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
+    /// The disk failed while this node served, and the peer's stands in for it.
+    diskless: diskless::Diskless,
     verification: Verification,
     /// In this session something was found to differ, and is marked.
     unrepaired: bool,
@@ -465,6 +485,7 @@ impl VolumeController {
             refusal: None,
             split_brain: false,
             medium_failed: false,
+            diskless: diskless::Diskless::default(),
             verification: Verification::default(),
             unrepaired: false,
         }
@@ -504,6 +525,7 @@ impl VolumeController {
             Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
             Event::Quiesced => self.on_quiesced(actions),
+            Event::DiskFailing { text } => self.on_disk_failing(text, actions),
             Event::DiskFailed { text } => self.on_disk_failed(&text, actions),
             Event::Shutdown => self.on_shutdown(now, actions),
             Event::Tick => self.on_tick(now, actions),
@@ -575,7 +597,12 @@ impl VolumeController {
         if (self.superblock.primary || self.superblock.applying) && !self.lost_power {
             self.superblock.boot = self.boot;
         }
-        actions.push(Action::StoreMetadata(Box::new(self.superblock.clone())));
+        let superblock = Box::new(self.superblock.clone());
+        actions.push(if self.diskless.is_gone() {
+            Action::TryStoreMetadata(superblock)
+        } else {
+            Action::StoreMetadata(superblock)
+        });
     }
 
     /// Starts a generation that no peer has. The caller stores it.

@@ -124,6 +124,18 @@ impl Access {
         Ok(())
     }
 
+    /// The peer asks for bytes of our disk.
+    ///
+    /// # Errors
+    /// A fenced peer, or a range outside of the volume.
+    pub fn read_asked(&self, header: &Header) -> Result<(), Violation> {
+        self.check_epoch(header)?;
+        if header.range.fits(self.size) {
+            return Ok(());
+        }
+        Err(Violation::OutOfVolume { range: header.range, size: self.size })
+    }
+
     fn want_flush(&mut self, upto: Seq) {
         self.flush_wanted = self.flush_wanted.max(upto);
         if self.flush_due <= self.durable {

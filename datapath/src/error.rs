@@ -65,6 +65,20 @@ pub enum Violation {
         /// Who may send it.
         role: &'static str,
     },
+    /// More reads asked for than a peer without a disk has under way.
+    #[error(
+        "{} reads asked for and not answered yet: no peer has more under way",
+        crate::limits::READS_OWED_MAX
+    )]
+    TooManyReads,
+    /// An answer to a read that was not asked for, or not in its turn.
+    #[error("bytes {range} in answer to read number {id}, which is not the one that is due")]
+    Reply {
+        /// The read's number, as sent.
+        id: u64,
+        /// As sent.
+        range: ByteRange,
+    },
     /// More ring space returned than was ever used, or less than before.
     #[error(
         "peer returned {found} bytes of ring space in all, {sent} were used and {before} returned before"

@@ -250,6 +250,30 @@ pub const ACTIVITY_RING_LEN: u64 = 32;
 /// Damaged parts of a bitmap that a report names one by one; the rest is counted.
 pub const DAMAGE_LISTED_MAX: usize = 16;
 
+/// Reads that a volume without a disk has under way at its peer: as many as it may have changes in flight. The next one
+/// waits with its client.
+pub const FETCHES_MAX: usize = WINDOW_LEN;
+
+/// Reads a peer may have asked for and not been answered: those, and all that waited for a change and were let go at
+/// once.
+pub const READS_OWED_MAX: usize = FETCHES_MAX + WAITERS_LEN;
+
+/// Bytes of one frame that answers a read: a step of the background copy, for the same reasons, as other readers' answers
+/// and acks wait behind it.
+pub const READ_REPLY_LEN_MAX: u64 = RESYNC_CHUNK_LEN;
+
+/// Bytes of memory that requests of a volume without a disk may leave behind before it is given back: two of the largest
+/// requests, little beside the ring that is there anyway, and enough to give back in large pieces.
+pub const DISKLESS_MEMORY_LEN: u64 = 64 << 20;
+
+/// Ranges that such memory is remembered as: 4 KiB requests all over the disk then keep 16 MiB.
+pub const DISKLESS_RANGES_MAX: usize = 4096;
+
+/// Seconds from the failure of a disk to the peer's record of it, for which clients are held: longer than a promotion is
+/// waited for, as it is the same kind of store on a disk that may be busy; short enough that a client's own timeout (30 s)
+/// does not end first.
+pub const DETACH_S_MAX: u64 = 10;
+
 /// Bytes compared by one step of a verification or of a copy that compares first: the largest grain, as nothing smaller
 /// can be marked; its digests take the peer's reactor a tenth of a millisecond when the pages are there.
 pub const VERIFY_LEN_MAX: u64 = DIRTY_GRAIN_LEN_MAX;

@@ -1,7 +1,8 @@
 //! The frame: what two nodes say to each other once a volume's link is up.
 //!
-//! A frame is a 64-byte header, then for [`Kind::Write`] a payload, padded to a multiple of 64 bytes so that every
-//! header in the ring is aligned. Everything is little-endian, versioned and checksummed; `docs/PROTOCOL.md` shows the
+//! A frame is a 64-byte header, then for [`Kind::Write`] and [`Kind::ReadReply`] a payload, padded to a multiple of 64
+//! bytes so that every header in the ring is aligned. Everything is little-endian, versioned and checksummed;
+//! `docs/PROTOCOL.md` shows the
 //! dialogue. Decoding never panics and never trusts a field: it says which one was wrong.
 
 use crate::limits::{PAYLOAD_LEN_MAX, VERIFY_LEN_MAX};
@@ -51,6 +52,12 @@ pub enum Kind {
     /// The bytes of `range` that the [`Kind::Verify`] numbered `seq` named are others here. Sent before the ack that
     /// covers it.
     Differs = 13,
+    /// Send me the bytes of `range`: the sender serves without a disk of its own. `aux` numbers the question; the answer
+    /// is one or more [`Kind::ReadReply`] in order.
+    Read = 14,
+    /// The payload is what stands at `range`, which continues the answer to the question `aux`. Takes ring space like a
+    /// change, but has no seq and changes nothing.
+    ReadReply = 15,
 }
 
 impl Kind {
@@ -69,6 +76,8 @@ impl Kind {
             11 => Self::DirtyKept,
             12 => Self::Verify,
             13 => Self::Differs,
+            14 => Self::Read,
+            15 => Self::ReadReply,
             _ => return None,
         })
     }
@@ -79,6 +88,18 @@ impl Kind {
     pub fn is_change(self) -> bool {
         matches!(self, Self::Write | Self::WriteZeroes | Self::Trim | Self::Verify)
     }
+
+    /// Whether the frame takes ring space, and so a permit.
+    #[must_use]
+    pub fn is_posted(self) -> bool {
+        self.is_change() || self == Self::ReadReply
+    }
+
+    /// Whether `range.len` bytes of payload follow the header.
+    #[must_use]
+    pub fn has_payload(self) -> bool {
+        matches!(self, Self::Write | Self::ReadReply)
+    }
 }
 
 /// The flag bits of a header.
@@ -87,11 +108,13 @@ pub mod flags {
     pub const FUA: u8 = 1;
     /// The change is a step of the background copy, not a client's write.
     pub const RESYNC: u8 = 2;
+    /// The change takes its place in the order and changes nothing: its bytes were lost with the sender's disk.
+    pub const VOID: u8 = 4;
     /// All the bits that mean something.
-    pub const ALL: u8 = FUA | RESYNC;
+    pub const ALL: u8 = FUA | RESYNC | VOID;
 }
 
-/// A decoded frame header. `payload_len` is `range.len` for [`Kind::Write`] and 0 for every other kind.
+/// A decoded frame header. `payload_len` is `range.len` for [`Kind::Write`] and [`Kind::ReadReply`] and 0 for every other kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     /// What the frame is.
@@ -135,7 +158,7 @@ impl Header {
     /// Bytes of payload that follow the header.
     #[must_use]
     pub fn payload_len(&self) -> usize {
-        if self.kind == Kind::Write { usize::try_from(self.range.len).expect("64-bit") } else { 0 }
+        if self.kind.has_payload() { usize::try_from(self.range.len).expect("64-bit") } else { 0 }
     }
 
     /// Bytes the whole frame takes in the ring: header, payload, padding.
@@ -189,12 +212,11 @@ impl Header {
             return Err(WireError::Flags { found: raw.flags });
         }
         let range = ByteRange::new(raw.start.get(), raw.len.get().into());
-        if (kind.is_change() || kind == Kind::Dirty)
-            && (range.len == 0 || !range.fits(crate::limits::VOLUME_LEN_MAX))
-        {
+        let concerns_bytes = kind.is_posted() || matches!(kind, Kind::Read | Kind::Dirty);
+        if concerns_bytes && (range.len == 0 || !range.fits(crate::limits::VOLUME_LEN_MAX)) {
             return Err(WireError::Range { range });
         }
-        if kind == Kind::Write && range.len > PAYLOAD_LEN_MAX.into() {
+        if (kind.has_payload() || kind == Kind::Read) && range.len > PAYLOAD_LEN_MAX.into() {
             return Err(WireError::Length { found: raw.len.get() });
         }
         if kind == Kind::Verify && range.len > VERIFY_LEN_MAX {
@@ -321,7 +343,9 @@ mod tests {
             Just(Kind::DirtyEnd),
             Just(Kind::DirtyKept),
             Just(Kind::Verify),
-            Just(Kind::Differs)
+            Just(Kind::Differs),
+            Just(Kind::Read),
+            Just(Kind::ReadReply)
         ];
         let numbers = (any::<u64>(), any::<u64>(), 0..1u64 << 62, 1..=u64::from(PAYLOAD_LEN_MAX));
         (kind, 0..=flags::ALL, numbers, any::<u64>(), any::<[u32; 2]>(), any::<u64>()).prop_map(

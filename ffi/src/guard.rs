@@ -28,6 +28,10 @@ pub(crate) const GUARDED_MAX: usize = 4096;
 /// and other parts of the process need theirs.
 const SCATTERED_MAX: usize = 1024;
 
+/// Replaced pages of one range that are remembered one by one; after more all of the range counts as lost. A bad sector
+/// takes a page or a few, and the list is looked through for every request while a disk is being given up.
+const LOST_MAX: usize = 16;
+
 static SCATTERED: AtomicUsize = AtomicUsize::new(0);
 static TABLE: [Slot; GUARDED_MAX] = [const { Slot::free() }; GUARDED_MAX];
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
@@ -42,6 +46,9 @@ struct Slot {
     base: AtomicUsize,
     len: AtomicUsize,
     page_len: AtomicUsize,
+    /// Pages that zeroes stand in for, or more than can be remembered ([`LOST_MAX`], or all at once).
+    lost_len: AtomicUsize,
+    lost: [AtomicUsize; LOST_MAX],
 }
 
 /// A consistent copy of a slot's range.
@@ -61,6 +68,8 @@ impl Slot {
             base: AtomicUsize::new(0),
             len: AtomicUsize::new(0),
             page_len: AtomicUsize::new(0),
+            lost_len: AtomicUsize::new(0),
+            lost: [const { AtomicUsize::new(0) }; LOST_MAX],
         }
     }
 
@@ -70,6 +79,23 @@ impl Slot {
         self.len.store(range.len, SeqCst);
         self.page_len.store(range.page_len, SeqCst);
         self.version.fetch_add(1, SeqCst);
+    }
+
+    /// Zeroes are about to stand in for `page`. A page that is noted twice does no harm.
+    fn note_lost(&self, page: usize) {
+        let at = self.lost_len.fetch_add(1, SeqCst);
+        if let Some(lost) = self.lost.get(at) {
+            lost.store(page, SeqCst);
+        }
+    }
+
+    fn note_all_lost(&self) {
+        self.lost_len.fetch_add(LOST_MAX + 1, SeqCst);
+    }
+
+    fn forget_losses(&self) {
+        self.lost_len.store(0, SeqCst);
+        self.poisoned.store(false, SeqCst);
     }
 
     /// The range if it was stable for as long as it took to read.
@@ -109,7 +135,7 @@ impl Guard {
                 "{GUARDED_MAX} memory mappings are in use, no more can be guarded"
             )));
         };
-        TABLE[slot].poisoned.store(false, SeqCst);
+        TABLE[slot].forget_losses();
         TABLE[slot].publish(Range { base, len, page_len });
         Ok(Self { slot })
     }
@@ -120,6 +146,26 @@ impl Guard {
 
     pub(crate) fn poison(&self) {
         TABLE[self.slot].poisoned.store(true, SeqCst);
+    }
+
+    /// Whether zeroes stand in for a page that holds a byte of `start..start + len`, addresses of the range. Says yes too
+    /// often rather than too rarely.
+    pub(crate) fn is_lost(&self, start: usize, len: usize) -> bool {
+        let slot = &TABLE[self.slot];
+        let lost_len = slot.lost_len.load(SeqCst);
+        if lost_len > LOST_MAX {
+            return true;
+        }
+        let page_len = slot.page_len.load(SeqCst);
+        let meets = |page: usize| page < start + len && start < page + page_len;
+        // A row that the handler is about to fill still says 0, or a page of before: then its access has not been
+        // retried, and nobody has what it reads.
+        slot.lost[..lost_len].iter().any(|page| meets(page.load(SeqCst)))
+    }
+
+    /// The range has other memory behind it now, of pages of the same length or shorter, and nothing is lost of that.
+    pub(crate) fn forget_losses(&self) {
+        TABLE[self.slot].forget_losses();
     }
 }
 
@@ -189,8 +235,12 @@ fn cover(address: usize) -> bool {
         // number, and at the limit some kernels (6.1) refuse even one that would replace thousands. So long before, the
         // whole range goes in one piece.
         let scattered = SCATTERED.fetch_add(1, SeqCst);
-        return scattered < SCATTERED_MAX && map_zeroes(page, range.page_len)
-            || map_zeroes(range.base, range.len);
+        slot.note_lost(page);
+        if scattered < SCATTERED_MAX && map_zeroes(page, range.page_len) {
+            return true;
+        }
+        slot.note_all_lost();
+        return map_zeroes(range.base, range.len);
     }
     false
 }

@@ -18,6 +18,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, FsWord, MemfdFlags};
@@ -26,6 +27,7 @@ use crate::guard::Guard;
 use crate::{copy, crc};
 
 mod pins;
+mod replace;
 
 use pins::Pins;
 pub use pins::{PARTS_MAX, PINS_MAX, Pin, PinBusy, Unpinned};
@@ -39,6 +41,8 @@ pub struct Mapping {
     guard: Guard,
     memory: MmapRaw,
     pins: Pins,
+    /// Memory of its own has taken the file's place ([`Mapping::replace`]).
+    replaced: AtomicBool,
 }
 
 impl Mapping {
@@ -150,7 +154,7 @@ impl Mapping {
         let end = (start + memory.len()).next_multiple_of(page_len);
         let guard = Guard::new(base, end - base, page_len)?;
         let pins = Pins::new(start - base, page_len);
-        Ok(Arc::new(Self { guard, memory, pins }))
+        Ok(Arc::new(Self { guard, memory, pins, replaced: AtomicBool::new(false) }))
     }
 
     /// Bytes mapped; for a ring twice its memory.
@@ -172,7 +176,8 @@ impl Mapping {
     }
 
     /// Whether a page could not be read or written since the mapping was made, and zeroes stand in its place, or
-    /// [`Mapping::poison`] was called. Then no byte of it is to be trusted, stored or sent. Never goes back.
+    /// [`Mapping::poison`] was called. Then no byte of it is to be trusted, stored or sent, but for those that
+    /// [`Span::is_lost`] clears. Goes back by [`Mapping::replace`] alone.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
         self.guard.is_poisoned()
@@ -256,6 +261,14 @@ impl Span {
     pub fn sub(&self, start: usize, len: usize) -> Self {
         check(start, len, self.len);
         Self { mapping: Arc::clone(&self.mapping), offset: self.offset + start, len }
+    }
+
+    /// Whether zeroes stand in for a page of it. To be asked *after* its bytes were looked at, like
+    /// [`Mapping::is_poisoned`], of which it is the finer answer: a page that was not needed since it was lost is not
+    /// known to be.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.mapping.is_poisoned() && self.mapping.guard.is_lost(self.as_ptr().addr(), self.len)
     }
 
     /// First byte. Valid for `len` bytes of reads and writes while `self` lives; never to become a reference.

@@ -407,6 +407,7 @@ fn forward_events(
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::Verified { volume, .. }
                 | ReactorEvent::PeerMessage { volume, .. }
+                | ReactorEvent::DiskFailing { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }
                 | ReactorEvent::Quiesced { volume } => *volume,
                 ReactorEvent::Stopped => return,

@@ -233,6 +233,7 @@ impl VolumeTask {
                 return self.told_progress(arg);
             }
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
+            ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
             ReactorEvent::LinkSwitched { serial, .. } => return self.switched(serial, Ok(())),
@@ -384,6 +385,11 @@ impl VolumeTask {
         let volume = self.index;
         match action {
             Action::StoreMetadata(superblock) => self.store_metadata(*superblock).await?,
+            Action::TryStoreMetadata(superblock) => {
+                // Logged where it fails; the disk is given up already.
+                let _ = self.store_metadata(*superblock).await;
+            }
+            Action::Detach => self.send(Command::Detach { volume }),
             Action::MarkAll => self.mark_all().await?,
             Action::Dial => {
                 self.dials = true;

@@ -25,6 +25,10 @@ impl VolumeController {
                 let text = self.refusal.clone().unwrap_or_else(|| "the disk failed".to_owned());
                 self.reply(id, Err(text), actions);
             }
+            Command::Disconnect | Command::Invalidate if self.stand_in().is_some() => {
+                let text = self.stand_in().expect("just asked");
+                self.reply(id, Err(text), actions);
+            }
             Command::Promote { force } => self.on_promote(now, id, force, actions),
             Command::Demote => self.on_demote(now, id, actions),
             Command::Connect { discard_my_data: false } => self.on_connect(id, "connecting", actions),

@@ -181,7 +181,7 @@ impl VolumeController {
         if serve && self.role == Role::Standby {
             self.set_role(Role::Primary);
         }
-        self.peer = Some(Peer { view: pending.peer, primary: peer_serves });
+        self.peer = Some(Peer { view: pending.peer, primary: peer_serves, diskless: false });
         self.alone = false;
         self.need_alone = false;
         let side = if serve || resync {
@@ -243,6 +243,7 @@ impl VolumeController {
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
+        self.end_diskless(actions);
         self.settling = self.superblock.applying;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         if serves && undurable {
@@ -330,6 +331,8 @@ impl VolumeController {
             code::DEMOTED => self.on_peer_demoted(actions),
             code::RESYNC_FINISH => self.on_resync_finish(now, arg, actions),
             code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
+            code::DISK_FAILED => self.on_peer_disk_failed(arg, actions),
+            code::DISK_FAILED_NOTED => self.on_disk_failed_noted(actions),
             // For `status` only: whoever carries out our actions has read it.
             code::RESYNC_PROGRESS => {}
             _ => {

@@ -69,7 +69,8 @@ impl VolumeController {
         Status {
             role: self.role,
             disk_state: self.shown_disk_state(),
-            peer_state: session.map(|_| match self.connection {
+            peer_state: session.map(|peer| match self.connection {
+                _ if peer.diskless => DiskState::Diskless,
                 Connection::SyncSource => DiskState::Inconsistent,
                 _ => DiskState::UpToDate,
             }),
@@ -86,6 +87,7 @@ impl VolumeController {
 
     pub(super) fn shown_disk_state(&self) -> DiskState {
         match self.superblock.disk_state {
+            _ if self.diskless.is_gone() && self.in_session() => DiskState::Diskless,
             DiskState::UpToDate if self.may_lack_writes() => DiskState::Outdated,
             DiskState::UpToDate if !self.is_usable() => DiskState::Inconsistent,
             state => state,
@@ -103,6 +105,9 @@ impl VolumeController {
     fn advice(&self, frozen: bool) -> Option<String> {
         if let Some(refusal) = &self.refusal {
             return Some(refusal.clone());
+        }
+        if let Some(advice) = self.diskless_advice() {
+            return Some(advice);
         }
         let (volume, peer) = (&self.settings.volume, &self.settings.peer);
         let serves = matches!(self.role, Role::Primary | Role::Demoting);

@@ -6,6 +6,7 @@ use crate::generation::{Scope, Side, Verdict, Why};
 use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
+mod diskless;
 mod resync;
 mod verify;
 

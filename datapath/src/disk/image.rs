@@ -9,6 +9,9 @@
 //! Pages that are registered with a device stay where they are: to punch, and on most file systems to zero, is to put
 //! other pages in their place, and the device would go on sending the old ones. Such parts of a range are zeroed in
 //! place and keep their blocks ([`Mapping::hold_unpinned`]).
+//!
+//! A failed disk may be detached ([`DiskImage::detach`]): memory takes its place at the same addresses, through which
+//! requests then pass on their way to and from the peer.
 
 use crate::units::ByteRange;
 use costandby_ffi::mapping::{Mapping, Span};
@@ -16,10 +19,10 @@ use rustix::fs::{Advice, FallocateFlags, FileType, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::num::NonZeroU64;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// What backs a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,6 +106,8 @@ pub struct DiskImage {
     size: u64,
     backing: Backing,
     failed: AtomicBool,
+    /// Once detached: what the mapping is of.
+    memory: OnceLock<OwnedFd>,
 }
 
 /// A run of bytes that are either all backed by blocks or all a hole that reads as zeros.
@@ -159,7 +164,15 @@ impl DiskImage {
             len: size,
             source,
         })?;
-        Ok(Arc::new(Self { path, file, mapping, size, backing, failed: AtomicBool::new(false) }))
+        Ok(Arc::new(Self {
+            path,
+            file,
+            mapping,
+            size,
+            backing,
+            failed: AtomicBool::new(false),
+            memory: OnceLock::new(),
+        }))
     }
 
     /// Bytes of the volume.
@@ -190,7 +203,61 @@ impl DiskImage {
         &self.mapping
     }
 
-    /// Whether the medium failed; it stays so until the daemon opens it anew.
+    /// What the mapping is of now.
+    fn file(&self) -> BorrowedFd<'_> {
+        self.memory.get().map_or(self.file.as_fd(), AsFd::as_fd)
+    }
+
+    /// Whether the volume can do without it once it failed: memory has nothing that memory could take the place of.
+    #[must_use]
+    pub fn is_detachable(&self) -> bool {
+        self.backing != Backing::Memory && !self.is_detached()
+    }
+
+    /// Whether [`DiskImage::detach`] was called: the mapping is memory then, and holds only what passes through.
+    #[must_use]
+    pub fn is_detached(&self) -> bool {
+        self.memory.get().is_some()
+    }
+
+    /// Gives the failed medium up for good: empty memory takes its place in the mapping, with the bytes of `keep` carried
+    /// over. It has not failed any more then. Returns for each of `keep` whether its bytes were lost with the medium.
+    ///
+    /// The caller sees to it that nobody else uses the mapping meanwhile ([`Mapping::replace`]): no worker thread has
+    /// a job of this disk.
+    ///
+    /// # Errors
+    /// When the system has no memory for it; nothing has changed then.
+    ///
+    /// # Panics
+    /// The second time, and when part of `keep` is not on the disk.
+    pub fn detach(&self, keep: &[ByteRange]) -> Result<Vec<bool>, DiskError> {
+        let index = |n: u64| usize::try_from(n).expect("64-bit");
+        let keep: Vec<_> = keep.iter().map(|range| (index(range.start), index(range.len))).collect();
+        let (memory, lost) = self.mapping.replace(&keep).map_err(|source| DiskError::Map {
+            path: self.path.clone(),
+            len: self.size,
+            source,
+        })?;
+        self.memory.set(memory).expect("a disk is detached once");
+        self.failed.store(false, Ordering::Relaxed);
+        Ok(lost)
+    }
+
+    /// Of a detached disk: gives the memory of whole pages around `range` back; they read as zeroes then. A few
+    /// microseconds, and no more for each MiB.
+    pub fn give_back(&self, range: ByteRange) {
+        let page = self.mapping.page_len() as u64;
+        let start = range.start / page * page;
+        let len = range.end().next_multiple_of(page) - start;
+        if let Some(memory) = self.memory.get() {
+            // Where that fails the memory stays: nothing is wrong but its amount.
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let _ = rustix::fs::fallocate(memory, flags, start, len);
+        }
+    }
+
+    /// Whether the medium failed; it stays so until the daemon opens it anew, or detaches it.
     #[must_use]
     pub fn is_failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed) || self.mapping.is_poisoned()
@@ -224,6 +291,10 @@ impl DiskImage {
     }
 
     fn flush_file(&self) -> Result<(), DiskError> {
+        if self.is_detached() {
+            // There is nothing here to be made durable; who wants it durable asks the peer.
+            return self.failure();
+        }
         if self.backing != Backing::Memory {
             rustix::fs::fdatasync(&self.file).map_err(|e| self.call_error("fdatasync", e))?;
         }
@@ -271,7 +342,7 @@ impl DiskImage {
 
     fn fallocate_or_fill(&self, part: &Span, flags: FallocateFlags) -> Result<(), DiskError> {
         // The mapping begins where the file does.
-        match rustix::fs::fallocate(&self.file, flags, part.offset() as u64, part.len() as u64) {
+        match rustix::fs::fallocate(self.file(), flags, part.offset() as u64, part.len() as u64) {
             Ok(()) => Ok(()),
             // Not every file system and device can (EOPNOTSUPP; EINVAL from devices for odd alignments).
             Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
@@ -297,7 +368,8 @@ impl DiskImage {
     #[must_use]
     pub fn is_sparse(&self) -> bool {
         const STAT_BLOCK_LEN: u64 = 512;
-        self.backing != Backing::BlockDevice
+        !self.is_detached()
+            && self.backing != Backing::BlockDevice
             && rustix::fs::fstat(&self.file)
                 .is_ok_and(|stat| u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_LEN < self.size)
     }
@@ -318,7 +390,7 @@ impl DiskImage {
     pub fn extent_at(&self, from: u64, end: u64) -> Extent {
         let end = end.min(self.size);
         let allocated = |to: u64| Extent { range: ByteRange::new(from, to.min(end) - from), hole: false };
-        if self.backing == Backing::BlockDevice {
+        if self.backing == Backing::BlockDevice || self.is_detached() {
             return allocated(end);
         }
         match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {

@@ -47,6 +47,8 @@ pub struct Inflight {
     pinned: Vec<(ByteRange, Token)>,
     locked_max: usize,
     waiting_max: usize,
+    /// Nothing is granted.
+    held: bool,
 }
 
 impl Inflight {
@@ -59,12 +61,41 @@ impl Inflight {
             pinned: Vec::new(),
             locked_max,
             waiting_max,
+            held: false,
         }
+    }
+
+    /// Grants nothing from now on: every request waits, until [`Inflight::resume`].
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Grants again. Appends the waiters that may now go on.
+    pub fn resume(&mut self, granted: &mut Vec<Token>) {
+        self.held = false;
+        self.grant_waiters(granted);
+    }
+
+    /// The ranges that changes hold.
+    pub fn locked(&self) -> impl Iterator<Item = (ByteRange, Token)> {
+        self.locked.iter().copied()
+    }
+
+    /// The ranges that replies are made of, and whose.
+    pub fn pinned(&self) -> impl Iterator<Item = (ByteRange, Token)> {
+        self.pinned.iter().copied()
+    }
+
+    /// Whether a change holds part of `range`, or a reply is made of it.
+    #[must_use]
+    pub fn is_in_use(&self, range: ByteRange) -> bool {
+        self.conflicts(range, Access::Change)
     }
 
     /// Asks for `range` on behalf of `token`.
     pub fn request(&mut self, token: Token, range: ByteRange, access: Access) -> Admission {
-        let blocked = self.conflicts(range, access)
+        let blocked = self.held
+            || self.conflicts(range, access)
             || self.waiting.iter().any(|w| w.access == Access::Change && w.range.overlaps(range));
         let no_lock_left = access == Access::Change && self.locked.len() == self.locked_max;
         if !blocked && !no_lock_left {
@@ -168,6 +199,9 @@ impl Inflight {
     }
 
     fn grant_waiters(&mut self, granted: &mut Vec<Token>) {
+        if self.held {
+            return;
+        }
         let mut at = 0;
         while at < self.waiting.len() {
             let waiter = self.waiting[at];

@@ -14,6 +14,7 @@ use crate::limits::DISK_WORKERS;
 use crate::units::{ByteRange, Token};
 use crate::waker::Waker;
 use crossbeam_channel::{Receiver, Sender};
+use std::cell::Cell;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -100,6 +101,8 @@ pub struct JobDone {
 pub struct DiskWorkers {
     jobs: Option<[Sender<Job>; 2]>,
     threads: Vec<JoinHandle<()>>,
+    /// Submitted and not yet reported ended.
+    open: Cell<usize>,
 }
 
 /// What a worker thread works with.
@@ -140,7 +143,7 @@ impl DiskWorkers {
             };
             threads.push(std::thread::Builder::new().name(name).spawn(move || bench.work())?);
         }
-        Ok(Self { jobs: Some([jobs, stores]), threads })
+        Ok(Self { jobs: Some([jobs, stores]), threads, open: Cell::new(0) })
     }
 
     /// No threads: whoever holds the receiver makes the calls, when and in what order it likes, and hands the results to
@@ -150,7 +153,18 @@ impl DiskWorkers {
     #[must_use]
     pub fn by_hand() -> (Self, Receiver<Job>) {
         let (jobs, queue) = crossbeam_channel::unbounded();
-        (Self { jobs: Some([jobs.clone(), jobs]), threads: Vec::new() }, queue)
+        (Self { jobs: Some([jobs.clone(), jobs]), threads: Vec::new(), open: Cell::new(0) }, queue)
+    }
+
+    /// The result of a job was taken.
+    pub fn ended(&self) {
+        self.open.set(self.open.get().saturating_sub(1));
+    }
+
+    /// Whether a job is under way, or its result not taken yet.
+    #[must_use]
+    pub fn are_busy(&self) -> bool {
+        self.open.get() > 0
     }
 
     /// Queues a job. Does not block.
@@ -158,6 +172,7 @@ impl DiskWorkers {
     /// # Panics
     /// When the workers are gone, which they are only after drop.
     pub fn submit(&self, job: Job) {
+        self.open.set(self.open.get() + 1);
         let [of_disk, of_record] = self.jobs.as_ref().expect("until drop");
         let queue = if job.kind.is_of_record() { of_record } else { of_disk };
         queue.send(job).expect("the workers live as long as this");

@@ -9,6 +9,8 @@
 //!   is on durable record (promise 5). With `freeze`, nothing completes while the peer is not in sync, but where an
 //!   operator had us go alone: then its return does not stop us again.
 //! - A flush completes only when all that landed before it is durable here and, while a session is up, there.
+//! - From the failure of the local disk to the peer's record of it nothing completes: a failover in between must find
+//!   that record, or would take this disk for as good as the peer's (promise 5, the other way round).
 //! - A session numbers its changes from 1. What a lost session left unreleased is posted again in the next one, under
 //!   new numbers: its range is still locked, so its bytes are the same.
 
@@ -47,6 +49,20 @@ pub enum Event {
     GoAlone,
     /// The background copy is done and on record: the peer is UpToDate.
     PeerInSync,
+    /// The local disk failed while the peer is in sync: nothing completes until [`Event::LocalGone`].
+    LocalFailing,
+    /// The local disk was given up, which is on durable record at the peer: what is durable there is durable.
+    LocalGone,
+}
+
+/// What the local disk is to the pipeline.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Local {
+    Sound,
+    /// Nothing completes.
+    Failing,
+    /// It is not asked any more.
+    Gone,
 }
 
 /// A change of the disk.
@@ -133,6 +149,7 @@ pub struct Pipeline {
     local_durable: u64,
     local_flush: Option<u64>,
     local_flush_wanted: u64,
+    local: Local,
 }
 
 impl Pipeline {
@@ -157,6 +174,7 @@ impl Pipeline {
             local_durable: 0,
             local_flush: None,
             local_flush_wanted: 0,
+            local: Local::Sound,
         }
     }
 
@@ -177,6 +195,13 @@ impl Pipeline {
             Event::PeerInSync => {
                 self.peer_in_sync = true;
                 self.was_alone = false;
+                self.complete_async(actions);
+                self.settle(actions);
+            }
+            Event::LocalFailing => self.local = Local::Failing,
+            Event::LocalGone => {
+                self.local = Local::Gone;
+                self.local_flush = None;
                 self.complete_async(actions);
                 self.settle(actions);
             }
@@ -204,6 +229,18 @@ impl Pipeline {
     #[must_use]
     pub fn is_frozen(&self) -> bool {
         self.peer == Peer::Absent || self.is_held()
+    }
+
+    /// Whether the peer holds what this node holds, but for what is in flight.
+    #[must_use]
+    pub fn peer_in_sync(&self) -> bool {
+        self.peer == Peer::Live && self.peer_in_sync
+    }
+
+    /// Whether every change that was posted is applied at the peer.
+    #[must_use]
+    pub fn all_released(&self) -> bool {
+        self.window.is_empty()
     }
 
     /// Whether something waits for the peer's word.
@@ -323,7 +360,10 @@ impl Pipeline {
     /// before us wrote.
     fn want_local_flush(&mut self, landing: u64, actions: &mut Vec<Action>) {
         self.local_flush_wanted = self.local_flush_wanted.max(landing);
-        if self.local_flush.is_none() && (self.local_durable < landing || self.local_durable == 0) {
+        if self.local == Local::Sound
+            && self.local_flush.is_none()
+            && (self.local_durable < landing || self.local_durable == 0)
+        {
             self.local_flush = Some(self.landings);
             actions.push(Action::FlushLocal);
         }
@@ -339,7 +379,7 @@ impl Pipeline {
     fn flushed_local(&mut self, actions: &mut Vec<Action>) {
         let upto = self.local_flush.take().expect("a flush was under way");
         self.local_durable = self.local_durable.max(upto);
-        if self.local_flush_wanted > self.local_durable {
+        if self.local == Local::Sound && self.local_flush_wanted > self.local_durable {
             self.local_flush = Some(self.landings);
             actions.push(Action::FlushLocal);
         }
@@ -471,6 +511,7 @@ impl Pipeline {
         let background = entry.change.flags & flags::RESYNC != 0;
         self.ack == AckLevel::Async
             && self.peer == Peer::Live
+            && self.local != Local::Failing
             && (background || !self.is_held())
             && !self.wants_durability(entry.change)
     }
@@ -488,7 +529,7 @@ impl Pipeline {
 
     /// Completes whatever may complete by now, and forgets it.
     fn settle(&mut self, actions: &mut Vec<Action>) {
-        if self.peer == Peer::Absent {
+        if self.peer == Peer::Absent || self.local == Local::Failing {
             return;
         }
         let held = self.is_held();
@@ -508,17 +549,18 @@ impl Pipeline {
     /// Of a released change.
     fn may_complete(&self, entry: &Entry) -> bool {
         !self.wants_durability(entry.change)
-            || (self.local_durable >= entry.landing
+            || ((self.local == Local::Gone || self.local_durable >= entry.landing)
                 && (self.peer != Peer::Live || self.peer_durable >= entry.seq))
     }
 
     fn settle_flushes(&mut self, held: bool, actions: &mut Vec<Action>) {
         let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer == Peer::Live);
         let running_clean = self.local_flush.is_none();
+        let gone = self.local == Local::Gone;
         self.flushes.retain(|flush| {
             // Before the first landing `local` cannot tell a flush from none: the one under way must end, or a later
             // one have covered a landing.
-            let here = local >= flush.landing && (local > 0 || running_clean);
+            let here = gone || (local >= flush.landing && (local > 0 || running_clean));
             let done = here && (!held || flush.background) && (!live || peer >= flush.seq);
             if done {
                 actions.push(Action::Complete(flush.token));

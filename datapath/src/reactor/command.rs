@@ -120,6 +120,12 @@ pub enum Command {
         /// Called on the reactor's thread when it is on stable storage, or with why it is not.
         done: Box<dyn FnOnce(Result<(), String>) + Send>,
     },
+    /// The peer has on record that this node's disk is behind: go on without it, over the peer's. In answer to
+    /// [`Event::DiskFailing`].
+    Detach {
+        /// Index of the volume.
+        volume: usize,
+    },
     /// Compare the peer's disk with this one; [`Event::Verified`] follows.
     Verify {
         /// Index of the volume.
@@ -220,6 +226,15 @@ pub enum Event {
         /// Its argument.
         arg: u64,
     },
+    /// The disk of a volume that is served failed, while the peer is in sync. Requests are held until
+    /// [`Command::Detach`]; [`Event::DiskFailed`] follows if that does not come in time, or the session ends, also after
+    /// it.
+    DiskFailing {
+        /// Index of the volume.
+        volume: usize,
+        /// How.
+        error: String,
+    },
     /// The local disk failed; every request on it fails from now on.
     DiskFailed {
         /// Index of the volume.
@@ -257,6 +272,8 @@ pub struct VolumeCounters {
     pub frozen: AtomicBool,
     /// Changes completed towards clients.
     pub changes_done: AtomicU64,
+    /// Reads answered by the peer's disk.
+    pub reads_fetched: AtomicU64,
     /// Changes applied for the peer.
     pub changes_applied: AtomicU64,
     /// Links closed because the peer broke the protocol.

@@ -550,6 +550,7 @@ impl Reactor {
             Command::Verify { volume, repair } => self.volumes[volume].verify(repair),
             Command::StopVerify { volume } => self.volumes[volume].stop_verify(),
             Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
+            Command::Detach { volume } => self.volumes[volume].detach(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
             Command::Quiesce { volume } => {
                 self.end_clients(volume, now, Connection::in_payload);

@@ -98,9 +98,12 @@ impl Queue {
         match op {
             Op::Read => {
                 span(volume).read_into(&mut operation.buffer);
+                let failed = volume.disk().is_failed();
+                if failed && volume.read_lost(token) {
+                    return;
+                }
                 volume.read_done(token);
-                let result = if volume.disk().is_failed() { Err(IoError::DiskFailed) } else { Ok(()) };
-                self.done(slot, result);
+                self.done(slot, if failed { Err(IoError::DiskFailed) } else { Ok(()) });
             }
             Op::Change(Kind::Write) => {
                 span(volume).write_from(&operation.buffer);

@@ -137,7 +137,7 @@ impl Source {
 /// A header-only frame of `kind` that can be told apart by `seq`.
 #[must_use]
 pub fn plain(kind: Kind, seq: u64) -> Header {
-    let len = u64::from(kind.is_change());
+    let len = u64::from(kind.is_change() || kind == Kind::Read);
     Header { seq: Seq(seq), range: ByteRange::new(0, len), ..Header::new(kind, Epoch(1)) }
 }
 
@@ -223,13 +223,13 @@ impl End {
             LinkEvent::Sent(Token(token)) => self.sent.push(token),
             LinkEvent::Failed(Token(token)) => self.failed.push(token),
             LinkEvent::Arrived(slot) => {
-                assert!(slot.header.kind.is_change(), "{:?} took a slot", slot.header.kind);
+                assert!(slot.header.kind.is_posted(), "{:?} took a slot", slot.header.kind);
                 expected.check(&slot);
                 self.heard.push((slot.header.kind, slot.header.seq.0));
                 self.held.push_back(slot);
             }
             LinkEvent::Message(header) => {
-                assert!(!header.kind.is_change(), "{:?} came without a slot", header.kind);
+                assert!(!header.kind.is_posted(), "{:?} came without a slot", header.kind);
                 if header.kind != Kind::KeepAlive {
                     self.heard.push((header.kind, header.seq.0));
                 }
@@ -285,16 +285,18 @@ fn play(make: Make<'_>, ring_len: usize, traffic: &Traffic) {
         let who = if traffic.both_ways { dice.below(2) } else { 0 };
         let end = &mut ends[who];
         let header = match dice.below(8) {
-            0 => plain([Kind::Flush, Kind::Control][dice.below(2)], seq),
+            0 => plain([Kind::Flush, Kind::Control, Kind::Read][dice.below(3)], seq),
             1 => plain([Kind::Trim, Kind::WriteZeroes][dice.below(2)], seq),
             _ => {
                 let len = 1 + dice.below(traffic.payload_max);
-                source.write(seq, dice.below(traffic.payload_max), len).0
+                let (header, _) = source.write(seq, dice.below(traffic.payload_max), len);
+                // Bytes that were asked for travel as those that are to be written do.
+                Header { kind: [Kind::Write, Kind::ReadReply][dice.below(2)], ..header }
             }
         };
         let start = usize::try_from(header.range.start).expect("64-bit");
         let span = (header.payload_len() > 0).then(|| source.span.sub(start, header.payload_len()));
-        let taken = match header.kind.is_change() {
+        let taken = match header.kind.is_posted() {
             true => end.post(header, span),
             false => end.link().send(header).is_ok(),
         };

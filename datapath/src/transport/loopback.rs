@@ -245,7 +245,7 @@ impl Link for LoopbackLink {
     }
 
     fn send(&mut self, message: Header) -> Result<(), NoCredit> {
-        assert!(!message.kind.is_change(), "changes are posted, not sent");
+        assert!(!message.kind.is_posted(), "changes are posted, not sent");
         if self.state.is_open() { self.outbox.send(message) } else { Err(NoCredit) }
     }
 

@@ -103,7 +103,7 @@ pub enum LinkEvent {
     Sent(Token),
     /// The source posted under this token may never have left; the link is going down.
     Failed(Token),
-    /// A change ([`crate::wire::Kind::is_change`]) arrived and stands in our ring. Its payload's checksum was not
+    /// A change or a reply to a read ([`crate::wire::Kind::is_posted`]) arrived and stands in our ring. Its payload's checksum was not
     /// looked at yet.
     Arrived(Slot),
     /// A frame that changes nothing arrived: an ack, a flush request, a sign of life. It takes no ring space any more.
@@ -121,12 +121,12 @@ pub trait Link: Send {
     /// When such a frame would never fit ([`ring_takes`]): the hello has to refuse such a ring.
     fn claim(&mut self, payload_len: usize) -> Option<Permit>;
 
-    /// Places a frame in the peer's ring. `span` is the payload ([`crate::wire::Kind::Write`]) and must not change until
+    /// Places a frame in the peer's ring. `span` is the payload ([`crate::wire::Kind::has_payload`]) and must not change until
     /// the peer has *acknowledged* it: a transport may read it again. The transport fills in `ring_returned`. Frames may
     /// wait until [`Link::kick`].
     ///
     /// # Panics
-    /// When the permit is not for this payload's length, when the header is not a change's, or after
+    /// When the permit is not for this payload's length, when the header is not of a kind that is posted, or after
     /// [`LinkEvent::Down`].
     fn post(&mut self, permit: Permit, header: Header, span: Option<Span>, token: Token);
 
@@ -206,7 +206,7 @@ pub struct Interest {
 
 /// Checks what is posted, for every transport alike.
 fn check_post(permit: &Permit, header: &Header, span: Option<&Span>) {
-    assert!(header.kind.is_change(), "only changes are posted");
+    assert!(header.kind.is_posted(), "only changes and replies to reads are posted");
     assert_eq!(permit.frame_len, header.frame_len(), "the permit is for another length");
     assert_eq!(
         span.map_or(0, Span::len),

@@ -238,7 +238,7 @@ impl TcpLink {
         self.current = None;
         let payload = self.at(self.parsed + HEADER_LEN as u64, header.payload_len());
         self.parsed += frame_len as u64;
-        if header.kind.is_change() {
+        if header.kind.is_posted() {
             let (ring_end, stream_end) = (self.own.arrive(frame_len), self.parsed);
             return Ok(Some(LinkEvent::Arrived(Slot { header, payload, ring_end, stream_end })));
         }
@@ -255,7 +255,7 @@ impl TcpLink {
         let header = Header::decode(&bytes)?;
         self.peer.returned(header.ring_returned)?;
         no_receives(header.receives)?;
-        if header.kind.is_change() {
+        if header.kind.is_posted() {
             self.own.admit(header.frame_len())?;
         }
         self.outbox.saw(header.epoch);
@@ -301,7 +301,7 @@ impl Link for TcpLink {
     }
 
     fn send(&mut self, message: Header) -> Result<(), NoCredit> {
-        assert!(!message.kind.is_change(), "changes are posted, not sent");
+        assert!(!message.kind.is_posted(), "changes are posted, not sent");
         if self.state.is_open() { self.outbox.send(message) } else { Err(NoCredit) }
     }
 

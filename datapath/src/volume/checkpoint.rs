@@ -57,7 +57,8 @@ impl Volume {
 
     /// Does what is due for the record: cheap when nothing is.
     pub(super) fn tend_record(&mut self, now: Instant) {
-        if self.record.checkpoint_is_due(now) {
+        // A failed disk flushes nothing any more.
+        if !self.disk.is_failed() && self.record.checkpoint_is_due(now) {
             self.begin_checkpoint();
         }
         let idle = Duration::from_millis(IDLE_RETIRE_MS);
@@ -77,7 +78,7 @@ impl Volume {
     }
 
     /// A change that was parked may be made.
-    fn unpark(&mut self, token: Token, touched: Touched) {
+    pub(super) fn unpark(&mut self, token: Token, touched: Touched) {
         let request = self.request_mut(token);
         request.touched = Some(touched);
         let (origin, op) = (request.origin, request.op);
@@ -132,8 +133,10 @@ impl Volume {
         if let Some(touched) = request.touched {
             self.record.mark(request.range);
             self.record.written(token, request.range, touched);
-            // A session goes on only between disks that are equal.
-            self.close_link(DownReason::Local("a change was given up half-way"));
+            // A session goes on only between disks that are equal; without a disk there is but one.
+            if !self.diskless.is_active() {
+                self.close_link(DownReason::Local("a change was given up half-way"));
+            }
         }
         self.unlock_and_fail(token, error);
     }

@@ -25,6 +25,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 mod checkpoint;
+mod diskless;
 mod links;
 mod requests;
 mod resync;
@@ -138,6 +139,10 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
+    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
+    received: u64,
+    /// Its bytes were lost with the disk.
+    lost: bool,
     /// A comparison, and the peer says that its bytes are others.
     differs: bool,
     /// When a client's change landed.
@@ -151,6 +156,16 @@ enum Outgoing {
     Control {
         code: u64,
         arg: u64,
+    },
+    /// A question to the peer's disk.
+    Read {
+        id: u64,
+        range: ByteRange,
+    },
+    /// What is left of the answer to one of the peer's.
+    Reply {
+        id: u64,
+        range: ByteRange,
     },
     /// The target's marks are on our record.
     MarksKept,
@@ -170,6 +185,7 @@ pub struct Volume {
     name: String,
     disk: Arc<DiskImage>,
     disk_failure_told: bool,
+    diskless: diskless::Diskless,
     workers: DiskWorkers,
     serving: bool,
     quiesce: Quiesce,
@@ -256,6 +272,7 @@ impl Volume {
             name: spec.name,
             disk: spec.disk,
             disk_failure_told: false,
+            diskless: diskless::Diskless::default(),
             workers,
             serving: false,
             quiesce: Quiesce::No,
@@ -352,6 +369,7 @@ impl Volume {
         self.serving = false;
         self.quiesce = Quiesce::No;
         self.end_verify("this node stopped serving the volume");
+        self.end_diskless();
         self.fail_all(IoError::NotPrimary);
         self.copy_paused = false;
     }
@@ -376,6 +394,7 @@ impl Volume {
 
     /// Takes the result of a disk job.
     pub fn job_done(&mut self, done: JobDone) {
+        self.workers.ended();
         let failed = done.result.is_err();
         if let Err(error) = done.result {
             self.disk_failed(&error.to_string());
@@ -405,7 +424,8 @@ impl Volume {
     /// Whether anything is under way that the link will answer soon: worth spinning for.
     #[must_use]
     pub fn expects_link(&self) -> bool {
-        self.link.is_some() && (self.access.is_some() || self.pipeline.in_flight() > 0)
+        self.link.is_some()
+            && (self.access.is_some() || self.pipeline.in_flight() > 0 || self.diskless.is_fetching())
     }
 
     /// Whether the link is to be looked at each turn, as that costs nothing.
@@ -440,6 +460,7 @@ impl Volume {
         self.now = now;
         self.stalled = Duration::ZERO;
         self.pace_due = None;
+        self.pump_detach(now);
         self.serve_granted();
         if let Some(token) = self.inflight.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
@@ -459,6 +480,10 @@ impl Volume {
             );
         }
         self.pump_link(now);
+        if self.disk.is_failed() {
+            // What was to be posted met the failure.
+            self.disk_failed("a page could not be read");
+        }
         self.publish();
     }
 
@@ -518,11 +543,13 @@ impl Volume {
         if let Some(touched) = touched {
             self.record.written(change.token, change.range, touched);
         }
+        if change.kind == Kind::Write {
+            self.passed_through(change.range);
+        }
         if let Origin::Verify { serial } = origin {
-            let counts = self.verify_step_counts(serial);
             self.step_compared(serial, change.range, equal);
-            // A step that a session's end cut off is never completed.
-            if !completed && !counts {
+            // A step that a session's end cut off is never completed. One whose verification alone has ended is.
+            if !completed && !self.source {
                 self.drop_request(change.token);
                 return;
             }
@@ -544,6 +571,7 @@ impl Volume {
         let request = self.request_mut(token);
         request.completed = true;
         let (origin, locked, op) = (request.origin, request.locked, request.op);
+        let result = if request.lost { Err(IoError::DiskFailed) } else { Ok(()) };
         if !locked {
             self.drop_request(token);
         }
@@ -559,14 +587,22 @@ impl Volume {
             Origin::ResyncFlush { serial } => self.copy_flushed(serial),
             Origin::Quiesce => self.quiesce = Quiesce::Settling,
             Origin::Nbd { .. } | Origin::Queue { .. } => {
-                self.notices.push(Notice::Done { origin, result: Ok(()) });
+                self.notices.push(Notice::Done { origin, result });
             }
         }
     }
 
-    /// The medium failed: say so once, fail what is under way, end the session.
+    /// The medium failed: go on without it where that is possible.
     fn disk_failed(&mut self, error: &str) {
         self.disk.fail();
+        if !self.outlives_disk(error) {
+            self.disk_lost(error);
+        }
+    }
+
+    /// Nothing is left to serve from: say so once, fail what is under way, end the session.
+    fn disk_lost(&mut self, error: &str) {
+        self.end_diskless();
         if std::mem::replace(&mut self.disk_failure_told, true) {
             return;
         }
@@ -604,6 +640,7 @@ impl Volume {
             }
         }
         self.inflight.cancel_all(&mut tokens);
+        self.cancel_fetches(&mut tokens);
         for token in tokens {
             self.fail(token, error);
         }
@@ -658,6 +695,8 @@ impl Request {
             touched: None,
             landed: true,
             completed: false,
+            received: 0,
+            lost: false,
             differs: false,
             landed_at: None,
         }

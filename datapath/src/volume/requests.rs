@@ -58,8 +58,11 @@ impl Volume {
         if !self.serving || self.quiesce != Quiesce::No {
             return Begin::Failed(IoError::NotPrimary);
         }
-        if self.disk.is_failed() {
+        if self.disk.is_failed() && !self.outlives_failure() {
             return Begin::Failed(IoError::DiskFailed);
+        }
+        if new.op == Op::Read && self.fetches_are_full() {
+            return Begin::Full;
         }
         self.client_came = true;
         if new.op == Op::Flush {
@@ -79,10 +82,17 @@ impl Volume {
             touched: None,
             landed: false,
             completed: false,
+            received: 0,
+            lost: false,
             differs: false,
             landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
+            Admission::Granted if new.op == Op::Read && self.reads_from_peer() => {
+                self.inflight.pin(token, new.range);
+                self.fetch(token);
+                Begin::Waits(token)
+            }
             Admission::Granted if self.start(token) => Begin::Go(token),
             Admission::Granted => Begin::Waits(token),
             Admission::Waits => Begin::Waits(token),
@@ -98,7 +108,8 @@ impl Volume {
         if self.inflight.has_pin(token) {
             self.inflight.unpin(token, &mut self.granted);
         }
-        self.drop_request(token);
+        let request = self.drop_request(token);
+        self.passed_through(request.range);
     }
 
     /// A read was granted, but its client takes no replies now: let the changes that want the range go first. Another
@@ -106,6 +117,12 @@ impl Volume {
     pub fn put_back(&mut self, token: Token) {
         let range = self.request_mut(token).range;
         self.inflight.put_back(token, range, &mut self.granted);
+        self.passed_through(range);
+    }
+
+    /// So many bytes of a write's payload are in place, and more are to come.
+    pub fn received(&mut self, token: Token, bytes: usize) {
+        self.request_mut(token).received = bytes as u64;
     }
 
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
@@ -124,7 +141,7 @@ impl Volume {
         self.receiving -= 1;
         if !self.serving {
             self.give_up_change(token, IoError::NotPrimary);
-        } else if self.disk.is_failed() {
+        } else if self.request_mut(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
             self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
@@ -140,6 +157,11 @@ impl Volume {
 
     /// The client of a request that waits is gone.
     pub fn cancel_waiting(&mut self, token: Token) {
+        if self.is_fetching(token) {
+            // The peer answers all the same, and nobody may change the range before.
+            self.request_mut(token).origin = Origin::Nobody;
+            return;
+        }
         if self.record.give_up(token) {
             let start = self.request_mut(token).range.start;
             self.inflight.release(token, start, &mut self.granted);
@@ -209,6 +231,7 @@ impl Volume {
         self.receiving += 1;
         match op {
             Op::Change(Kind::Write) => {}
+            Op::Change(_) if self.disk.is_detached() => self.landed(token),
             Op::Change(Kind::WriteZeroes) if range.len <= ZERO_IN_PLACE_LEN_MAX => {
                 self.disk.span(range).fill_zero();
                 self.landed(token);
@@ -222,10 +245,11 @@ impl Volume {
     }
 
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
-        if failed {
+        if failed && !self.outlives_failure() {
             self.receiving -= 1;
             self.give_up_change(token, IoError::DiskFailed);
         } else {
+            // The peer can do it all the same: nothing of it comes from this disk.
             self.landed(token);
         }
     }
@@ -243,6 +267,10 @@ impl Volume {
                 if !holds {
                     self.inflight.release(token, request.range.start, &mut self.granted);
                     self.drop_request(token);
+                    continue;
+                }
+                if request.op == Op::Read && self.reads_from_peer() {
+                    self.fetch(token);
                     continue;
                 }
                 if self.start(token)

@@ -1,9 +1,11 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
+use super::diskless::{Diskless, post_reply};
 use super::resync::Telling;
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, SETTLE_FLUSH_BASE, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::digest::Digest;
+use crate::disk::image::DiskImage;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS};
@@ -55,7 +57,10 @@ impl Volume {
             return;
         }
         self.epoch = epoch;
-        self.access = None;
+        if self.access.take().is_some() {
+            // What the peer asked of our disk, it asked as what it is no more.
+            self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
+        }
         self.telling = None;
         if self.source {
             self.source = false;
@@ -172,7 +177,7 @@ impl Volume {
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
         }
-        if !self.pipeline.awaits_peer() {
+        if !self.pipeline.awaits_peer() && !self.diskless.is_fetching() {
             self.last_answer = now;
         } else if now.duration_since(self.last_answer) >= Duration::from_secs(PEER_ANSWER_S_MAX) {
             link.close(DownReason::Unanswering);
@@ -240,13 +245,17 @@ impl Volume {
             }
             Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
             Kind::Switch => Err(super::switch::unexpected(header)),
-            Kind::Write | Kind::WriteZeroes | Kind::Trim | Kind::Verify => {
+            Kind::Read => self.read_asked(header),
+            Kind::ReadReply | Kind::Write | Kind::WriteZeroes | Kind::Trim | Kind::Verify => {
                 panic!("changes arrive in slots")
             }
         }
     }
 
     fn arrived(&mut self, slot: Slot) -> Result<(), Violation> {
+        if slot.header.kind == Kind::ReadReply {
+            return self.reply_arrived(slot);
+        }
         let Some(access) = &mut self.access else {
             return Err(Violation::Role { what: "a change", role: "primary" });
         };
@@ -261,6 +270,7 @@ impl Volume {
             let Some(slot) = self.arrived.pop_front() else { break };
             let header = slot.header;
             match header.kind {
+                _ if header.flags & flags::VOID != 0 => self.change_applied(slot),
                 Kind::Write => {
                     Access::check_payload(&header, slot.payload.crc32c())?;
                     slot.payload.copy_to(&self.disk.span(header.range));
@@ -349,6 +359,9 @@ impl Volume {
         if self.access_job.is_none() {
             self.report_link_end();
         }
+        if self.diskless.is_active() {
+            self.disk_lost("and the link to the peer, which could have stood in for it, is gone");
+        }
         // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
         // pipeline wishes once.
         if std::mem::take(&mut self.source) {
@@ -380,6 +393,7 @@ impl Volume {
 
     /// Sends what waits for credit, the ack that is due, and rings the link's doorbell.
     pub(super) fn pump_link(&mut self, now: Instant) {
+        let outlives = self.may_outlive_disk();
         if let Some(access) = &mut self.access
             && access.take_flush()
         {
@@ -398,12 +412,16 @@ impl Volume {
             return;
         };
         let mut sent = false;
-        while let Some(outgoing) = self.outbox.front() {
-            let posted = match *outgoing {
+        while let Some(outgoing) = self.outbox.front_mut() {
+            let posted = match outgoing {
                 Outgoing::Post(seq, change) => {
+                    let at = usize::try_from(change.token.0).expect("a token is an index");
+                    let request = self.requests[at].as_mut().expect("what is posted is a request");
+                    let diskless = outlives.then_some(&mut self.diskless);
                     let background = change.flags & flags::RESYNC != 0;
                     let began = background.then(Instant::now);
-                    let posted = post(link.as_mut(), &self.disk, self.epoch, seq, change);
+                    let posted =
+                        post(link.as_mut(), &self.disk, self.epoch, *seq, *change, request, diskless);
                     self.stalled += began.map_or(Duration::ZERO, |began| began.elapsed());
                     if posted && change.kind == Kind::Write {
                         self.counters.posted(change.range.len, background);
@@ -412,15 +430,23 @@ impl Volume {
                 }
                 Outgoing::Flush(seq) => {
                     let mut header = Header::new(Kind::Flush, self.epoch);
-                    header.seq = seq;
+                    header.seq = *seq;
                     link.send(header).is_ok()
                 }
                 Outgoing::MarksKept => link.send(Header::new(Kind::DirtyKept, self.epoch)).is_ok(),
                 Outgoing::Control { code, arg } => {
                     let mut header = Header::new(Kind::Control, self.epoch);
-                    header.aux = code;
-                    header.seq = Seq(arg);
+                    header.aux = *code;
+                    header.seq = Seq(*arg);
                     link.send(header).is_ok()
+                }
+                Outgoing::Read { id, range } => {
+                    let mut header = Header::new(Kind::Read, self.epoch);
+                    (header.aux, header.range) = (*id, *range);
+                    link.send(header).is_ok()
+                }
+                Outgoing::Reply { id, range } => {
+                    post_reply(link.as_mut(), &self.disk, self.epoch, *id, range)
                 }
             };
             if !posted {
@@ -474,20 +500,23 @@ impl Volume {
     }
 }
 
-/// Posts a change if the peer's ring has room for it.
+/// Posts a change if the peer's ring has room for it. Where the volume outlives its disk (`diskless`), one whose bytes
+/// turn out to be lost goes as void; else the link ends.
 fn post(
     link: &mut dyn Link,
-    disk: &crate::disk::image::DiskImage,
+    disk: &DiskImage,
     epoch: Epoch,
     seq: Seq,
     change: Change,
+    request: &mut Request,
+    diskless: Option<&mut Diskless>,
 ) -> bool {
     let mut header = Header::new(change.kind, epoch);
     header.seq = seq;
     header.range = change.range;
     header.flags = change.flags;
     let Some(permit) = link.claim(header.payload_len()) else { return false };
-    let span = (change.kind == Kind::Write).then(|| disk.span(change.range));
+    let mut span = (change.kind == Kind::Write).then(|| disk.span(change.range));
     if let Some(span) = &span {
         header.payload_crc = span.crc32c();
     }
@@ -496,10 +525,16 @@ fn post(
         (header.aux, header.payload_crc) = (digest.hash, digest.crc);
     }
     if disk.is_failed() {
-        // The sum is of zeroes that stand in for a lost page; they must not reach the good disk. The link takes the
-        // permit with it.
-        link.close(DownReason::Medium);
-        return false;
+        // The sum may be of zeroes that stand in for a lost page; they must not reach the good disk.
+        let sendable = diskless.is_some_and(|diskless| match &mut span {
+            Some(span) if span.is_lost() => diskless.void(span, &mut header, request),
+            _ => true,
+        });
+        if !sendable {
+            // The link takes the permit with it.
+            link.close(DownReason::Medium);
+            return false;
+        }
     }
     link.post(permit, header, span, Token(seq.0));
     true

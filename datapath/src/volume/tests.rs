@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 mod delta;
+mod diskless;
 mod faults;
 mod links;
 mod random;

@@ -49,6 +49,8 @@ impl Volume {
             "a verification is under way already"
         } else if !self.source || self.link.is_none() {
             "there is no session in which this node is the source"
+        } else if self.diskless.is_active() {
+            "this node's disk failed"
         } else if self.resync.is_some() {
             "the peer's disk is being copied to"
         } else if self.quiesce != Quiesce::No {

@@ -179,7 +179,11 @@ impl World {
                 self.end_payloads(at);
                 self.volume(at).quiesce();
             }
-            Command::SwitchLink { .. } | Command::Attach { .. } | Command::Shutdown => {
+            // Disks here are of memory, which nothing takes the place of.
+            Command::Detach { .. }
+            | Command::SwitchLink { .. }
+            | Command::Attach { .. }
+            | Command::Shutdown => {
                 panic!("the simulator gives no such command")
             }
         }

@@ -215,6 +215,7 @@ impl World {
             ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
             ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
             ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
+            ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => role::Event::Quiesced,
             ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } => {
@@ -457,6 +458,7 @@ impl World {
         let volume = 0;
         match action {
             Action::StoreMetadata(_) | Action::MarkAll => panic!("suspends"),
+            Action::TryStoreMetadata(_) | Action::Detach => panic!("disks of memory are not detached"),
             Action::Dial => {
                 let now = self.now();
                 self.driver(at).dials = true;

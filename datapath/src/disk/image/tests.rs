@@ -164,3 +164,32 @@ fn punching_and_registering_race_safely() {
         }
     });
 }
+
+#[test]
+fn a_detached_disk_is_memory_that_can_be_given_back_and_has_no_holes() {
+    let file = tempfile::NamedTempFile::new().expect("temp file");
+    file.as_file().set_len(1 << 20).expect("set_len");
+    let disk = DiskImage::open(file.path(), 1 << 20).expect("opens");
+    let span = disk.span(ByteRange::new(8192, 8192));
+    span.write_from(&[5; 8192]);
+    assert!(disk.is_detachable());
+    disk.fail();
+    assert_eq!(disk.detach(&[ByteRange::new(9000, 100)]).expect("memory"), [false]);
+    assert!(disk.is_detached() && !disk.is_failed() && !disk.is_detachable() && !disk.is_sparse());
+    let mut bytes = [0; 102];
+    disk.span(ByteRange::new(8999, 102)).read_into(&mut bytes);
+    assert_eq!((bytes[0], bytes[1], bytes[100], bytes[101]), (0, 5, 5, 0));
+    let extent = disk.extent_at(0, 1 << 20);
+    assert!(!extent.hole && extent.range.len == 1 << 20, "what is not here may be anything there");
+    span.write_from(&[6; 8192]);
+    disk.give_back(ByteRange::new(9000, 10));
+    assert!(
+        disk.span(ByteRange::new(8192, 4096)).is_zero() && !disk.span(ByteRange::new(12288, 4096)).is_zero()
+    );
+    disk.punch(ByteRange::new(12288, 4096)).expect("memory takes it");
+    disk.flush().expect("nothing to do");
+    let mut there = [0; 4];
+    rustix::io::pread(file.as_file(), &mut there, 8192).expect("read");
+    assert_eq!(there, [5; 4], "the file is left as it was");
+    assert!(!DiskImage::memory("m", 4096).expect("memory").is_detachable());
+}

@@ -111,6 +111,8 @@ pub struct Connection {
     stuck: Option<Stuck>,
     /// Replies behind it.
     out_after: Vec<u8>,
+    /// Part of a reply was lost with the disk after its beginning had promised success: the client must not get it.
+    torn: bool,
     waiting_reads: Vec<Read>,
     ready_reads: VecDeque<Read>,
     open: usize,
@@ -157,6 +159,7 @@ impl Connection {
             fragment_len: 0,
             out,
             out_sent: 0,
+            torn: false,
             stuck: None,
             out_after: Vec::new(),
             waiting_reads: Vec::new(),
@@ -374,6 +377,7 @@ impl Connection {
         let start = self.out.len();
         self.out.resize(start + rest.len(), 0);
         rest.read_into(&mut self.out[start..]);
+        self.torn |= rest.is_lost();
         self.out.append(&mut self.out_after);
         volume.unpin(token);
         self.open -= 1;
@@ -427,6 +431,9 @@ impl Connection {
 
     /// Sends queued output. Returns whether any bytes went.
     fn send_out(&mut self) -> Outcomes {
+        if self.torn {
+            return Err(disk_failed_in_mid_reply());
+        }
         let mut any = false;
         while self.writable && (self.out_sent < self.out.len() || self.stuck.is_some()) {
             let queued = &self.out[self.out_sent..];
@@ -443,6 +450,9 @@ impl Connection {
                     let of_queued = n.min(self.out.len() - self.out_sent);
                     self.out_sent += of_queued;
                     if let Some(stuck) = &mut self.stuck {
+                        if stuck.span.is_lost() {
+                            return Err(disk_failed_in_mid_reply());
+                        }
                         stuck.sent += n - of_queued;
                         if stuck.sent == stuck.span.len() {
                             // `finish_stuck` takes it off and tells the volume.
@@ -548,6 +558,10 @@ impl Connection {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(true),
             Err(e) if e.raw_os_error() == Some(Errno::FAULT.raw_os_error()) => {
                 volume.disk().fail();
+                if volume.outlives_failure() {
+                    // What the client sends waits in the socket until other memory is here.
+                    return Ok(false);
+                }
                 self.input = Input::Drain { left };
                 volume.landed(token);
                 return Ok(true);
@@ -555,13 +569,10 @@ impl Connection {
             Err(e) => return Err(ConnectionEnd::Io(e)),
         };
         self.last_input = now;
-        if n < take {
-            self.input = Input::Payload { token, cookie, range, span: span.clone(), received: received + n };
-            return Ok(true);
-        }
-        if take < left {
-            self.input =
-                Input::Payload { token, cookie, range, span: span.clone(), received: received + take };
+        if n < left {
+            let received = received + n.min(take);
+            volume.received(token, received);
+            self.input = Input::Payload { token, cookie, range, span: span.clone(), received };
             return Ok(true);
         }
         self.input = Input::Header;
@@ -599,12 +610,15 @@ impl Connection {
         self.fragment_len = 0;
         span.sub(*received, len).write_from(&self.fragment[..len]);
         *received += len;
+        let in_place = *received;
         if len == left {
             self.input = Input::Header;
             volume.landed(token);
-        } else if volume.disk().is_failed() {
+        } else if volume.disk().is_failed() && !volume.outlives_failure() {
             self.input = Input::Drain { left: left - len };
             volume.landed(token);
+        } else {
+            volume.received(token, in_place);
         }
         Ok(true)
     }
@@ -697,6 +711,10 @@ impl Connection {
         // A medium that fails must show before the header promises success.
         touch_pages(&span);
         if volume.disk().is_failed() {
+            if volume.read_lost(read.token) {
+                self.waiting_reads.push(read);
+                return Ok(());
+            }
             volume.read_done(read.token);
             self.open -= 1;
             self.reply_error(read.cookie, NbdErrno::Io, "the disk failed");
@@ -730,6 +748,11 @@ impl Connection {
         }
         self.put(status.encode(cookie).as_bytes());
     }
+}
+
+/// A reply that promised success cannot be taken back.
+fn disk_failed_in_mid_reply() -> ConnectionEnd {
+    ConnectionEnd::Io(io::Error::other("the disk failed in the middle of a reply"))
 }
 
 /// Loads a byte of every page, so that a page that cannot be had poisons the mapping now.

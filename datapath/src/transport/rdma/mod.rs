@@ -539,7 +539,7 @@ impl<E: Endpoint> RdmaLink<E> {
     /// Reads a header and takes in what it returns.
     fn header(&mut self, bytes: &[u8; HEADER_LEN], placed: bool) -> Result<Header, DownReason> {
         let header = Header::decode(bytes)?;
-        if header.kind.is_change() != placed {
+        if header.kind.is_posted() != placed {
             let how = if placed { "placed in the ring" } else { "as a message" };
             return Err(Violation::Carrier { kind: header.kind, how }.into());
         }
@@ -591,7 +591,7 @@ impl<E: Endpoint> Link for RdmaLink<E> {
     }
 
     fn send(&mut self, message: Header) -> Result<(), NoCredit> {
-        assert!(!message.kind.is_change(), "changes are posted, not sent");
+        assert!(!message.kind.is_posted(), "changes are posted, not sent");
         if self.state.is_open() { self.outbox.send(message) } else { Err(NoCredit) }
     }
 

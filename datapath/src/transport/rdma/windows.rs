@@ -9,7 +9,9 @@
 //! - Per write from a registered window: no copy, allocation, lock or system call. While a registration is under way
 //!   there is one look at a channel besides.
 //! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the stage.
-//! - A mapping that is poisoned sends nothing: neither what stands in it now nor the pages a device holds of it.
+//! - Of a mapping that is poisoned nothing is sent where it stands: the pages that a device holds of it may be others than
+//!   those that the CPU sees. What is not lost goes through the stage, what is lost does not go.
+//! - Nothing is registered of a mapping whose file was replaced by memory, and nothing sent by what was before.
 //!
 //! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
 //! them: the window is staged and tried again much later, and want of memory lowers the limit.
@@ -38,7 +40,7 @@ pub enum Source<'a, Region> {
     /// Neither now: ask again after [`Windows::done_up_to`] was told of more. The work requests under way must have
     /// been signalled up to the last for that to come.
     Wait,
-    /// The disk could not be read: its mapping is poisoned. Nothing of it may be sent.
+    /// The bytes were lost with the disk: zeroes stand in for them, which must not be sent.
     Medium,
 }
 
@@ -104,13 +106,17 @@ impl<R: Registrar> Windows<R> {
     ) -> Source<'_, R::Region> {
         let mut len = (span.len() - from).min(len_max);
         assert!(len > 0, "nothing to send");
-        if span.mapping().is_poisoned() {
+        if span.is_lost() {
             return Source::Medium;
         }
-        if self.disk.is_none() && !resync {
-            self.adopt(span.mapping());
+        let mapping = span.mapping();
+        let direct = !mapping.is_replaced() && !mapping.is_poisoned();
+        if mapping.is_replaced() {
+            self.forget(mapping);
+        } else if direct && self.disk.is_none() && !resync {
+            self.adopt(mapping);
         }
-        if let Some(disk) = self.disk.as_mut().filter(|disk| Arc::ptr_eq(&disk.mapping, span.mapping())) {
+        if direct && let Some(disk) = self.disk.as_mut().filter(|disk| Arc::ptr_eq(&disk.mapping, mapping)) {
             if disk.pending {
                 disk.settle(self.registry.poll());
             }
@@ -129,7 +135,7 @@ impl<R: Registrar> Windows<R> {
         }
         match self.stage.copy(&span.sub(from, len), id) {
             // The copy may have been what met the failing medium.
-            Some(_) if span.mapping().is_poisoned() => Source::Medium,
+            Some(_) if span.is_lost() => Source::Medium,
             Some(piece) => Source::Staged(piece),
             None => Source::Wait,
         }
@@ -139,6 +145,20 @@ impl<R: Registrar> Windows<R> {
         let limit = usize::try_from(self.limit_bytes).unwrap_or(usize::MAX);
         let cache = Cache::new(mapping.len(), limit);
         self.disk = Some(Disk { mapping: Arc::clone(mapping), cache, pending: false });
+    }
+
+    /// Ends what is registered of the mapping, whose pages are others now, as soon as none of it is in the making.
+    fn forget(&mut self, mapping: &Arc<Mapping>) {
+        let Some(disk) = self.disk.as_mut().filter(|disk| Arc::ptr_eq(&disk.mapping, mapping)) else {
+            return;
+        };
+        if disk.pending {
+            disk.settle(self.registry.poll());
+        }
+        if !disk.pending {
+            self.registry.end(disk.cache.take_all());
+            self.disk = None;
+        }
     }
 
     /// The work requests up to `id` are done: what they named may be used again.

@@ -79,7 +79,11 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!((found.ranges, found.differing, found.compared), (3, 3 * G + 4096, SIZE));
     let expected = [ByteRange::new(0, 2 * G), ByteRange::new(10 * G, G), ByteRange::new(24 * G, 4096)];
     assert_eq!(found.listed, expected);
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 3 * G + 4096, "marked, and left to the next session");
+    assert_eq!(
+        pair.a.volume.record.dirty.dirty_bytes(),
+        3 * G + 4096,
+        "marked, and left to the next session"
+    );
     assert_ne!(pair.a.content(), pair.b.content(), "nothing was changed");
     pair.until_quiet();
     assert!(!pair.a.volume.pipeline.peer_lags_durably(), "comparisons leave no lag behind");

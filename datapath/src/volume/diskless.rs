@@ -1,0 +1,390 @@
+//! A volume that outlives its disk: the peer's takes its place, and clients see no more than a pause.
+//!
+//! ```text
+//! Sound ─disk fails, peer in sync─▶ Failing ─peer has it on record─▶ Agreed ─nothing uses the old memory─▶ Gone
+//!                                      └──────────── peer lost, or too late: the volume fails as it would alone ◀─┘
+//! ```
+//! While failing, requests are held: nothing new is granted, nothing completes. What was posted is acknowledged by the
+//! peer, whose record of this disk being behind comes after it. Then memory takes the disk's place in the mapping, at the
+//! same addresses, so that front ends and links go on as ever: a write's payload passes through it to the peer, a
+//! read's comes from there and passes through it to the client. It is no cache: a range's bytes count only while its
+//! request is under way, and are given back in time.
+//!
+//! Invariants:
+//! - Nothing completes between the failure and the record, and nothing of what is lost is ever sent: a change whose bytes
+//!   are gone takes its place in the order as void, and its client gets the error.
+//! - A read's range is pinned from the question to the last byte of the reply to the client, so no change comes in between.
+//! - Memory is given back only where no change and no reply stands.
+//!
+//! Failures survived: a page, a range or all of the disk lost at any moment. Lost with it: writes whose bytes were on
+//! such a page and nowhere else. Not survived: the loss of the peer as well, which ends the service.
+
+use super::checkpoint::Quiesce;
+use super::{Origin, Outgoing, Request, Volume};
+use crate::access::Access;
+use crate::disk::image::DiskImage;
+use crate::disk::record::{Admit, Record, Touched};
+use crate::error::Violation;
+use crate::limits::{
+    DETACH_S_MAX, DISKLESS_MEMORY_LEN, DISKLESS_RANGES_MAX, FETCHES_MAX, PAYLOAD_LEN_MAX, READ_REPLY_LEN_MAX,
+    READS_OWED_MAX, RESYNC_CHUNK_LEN,
+};
+use crate::mirror::pipeline::Event as PipelineEvent;
+use crate::reactor::command::Event;
+use crate::transport::{DownReason, Link, Slot};
+use crate::units::{ByteRange, Epoch, Token};
+use crate::volume::Notice;
+use crate::wire::{Header, Kind, flags};
+use costandby_ffi::mapping::{Mapping, Span};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum State {
+    /// The disk works, or the volume has ended with it.
+    #[default]
+    Sound,
+    /// Held until the peer has it on record.
+    Failing,
+    /// It has; held until nothing uses the disk's memory any more.
+    Agreed,
+    /// Without a disk.
+    Gone,
+}
+
+/// A read under way at the peer.
+#[derive(Clone, Copy, Debug)]
+struct Fetch {
+    id: u64,
+    token: Token,
+    range: ByteRange,
+    got: u64,
+}
+
+/// How a volume stands to its own disk.
+#[derive(Debug, Default)]
+pub(super) struct Diskless {
+    state: State,
+    /// Since when requests are held.
+    since: Option<Instant>,
+    /// What goes in place of bytes that are lost.
+    zeroes: Option<Arc<Mapping>>,
+    fetches: VecDeque<Fetch>,
+    fetches_begun: u64,
+    /// Where requests have left memory behind, oldest first; ranges may overlap.
+    used: VecDeque<ByteRange>,
+    used_len: u64,
+}
+
+impl Diskless {
+    /// From the disk's failure on, unless the volume ended with it.
+    pub(super) fn is_active(&self) -> bool {
+        self.state != State::Sound
+    }
+
+    pub(super) fn is_fetching(&self) -> bool {
+        !self.fetches.is_empty()
+    }
+
+    /// Makes a frame whose payload is lost one that changes nothing. False when that cannot be, because its client was
+    /// told that it is done, or for want of memory.
+    pub(super) fn void(&mut self, span: &mut Span, header: &mut Header, request: &mut Request) -> bool {
+        if request.completed {
+            return false;
+        }
+        if self.zeroes.is_none() {
+            self.zeroes = Mapping::anonymous(PAYLOAD_LEN_MAX as usize).ok();
+        }
+        let Some(zeroes) = &self.zeroes else { return false };
+        *span = zeroes.span(0, span.len());
+        header.flags |= flags::VOID;
+        header.payload_crc = span.crc32c();
+        request.lost = true;
+        true
+    }
+}
+
+impl Volume {
+    /// Whether the volume can go on if its disk fails now, or does already.
+    pub(super) fn may_outlive_disk(&self) -> bool {
+        match self.diskless.state {
+            State::Failing | State::Agreed => true,
+            State::Gone => false,
+            State::Sound => {
+                let serves = self.serving && self.quiesce == Quiesce::No && !self.disk_failure_told;
+                let in_sync = self.source && self.resync.is_none() && self.pipeline.peer_in_sync();
+                let linked = self.link.is_some() && !self.link_distrusted;
+                serves && in_sync && linked && self.disk.is_detachable()
+            }
+        }
+    }
+
+    /// Of a disk that failed: whether the volume goes on. The first time everything is held and control hears of it.
+    pub(super) fn outlives_disk(&mut self, error: &str) -> bool {
+        if !self.may_outlive_disk() {
+            return false;
+        }
+        if self.diskless.state == State::Sound {
+            self.diskless.state = State::Failing;
+            self.end_verify("the local disk failed");
+            self.inflight.hold();
+            self.pipeline_event(PipelineEvent::LocalFailing);
+            tracing::warn!(volume = %self.name, error, "the disk failed; requests are held until the peer knows");
+            self.events.push(Event::DiskFailing { volume: self.index, error: error.to_owned() });
+        }
+        true
+    }
+
+    /// For front ends that met a failed disk: whether the volume goes on without it. Then what they were about is not to
+    /// fail.
+    pub fn outlives_failure(&mut self) -> bool {
+        self.outlives_disk("a page could not be read or written")
+    }
+
+    /// For front ends whose read met a failed disk: whether it is answered later. A [`Notice::Granted`] follows then.
+    pub fn read_lost(&mut self, token: Token) -> bool {
+        let waits = self.outlives_failure();
+        if waits {
+            self.put_back(token);
+        }
+        waits
+    }
+
+    /// The peer has it on record that this disk is behind.
+    pub fn detach(&mut self) {
+        if self.diskless.state == State::Failing {
+            self.diskless.state = State::Agreed;
+        }
+    }
+
+    /// Puts memory in the disk's place as soon as nothing uses it.
+    pub(super) fn pump_detach(&mut self, now: Instant) {
+        if !matches!(self.diskless.state, State::Failing | State::Agreed) {
+            return;
+        }
+        let since = *self.diskless.since.get_or_insert(now);
+        if now.duration_since(since) > Duration::from_secs(DETACH_S_MAX) {
+            return self.disk_lost("and the peer did not take it on record in time");
+        }
+        // Replies under way are made of the disk's memory: what is left of them is copied out.
+        for (_, token) in self.inflight.pinned() {
+            self.notices.push(Notice::Unpin { token });
+        }
+        let posts_left = self.outbox.iter().any(|outgoing| matches!(outgoing, Outgoing::Post(..)));
+        let in_use = self.workers.are_busy()
+            || !self.pipeline.all_released()
+            || posts_left
+            || self.inflight.pinned().next().is_some();
+        if self.diskless.state == State::Agreed && !in_use {
+            self.replace_disk();
+        }
+    }
+
+    /// The sole user of the mapping is this thread now: no worker has a job, no link a frame, no front end a reply.
+    fn replace_disk(&mut self) {
+        // Payloads that are still arriving; the others' clients have yet to be let go on.
+        let arriving: Vec<_> = self.inflight.locked().map(|(_, token)| token).collect();
+        let keep: Vec<_> = arriving
+            .iter()
+            .map(|token| {
+                let request = self.request_mut(*token);
+                ByteRange::new(request.range.start, request.received)
+            })
+            .collect();
+        let lost = match self.disk.detach(&keep) {
+            Ok(lost) => lost,
+            Err(error) => return self.disk_lost(&error.to_string()),
+        };
+        for (token, lost) in arriving.into_iter().zip(lost) {
+            let request = self.request_mut(token);
+            request.lost |= lost && request.received > 0;
+            let range = request.range;
+            self.left_behind(range);
+        }
+        let Some(unparked) = self.replace_record() else {
+            return self.disk_lost("more changes are under way than a log has room for");
+        };
+        tracing::warn!(volume = %self.name, "going on without a disk: the peer's takes its place");
+        self.diskless.state = State::Gone;
+        self.diskless.zeroes = None;
+        self.pipeline_event(PipelineEvent::LocalGone);
+        for (token, touched) in unparked {
+            self.unpark(token, touched);
+        }
+        self.inflight.resume(&mut self.granted);
+    }
+
+    /// What was on record about the disk went with it: a record that is stored nowhere, and holds up nothing, takes its
+    /// place. Returns the changes that waited for the old one, or `None` if they do not fit.
+    fn replace_record(&mut self) -> Option<Vec<(Token, Touched)>> {
+        let mut record = Record::in_memory(self.disk.size());
+        record.session_began();
+        let let_through: Vec<_> = self.inflight.locked().collect();
+        for (range, token) in let_through {
+            if self.request_mut(token).touched.is_some() {
+                let Admit::Go(touched) = record.touch(token, range) else { return None };
+                self.request_mut(token).touched = Some(touched);
+            }
+        }
+        let mut unparked = Vec::new();
+        for token in self.record.parked() {
+            if let Admit::Go(touched) = record.touch(token, self.request_mut(token).range) {
+                unparked.push((token, touched));
+            }
+        }
+        self.record = record;
+        self.riding = None;
+        for (_, done) in self.marked_all.drain(..) {
+            done(Err("the disk failed".to_owned()));
+        }
+        Some(unparked)
+    }
+
+    /// The service ends, or the peer's disk is out of reach too: there is nothing to go on with.
+    pub(super) fn end_diskless(&mut self) {
+        if self.diskless.is_active() {
+            self.disk.fail();
+            self.diskless.state = State::Sound;
+            self.inflight.resume(&mut self.granted);
+        }
+    }
+
+    /// Whether reads are the peer's to answer.
+    pub(super) fn reads_from_peer(&self) -> bool {
+        self.diskless.state == State::Gone
+    }
+
+    pub(super) fn fetches_are_full(&self) -> bool {
+        self.diskless.fetches.len() >= FETCHES_MAX
+    }
+
+    /// Asks the peer for a read's bytes, whose range is pinned.
+    pub(super) fn fetch(&mut self, token: Token) {
+        let range = self.request_mut(token).range;
+        self.diskless.fetches_begun += 1;
+        let id = self.diskless.fetches_begun;
+        self.diskless.fetches.push_back(Fetch { id, token, range, got: 0 });
+        self.outbox.push_back(Outgoing::Read { id, range });
+    }
+
+    pub(super) fn is_fetching(&self, token: Token) -> bool {
+        self.diskless.fetches.iter().any(|fetch| fetch.token == token)
+    }
+
+    /// Gives up every read under way at the peer.
+    pub(super) fn cancel_fetches(&mut self, cancelled: &mut Vec<Token>) {
+        let fetches = std::mem::take(&mut self.diskless.fetches);
+        for fetch in fetches {
+            self.inflight.unpin(fetch.token, &mut self.granted);
+            cancelled.push(fetch.token);
+        }
+    }
+
+    /// The peer's answer to the oldest question, or part of it.
+    pub(super) fn reply_arrived(&mut self, slot: Slot) -> Result<(), Violation> {
+        let Slot { header, ref payload, .. } = slot;
+        if !self.source || header.epoch != self.epoch {
+            return Err(Violation::Role { what: "an answer to a read", role: "standby" });
+        }
+        let out_of_turn = Violation::Reply { id: header.aux, range: header.range };
+        let Some(fetch) = self.diskless.fetches.front_mut() else { return Err(out_of_turn) };
+        let due = ByteRange::new(fetch.range.start + fetch.got, fetch.range.len - fetch.got);
+        let in_turn =
+            fetch.id == header.aux && header.range.start == due.start && header.range.len <= due.len;
+        if !in_turn {
+            return Err(out_of_turn);
+        }
+        Access::check_payload(&header, payload.crc32c())?;
+        payload.copy_to(&self.disk.span(header.range));
+        fetch.got += header.range.len;
+        let token = (fetch.got == fetch.range.len).then_some(fetch.token);
+        self.last_answer = self.last_heard;
+        self.release(slot);
+        if let Some(token) = token {
+            self.diskless.fetches.pop_front();
+            self.counters.reads_fetched.fetch_add(1, Ordering::Relaxed);
+            match self.request_mut(token).origin {
+                Origin::Nobody => self.read_done(token),
+                origin => self.notices.push(Notice::Granted { origin, token }),
+            }
+        }
+        Ok(())
+    }
+
+    /// The peer has no disk, and asks ours.
+    pub(super) fn read_asked(&mut self, header: &Header) -> Result<(), Violation> {
+        let Some(access) = &self.access else {
+            return Err(Violation::Role { what: "a read", role: "primary" });
+        };
+        access.read_asked(header)?;
+        // Little else ever waits here on the side that answers.
+        if self.outbox.len() >= READS_OWED_MAX {
+            return Err(Violation::TooManyReads);
+        }
+        self.outbox.push_back(Outgoing::Reply { id: header.aux, range: header.range });
+        Ok(())
+    }
+
+    /// A request is done with its range: where there is no disk, the memory it left there is to be given back.
+    pub(super) fn passed_through(&mut self, range: ByteRange) {
+        if self.reads_from_peer() && range.len > 0 {
+            self.left_behind(range);
+        }
+    }
+
+    fn left_behind(&mut self, range: ByteRange) {
+        let diskless = &mut self.diskless;
+        diskless.used_len += range.len;
+        match diskless.used.back_mut() {
+            // A client that goes through the disk leaves a few long ranges.
+            Some(last) if last.end() == range.start && last.len + range.len <= 4 * RESYNC_CHUNK_LEN => {
+                last.len += range.len;
+            }
+            _ => diskless.used.push_back(range),
+        }
+        for _ in 0..diskless.used.len() {
+            let too_much = self.diskless.used_len > DISKLESS_MEMORY_LEN;
+            if !too_much && self.diskless.used.len() <= DISKLESS_RANGES_MAX {
+                return;
+            }
+            let Some(oldest) = self.diskless.used.pop_front() else { return };
+            let page = self.disk.mapping().page_len() as u64;
+            let start = oldest.start / page * page;
+            let pages = ByteRange::new(start, oldest.end().next_multiple_of(page) - start);
+            if self.inflight.is_in_use(pages) {
+                self.diskless.used.push_back(oldest);
+            } else {
+                self.diskless.used_len -= oldest.len;
+                self.disk.give_back(oldest);
+            }
+        }
+    }
+}
+
+/// Posts an answer as far as the peer's ring has room for it, and takes that off `left`. Returns whether all of it is out.
+pub(super) fn post_reply(
+    link: &mut dyn Link,
+    disk: &DiskImage,
+    epoch: Epoch,
+    id: u64,
+    left: &mut ByteRange,
+) -> bool {
+    while left.len > 0 {
+        // Nothing is registered for it: a disk that is read from elsewhere is not read there twice.
+        let mut header = Header { flags: flags::RESYNC, ..Header::new(Kind::ReadReply, epoch) };
+        header.range = ByteRange::new(left.start, left.len.min(READ_REPLY_LEN_MAX));
+        header.aux = id;
+        let Some(permit) = link.claim(header.payload_len()) else { return false };
+        let span = disk.span(header.range);
+        header.payload_crc = span.crc32c();
+        if disk.is_failed() {
+            link.close(DownReason::Medium);
+            return false;
+        }
+        link.post(permit, header, Some(span), Token(u64::MAX));
+        *left = ByteRange::new(header.range.end(), left.len - header.range.len);
+    }
+    true
+}
