@@ -17,7 +17,7 @@ const SEEDS: u64 = 2_000;
 const SEEDS_MIN: u64 = 20;
 
 /// Wall-clock time for them; `COSTANDBY_SIM_SECONDS` sets another.
-const SECONDS: u64 = 30;
+const SECONDS: u64 = 100;
 
 /// Lines of a failed run's story that are shown.
 const LINES: usize = 60;

@@ -102,7 +102,8 @@ struct Duty {
     excused: bool,
     /// It lost power while it applied what a primary sent, and nothing has made it whole since.
     torn: bool,
-    /// Its daemon died while it applied what a primary sent: until something has made it whole, nobody may read from it.
+    /// Its daemon died while it applied what a primary sent, or an operator invalidated it: until something has made it
+    /// whole, nobody may read from it.
     behind: bool,
     /// An operator forced it to acknowledge alone.
     forced_alone: bool,
@@ -343,8 +344,13 @@ impl Checker {
     }
 
     /// An operator wants everything copied.
-    pub(super) fn invalidated(&mut self) {
+    pub(super) fn invalidation_asked(&mut self) {
         self.crashed = true;
+    }
+
+    /// An operator has given up what `node` holds: only its peer holds all of it from now on.
+    pub(super) fn invalidated(&mut self, node: usize) {
+        self.duties[node].behind = true;
     }
 
     /// A flush is asked for.

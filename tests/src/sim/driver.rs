@@ -89,6 +89,8 @@ pub(super) struct Driver {
     pub(super) scope: Option<Scope>,
     /// The command being carried out gives up this disk's data.
     pub(super) discards: bool,
+    /// `invalidate` was asked for and nothing has been marked for it yet.
+    pub(super) invalidates: bool,
 }
 
 impl Driver {
@@ -112,6 +114,7 @@ impl Driver {
             finished: false,
             scope: None,
             discards: false,
+            invalidates: false,
         }
     }
 
@@ -355,7 +358,11 @@ impl World {
     fn begin_marking(&mut self, at: usize) {
         let marked = Arc::new(Mutex::new(None));
         let told = Arc::clone(&marked);
-        self.driver(at).marking = Some(marked);
+        let driver = self.driver(at);
+        driver.marking = Some(marked);
+        if std::mem::take(&mut driver.invalidates) {
+            self.checker.invalidated(at);
+        }
         let done = Box::new(move |result| *lock(&told) = Some(result));
         self.send(at, Command::MarkAll { volume: 0, done });
     }

@@ -36,6 +36,9 @@ impl World {
 
     pub(super) fn replied(&mut self, at: usize, id: ReplyId, result: &Result<String, String>) {
         self.tell(at, format_args!("answers {}: {result:?}", id.0));
+        if result.is_err() {
+            self.driver(at).invalidates = false;
+        }
     }
 
     /// What an operator's word excuses.
@@ -44,7 +47,8 @@ impl World {
             self.driver(at).discards = true;
         }
         if command == Command::Invalidate {
-            self.checker.invalidated();
+            self.driver(at).invalidates = true;
+            self.checker.invalidation_asked();
         }
         let Command::Promote { force } = command else { return };
         let status = self.status(at).expect("it takes commands");
