@@ -110,6 +110,12 @@ impl Resync {
         first
     }
 
+    /// Whether the peer still has marks to tell.
+    #[must_use]
+    pub fn awaits_map(&self) -> bool {
+        self.stage == Stage::Told
+    }
+
     /// What the peer told is on our record; the copy does not end before.
     pub fn kept(&mut self) {
         self.kept = true;

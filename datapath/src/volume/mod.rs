@@ -627,7 +627,9 @@ impl Volume {
         self.pipeline.abandon(&mut tokens, &mut locked);
         self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
         for change in locked {
-            self.record.mark(change.range);
+            if change.kind != Kind::Verify {
+                self.record.mark(change.range);
+            }
             self.inflight.release(change.token, change.range.start, &mut self.granted);
             let request = self.request_mut(change.token);
             request.locked = false;

@@ -43,25 +43,34 @@ pub(super) enum Telling {
 }
 
 impl Telling {
-    /// Tells on, as far as the link takes it. Returns whether anything was said.
-    pub(super) fn go_on(&mut self, dirty: &DirtyMap, link: &mut dyn Link, epoch: Epoch) -> bool {
-        let before = match *self {
-            Self::From(at) => at,
-            Self::All => return false,
-        };
+    /// Tells on, as far as the link takes it in one turn.
+    pub(super) fn go_on(&mut self, dirty: &DirtyMap, link: &mut dyn Link, epoch: Epoch) -> Told {
         for count in 0..DIRTY_TOLD_MAX {
-            let Self::From(cursor) = *self else { return true };
+            let Self::From(cursor) = *self else {
+                return if count > 0 { Told::AllThatFits } else { Told::Nothing };
+            };
             let (header, next) = match next_told(dirty, cursor, epoch) {
                 Some((header, next)) => (header, Self::From(next)),
                 None => (Header::new(Kind::DirtyEnd, epoch), Self::All),
             };
             if link.send(header).is_err() {
-                return count > 0;
+                return if count > 0 { Told::AllThatFits } else { Told::Nothing };
             }
             *self = next;
         }
-        !matches!(*self, Self::From(at) if at == before)
+        Told::Part
     }
+}
+
+/// What a turn told the source of our marks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Told {
+    /// Nothing.
+    Nothing,
+    /// The rest, or what the link has room for.
+    AllThatFits,
+    /// As much as goes in one turn: no event announces the next one.
+    Part,
 }
 
 /// The message about the first marks at or behind `cursor`, and where the next one begins. A run or, where the marks are
@@ -137,6 +146,7 @@ impl Volume {
         if !resync.told(header.range) {
             return Err(wrong("marks out of order"));
         }
+        self.last_answer = self.last_heard;
         for range in ranges {
             self.record.mark(range);
         }

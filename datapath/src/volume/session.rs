@@ -1,7 +1,7 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
 use super::diskless::{Diskless, post_reply};
-use super::resync::Telling;
+use super::resync::{Telling, Told};
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::digest::Digest;
@@ -10,6 +10,7 @@ use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
+use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
@@ -54,6 +55,11 @@ impl Volume {
             // They belong to the role that ends and must not reach the disk under the new one.
             self.arrived.clear();
             self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
+            return;
+        }
+        if matches!(direction, Direction::Target { .. }) && self.receiving > 0 {
+            // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
+            self.close_link(DownReason::Local("changes of the role before are still being made"));
             return;
         }
         self.epoch = epoch;
@@ -177,7 +183,8 @@ impl Volume {
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
         }
-        if !self.pipeline.awaits_peer() && !self.diskless.is_fetching() {
+        let awaits_map = self.telling.is_some() || self.resync.as_ref().is_some_and(Resync::awaits_map);
+        if !self.pipeline.awaits_peer() && !self.diskless.is_fetching() && !awaits_map {
             self.last_answer = now;
         } else if now.duration_since(self.last_answer) >= Duration::from_secs(PEER_ANSWER_S_MAX) {
             link.close(DownReason::Unanswering);
@@ -480,7 +487,13 @@ impl Volume {
         }
         if let Some(telling) = &mut self.telling {
             // Behind the ack, so that a long map does not take its place in the queue.
-            sent |= telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
+            let told = telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
+            if told != Told::Nothing {
+                (sent, self.last_answer) = (true, now);
+            }
+            if told == Told::Part {
+                self.pace_due = Some(now);
+            }
         }
         link.kick();
         if sent {

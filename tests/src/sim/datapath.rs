@@ -98,6 +98,7 @@ impl World {
             _ => return Ok(()),
         }
         let instant = self.nodes[at].skew.instant(now);
+        self.volume(at).woke(instant);
         let mut any = self.take_commands(at)?;
         if self.serve_queue(at)? {
             any = true;
@@ -118,6 +119,9 @@ impl World {
         }
         self.deliver_wakes();
         let next = self.live(at).next_deadline;
+        let skew = self.nodes[at].skew;
+        let due = self.volume(at).due().map_or(next, |due| skew.when(due).max(now + US));
+        let next = next.min(due);
         let soon = now + US + self.rng.below(5 * US);
         let again = any || self.volume(at).has_backlog();
         self.live(at).busy = again;

@@ -401,3 +401,24 @@ fn steps_of_a_copy_are_told_from_clients_writes_in_the_figures() {
     assert_eq!(copied(&pair.a), 0);
     assert_eq!(flags::RESYNC & flags::FUA, 0);
 }
+
+#[test]
+fn a_scattered_map_is_told_turn_by_turn_without_an_event() {
+    let mut node = large(2 << 30, OnPeerLoss::Continue);
+    let messages = 3 * crate::limits::DIRTY_TOLD_MAX as u64;
+    for message in 0..messages {
+        node.volume.record.mark(grains(2 * 64 * message, 1));
+    }
+    let (here, mut raw) = loopback::pair(RING_LEN).expect("ring memory");
+    let now = Instant::now();
+    node.volume.attach(Box::new(here), Direction::Target { resync: true }, Epoch(1), now);
+    let (mut events, mut turns) = (Vec::new(), 0);
+    while turns == 0 || node.volume.due().is_some() {
+        node.turn();
+        raw.poll(&mut events);
+        turns += 1;
+    }
+    let told = events.iter().filter(|e| matches!(e, LinkEvent::Message(h) if h.kind == Kind::Dirty)).count();
+    assert_eq!(told as u64, messages, "in {turns} turns");
+    assert!(turns > 3);
+}

@@ -441,3 +441,43 @@ fn a_silent_peer_is_given_up_but_not_by_a_node_that_was_held_up_itself() {
     }
     assert!(!node.volume.has_link(), "a whole timeout of listening");
 }
+
+#[test]
+fn a_peer_that_never_tells_its_marks_or_keeps_ours_is_given_up() {
+    let limit_s = crate::limits::PEER_ANSWER_S_MAX;
+    for direction in [Direction::Source { resync: true }, Direction::Target { resync: true }] {
+        let (mut node, mut raw) = with_raw_peer(direction, Epoch(1));
+        let ended = seconds_of_life(&mut node, &mut raw, 2 * limit_s, |_| None);
+        assert!((limit_s..limit_s + 3).contains(&ended), "{direction:?}: after {ended} s");
+    }
+    let (mut node, mut raw) = with_raw_peer(Direction::Source { resync: true }, Epoch(1));
+    let mark = |second: u64| {
+        let mut header = Header::new(Kind::Dirty, Epoch(1));
+        header.range = ByteRange::new(second / 10 * crate::limits::DIRTY_GRAIN_LEN, SIZE.min(65536));
+        (second % 10 == 0).then_some(header)
+    };
+    let ended = seconds_of_life(&mut node, &mut raw, 2 * limit_s, mark);
+    assert_eq!(ended, 2 * limit_s + 1, "it tells, if slowly");
+}
+
+#[test]
+fn no_disk_is_a_target_while_its_own_clients_changes_are_still_being_made() {
+    let mut node = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
+    node.volume.serve();
+    let range = ByteRange::new(0, SIZE);
+    assert!(matches!(node.begin(1, Op::Change(Kind::Trim), range, false), Begin::Go(_)));
+    // A worker thread has it, and nobody has taken its result yet.
+    node.volume.stop_serving();
+    let attach = |node: &mut Node| {
+        let (here, raw) = loopback::pair(RING_LEN).expect("ring memory");
+        node.volume.attach(Box::new(here), Direction::Target { resync: false }, Epoch(1), Instant::now());
+        raw
+    };
+    let _raw = attach(&mut node);
+    assert!(node.volume.access.is_none(), "the trim may fall upon what the peer sends");
+    turns_until(&mut node, "the end", |node| node.saw(is_link_down));
+    turns_until(&mut node, "the trim's end", |node| node.volume.receiving == 0);
+    assert_eq!(node.told(1), [Err(IoError::NotPrimary)]);
+    let _raw = attach(&mut node);
+    assert!(node.volume.access.is_some());
+}

@@ -213,3 +213,16 @@ fn a_difference_nobody_asked_for_ends_the_link() {
     }
     assert!(reason.expect("told").contains("no such comparison"));
 }
+
+#[test]
+fn comparisons_given_up_mark_nothing() {
+    let (here, _there) = loopback::pair(RING_LEN).expect("ring memory");
+    let mut a = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
+    a.volume.serve();
+    a.volume.attach(Box::new(here), Direction::Source { resync: false }, Epoch(1), Instant::now());
+    a.volume.verify(false);
+    a.turn();
+    assert!(a.volume.pipeline.in_flight() > 0, "the peer answers nothing");
+    a.volume.stop_serving();
+    assert!(!a.volume.record.is_dirty(), "a comparison changes nothing");
+}
