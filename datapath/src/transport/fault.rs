@@ -261,4 +261,4 @@ impl<L: Link> Link for FaultLink<L> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -31,6 +31,9 @@ fn over_rdma(ring_len: usize, plan: Plan) -> Ends {
 
 const TRANSPORTS: [fn(usize, Plan) -> Ends; 3] = [over_loopback, over_tcp, over_rdma];
 
+/// Makes a link whose ends keep to the plan.
+type Make<'a> = &'a dyn Fn(usize, Plan) -> Ends;
+
 mod without_a_plan {
     crate::link_laws!(|ring_len| super::over_loopback(ring_len, super::Plan::default()));
 }
@@ -66,7 +69,7 @@ mod late_over_rdma {
 }
 
 /// Sends each kind of frame under the plan, and returns what arrives of them.
-fn heard_under(make: fn(usize, Plan) -> Ends, plan: Plan) -> Vec<(Kind, u64)> {
+fn heard_under(make: Make<'_>, plan: Plan) -> Vec<(Kind, u64)> {
     let source = Source::new(4096);
     let (here, there) = make(RING_LEN_MIN, plan);
     let (mut here, mut there) = (End::new(here), End::new(there));
@@ -101,21 +104,24 @@ fn heard_under(make: fn(usize, Plan) -> Ends, plan: Plan) -> Vec<(Kind, u64)> {
 #[test]
 fn a_lost_or_doubled_frame_is_the_planned_one_and_changes_nothing_else() {
     for make in TRANSPORTS {
-        let all = heard_under(make, Plan::default());
-        assert!(all.iter().map(|heard| heard.1).eq(1..=9));
-        for delay in [None, Some(5)] {
-            for number in 1..=8_u64 {
-                let place = usize::try_from(number).unwrap() - 1;
-                let lost = heard_under(make, Plan { lose_frame: Some(number), delay, ..Plan::default() });
-                let mut expected = all.clone();
-                expected.remove(place);
-                assert_eq!(lost, expected);
-                let doubled =
-                    heard_under(make, Plan { double_frame: Some(number), delay, ..Plan::default() });
-                let mut expected = all.clone();
-                expected.insert(place, all[place]);
-                assert_eq!(doubled, expected);
-            }
+        loses_and_doubles_as_planned(&make);
+    }
+}
+
+pub(crate) fn loses_and_doubles_as_planned(make: Make<'_>) {
+    let all = heard_under(make, Plan::default());
+    assert!(all.iter().map(|heard| heard.1).eq(1..=9));
+    for delay in [None, Some(5)] {
+        for number in 1..=8_u64 {
+            let place = usize::try_from(number).unwrap() - 1;
+            let lost = heard_under(make, Plan { lose_frame: Some(number), delay, ..Plan::default() });
+            let mut expected = all.clone();
+            expected.remove(place);
+            assert_eq!(lost, expected);
+            let doubled = heard_under(make, Plan { double_frame: Some(number), delay, ..Plan::default() });
+            let mut expected = all.clone();
+            expected.insert(place, all[place]);
+            assert_eq!(doubled, expected);
         }
     }
 }
@@ -179,29 +185,33 @@ fn a_cut_after_frames_fails_what_was_not_kicked() {
 
 #[test]
 fn damage_is_for_the_checksum_to_find() {
-    let source = Source::new(4096);
     for make in TRANSPORTS {
-        let (mut here, mut there) = make(RING_LEN_MIN, Plan { damage_write: Some(2), ..Plan::default() });
-        for seq in 1..=3 {
-            let (header, span) = source.write(seq, 0, 4096);
-            let permit = here.claim(4096).expect("room");
-            here.post(permit, header, Some(span), Token(seq));
-        }
-        assert!(here.send(plain(Kind::Flush, 3)).is_ok());
-        here.kick();
-        let mut events = Vec::new();
-        until("all of it", || {
-            here.poll(&mut Vec::new());
-            there.poll(&mut events);
-            matches!(events.last(), Some(LinkEvent::Message(_)))
-        });
-        let whole: Vec<bool> = events
-            .iter()
-            .filter_map(|event| match event {
-                LinkEvent::Arrived(slot) => Some(slot.payload.crc32c() == slot.header.payload_crc),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(whole, [true, false, true]);
+        damages_as_planned(&make);
     }
+}
+
+pub(crate) fn damages_as_planned(make: Make<'_>) {
+    let source = Source::new(4096);
+    let (mut here, mut there) = make(RING_LEN_MIN, Plan { damage_write: Some(2), ..Plan::default() });
+    for seq in 1..=3 {
+        let (header, span) = source.write(seq, 0, 4096);
+        let permit = here.claim(4096).expect("room");
+        here.post(permit, header, Some(span), Token(seq));
+    }
+    assert!(here.send(plain(Kind::Flush, 3)).is_ok());
+    here.kick();
+    let mut events = Vec::new();
+    until("all of it", || {
+        here.poll(&mut Vec::new());
+        there.poll(&mut events);
+        matches!(events.last(), Some(LinkEvent::Message(_)))
+    });
+    let whole: Vec<bool> = events
+        .iter()
+        .filter_map(|event| match event {
+            LinkEvent::Arrived(slot) => Some(slot.payload.crc32c() == slot.header.payload_crc),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(whole, [true, false, true]);
 }

@@ -454,7 +454,7 @@ fn a_peer_that_never_tells_its_marks_or_keeps_ours_is_given_up() {
     let mark = |second: u64| {
         let mut header = Header::new(Kind::Dirty, Epoch(1));
         header.range = ByteRange::new(second / 10 * crate::limits::DIRTY_GRAIN_LEN, SIZE.min(65536));
-        (second % 10 == 0).then_some(header)
+        second.is_multiple_of(10).then_some(header)
     };
     let ended = seconds_of_life(&mut node, &mut raw, 2 * limit_s, mark);
     assert_eq!(ended, 2 * limit_s + 1, "it tells, if slowly");

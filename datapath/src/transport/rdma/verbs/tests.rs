@@ -1,13 +1,15 @@
-//! The law suite over a real device, both ends in one process: the one that has `COSTANDBY_RDMA_ADDRESS`.
+//! The law suite over a real device, both ends in one process: the one that has `COSTANDBY_RDMA_ADDRESS`. Once as it is,
+//! and once with frames held up, lost, doubled and damaged.
 
 use super::*;
 use crate::transport::Link;
-use crate::transport::laws::{self, Ends};
+use crate::transport::fault::{FaultLink, Plan, tests as faults};
+use crate::transport::laws::Ends;
 use crate::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::mapping::Mapping;
 use costandby_ffi::verbs::{Established, Listener, Resolved, Settings};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Many connections at once would only wait for each other on emulated processors.
@@ -36,7 +38,7 @@ impl Ring {
         [&self.region.address().to_le_bytes()[..], &self.region.remote_key().to_le_bytes()].concat()
     }
 
-    fn link(self, established: Established) -> Box<dyn Link> {
+    fn link(self, established: Established) -> RdmaLink<VerbsEndpoint> {
         let Established { queue_pair, private } = established;
         let address = u64::from_le_bytes(private[..8].try_into().unwrap());
         let key = u32::from_le_bytes(private[8..12].try_into().unwrap());
@@ -49,11 +51,11 @@ impl Ring {
             windows_limit_bytes: 1 << 30,
         };
         let endpoint = VerbsEndpoint::new(queue_pair, self.region, Target { address, key }).unwrap();
-        Box::new(RdmaLink::new(endpoint, joined).unwrap())
+        RdmaLink::new(endpoint, joined).unwrap()
     }
 }
 
-fn pair(address: IpAddr, ring_len: usize) -> Ends {
+fn pair(address: IpAddr, ring_len: usize, plan: Option<Plan>) -> Ends {
     let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
     let peer = listener.local_address();
     let passive = std::thread::spawn(move || {
@@ -66,38 +68,66 @@ fn pair(address: IpAddr, ring_len: usize) -> Ends {
     let ring = Ring::new(resolved.domain(), ring_len);
     let private = ring.private();
     let active = ring.link(resolved.connect(&SETTINGS, &private, soon()).unwrap());
-    (active, passive.join().unwrap())
+    let ends = [active, passive.join().unwrap()];
+    let [here, there] = ends.map(|link| match plan {
+        None => Box::new(link) as Box<dyn Link>,
+        Some(plan) => Box::new(FaultLink::new(link, plan)),
+    });
+    (here, there)
+}
+
+/// The device's address and the right to it, if there is one.
+fn device() -> Option<(IpAddr, MutexGuard<'static, ()>)> {
+    let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
+        println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
+        return None;
+    };
+    let address = address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address");
+    Some((address, ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
 macro_rules! device_laws {
-    ($($law:ident),* $(,)?) => {
+    ($plan:expr => $($law:ident),* $(,)?) => {
         $(
             #[test]
             fn $law() {
-                let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
-                    println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
-                    return;
-                };
-                let address = address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address");
-                let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-                laws::$law(&|ring_len| pair(address, ring_len));
+                let Some((address, _alone)) = super::device() else { return };
+                crate::transport::laws::$law(&|ring_len| super::pair(address, ring_len, $plan));
             }
         )*
     };
+    ($plan:expr) => {
+        device_laws! {
+            $plan =>
+                frames_and_messages_keep_one_order,
+                the_ring_goes_round_at_any_size,
+                the_largest_frame_passes,
+                sent_is_not_an_ack,
+                claim_waits_for_release,
+                a_peer_that_does_not_read_cannot_grow_us,
+                an_ack_that_waits_gives_way_to_the_next,
+                a_poll_is_bounded_and_owns_up_to_the_rest,
+                each_frame_wakes_who_sleeps,
+                closing_here_fails_each_token_once,
+                closing_there_comes_after_all_that_arrived,
+                an_end_that_is_dropped_is_closed,
+                nothing_is_delivered_after_closing_here,
+        }
+    };
 }
 
-device_laws! {
-    frames_and_messages_keep_one_order,
-    the_ring_goes_round_at_any_size,
-    the_largest_frame_passes,
-    sent_is_not_an_ack,
-    claim_waits_for_release,
-    a_peer_that_does_not_read_cannot_grow_us,
-    an_ack_that_waits_gives_way_to_the_next,
-    a_poll_is_bounded_and_owns_up_to_the_rest,
-    each_frame_wakes_who_sleeps,
-    closing_here_fails_each_token_once,
-    closing_there_comes_after_all_that_arrived,
-    an_end_that_is_dropped_is_closed,
-    nothing_is_delivered_after_closing_here,
+mod as_it_is {
+    device_laws!(None);
+}
+
+mod late {
+    device_laws!(Some(super::Plan { delay: Some(4), ..Default::default() }));
+}
+
+#[test]
+fn faults_on_the_device_are_the_planned_ones() {
+    let Some((address, _alone)) = device() else { return };
+    let make = |ring_len, plan| pair(address, ring_len, Some(plan));
+    faults::loses_and_doubles_as_planned(&make);
+    faults::damages_as_planned(&make);
 }
