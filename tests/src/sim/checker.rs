@@ -605,6 +605,7 @@ impl Checker {
 
     /// `source` has it on record, and tells its peer, that the peer holds what it holds itself.
     pub(super) fn vouched(&mut self, source: usize) {
+        self.crashed = false;
         let had = self.duties[source].clone();
         let duty = &mut self.duties[1 - source];
         // With `async`, what was acknowledged may still be on its way.
@@ -657,10 +658,15 @@ impl Checker {
     /// Both are in sync again: a word of force is used up.
     pub(super) fn in_sync(&mut self) {
         self.related = true;
-        self.crashed = false;
         for duty in &mut self.duties {
             duty.forced_alone = false;
         }
+    }
+
+    /// A session of two equal disks begins.
+    pub(super) fn in_session(&mut self) {
+        self.in_sync();
+        self.crashed = false;
     }
 
     /// A disk that calls itself in sync holds all it has to.

@@ -568,7 +568,7 @@ impl World {
             return Ok(());
         }
         self.seen.insert("a session in sync");
-        self.checker.in_sync();
+        self.checker.in_session();
         self.check_equal("as a session begins")
     }
 
