@@ -333,11 +333,13 @@ fn one_crashed(mine: &View, theirs: &View, side: Side) -> Verdict {
     }
 }
 
-/// Nothing was in flight on either, so either may be the source; the one whose clients would notice is.
+/// Nothing was in flight on either, so either may be the source; the one whose clients would notice is, and else the one
+/// that says where they differ.
 fn parts_differ(mine: &View, theirs: &View) -> Verdict {
     let serves = only(mine.is_serving(), theirs.is_serving());
     let source = serves.or_else(|| only(mine.was_primary, theirs.was_primary));
-    match source.or_else(|| configured(mine, theirs)) {
+    let says = || only(mine.dirty, theirs.dirty);
+    match source.or_else(says).or_else(|| configured(mine, theirs)) {
         Some(side) => resync(mine, theirs, side, Why::PartsMayDiffer),
         None => Verdict::NoUsableDisk,
     }

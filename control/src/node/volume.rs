@@ -354,6 +354,7 @@ impl VolumeTask {
                     let _ = self.shared.inbox.send(Input::Reactor(event));
                 }
             }
+            Action::ShutdownComplete => self.finished = true,
             _ => {}
         }
     }

@@ -237,7 +237,8 @@ impl VolumeController {
             self.dirty |= dirty;
             return;
         }
-        self.unrepaired = false;
+        // What a verification found must not be copied over this disk: the peer is behind, and on record as that.
+        let undurable = undurable || std::mem::take(&mut self.unrepaired);
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);

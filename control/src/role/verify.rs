@@ -76,12 +76,16 @@ impl VolumeController {
         for range in &findings.listed {
             self.log(Level::Warn, &format!("bytes {} differ from {peer}'s", shown(*range)), actions);
         }
+        let all_equal = unfinished.is_none() && !differs;
         if differs && !repaired {
             self.dirty = true;
             self.unrepaired = self.peer.is_some();
         } else if *repaired {
             // A repair copies all that is marked.
             self.dirty = false;
+            self.unrepaired = false;
+        } else if all_equal {
+            // What an earlier one found was written anew since.
             self.unrepaired = false;
         }
         self.verification.running = false;

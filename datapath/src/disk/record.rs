@@ -77,6 +77,8 @@ pub struct Record {
     /// Ends of long changes since the last checkpoint began, and before: what they marked.
     long_written: Vec<ByteRange>,
     long_settling: Vec<ByteRange>,
+    /// A long change ended since the last checkpoint began, so that its flush need not cover that one.
+    long_ended: bool,
     checkpoint: Option<Checkpoint>,
     checkpoint_serial: u64,
     unconfirmed_since: Option<Instant>,
@@ -167,6 +169,7 @@ impl Record {
             ready: VecDeque::with_capacity(WINDOW_LEN),
             long_written: Vec::new(),
             long_settling: Vec::new(),
+            long_ended: false,
             checkpoint: None,
             checkpoint_serial: 0,
             unconfirmed_since: None,
@@ -253,10 +256,11 @@ impl Record {
             self.activity.untouch(range);
             return true;
         }
-        // Its bits stay: others may rest on them by now.
         let long = |long: &LongChange| long.token == token && (long.waits.is_some() || ready.is_some());
-        let long = self.long.iter().position(long);
-        long.map(|at| self.long.swap_remove(at)).is_some()
+        let Some(at) = self.long.iter().position(long) else { return false };
+        // Others may rest on its bits by now.
+        self.long_written.extend(self.long.swap_remove(at).marked);
+        true
     }
 
     /// Everything that is parked.
@@ -302,6 +306,7 @@ impl Record {
                 let at = self.long.iter().position(|long| long.token == token);
                 let long = self.long.swap_remove(at.unwrap_or_else(|| panic!("{range} was not touched")));
                 self.long_written.extend(long.marked);
+                self.long_ended = true;
             }
         }
     }
@@ -324,8 +329,10 @@ impl Record {
         for range in ranges {
             let under_way = self.long.iter().map(|long| long.range);
             let mut unsettled = under_way.chain(self.long_written.iter().chain(&self.long_settling).copied());
-            // A long change has no record but its bits.
-            if !unsettled.any(|long| long.overlaps(*range)) {
+            // A long change has no record but its bits. They go with it.
+            if unsettled.any(|long| long.overlaps(*range)) {
+                self.long_written.push(*range);
+            } else {
                 self.dirty.clear(*range);
             }
         }
@@ -397,6 +404,7 @@ impl Record {
         self.unconfirmed_since = None;
         self.activity.begin_checkpoint();
         self.long_settling.append(&mut self.long_written);
+        self.long_ended = false;
         self.checkpoint_serial += 1;
         let round = self.ask_store();
         let (serial, live) = (self.checkpoint_serial, self.live);
@@ -424,8 +432,8 @@ impl Record {
         };
         self.checkpoint = None;
         self.activity.end_checkpoint();
-        // A later long change may have marked the same grains, and rests on them.
-        if checkpoint.live && self.long.is_empty() && self.long_written.is_empty() {
+        // A later long change may rest on the same grains.
+        if checkpoint.live && self.long.is_empty() && !self.long_ended {
             for range in std::mem::take(&mut self.long_settling) {
                 self.dirty.clear(range);
             }
@@ -542,6 +550,7 @@ impl Record {
             return;
         }
         self.hurry = true;
+        let _ = self.ask_store();
         if !std::mem::replace(&mut self.retired, true) {
             self.activity.retire_idle();
         }
@@ -561,6 +570,7 @@ impl Record {
                 && self.storing.is_empty()
                 && !self.round_open
                 && self.checkpoint.is_none()
+                && !self.dirty.has_unsaved()
                 && self.dirty.lagging_len() == 0);
         self.hurry &= !settled;
         settled

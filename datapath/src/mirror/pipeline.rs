@@ -456,6 +456,10 @@ impl Pipeline {
         if self.peer == Peer::Absent {
             return;
         }
+        if self.peer == Peer::Live && self.landings > self.local_durable {
+            // Two memories had it; now this disk alone can keep it.
+            self.want_local_flush(self.landings, actions);
+        }
         self.peer = Peer::Absent;
         self.peer_in_sync = false;
         for flush in &mut self.flushes {

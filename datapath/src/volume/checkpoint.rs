@@ -117,6 +117,10 @@ impl Volume {
         record.session_ended(durable);
         self.riding = None;
         self.map_round = None;
+        for request in self.requests.iter_mut().flatten() {
+            // How long it will have taken is the peer's absence.
+            request.landed_at = None;
+        }
     }
 
     /// We begin to apply the peer's changes: what we wrote ourselves is accounted for by marks alone from here.

@@ -191,10 +191,12 @@ impl Volume {
     }
 
     fn hand_over(&mut self, token: Token) {
+        let has_peer = self.source;
         let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
         let request = self.request_mut(token);
         request.landed = true;
-        if !request.origin.is_background() {
+        // One that waits for no peer says nothing about what clients bear.
+        if has_peer && !request.origin.is_background() {
             request.landed_at = Some(landed);
         }
         let Op::Change(kind) = request.op else { panic!("only changes land") };

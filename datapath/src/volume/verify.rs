@@ -81,6 +81,8 @@ impl Volume {
     pub(super) fn end_verify(&mut self, why: &str) {
         if let Some(Verifying { verify, .. }) = self.verifying.take() {
             self.pace.all_ended();
+            // Nobody waits for it: a clean end stores what is marked before it calls itself clean.
+            let _ = self.record.ask_store();
             let findings = verify.findings().clone();
             self.tell_verified(Verified { findings, repaired: false, unfinished: Some(why.to_owned()) });
         }
@@ -161,8 +163,10 @@ impl Volume {
     /// Every step is done.
     fn all_compared(&mut self) {
         let Some(verifying) = &mut self.verifying else { return };
-        if verifying.repair && verifying.verify.findings().differing > 0 {
+        // What an earlier one found may be equal by now, and is marked still.
+        if verifying.repair && self.record.is_dirty() {
             verifying.repairing = true;
+            let _ = self.record.ask_store();
             self.begin_copy(false);
             if let Some(resync) = &mut self.resync {
                 // The peer has no marks of its own: it is in sync but for what was found here.

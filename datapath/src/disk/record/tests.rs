@@ -209,6 +209,52 @@ fn a_long_change_of_a_session_that_ended_stays_marked() {
 }
 
 #[test]
+fn what_a_copy_clears_under_a_long_change_goes_with_that_change() {
+    let (_medium, mut record) = fresh();
+    let copied = ByteRange::new(0, G);
+    record.mark(copied);
+    record.session_began();
+    let range = ByteRange::new(512, LONG);
+    let touched = change(&mut record, 1, range);
+    record.clear(&[copied]);
+    assert!(is_dirty(&record.dirty, copied), "the change rests on it");
+    // A checkpoint that the change does not end before covers nothing of it.
+    let serial = record.begin_checkpoint().expect("a flush");
+    record.written(Token(1), range, touched);
+    record.flushed(serial);
+    assert!(is_dirty(&record.dirty, copied));
+    let serial = record.begin_checkpoint().expect("a flush");
+    record.flushed(serial);
+    assert_eq!(record.dirty.dirty_grains(), 0, "its first grain was marked before it came, and not by it");
+}
+
+#[test]
+fn marks_of_a_long_change_that_is_taken_back_go_unless_another_rests_on_them() {
+    let (_medium, mut record) = fresh();
+    record.session_began();
+    let range = ByteRange::new(512, LONG);
+    assert_eq!(record.touch(Token(1), range), Admit::Parked);
+    assert!(record.give_up(Token(1)));
+    let touched = change(&mut record, 2, range);
+    let serial = record.begin_checkpoint().expect("a flush");
+    // Something else marked there, and the second change's bits are not its own any more.
+    record.forget_long();
+    assert!(record.touch(Token(3), ByteRange::new(G, LONG)) == Admit::Go(Touched::Long));
+    record.written(Token(2), range, touched);
+    record.flushed(serial);
+    assert_eq!(record.dirty.dirty_grains(), LONG / G + 1, "neither is covered");
+    // Without any other, they go with the next checkpoint.
+    let (_medium, mut record) = fresh();
+    record.session_began();
+    assert_eq!(record.touch(Token(1), range), Admit::Parked);
+    assert!(record.give_up(Token(1)));
+    all_jobs(&mut record);
+    let serial = record.begin_checkpoint().expect("a flush");
+    record.flushed(serial);
+    assert_eq!(record.dirty.dirty_grains(), 0);
+}
+
+#[test]
 fn a_round_ends_though_marks_keep_coming() {
     let (_medium, mut record) = fresh();
     let _ = record.dirty.set(extent(1));

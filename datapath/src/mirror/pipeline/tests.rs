@@ -304,7 +304,8 @@ fn a_lost_session_asks_once_and_marks_what_was_on_its_way() {
     rig.land(1);
     rig.land(2);
     rig.ack(1, 0);
-    assert_eq!(rig.on(Event::SessionDown), [Action::MarkDirty(range(2)), Action::AskAlone]);
+    let flush = Action::FlushLocal;
+    assert_eq!(rig.on(Event::SessionDown), [flush, Action::MarkDirty(range(2)), Action::AskAlone]);
     assert_eq!(rig.on(Event::SessionDown), [], "it ended once");
     assert_eq!(rig.land(3), []);
     assert!(rig.pipeline.is_frozen());
