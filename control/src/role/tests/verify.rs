@@ -61,8 +61,23 @@ fn what_was_found_before_an_early_end_counts() {
     assert!(one.controller.dirty && one.controller.unrepaired);
     one.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: true });
     assert!(one.controller.dirty && !one.controller.unrepaired, "the next session copies it");
+    let record = one.stored();
+    assert!(record.generations.base == Generation(5) && !record.peer_has_current, "and never from the peer");
     let mut equal = verifying();
     equal.on(outcome(0, false, None));
     assert!(!equal.controller.dirty);
     assert_eq!(equal.command(Command::Demote), [Action::Quiesce]);
+}
+
+#[test]
+fn a_whole_verification_that_finds_nothing_takes_an_earlier_one_back() {
+    let mut one = verifying();
+    one.on(outcome(4096, false, None));
+    assert!(reply(&one.command(Command::Demote)).is_err());
+    reply(&one.command(Command::Verify { repair: false })).expect("it begins");
+    one.on(outcome(0, false, Some("it was stopped")));
+    assert!(reply(&one.command(Command::Demote)).is_err(), "it did not look everywhere");
+    reply(&one.command(Command::Verify { repair: false })).expect("it begins");
+    one.on(outcome(0, false, None));
+    assert_eq!(one.command(Command::Demote), [Action::Quiesce]);
 }

@@ -226,3 +226,51 @@ fn comparisons_given_up_mark_nothing() {
     a.volume.stop_serving();
     assert!(!a.volume.record.is_dirty(), "a comparison changes nothing");
 }
+
+#[test]
+fn what_a_verification_found_before_it_was_stopped_is_on_record() {
+    let (medium, record) = super::delta::stored(SIZE);
+    let disk = DiskImage::memory("test", SIZE).expect("memory");
+    let a = Node::with_record(disk, record, AckLevel::Memory, OnPeerLoss::Continue);
+    let b = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
+    let mut pair = Pair { a, b, epoch: Epoch(1) };
+    pair.a.volume.serve();
+    pair.connect(false);
+    pair.flip(0);
+    pair.a.volume.verify(false);
+    pair.until("the finding", |pair| pair.a.volume.record.is_dirty());
+    pair.a.volume.stop_verify();
+    pair.until("the record", |_| super::delta::marked_after_a_crash(&medium, SIZE).dirty_bytes() > 0);
+}
+
+#[test]
+fn a_repair_copies_what_an_earlier_verification_left_marked() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    pair.a.volume.record.mark(ByteRange::new(3 * G, G));
+    pair.a.volume.verify(true);
+    pair.be_idle();
+    let verified = pair.verified().expect("it ends");
+    assert!(verified.repaired && verified.findings.differing == 0);
+    assert!(!pair.a.volume.record.is_dirty());
+}
+
+#[test]
+fn only_changes_that_a_peer_answers_tell_how_long_clients_wait() {
+    let mut node = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
+    node.volume.serve();
+    let waits =
+        |node: &Node| node.volume.requests.iter().flatten().any(|request| request.landed_at.is_some());
+    node.write(1, ByteRange::new(0, 4096), 1);
+    assert!(!waits(&node), "nobody is there");
+    let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
+    node.volume.attach(Box::new(here), Direction::Source { resync: false }, Epoch(1), Instant::now());
+    node.write(2, ByteRange::new(4096, 4096), 1);
+    assert!(waits(&node));
+    drop(there);
+    let began = Instant::now();
+    while !node.saw(|event| matches!(event, Event::LinkDown { .. })) {
+        node.turn();
+        assert!(began.elapsed() < PATIENCE);
+    }
+    assert!(!waits(&node), "it waits for the operator now");
+}
