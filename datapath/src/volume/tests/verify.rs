@@ -237,6 +237,8 @@ fn what_a_verification_found_before_it_was_stopped_is_on_record() {
     pair.a.volume.serve();
     pair.connect(false);
     pair.flip(0);
+    // In idleness it would be stored in any case.
+    pair.a.volume.last_client = Some(Instant::now());
     pair.a.volume.verify(false);
     pair.until("the finding", |pair| pair.a.volume.record.is_dirty());
     pair.a.volume.stop_verify();
