@@ -275,6 +275,22 @@ fn imports_go_one_way() {
     assert_none(&import_complaints(&metadata));
 }
 
+/// A planted bug that the sources have moved away from shows nothing any more.
+#[test]
+fn every_planted_bug_still_fits_the_sources() {
+    let entries = fs::read_dir(root().join("tests/src/sim/bugs")).expect("the simulator's bugs");
+    let patches: Vec<PathBuf> = entries.map(|entry| entry.expect("directory entry").path()).collect();
+    assert!(patches.len() >= 10, "{patches:?}");
+    let misfits = patches.iter().filter_map(|patch| {
+        let mut git = Command::new("git");
+        git.current_dir(root()).args(["apply", "--check", "-C1"]).arg(patch);
+        let output = git.output().expect("git runs");
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        (!output.status.success()).then(|| format!("{}: {why}", patch.display()))
+    });
+    assert_none(&misfits.collect::<Vec<_>>());
+}
+
 #[test]
 fn the_specification_names_tests_that_exist() {
     let text = fs::read_to_string(root().join("docs/SPECIFICATION.md")).expect("docs/SPECIFICATION.md");

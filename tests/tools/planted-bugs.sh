@@ -12,7 +12,7 @@ target=${CARGO_TARGET_DIR:-$PWD/target}/planted-bugs
 missed=0
 for patch in "$bugs"/${1:-*}.patch; do
     name=$(basename "$patch" .patch)
-    patch --quiet --strip=1 --directory="$scratch" <"$patch"
+    (cd "$scratch" && git apply -C1 "$patch")
     CARGO_TARGET_DIR=$target cargo build --quiet --locked --manifest-path "$scratch/Cargo.toml" \
         --package costandby-tests --bin sim 2>/dev/null
     start=$SECONDS
@@ -23,6 +23,6 @@ for patch in "$bugs"/${1:-*}.patch; do
         printf 'caught  %-34s in %2d s: %s\n' "$name" $((SECONDS - start)) \
             "$(sed -n 's/.*BROKEN RULE \([^:]*\):.*/\1/p' <<<"$found" | head -1)"
     fi
-    patch --quiet --strip=1 --reverse --directory="$scratch" <"$patch"
+    (cd "$scratch" && git apply -C1 --reverse "$patch")
 done
 exit "$missed"
