@@ -494,7 +494,10 @@ impl World {
         }
         if !before.up_to_date && superblock.disk_state == DiskState::UpToDate && !superblock.primary {
             self.seen.insert("a copy ended");
-            self.checker.in_sync();
+            // The source may have gone on alone since, at an operator's word.
+            if self.record(1 - at).generation == superblock.generations.current.0 {
+                self.checker.in_sync();
+            }
             return self.checker.copied(now, at, &self.nodes[at].disk);
         }
         Ok(())
