@@ -178,10 +178,11 @@ impl<'a> Rounds<'a> {
                 self.cut(primary)?;
                 let acked = self.end(writing);
                 self.boot(primary)?;
+                // Copied to, and then primary again, by itself.
                 self.wait_in_sync(RETURN_LIMIT)?;
-                self.primary = self.serving(standby)?;
+                self.wait(primary, "serving", LIMIT, |status| status.role == "primary")?;
                 self.check("after the return")?;
-                Ok(format!("{acked} writes acknowledged, {} serves", PAIR[self.primary].0))
+                Ok(format!("{acked} writes acknowledged, and {} serves again", PAIR[primary].0))
             }
             Cut::Standby | Cut::TargetInResync => {
                 self.cut(standby)?;
