@@ -13,8 +13,12 @@ missed=0
 for patch in "$bugs"/${1:-*}.patch; do
     name=$(basename "$patch" .patch)
     (cd "$scratch" && git apply -C1 "$patch")
-    CARGO_TARGET_DIR=$target cargo build --quiet --locked --manifest-path "$scratch/Cargo.toml" \
-        --package costandby-tests --bin sim 2>/dev/null
+    if ! CARGO_TARGET_DIR=$target cargo build --quiet --locked --manifest-path "$scratch/Cargo.toml" \
+        --package costandby-tests --bin sim 2>"$scratch/errors"; then
+        cat "$scratch/errors"
+        echo "$name does not compile any more: mend the patch"
+        exit 1
+    fi
     start=$SECONDS
     if found=$("$target/debug/sim" --seeds 1..1000000 --seconds "$seconds"); then
         printf 'MISSED  %-34s in %d s\n' "$name" $((SECONDS - start))
