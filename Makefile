@@ -55,7 +55,7 @@ soak: ## run the simulator, one seed after the other, until stopped or until a r
 
 planted-bugs: ## put each deliberate bug into a copy of the sources and see the simulator catch it (ONLY=name)
 	@tests/tools/need.sh build
-	@tests/tools/planted-bugs.sh $(ONLY)
+	@tests/tools/planted-bugs.sh "$(ONLY)"
 
 fmt: ## format the code
 	@cargo fmt --all
