@@ -8,7 +8,7 @@ use super::layout::{Geometry, Layout};
 use super::medium::Medium;
 use crate::disk::activity_log::ring::NUMBER_END;
 use crate::disk::superblock::{
-    COPIES, CopyError, Picked, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError, pick,
+    COPIES, CopyError, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError,
 };
 use crate::units::Generation;
 use zerocopy::little_endian::{I64, U32, U64};
@@ -142,8 +142,27 @@ pub(super) fn read_copies(medium: &dyn Medium, offset: u64) -> Result<[Copy; 2],
     Ok(copies)
 }
 
-/// The newest good copy. A newer format in either is refused: falling back would undo what that release did.
-pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Picked<Header>, SuperblockError> {
-    let [first, second] = copies;
-    pick(first, second, medium.path())
+/// Which copy is the newest good one, what it says, its sequence number, and what is wrong with the other.
+pub(super) type Newest<T> = (usize, T, u64, Option<(usize, CopyError)>);
+
+/// The newest good copy.
+///
+/// # Errors
+/// [`SuperblockError::Newer`], [`SuperblockError::Unreadable`].
+pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Newest<Header>, SuperblockError> {
+    let path = medium.path();
+    // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
+    // falling back to it would undo promotions and resyncs.
+    for copy in &copies {
+        if let Err(CopyError::Version { found, newest }) = copy {
+            return Err(SuperblockError::Newer { path: path.into(), found: *found, newest: *newest });
+        }
+    }
+    match copies {
+        [Ok(first), Ok(second)] if second.1 > first.1 => Ok((1, second.0, second.1, None)),
+        [Ok(first), Ok(_)] => Ok((0, first.0, first.1, None)),
+        [Ok(first), Err(error)] => Ok((0, first.0, first.1, Some((1, error)))),
+        [Err(error), Ok(second)] => Ok((1, second.0, second.1, Some((0, error)))),
+        [Err(first), Err(second)] => Err(SuperblockError::Unreadable { path: path.into(), first, second }),
+    }
 }

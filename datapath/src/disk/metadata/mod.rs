@@ -22,7 +22,7 @@ use super::dirty_map::{DirtyBlock, DirtyMap};
 use super::superblock::{COPIES, CopyError, DiskState, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::limits::{DAMAGE_LISTED_MAX, DIRTY_STORE_BLOCKS_MAX};
 use crate::units::{ByteRange, Generation};
-use header::{Header, Shape};
+use header::{Header, Newest, Shape};
 use layout::{ACTIVITY_LEN, BLOCK_WORDS, Geometry, GeometryError, Layout, SECTOR_BITS, SECTOR_WORDS};
 use medium::Medium;
 use sector::{BLOCK_LEN, PAYLOAD_LEN, Place, SECTOR_LEN, SECTORS_PER_BLOCK, Sector, SectorFault, SectorKind};
@@ -48,7 +48,7 @@ const STRIDE_BLOCKS: usize = 64;
 /// Why metadata cannot be made, read or stored.
 #[derive(Debug, thiserror::Error)]
 pub enum MetadataError {
-    /// As with format 1.
+    /// The superblocks cannot be made, read or stored, or any part cannot be reached.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
     /// The area does not fit, or no area of this shape can be.
@@ -401,8 +401,6 @@ pub fn open<M: Medium>(
     Ok(assemble(medium, offset, layout, shape, (newest, superblock, sequence, damaged_copy), read))
 }
 
-type Newest = (usize, Superblock, u64, Option<(usize, CopyError)>);
-
 /// What stands in the log and the bitmap.
 pub(crate) struct AreaRead {
     pub(crate) dirty: DirtyMap,
@@ -417,7 +415,7 @@ fn assemble<M: Medium>(
     offset: u64,
     layout: Layout,
     shape: Shape,
-    (newest, superblock, sequence, damaged_copy): Newest,
+    (newest, superblock, sequence, damaged_copy): Newest<Superblock>,
     read: AreaRead,
 ) -> Opened<M> {
     let AreaRead { mut dirty, damage, replayed, counter } = read;
@@ -505,7 +503,7 @@ fn read_dirty_sector(shape: &Shape, sector: usize, bytes: &[u8], read: &mut Area
 fn upgrade<M: Medium>(
     medium: M,
     offset: u64,
-    (newest, superblock, sequence, damaged_copy): Newest,
+    (newest, superblock, sequence, damaged_copy): Newest<Superblock>,
     area: u64,
 ) -> Result<Opened<M>, MetadataError> {
     let path = medium.path().to_owned();

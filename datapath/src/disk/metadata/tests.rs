@@ -98,6 +98,28 @@ fn superblocks_alternate_and_a_torn_store_leaves_the_state_before_it() {
 }
 
 #[test]
+fn after_a_failed_store_nothing_is_stored() {
+    for first_half in [true, false] {
+        let medium = created();
+        let mut opened = reopen(&medium);
+        let _ = opened.dirty.set(range(0, 1));
+        medium.fail_sync(&mut Dice::new(1));
+        let failed = if first_half {
+            opened.superblocks.store(&superblock())
+        } else {
+            opened.area.store_unsaved(&mut opened.dirty)
+        };
+        assert!(matches!(failed, Err(SuperblockError::Io { .. })), "{failed:?}");
+        let before = medium.cost();
+        let error = opened.superblocks.store(&superblock()).expect_err("the medium is given up");
+        assert!(error.to_string().contains("check the medium, then restart"), "{error}");
+        assert!(opened.area.store_unsaved(&mut opened.dirty).is_err(), "and by the other half");
+        assert!(opened.dirty.has_unsaved());
+        assert_eq!(medium.cost(), before, "although it would take it");
+    }
+}
+
+#[test]
 fn a_copy_damaged_after_a_store_leaves_what_was_stored() {
     for copy in COPIES {
         let medium = created();
@@ -112,14 +134,18 @@ fn a_copy_damaged_after_a_store_leaves_what_was_stored() {
 }
 
 #[test]
-fn one_damaged_superblock_is_reported_and_two_are_refused() {
+fn one_damaged_copy_is_reported_and_two_are_an_error_that_says_what_to_do() {
     let medium = used();
     medium.flip(COPIES[0] + 500, 1);
     let opened = reopen(&medium);
     assert!(matches!(opened.report.damaged_copy, Some((0, CopyError::Checksum { .. }))));
-    medium.flip(COPIES[1] + 4000, 0x80);
+    medium.flip(COPIES[1], 0x80);
     let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("neither is good");
-    assert!(matches!(error, MetadataError::Superblock(SuperblockError::Unreadable { .. })), "{error}");
+    let MetadataError::Superblock(SuperblockError::Unreadable { first, second, .. }) = &error else {
+        panic!("{error}")
+    };
+    assert!(matches!(first, CopyError::Checksum { .. }), "{first}");
+    assert!(matches!(second, CopyError::Magic { .. }), "{second}");
     assert!(error.to_string().contains("create --force"), "{error}");
 }
 
@@ -191,10 +217,14 @@ fn a_log_that_lost_what_was_stored_is_found() {
 #[test]
 fn another_volumes_metadata_is_refused_and_a_cut_one_too() {
     let medium = used();
-    for (volume, node, size) in [("logs", "alpha", SIZE), ("db", "beta", SIZE), ("db", "alpha", SIZE + 4096)]
-    {
+    for (volume, node, size, named) in [
+        ("logs", "alpha", SIZE, "belongs to volume db, the configuration says logs"),
+        ("db", "beta", SIZE, "belongs to node alpha, the configuration says beta"),
+        ("db", "alpha", 1 << 30, "belongs to a volume of size 8589934592, the configuration says 1073741824"),
+    ] {
         let error = open(medium.clone(), 0, volume, node, size, 1).expect_err("foreign");
         assert!(matches!(error, MetadataError::Superblock(SuperblockError::Foreign { .. })), "{error}");
+        assert!(error.to_string().contains(named), "{error}");
     }
     let end = Layout::new(geometry(), 0).expect("a file").end;
     medium.truncate(end - 1);
@@ -357,7 +387,9 @@ fn a_look_changes_nothing_and_says_it_all() {
 fn a_second_daemon_is_kept_out_and_a_look_is_not() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("db.img.meta");
-    assert!(matches!(FileMedium::open(&path), Err(SuperblockError::Missing { .. })));
+    let error = FileMedium::open(&path).expect_err("missing");
+    assert!(matches!(error, SuperblockError::Missing { .. }), "{error}");
+    assert!(error.to_string().contains("costandby create"), "{error}");
     let medium = FileMedium::create(&path, false).expect("made");
     create(&medium, 0, &superblock(), geometry(), AREA, false).expect("made");
     assert!(matches!(FileMedium::open(&path), Err(SuperblockError::Locked { .. })));
