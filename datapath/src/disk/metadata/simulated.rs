@@ -35,8 +35,10 @@ struct State {
     /// Versions written since the last sync.
     pending: BTreeMap<u64, Vec<[u8; SECTOR_LEN]>>,
     len: u64,
-    /// The next sync fails; picks what it brings to stable storage nevertheless.
-    sync_fails: Option<Dice>,
+    /// After so many more syncs one fails; picks what that brings to stable storage nevertheless.
+    sync_fails: Option<(u64, Dice)>,
+    /// It did.
+    sync_failed: bool,
     /// Sectors and syncs until the power is cut.
     budget: Option<u64>,
     syncs: u64,
@@ -82,10 +84,15 @@ impl Simulated {
         self.0.lock().expect("not poisoned").budget = Some(steps);
     }
 
-    /// The next sync fails.
-    pub(crate) fn fail_sync(&self, dice: &mut Dice) {
+    /// A sync fails, after so many that do not.
+    pub(crate) fn fail_sync(&self, after: u64, dice: &mut Dice) {
         let seed = dice.below(u64::MAX >> 11);
-        self.0.lock().expect("not poisoned").sync_fails = Some(Dice::new(seed));
+        self.0.lock().expect("not poisoned").sync_fails = Some((after, Dice::new(seed)));
+    }
+
+    /// Whether one did since the last restart.
+    pub(crate) fn sync_failed(&self) -> bool {
+        self.0.lock().expect("not poisoned").sync_failed
     }
 
     /// What a restart finds; after a loss of power not all of it was there to stay.
@@ -93,6 +100,7 @@ impl Simulated {
         let mut state = self.0.lock().expect("not poisoned");
         state.budget = None;
         state.sync_fails = None;
+        state.sync_failed = false;
         if !power_lost {
             return;
         }
@@ -190,9 +198,13 @@ impl Medium for Simulated {
         let mut state = self.0.lock().expect("not poisoned");
         state.spend()?;
         state.syncs += 1;
-        if let Some(mut dice) = state.sync_fails.take() {
-            state.settle_some(&mut dice);
-            return Err(io::Error::other("the medium failed"));
+        match state.sync_fails.take() {
+            Some((0, mut dice)) => {
+                state.settle_some(&mut dice);
+                state.sync_failed = true;
+                return Err(io::Error::other("the medium failed"));
+            }
+            left => state.sync_fails = left.map(|(syncs, dice)| (syncs - 1, dice)),
         }
         for (sector, versions) in std::mem::take(&mut state.pending) {
             let last = versions.last().expect("an entry has a version");

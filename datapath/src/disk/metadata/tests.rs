@@ -103,7 +103,7 @@ fn after_a_failed_store_nothing_is_stored() {
         let medium = created();
         let mut opened = reopen(&medium);
         let _ = opened.dirty.set(range(0, 1));
-        medium.fail_sync(&mut Dice::new(1));
+        medium.fail_sync(0, &mut Dice::new(1));
         let failed = if first_half {
             opened.superblocks.store(&superblock())
         } else {
@@ -116,6 +116,74 @@ fn after_a_failed_store_nothing_is_stored() {
         assert!(opened.area.store_unsaved(&mut opened.dirty).is_err(), "and by the other half");
         assert!(opened.dirty.has_unsaved());
         assert_eq!(medium.cost(), before, "although it would take it");
+    }
+}
+
+/// Marks that a failed sync left in the system's memory alone are read by the next daemon, which rests on them.
+#[test]
+fn marks_that_only_the_cache_holds_are_on_record_after_a_restart() {
+    for seed in 0..30 {
+        let (medium, mut dice) = (created(), Dice::new(seed * 977 + 5));
+        let mut opened = reopen(&medium);
+        let _ = opened.dirty.set_all();
+        medium.fail_sync(0, &mut dice);
+        opened.area.store_unsaved(&mut opened.dirty).expect_err("the medium fails");
+        medium.restart(false, &mut dice);
+        let mut opened = reopen(&medium);
+        opened.recover().expect("the medium works again");
+        assert_eq!(opened.dirty.set_all(), super::super::dirty_map::Marked::Durable);
+        medium.restart(true, &mut dice);
+        assert_eq!(reopen(&medium).dirty.dirty_bytes(), SIZE, "seed {seed}");
+    }
+}
+
+/// So is a transaction: one that is missing behind the next would make everything dirty.
+#[test]
+fn a_transaction_that_only_the_cache_holds_is_on_record_after_a_restart() {
+    for steps in 0..80 {
+        let (medium, mut dice) = (used(), Dice::new(steps * 977 + 5));
+        let mut opened = reopen(&medium);
+        assert!(matches!(opened.activity.touch(range(6 << 30, 4096)), Touch::Wait(_)));
+        let transaction = opened.activity.next_transaction().expect("due");
+        medium.fail_sync(0, &mut dice);
+        opened.area.commit(&transaction).expect_err("the medium fails");
+        medium.restart(false, &mut dice);
+        let mut opened = reopen(&medium);
+        assert_eq!(opened.report.hot_extents, 2);
+        medium.cut_after(steps);
+        let _ = opened.recover();
+        medium.restart(true, &mut dice);
+        let opened = reopen(&medium);
+        assert_eq!(opened.report.activity_damage, None, "{steps}");
+        let runs = [range(1 << 30, 1 << 20), range(4 << 30, 4 << 20), range(6 << 30, 4 << 20)];
+        assert_eq!(dirty_of(&opened), runs, "{steps}");
+    }
+}
+
+/// A superblock as well, whichever of a store's syncs failed and wherever the power goes in the start after it or in the
+/// store after that: one copy is always whole, and what a start went by stays.
+#[test]
+fn a_superblock_that_only_the_cache_holds_is_on_record_after_a_restart() {
+    for (steps, after) in (0..80).flat_map(|steps| [(steps, 0), (steps, 1)]) {
+        let (medium, mut dice) = (used(), Dice::new(steps * 31 + after));
+        let epoch = |epoch| Superblock { epoch: Epoch(epoch), ..superblock() };
+        let mut opened = reopen(&medium);
+        medium.fail_sync(after, &mut dice);
+        opened.superblocks.store(&epoch(1)).expect_err("the medium fails");
+        medium.restart(false, &mut dice);
+        medium.cut_after(steps);
+        let went_by = open(medium.clone(), 0, "db", "alpha", SIZE, 1).map(|mut opened| {
+            let found = opened.superblock.epoch;
+            let stored = opened.recover().and_then(|()| opened.superblocks.store(&epoch(2)));
+            (found, stored.is_ok())
+        });
+        medium.restart(true, &mut dice);
+        let found = reopen(&medium).superblock.epoch.0;
+        match went_by {
+            Ok((_, true)) => assert_eq!(found, 2, "{steps} {after}"),
+            Ok((Epoch(before), false)) => assert!(found == before || found == 2, "{steps} {after}: {found}"),
+            Err(_) => assert!(found <= 1, "{steps} {after}: {found}"),
+        }
     }
 }
 
@@ -307,7 +375,7 @@ fn format_1_becomes_format_2_with_what_it_knew() {
 #[test]
 fn an_upgrade_cut_short_at_any_point_loses_nothing() {
     let before = Superblock { clean: false, peer_has_current: true, ..superblock() };
-    for steps in 0..60 {
+    for steps in 0..80 {
         for seed in 0..4 {
             let medium = format_1(&before);
             medium.cut_after(steps);
