@@ -1,30 +1,28 @@
-//! The superblock: what a disk knows about itself across a crash, in two checksummed copies.
+//! The superblock: what a disk knows about itself across a crash, as one block of 4096 bytes.
 //!
-//! It stands beside the disk (`<disk>.meta`) or in the last MiB of a block device. Layout of the metadata area, offsets
-//! from its start: copy 0 at 0, copy 1 at 4096, the rest up to 64 KiB reserved; the dirty bitmap and the activity
-//! log follow from 64 KiB on once a release has them.
+//! It stands in two copies at the beginning of the metadata area, beside the disk (`<disk>.meta`) or in the last MiB of a
+//! block device. Here is the block, encoded and decoded: format 1, which has nothing else, and the part of it that every later
+//! format keeps. The [`metadata`](super::metadata) module stores it with what format 2 adds, and upgrades format 1.
 //!
 //! ```text
-//! 0       4096    8192                65536
-//! │ copy 0 │ copy 1 │ reserved, zeros   │ (bitmap, activity log) …
+//! 0        4096     8192                65536
+//! │ copy 0 │ copy 1 │ reserved, zeros   │ format 2: activity log, dirty bitmap …
 //! ```
 //!
-//! Invariants: a store writes the copy that is *not* the newest and returns only when it is on stable storage, so the
-//! newest good copy is never at risk; opening first brings to stable storage what an earlier daemon only wrote; every copy
-//! carries a sequence number and a CRC-32C in its last four bytes, whatever its version; one open [`MetaStore`] holds an exclusive lock, so two daemons never share a disk.
+//! Invariants: every copy carries a sequence number and a CRC-32C in its last four bytes, whatever its version; a name is
+//! at most [`NAME_LEN_MAX`] bytes of UTF-8; a value that means nothing is refused, never guessed.
 //!
-//! Survives: power loss during a store (the older copy is read), one damaged copy (reported), garbage, truncation, a
-//! foreign volume's file, a newer release's format (each its own error). After a failed store nothing more is stored:
-//! a second `fdatasync` may claim success for data the first one lost.
+//! Survives: damage, garbage, another volume's block, a newer release's format, each as an error of its own.
 //!
-//! Everything here blocks; never call it from the reactor's thread.
+//! Also here, because every format shares them: where metadata stands ([`Location`]), the exclusive lock on it, and why it
+//! cannot be read ([`SuperblockError`]).
 
 use crate::limits::GENERATION_HISTORY_LEN;
 use crate::units::{Epoch, Generation};
 use rustix::fs::FlockOperation;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -44,7 +42,7 @@ pub const DEVICE_METADATA_LEN: u64 = 1 << 20;
 /// First bytes of every superblock copy.
 pub const MAGIC: [u8; 8] = *b"costndSB";
 
-/// Version of the format written here.
+/// Version of the format that is this block alone.
 pub const VERSION: u32 = 1;
 
 /// Bytes of a volume's or node's name: what a file name may have on any common file system.
@@ -224,7 +222,7 @@ impl Superblock {
         self.generations.current == Generation::ZERO
     }
 
-    /// The block as it is stored, under `sequence`.
+    /// The block of format 1, as releases before format 2 stored it, under `sequence`.
     ///
     /// # Panics
     /// When a name is longer than [`NAME_LEN_MAX`] or the disk state is `Diskless`.
@@ -270,7 +268,7 @@ impl Superblock {
         zerocopy::transmute!(raw)
     }
 
-    /// Reads one copy and its sequence number.
+    /// Reads one copy of format 1 and its sequence number.
     ///
     /// # Errors
     /// Names what is wrong with the copy. The checksum comes before the version, so a newer format is told from damage.
@@ -529,150 +527,6 @@ impl Location {
     }
 }
 
-/// What [`MetaStore::open`] found.
-#[derive(Debug)]
-pub struct Opened {
-    /// The store, locked.
-    pub store: MetaStore,
-    /// The newest good copy.
-    pub superblock: Superblock,
-    /// Why the other copy could not be used, for the log. The next store replaces it.
-    pub damaged: Option<(usize, CopyError)>,
-}
-
-/// An open, locked metadata area. Blocking; not for the reactor's thread.
-#[derive(Debug)]
-pub struct MetaStore {
-    file: File,
-    location: Location,
-    /// Index of the copy that holds the newest superblock.
-    newest: usize,
-    sequence: u64,
-    failed: bool,
-}
-
-impl MetaStore {
-    /// Makes the metadata of a new disk, both copies, durably. The store is dropped and so unlocked when this returns.
-    ///
-    /// # Errors
-    /// [`SuperblockError::Exists`] when there is a file, or on a device a readable superblock, and not `force`;
-    /// [`SuperblockError::Locked`] when a daemon has it; [`SuperblockError::Io`].
-    pub fn create(location: &Location, superblock: &Superblock, force: bool) -> Result<(), SuperblockError> {
-        let path = &location.path;
-        let io = |doing| move |source| SuperblockError::Io { doing, path: path.clone(), source };
-        let device = is_block_device(path);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(!device)
-            .create_new(!device && !force)
-            .truncate(false)
-            .open(path)
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => SuperblockError::Exists { path: path.clone() },
-                _ => io("creating")(source),
-            })?;
-        lock(&file, path)?;
-        let area_end = location.offset + AREA_LEN;
-        if device {
-            let mut copy = [0; SUPERBLOCK_LEN];
-            for at in COPIES {
-                file.read_exact_at(&mut copy, location.offset + at).map_err(io("reading"))?;
-                if copy[..MAGIC.len()] == MAGIC && !force {
-                    return Err(SuperblockError::Exists { path: path.clone() });
-                }
-            }
-        } else if file.metadata().map_err(io("reading"))?.len() < area_end {
-            file.set_len(area_end).map_err(io("creating"))?;
-        }
-        for (sequence, at) in (1..).zip(COPIES) {
-            file.write_all_at(&superblock.encode(sequence), location.offset + at).map_err(io("writing"))?;
-        }
-        file.sync_all().map_err(io("flushing"))?;
-        if !device {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            File::open(parent.unwrap_or(Path::new(".")))
-                .and_then(|dir| dir.sync_all())
-                .map_err(io("creating"))?;
-        }
-        Ok(())
-    }
-
-    /// Locks the metadata at `location` and reads the newest good copy.
-    ///
-    /// # Errors
-    /// Every kind of [`SuperblockError`] but `Exists`, `Foreign` and `FailedBefore`.
-    pub fn open(location: &Location) -> Result<Opened, SuperblockError> {
-        let path = &location.path;
-        let io = |doing| move |source| SuperblockError::Io { doing, path: path.clone(), source };
-        let file =
-            OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => SuperblockError::Missing { path: path.clone() },
-                _ => io("opening")(source),
-            })?;
-        lock(&file, path)?;
-        // Seeking gives a block device's size too, which its inode does not.
-        let end =
-            rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| io("opening")(e.into()))?;
-        let found = end.saturating_sub(location.offset);
-        if found < AREA_LEN {
-            return Err(SuperblockError::Truncated { path: path.clone(), found });
-        }
-        // A daemon that was killed between writing a copy and syncing it left one that only the cache holds. It is about
-        // to be trusted, and the next store writes over the other copy: it must be on the medium before.
-        file.sync_data().map_err(io("flushing"))?;
-        let mut copies = Vec::with_capacity(COPIES.len());
-        for at in COPIES {
-            let mut copy = [0; SUPERBLOCK_LEN];
-            file.read_exact_at(&mut copy, location.offset + at).map_err(io("reading"))?;
-            copies.push(Superblock::decode(&copy));
-        }
-        let [first, second] = <[_; 2]>::try_from(copies).expect("two copies were read");
-        let (newest, superblock, sequence, damaged) = pick(first, second, path)?;
-        let store = Self { file, location: location.clone(), newest, sequence, failed: false };
-        Ok(Opened { store, superblock, damaged })
-    }
-
-    /// [`MetaStore::open`], and refuses metadata of another volume, node or size than `volume`, `node` and `size`.
-    ///
-    /// # Errors
-    /// As [`MetaStore::open`], and [`SuperblockError::Foreign`].
-    pub fn open_for(
-        location: &Location,
-        volume: &str,
-        node: &str,
-        size: u64,
-    ) -> Result<Opened, SuperblockError> {
-        let opened = Self::open(location)?;
-        opened.superblock.check_belongs(&location.path, volume, node, size)?;
-        Ok(opened)
-    }
-
-    /// Replaces the older copy. When this returns `Ok`, `superblock` is on stable storage and is what a restart reads.
-    ///
-    /// # Errors
-    /// [`SuperblockError::Io`] once, then [`SuperblockError::FailedBefore`]: the disk must be taken as failed.
-    pub fn store(&mut self, superblock: &Superblock) -> Result<(), SuperblockError> {
-        let path = &self.location.path;
-        if self.failed {
-            return Err(SuperblockError::FailedBefore { path: path.clone() });
-        }
-        let older = 1 - self.newest;
-        let sequence = self.sequence + 1;
-        let written = self
-            .file
-            .write_all_at(&superblock.encode(sequence), self.location.offset + COPIES[older])
-            .and_then(|()| self.file.sync_data());
-        if let Err(source) = written {
-            self.failed = true;
-            return Err(SuperblockError::Io { doing: "storing", path: path.clone(), source });
-        }
-        self.newest = older;
-        self.sequence = sequence;
-        Ok(())
-    }
-}
-
 pub(super) fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
@@ -685,32 +539,4 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<(), SuperblockError> {
             SuperblockError::Io { doing: "locking", path: path.to_owned(), source: errno.into() }
         }
     })
-}
-
-/// One copy as `T` and its sequence number.
-pub(super) type Decoded<T> = Result<(T, u64), CopyError>;
-/// Which copy is the newest good one, what it says, its sequence number, and what is wrong with the other.
-pub(super) type Picked<T> = (usize, T, u64, Option<(usize, CopyError)>);
-
-pub(super) fn pick<T>(
-    first: Decoded<T>,
-    second: Decoded<T>,
-    path: &Path,
-) -> Result<Picked<T>, SuperblockError> {
-    // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
-    // falling back to it would undo promotions and resyncs.
-    for copy in [&first, &second] {
-        if let Err(CopyError::Version { found, newest }) = copy {
-            return Err(SuperblockError::Newer { path: path.to_owned(), found: *found, newest: *newest });
-        }
-    }
-    match (first, second) {
-        (Ok(first), Ok(second)) if second.1 > first.1 => Ok((1, second.0, second.1, None)),
-        (Ok(first), Ok(_)) => Ok((0, first.0, first.1, None)),
-        (Ok(first), Err(error)) => Ok((0, first.0, first.1, Some((1, error)))),
-        (Err(error), Ok(second)) => Ok((1, second.0, second.1, Some((0, error)))),
-        (Err(first), Err(second)) => {
-            Err(SuperblockError::Unreadable { path: path.to_owned(), first, second })
-        }
-    }
 }

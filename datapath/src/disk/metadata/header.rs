@@ -7,9 +7,7 @@ use super::MetadataError;
 use super::layout::{Geometry, Layout};
 use super::medium::Medium;
 use crate::disk::activity_log::ring::NUMBER_END;
-use crate::disk::superblock::{
-    COPIES, CopyError, Picked, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError, pick,
-};
+use crate::disk::superblock::{COPIES, CopyError, RESERVED_AT, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::units::Generation;
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -123,27 +121,52 @@ impl Header {
     }
 }
 
+/// Both copies as they are read.
+pub(super) type Blocks = [[u8; SUPERBLOCK_LEN]; 2];
+
 /// Reads both copies.
 ///
 /// # Errors
 /// [`SuperblockError::Truncated`], [`SuperblockError::Io`].
-pub(super) fn read_copies(medium: &dyn Medium, offset: u64) -> Result<[Copy; 2], SuperblockError> {
+pub(super) fn read_blocks(medium: &dyn Medium, offset: u64) -> Result<Blocks, SuperblockError> {
     let io = |source| SuperblockError::Io { doing: "reading", path: medium.path().into(), source };
     let found = medium.len().map_err(io)?.saturating_sub(offset);
     if found < crate::disk::superblock::AREA_LEN {
         return Err(SuperblockError::Truncated { path: medium.path().into(), found });
     }
-    let mut copies = COPIES.map(|_| Err(CopyError::Length { found: 0 }));
-    for (copy, at) in copies.iter_mut().zip(COPIES) {
-        let mut bytes = [0; SUPERBLOCK_LEN];
-        medium.read(offset + at, &mut bytes).map_err(io)?;
-        *copy = Header::decode(&bytes);
+    let mut blocks = [[0; SUPERBLOCK_LEN]; 2];
+    for (block, at) in blocks.iter_mut().zip(COPIES) {
+        medium.read(offset + at, block).map_err(io)?;
     }
-    Ok(copies)
+    Ok(blocks)
 }
 
-/// The newest good copy. A newer format in either is refused: falling back would undo what that release did.
-pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Picked<Header>, SuperblockError> {
-    let [first, second] = copies;
-    pick(first, second, medium.path())
+/// What both copies say.
+pub(super) fn decode_both(blocks: &Blocks) -> [Copy; 2] {
+    blocks.each_ref().map(|block| Header::decode(block))
+}
+
+/// Which copy is the newest good one, what it says, its sequence number, and what is wrong with the other.
+pub(super) type Newest<T> = (usize, T, u64, Option<(usize, CopyError)>);
+
+/// The newest good copy.
+///
+/// # Errors
+/// [`SuperblockError::Newer`], [`SuperblockError::Unreadable`].
+pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Newest<Header>, SuperblockError> {
+    let path = medium.path();
+    // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
+    // falling back to it would undo promotions and resyncs.
+    for copy in &copies {
+        if let Err(CopyError::Version { found, newest }) = copy {
+            return Err(SuperblockError::Newer { path: path.into(), found: *found, newest: *newest });
+        }
+    }
+    match copies {
+        [Ok(first), Ok(second)] if second.1 > first.1 => Ok((1, second.0, second.1, None)),
+        [Ok(first), Ok(_)] => Ok((0, first.0, first.1, None)),
+        [Ok(first), Err(error)] => Ok((0, first.0, first.1, Some((1, error)))),
+        [Err(error), Ok(second)] => Ok((1, second.0, second.1, Some((0, error)))),
+        [Err(first), Err(second)] => Err(SuperblockError::Unreadable { path: path.into(), first, second }),
+    }
 }

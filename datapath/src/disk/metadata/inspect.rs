@@ -52,7 +52,7 @@ pub struct Inspection {
 /// # Errors
 /// [`SuperblockError::Truncated`] where there is no room for superblocks, [`SuperblockError::Io`].
 pub fn inspect<M: Medium>(medium: &M, offset: u64, runs_max: usize) -> Result<Inspection, SuperblockError> {
-    let copies = header::read_copies(medium, offset)?;
+    let copies = header::decode_both(&header::read_blocks(medium, offset)?);
     let newest = header::newest(copies.clone(), medium);
     let area = match &newest {
         Ok((_, header, ..)) => header.shape.map(|shape| look(medium, offset, shape, runs_max)),

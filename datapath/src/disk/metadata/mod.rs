@@ -13,7 +13,8 @@
 //!
 //! Survives: power loss during any store, one damaged superblock copy, damage anywhere in the bitmap (those grains are
 //! dirty) or the log (everything is dirty), another disk's metadata, truncation, a newer format. After a store that
-//! failed nothing more is stored by either half: a second `fdatasync` may claim success for what the first one lost.
+//! failed nothing more is stored by either half: a second `fdatasync` may claim success for what the first one lost. A
+//! daemon that starts after that, without a boot in between, writes all it finds anew before it trusts it.
 //!
 //! Everything here blocks; never call it from the reactor's thread.
 
@@ -22,7 +23,7 @@ use super::dirty_map::{DirtyBlock, DirtyMap};
 use super::superblock::{COPIES, CopyError, DiskState, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::limits::{DAMAGE_LISTED_MAX, DIRTY_STORE_BLOCKS_MAX};
 use crate::units::{ByteRange, Generation};
-use header::{Header, Shape};
+use header::{Header, Newest, Shape};
 use layout::{ACTIVITY_LEN, BLOCK_WORDS, Geometry, GeometryError, Layout, SECTOR_BITS, SECTOR_WORDS};
 use medium::Medium;
 use sector::{BLOCK_LEN, PAYLOAD_LEN, Place, SECTOR_LEN, SECTORS_PER_BLOCK, Sector, SectorFault, SectorKind};
@@ -48,7 +49,7 @@ const STRIDE_BLOCKS: usize = 64;
 /// Why metadata cannot be made, read or stored.
 #[derive(Debug, thiserror::Error)]
 pub enum MetadataError {
-    /// As with format 1.
+    /// The superblocks cannot be made, read or stored, or any part cannot be reached.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
     /// The area does not fit, or no area of this shape can be.
@@ -346,27 +347,64 @@ fn shape_at(area: u64, geometry: Geometry, layout: Layout, offset: u64) -> Shape
 
 /// Makes log and bitmap read as never written. What reads so already stays a hole.
 fn blank<M: Medium>(medium: &M, layout: Layout, geometry: Geometry) -> io::Result<()> {
+    for_used_blocks(medium, layout, geometry, |at, _| medium.write(at, &[0; BLOCK_LEN]))
+}
+
+/// Gives `each` the place and the bytes of every block of log and bitmap that does not read as zeros.
+fn for_used_blocks<M: Medium>(
+    medium: &M,
+    layout: Layout,
+    geometry: Geometry,
+    mut each: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
     let mut bytes = vec![0; STRIDE_BLOCKS * BLOCK_LEN];
-    let zeros = bytes.clone();
     for (start, len) in [(layout.activity_at, ACTIVITY_LEN), (layout.dirty_at, geometry.dirty_len())] {
-        let mut at = start;
-        while at < start + len {
-            let step = usize::try_from(start + len - at).map_or(zeros.len(), |left| left.min(zeros.len()));
+        for at in (start..start + len).step_by(bytes.len()) {
+            let step = usize::try_from(start + len - at).map_or(bytes.len(), |left| left.min(bytes.len()));
             medium.read(at, &mut bytes[..step])?;
-            if bytes[..step] != zeros[..step] {
-                medium.write(at, &zeros[..step])?;
+            for (at, block) in (at..).step_by(BLOCK_LEN).zip(bytes[..step].chunks_exact(BLOCK_LEN)) {
+                if block.iter().any(|byte| *byte != 0) {
+                    each(at, block)?;
+                }
             }
-            at += step as u64;
         }
     }
     Ok(())
+}
+
+/// Writes both copies as they were read, and syncs each before the other is touched. The newest goes first, for it is the
+/// one that the medium may lack. A damaged one is left to the next store.
+fn write_copies_anew<M: Medium>(
+    medium: &M,
+    offset: u64,
+    blocks: &header::Blocks,
+    newest: usize,
+    damaged: Option<usize>,
+) -> io::Result<()> {
+    for copy in [newest, 1 - newest] {
+        if damaged != Some(copy) {
+            medium.write(offset + COPIES[copy], &blocks[copy])?;
+            medium.sync()?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes log and bitmap as they are read, and syncs them. What is read for use is read after that: until it is synced, the
+/// system may drop what the medium lacks from memory.
+fn write_area_anew<M: Medium>(medium: &M, layout: Layout, geometry: Geometry) -> io::Result<()> {
+    for_used_blocks(medium, layout, geometry, |at, block| medium.write(at, block))?;
+    medium.sync()
 }
 
 /// Reads the metadata on `medium` with its superblocks at `offset`, and refuses that of another volume, node or size.
 /// An area of format 1 becomes one of format 2 with the random number `fresh_area`.
 ///
 /// What an earlier daemon only wrote is brought to stable storage first: it is about to be trusted, and the next store
-/// writes over the other copy.
+/// writes over the other copy. A sync alone would not do it. Where writing back failed, Linux tells one sync, takes the pages
+/// for clean and still gives what was to be written; so whatever is found is written anew, the very bytes. Where the
+/// medium has them already, no tear changes anything; what it lacks is part of one store, the last before that daemon gave
+/// up, and a store may be torn at any time.
 ///
 /// # Errors
 /// [`MetadataError`].
@@ -383,25 +421,29 @@ pub fn open<M: Medium>(
         path: medium.path().into(),
         source,
     })?;
-    let copies = header::read_copies(&medium, offset)?;
-    let (newest, header, sequence, damaged_copy) = header::newest(copies, &medium)?;
+    let io = |doing| {
+        let path = medium.path();
+        move |source| SuperblockError::Io { doing, path: path.into(), source }
+    };
+    let blocks = header::read_blocks(&medium, offset)?;
+    let (newest, header, sequence, damaged_copy) = header::newest(header::decode_both(&blocks), &medium)?;
     let superblock = header.superblock;
     superblock.check_belongs(medium.path(), volume, node, size)?;
+    let damaged = damaged_copy.as_ref().map(|(copy, _)| *copy);
+    write_copies_anew(&medium, offset, &blocks, newest, damaged).map_err(io("rewriting"))?;
     let Some(shape) = header.shape else {
         return upgrade(medium, offset, (newest, superblock, sequence, damaged_copy), fresh_area);
     };
     let layout = shape.layout(medium.path(), offset)?;
-    let io = |source| SuperblockError::Io { doing: "reading", path: medium.path().into(), source };
-    let found = medium.len().map_err(io)?;
+    let found = medium.len().map_err(io("reading"))?;
     if found < layout.end {
         let path = medium.path().into();
         return Err(MetadataError::Truncated { path, found, needed: layout.end });
     }
-    let read = read_area(&medium, layout, &shape).map_err(io)?;
+    write_area_anew(&medium, layout, shape.geometry).map_err(io("rewriting"))?;
+    let read = read_area(&medium, layout, &shape).map_err(io("reading"))?;
     Ok(assemble(medium, offset, layout, shape, (newest, superblock, sequence, damaged_copy), read))
 }
-
-type Newest = (usize, Superblock, u64, Option<(usize, CopyError)>);
 
 /// What stands in the log and the bitmap.
 pub(crate) struct AreaRead {
@@ -417,7 +459,7 @@ fn assemble<M: Medium>(
     offset: u64,
     layout: Layout,
     shape: Shape,
-    (newest, superblock, sequence, damaged_copy): Newest,
+    (newest, superblock, sequence, damaged_copy): Newest<Superblock>,
     read: AreaRead,
 ) -> Opened<M> {
     let AreaRead { mut dirty, damage, replayed, counter } = read;
@@ -505,7 +547,7 @@ fn read_dirty_sector(shape: &Shape, sector: usize, bytes: &[u8], read: &mut Area
 fn upgrade<M: Medium>(
     medium: M,
     offset: u64,
-    (newest, superblock, sequence, damaged_copy): Newest,
+    (newest, superblock, sequence, damaged_copy): Newest<Superblock>,
     area: u64,
 ) -> Result<Opened<M>, MetadataError> {
     let path = medium.path().to_owned();

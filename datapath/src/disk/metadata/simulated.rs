@@ -1,5 +1,6 @@
 //! A medium in memory that tears and loses what was not synced, for tests: any subset of un-synced sectors survives a
-//! loss of power, and each in any of the versions written since the last sync.
+//! loss of power, and each in any of the versions written since the last sync. A sync that fails leaves as little on it, but
+//! what was written is read back until the power goes, and no later sync brings it there: so Linux keeps its pages.
 
 use super::medium::Medium;
 use super::sector::SECTOR_LEN;
@@ -34,6 +35,10 @@ struct State {
     /// Versions written since the last sync.
     pending: BTreeMap<u64, Vec<[u8; SECTOR_LEN]>>,
     len: u64,
+    /// After so many more syncs one fails; picks what that brings to stable storage nevertheless.
+    sync_fails: Option<(u64, Dice)>,
+    /// It did.
+    sync_failed: bool,
     /// Sectors and syncs until the power is cut.
     budget: Option<u64>,
     syncs: u64,
@@ -49,6 +54,16 @@ impl State {
                 Ok(())
             }
             None => Ok(()),
+        }
+    }
+
+    /// Of what was written since the last sync, any part comes to stable storage.
+    fn settle_some(&mut self, dice: &mut Dice) {
+        for (sector, versions) in std::mem::take(&mut self.pending) {
+            let pick = dice.below(versions.len() as u64 + 1);
+            if let Some(version) = usize::try_from(pick).ok().and_then(|pick| versions.get(pick)) {
+                self.synced.insert(sector, *version);
+            }
         }
     }
 }
@@ -69,19 +84,27 @@ impl Simulated {
         self.0.lock().expect("not poisoned").budget = Some(steps);
     }
 
+    /// A sync fails, after so many that do not.
+    pub(crate) fn fail_sync(&self, after: u64, dice: &mut Dice) {
+        let seed = dice.below(u64::MAX >> 11);
+        self.0.lock().expect("not poisoned").sync_fails = Some((after, Dice::new(seed)));
+    }
+
+    /// Whether one did since the last restart.
+    pub(crate) fn sync_failed(&self) -> bool {
+        self.0.lock().expect("not poisoned").sync_failed
+    }
+
     /// What a restart finds; after a loss of power not all of it was there to stay.
     pub(crate) fn restart(&self, power_lost: bool, dice: &mut Dice) {
         let mut state = self.0.lock().expect("not poisoned");
         state.budget = None;
+        state.sync_fails = None;
+        state.sync_failed = false;
         if !power_lost {
             return;
         }
-        for (sector, versions) in std::mem::take(&mut state.pending) {
-            let pick = dice.below(versions.len() as u64 + 1);
-            if let Some(version) = usize::try_from(pick).ok().and_then(|pick| versions.get(pick)) {
-                state.synced.insert(sector, *version);
-            }
-        }
+        state.settle_some(dice);
         state.seen = state.synced.clone();
     }
 
@@ -175,6 +198,14 @@ impl Medium for Simulated {
         let mut state = self.0.lock().expect("not poisoned");
         state.spend()?;
         state.syncs += 1;
+        match state.sync_fails.take() {
+            Some((0, mut dice)) => {
+                state.settle_some(&mut dice);
+                state.sync_failed = true;
+                return Err(io::Error::other("the medium failed"));
+            }
+            left => state.sync_fails = left.map(|(syncs, dice)| (syncs - 1, dice)),
+        }
         for (sector, versions) in std::mem::take(&mut state.pending) {
             let last = versions.last().expect("an entry has a version");
             state.synced.insert(sector, *last);

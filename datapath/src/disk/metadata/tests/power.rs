@@ -53,7 +53,11 @@ enum Op {
     CutAfter {
         steps: u64,
     },
-    /// The same during the recovery to come.
+    /// Some sync to come fails, and the daemon starts again without a loss of power.
+    FailSync {
+        after: u64,
+    },
+    /// The power goes during the start to come.
     CutRecovery {
         steps: u64,
     },
@@ -75,7 +79,8 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Retire),
         2 => any::<(bool, bool)>().prop_map(|(power, peer_power)| Op::Crash { power, peer_power }),
         3 => (0..60u64).prop_map(|steps| Op::CutAfter { steps }),
-        1 => (0..60u64).prop_map(|steps| Op::CutRecovery { steps }),
+        2 => (0..6u64).prop_map(|after| Op::FailSync { after }),
+        1 => (0..300u64).prop_map(|steps| Op::CutRecovery { steps }),
     ]
 }
 
@@ -326,6 +331,7 @@ impl World {
             }
             Op::Crash { power, peer_power } => self.crash(power, peer_power),
             Op::CutAfter { steps } => self.medium.cut_after(steps),
+            Op::FailSync { after } => self.medium.fail_sync(after, &mut self.dice),
             Op::CutRecovery { steps } => self.cut_recovery = Some(steps),
         }
         Ok(())
@@ -342,17 +348,16 @@ impl World {
         if peer_power {
             self.there.lose_power(&mut self.dice);
         }
+        if let Some(steps) = self.cut_recovery.take() {
+            self.medium.cut_after(steps);
+            let started = open(self.medium.clone(), 0, "db", "alpha", EXTENTS * EXTENT, 1);
+            let cut = started.map_or(true, |mut meta| meta.recover().is_err());
+            self.medium.restart(cut, &mut self.dice);
+        }
         self.meta = reopen(&self.medium);
         self.check("after a crash");
         assert_eq!(self.meta.report.activity_damage, None, "a crash is not damage");
         assert_eq!(self.meta.report.dirty_damage.sectors, 0, "a crash is not damage");
-        if let Some(steps) = self.cut_recovery.take() {
-            self.medium.cut_after(steps);
-            let cut = self.meta.recover().is_err();
-            self.medium.restart(cut, &mut self.dice);
-            self.meta = reopen(&self.medium);
-            self.check("after a recovery cut short");
-        }
         self.meta.recover().expect("the power is back");
         self.meta = reopen(&self.medium);
         self.check("after a recovery");
@@ -380,7 +385,8 @@ proptest! {
         let mut world = World::new(seed);
         for op in &ops {
             if world.run(op).is_err() {
-                world.crash(true, seed.is_multiple_of(2));
+                let power = !world.medium.sync_failed();
+                world.crash(power, seed.is_multiple_of(2));
             }
         }
         world.crash(true, true);
