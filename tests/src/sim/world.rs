@@ -360,7 +360,7 @@ impl World {
         node.disk.reopen();
         node.store_fails = false;
         node.call_fails = false;
-        let cut_after = (!self.calm && self.rng.below(8) == 0).then(|| self.rng.below(24));
+        let cut_after = (!self.calm && self.rng.below(8) == 0).then(|| self.rng.below(120));
         let opened = match node.meta.open(NAMES[at], self.config.size, self.rng.next_u64(), cut_after) {
             Ok(Start::Open(opened)) => opened,
             Ok(Start::CutOff) => return self.start_cut_off(at),
