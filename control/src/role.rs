@@ -598,7 +598,7 @@ impl VolumeController {
             self.superblock.boot = self.boot;
         }
         let superblock = Box::new(self.superblock.clone());
-        actions.push(if self.diskless.is_gone() {
+        actions.push(if self.diskless.text().is_some() {
             Action::TryStoreMetadata(superblock)
         } else {
             Action::StoreMetadata(superblock)

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
 mod carry;
 
@@ -32,6 +32,9 @@ use carry::{PeerEnd, SessionState};
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
+
+/// How long anything waits for a store on a medium that is given up.
+const TRY_STORE_MAX: Duration = Duration::from_secs(2);
 
 /// Longest pause between two dials: what a standby's return may take longer than it must.
 const DIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -81,7 +84,7 @@ pub(super) struct VolumeTask {
     index: usize,
     shared: Arc<Shared>,
     controller: VolumeController,
-    store: Option<SuperblockStore<FileMedium>>,
+    store: Option<Arc<Mutex<SuperblockStore<FileMedium>>>>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
@@ -134,7 +137,7 @@ impl VolumeTask {
             index,
             shared,
             controller,
-            store,
+            store: store.map(|store| Arc::new(Mutex::new(store))),
             reactor,
             queue,
             surroundings,
@@ -387,8 +390,9 @@ impl VolumeTask {
         match action {
             Action::StoreMetadata(superblock) => self.store_metadata(*superblock).await?,
             Action::TryStoreMetadata(superblock) => {
-                // Logged where it fails; the disk is given up already.
-                let _ = self.store_metadata(*superblock).await;
+                // Logged where it fails; the disk is given up already, and may hang.
+                let storing = self.store_metadata(*superblock);
+                let _ = tokio::time::timeout(TRY_STORE_MAX, storing).await;
             }
             Action::Detach => self.send(Command::Detach { volume }),
             Action::MarkAll => self.mark_all().await?,
@@ -507,14 +511,11 @@ impl VolumeTask {
 
     async fn store_metadata(&mut self, superblock: Superblock) -> Result<(), String> {
         // A memory disk's metadata lives and dies with the daemon.
-        let Some(mut store) = self.store.take() else { return Ok(()) };
-        let stored = tokio::task::spawn_blocking(move || {
-            let result = store.store(&superblock);
-            (store, result)
-        });
-        let (store, result) = stored.await.expect("a panic has ended the process");
-        self.store = Some(store);
-        result.map_err(|error| {
+        let Some(store) = self.store.clone() else { return Ok(()) };
+        // One that nobody waits for any more ends before this one begins.
+        let mut store = store.lock_owned().await;
+        let stored = tokio::task::spawn_blocking(move || store.store(&superblock));
+        stored.await.expect("a panic has ended the process").map_err(|error| {
             tracing::error!(volume = self.shared.config.name.as_str(), %error, "the metadata cannot be stored");
             error.to_string()
         })

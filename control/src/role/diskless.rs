@@ -32,7 +32,7 @@ impl Diskless {
         matches!(self, Self::Gone(_))
     }
 
-    fn text(&self) -> Option<&str> {
+    pub(super) fn text(&self) -> Option<&str> {
         match self {
             Self::No => None,
             Self::Asked(text) | Self::Gone(text) => Some(text),
@@ -44,7 +44,9 @@ impl VolumeController {
     pub(super) fn on_disk_failing(&mut self, text: String, actions: &mut Vec<Action>) {
         let serves = matches!(self.role, Role::Primary | Role::Demoting) && self.in_session();
         let in_sync = self.connection == Connection::Connected;
-        if !(serves && in_sync) || self.shutdown_deadline.is_some() || self.diskless.text().is_some() {
+        // A peer that a verification found to differ is no stand-in.
+        let usable = in_sync && !self.unrepaired;
+        if !(serves && usable) || self.shutdown_deadline.is_some() || self.diskless.text().is_some() {
             return self.on_disk_failed(&text, actions);
         }
         let log = format!("the disk failed ({text}): asking {} to stand in for it", self.settings.peer);
@@ -52,6 +54,11 @@ impl VolumeController {
         self.diskless = Diskless::Asked(text);
         let arg = self.superblock.generations.current.0;
         actions.push(Action::SendPeer { code: code::DISK_FAILED, arg });
+        // If this daemon died before the answer, the next one might read what a failed sync never brought to the medium,
+        // and take it for what was acknowledged.
+        self.superblock.disk_state = DiskState::Failed;
+        self.superblock.primary = false;
+        self.store(actions);
     }
 
     /// Everything that the peer sent before is applied here.
@@ -79,13 +86,13 @@ impl VolumeController {
     }
 
     pub(super) fn on_disk_failed_noted(&mut self, actions: &mut Vec<Action>) {
-        let Diskless::Asked(text) = std::mem::take(&mut self.diskless) else {
+        let Diskless::Asked(text) = &mut self.diskless else {
             let text =
-                format!("{} stands in for a disk that did not fail: closing the link", self.settings.peer);
+                format!("{} stands in for a disk and was not asked: closing the link", self.settings.peer);
             actions.push(Action::CloseLink);
             return self.log(Level::Error, &text, actions);
         };
-        self.diskless = Diskless::Gone(text);
+        self.diskless = Diskless::Gone(std::mem::take(text));
         actions.push(Action::Detach);
         let log = format!("serving without a disk, from the one of {}", self.settings.peer);
         self.log(Level::Warn, &log, actions);

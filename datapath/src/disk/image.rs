@@ -379,18 +379,20 @@ impl DiskImage {
     #[must_use]
     pub fn is_hole(&self, range: ByteRange) -> bool {
         self.is_sparse()
+            && self.is_whole()
             && match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
                 Ok(data) => data >= range.end(),
                 Err(error) => error == Errno::NXIO,
             }
     }
 
-    /// The extent at `from`, cut at `end`. Where the backing cannot tell, everything is allocated.
+    /// The extent at `from`, cut at `end`. Where the backing cannot tell, everything is allocated; so it is where the disk
+    /// failed or the file was cut short, as what is lost is no zeroes.
     #[must_use]
     pub fn extent_at(&self, from: u64, end: u64) -> Extent {
         let end = end.min(self.size);
         let allocated = |to: u64| Extent { range: ByteRange::new(from, to.min(end) - from), hole: false };
-        if self.backing == Backing::BlockDevice || self.is_detached() {
+        if self.backing == Backing::BlockDevice || self.is_detached() || !self.is_whole() {
             return allocated(end);
         }
         match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
@@ -404,6 +406,14 @@ impl DiskImage {
             Err(Errno::NXIO) => Extent { range: ByteRange::new(from, end - from), hole: true },
             Err(_) => allocated(end),
         }
+    }
+
+    /// Whether the disk works and its file still has all of it.
+    fn is_whole(&self) -> bool {
+        !self.is_failed()
+            && (self.backing != Backing::File
+                || rustix::fs::fstat(&self.file)
+                    .is_ok_and(|stat| u64::try_from(stat.st_size).unwrap_or(0) >= self.size))
     }
 
     fn call_error(&self, call: &'static str, source: Errno) -> DiskError {

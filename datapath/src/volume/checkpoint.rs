@@ -161,6 +161,7 @@ impl Volume {
                     && self.pipeline.in_flight() == 0
                     && self.inflight.waiting_len() == 0
                     && self.record.parked_len() == 0
+                    && !self.diskless.is_fetching()
                     && !self.record.in_checkpoint()
                 {
                     self.quiesce = Quiesce::Flushing;

@@ -56,11 +56,11 @@ enum State {
 
 /// A read under way at the peer.
 #[derive(Clone, Copy, Debug)]
-struct Fetch {
-    id: u64,
-    token: Token,
-    range: ByteRange,
-    got: u64,
+pub(super) struct Fetch {
+    pub(super) id: u64,
+    pub(super) token: Token,
+    pub(super) range: ByteRange,
+    pub(super) got: u64,
 }
 
 /// How a volume stands to its own disk.
@@ -71,7 +71,7 @@ pub(super) struct Diskless {
     since: Option<Instant>,
     /// What goes in place of bytes that are lost.
     zeroes: Option<Arc<Mapping>>,
-    fetches: VecDeque<Fetch>,
+    pub(super) fetches: VecDeque<Fetch>,
     fetches_begun: u64,
     /// Where requests have left memory behind, oldest first; ranges may overlap.
     used: VecDeque<ByteRange>,
@@ -86,6 +86,11 @@ impl Diskless {
 
     pub(super) fn is_fetching(&self) -> bool {
         !self.fetches.is_empty()
+    }
+
+    /// Whether the peer owes as many answers as it may when it is asked the question `id`.
+    pub(super) fn is_asked_enough(&self, id: u64) -> bool {
+        self.fetches.front().is_some_and(|oldest| id - oldest.id >= FETCHES_MAX as u64)
     }
 
     /// Makes a frame whose payload is lost one that changes nothing. False when that cannot be, because its client was
@@ -300,7 +305,10 @@ impl Volume {
         payload.copy_to(&self.disk.span(header.range));
         fetch.got += header.range.len;
         let token = (fetch.got == fetch.range.len).then_some(fetch.token);
-        self.last_answer = self.last_heard;
+        if !self.pipeline.awaits_durability() {
+            // Else answers to reads would hide a flush that hangs.
+            self.last_answer = self.last_heard;
+        }
         self.release(slot);
         if let Some(token) = token {
             self.diskless.fetches.pop_front();
@@ -323,6 +331,7 @@ impl Volume {
         if self.outbox.len() >= READS_OWED_MAX {
             return Err(Violation::TooManyReads);
         }
+        self.disk.read_ahead(header.range);
         self.outbox.push_back(Outgoing::Reply { id: header.aux, range: header.range });
         Ok(())
     }
@@ -363,15 +372,20 @@ impl Volume {
     }
 }
 
-/// Posts an answer as far as the peer's ring has room for it, and takes that off `left`. Returns whether all of it is out.
+/// Posts an answer as far as the peer's ring has room for it and `until` has not come, and takes that off `left`. Returns
+/// whether all of it is out.
 pub(super) fn post_reply(
     link: &mut dyn Link,
     disk: &DiskImage,
     epoch: Epoch,
     id: u64,
     left: &mut ByteRange,
+    until: Instant,
 ) -> bool {
     while left.len > 0 {
+        if Instant::now() >= until {
+            return false;
+        }
         // Nothing is registered for it: a disk that is read from elsewhere is not read there twice.
         let mut header = Header { flags: flags::RESYNC, ..Header::new(Kind::ReadReply, epoch) };
         header.range = ByteRange::new(left.start, left.len.min(READ_REPLY_LEN_MAX));

@@ -149,10 +149,19 @@ impl Volume {
     }
 
     /// The client went away in mid-payload. Part of the range may have changed here, so the range as it stands now is
-    /// mirrored like any write: both disks stay equal, and nobody is told.
+    /// mirrored like any write: both disks stay equal, and nobody is told. Without a disk to stand in it is given up.
     pub fn landed_in_part(&mut self, token: Token) {
-        self.request_mut(token).origin = Origin::Nobody;
-        self.landed(token);
+        let request = self.request_mut(token);
+        request.origin = Origin::Nobody;
+        let range = request.range;
+        if self.disk.is_failed() || self.disk.is_detached() {
+            // What did not arrive reads as nobody knows what here; the peer has the right bytes.
+            self.receiving -= 1;
+            self.give_up_change(token, IoError::DiskFailed);
+            self.passed_through(range);
+        } else {
+            self.landed(token);
+        }
     }
 
     /// The client of a request that waits is gone.

@@ -8,7 +8,7 @@ use crate::disk::digest::Digest;
 use crate::disk::image::DiskImage;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::Violation;
-use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS};
+use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS, TURN_MS_MAX};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::mirror::resync::Resync;
 use crate::reactor::command::{Direction, Event};
@@ -418,7 +418,7 @@ impl Volume {
             self.outbox.clear();
             return;
         };
-        let mut sent = false;
+        let (mut sent, mut replies_until) = (false, None);
         while let Some(outgoing) = self.outbox.front_mut() {
             let posted = match outgoing {
                 Outgoing::Post(seq, change) => {
@@ -450,10 +450,13 @@ impl Volume {
                 Outgoing::Read { id, range } => {
                     let mut header = Header::new(Kind::Read, self.epoch);
                     (header.aux, header.range) = (*id, *range);
-                    link.send(header).is_ok()
+                    !self.diskless.is_asked_enough(*id) && link.send(header).is_ok()
                 }
                 Outgoing::Reply { id, range } => {
-                    post_reply(link.as_mut(), &self.disk, self.epoch, *id, range)
+                    // Pages that are not in memory yet hold up every volume.
+                    let until = *replies_until
+                        .get_or_insert_with(|| Instant::now() + Duration::from_millis(TURN_MS_MAX));
+                    post_reply(link.as_mut(), &self.disk, self.epoch, *id, range, until)
                 }
             };
             if !posted {
@@ -461,6 +464,9 @@ impl Volume {
             }
             sent = true;
             self.outbox.pop_front();
+        }
+        if replies_until.is_some_and(|until| Instant::now() >= until) {
+            self.pace_due = Some(now);
         }
         let was_held_up = self.access.as_ref().is_some_and(Access::is_held_up);
         while let Some(access) = &mut self.access

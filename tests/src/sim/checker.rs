@@ -382,6 +382,12 @@ impl Checker {
         Ok(())
     }
 
+    /// A start has flushed the disk of `node`.
+    pub(super) fn flushed_at_start(&mut self, node: usize) {
+        let duty = &mut self.duties[node];
+        duty.durable = duty.floor.clone();
+    }
+
     /// A client reads these bytes.
     pub(super) fn read(
         &mut self,

@@ -367,6 +367,12 @@ impl World {
             Err(error) => return broken("metadata", error),
         };
         let superblock = opened.superblock.clone();
+        if !superblock.clean {
+            // As a node does before it opens a volume: what a killed daemon left is in the cache alone.
+            let begun = node.disk.begin_flush();
+            node.disk.end_flush(&begun);
+            self.checker.flushed_at_start(at);
+        }
         let dirty = opened.dirty.dirty_grains() > 0;
         let (record, superblocks) = costandby_datapath::disk::record::Record::of(*opened);
         let metadata = MetadataCalls::new(record.store.clone());

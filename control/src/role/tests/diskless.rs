@@ -29,7 +29,17 @@ fn standing_by() -> One {
 fn the_peer_is_asked_and_the_disk_is_detached_only_after_its_record() {
     for on_peer_loss in [OnPeerLoss::Continue, OnPeerLoss::Freeze] {
         let mut one = One::primary("alpha", on_peer_loss);
-        assert_eq!(one.on(failing()), [Action::SendPeer { code: code::DISK_FAILED, arg: 5 }]);
+        let actions = one.on(failing());
+        let [Action::SendPeer { code: code::DISK_FAILED, arg: 5 }, Action::TryStoreMetadata(stored)] =
+            &actions[..]
+        else {
+            panic!("{actions:?}")
+        };
+        assert_eq!(
+            (stored.disk_state, stored.primary),
+            (DiskState::Failed, false),
+            "should this daemon die now"
+        );
         assert_eq!(one.controller.role, Role::Primary);
         let actions = one.message(code::DISK_FAILED_NOTED, 99);
         let [Action::Detach, Action::TryStoreMetadata(stored)] = &actions[..] else { panic!("{actions:?}") };
@@ -92,6 +102,38 @@ fn a_peer_that_may_not_be_served_from_is_not() {
     // An answer to a question that was never asked.
     let mut one = One::primary("alpha", OnPeerLoss::Continue);
     assert_eq!(one.message(code::DISK_FAILED_NOTED, 5), [Action::CloseLink]);
+}
+
+#[test]
+fn an_answer_that_comes_twice_ends_the_session_and_nobody_goes_on_alone() {
+    let mut one = without_disk();
+    assert_eq!(one.message(code::DISK_FAILED_NOTED, 99), [Action::CloseLink]);
+    let actions = one.on(lost(true));
+    assert!(actions.contains(&Action::StopServing) && !actions.contains(&Action::GoAlone), "{actions:?}");
+}
+
+#[test]
+fn a_primary_that_died_before_the_answer_is_the_one_that_is_copied_to() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    let actions = one.on(failing());
+    let stored = actions.iter().find_map(|action| match action {
+        Action::TryStoreMetadata(superblock) => Some(superblock.clone()),
+        _ => None,
+    });
+    let returned = controller(*stored.expect("on record"), OnPeerLoss::Continue).view();
+    let mut other = standing_by();
+    other.on(lost(false));
+    let verdict = compare(&other.controller.view(), &returned);
+    assert!(matches!(verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. }), "{verdict:?}");
+}
+
+#[test]
+fn a_peer_that_is_known_to_differ_does_not_stand_in() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.controller.unrepaired = true;
+    let actions = one.on(failing());
+    assert!(actions.contains(&Action::StopServing), "{actions:?}");
+    assert!(!actions.iter().any(|action| matches!(action, Action::SendPeer { .. })), "{actions:?}");
 }
 
 #[test]

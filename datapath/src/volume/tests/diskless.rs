@@ -1,5 +1,6 @@
 //! A served volume loses its disk: it is held, then goes on over the peer's, and no answer is wrong or comes too early.
 
+use super::super::diskless::{Diskless, Fetch};
 use super::*;
 use crate::limits::{DETACH_S_MAX, DIRTY_GRAIN_LEN};
 
@@ -191,6 +192,86 @@ fn a_payload_in_mid_arrival_is_carried_over_and_one_that_lost_its_beginning_fail
     let there = pair.b.content();
     assert_eq!(there[100..8100], [7; 8000]);
     assert!(there[usize::try_from(bad.start).expect("64-bit")..].iter().all(|byte| *byte != 7));
+}
+
+#[test]
+fn a_write_that_is_broken_off_without_a_disk_leaves_the_peer_as_it_was() {
+    for (gone, received) in [(false, 0), (false, 3000), (true, 0), (true, 3000)] {
+        let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+        let before = pair.b.content();
+        let range = grains(3, 2);
+        if gone {
+            pair.lose_disk();
+        }
+        let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+        pair.a.fill(ByteRange::new(range.start, received), 0xAA);
+        pair.a.volume.received(token, usize::try_from(received).expect("small"));
+        if !gone {
+            pair.a.volume.disk.fail();
+            pair.until("the failure", |pair| pair.a.saw(is_failing));
+        }
+        pair.a.volume.landed_in_part(token);
+        if !gone {
+            pair.a.volume.detach();
+            pair.until("the end of the disk", |pair| pair.a.volume.disk.is_detached());
+        }
+        // Whoever reads there gets what was there.
+        pair.a.begin(2, Op::Read, range, false);
+        let bytes = pair.take_read(2, range);
+        let at = usize::try_from(range.start).expect("small")..usize::try_from(range.end()).expect("small");
+        assert!(bytes == before[at], "gone: {gone}, received: {received}");
+        assert!(pair.b.content() == before && pair.a.told(1).is_empty());
+        pair.until_quiet();
+        pair.a.assert_nothing_left();
+    }
+}
+
+#[test]
+fn bytes_that_are_lost_are_no_hole() {
+    let (file, pair) = pair_on_file(AckLevel::Memory);
+    let disk = &pair.a.volume.disk;
+    file.as_file().set_len(SIZE / 2).expect("cut");
+    assert!(!disk.extent_at(SIZE - 8192, SIZE).hole, "nobody has noticed yet");
+    file.as_file().set_len(SIZE).expect("longer");
+    assert!(disk.extent_at(SIZE - 8192, SIZE).hole);
+    disk.fail();
+    assert!(!disk.extent_at(SIZE - 8192, SIZE).hole);
+}
+
+#[test]
+fn a_volume_is_handed_over_after_the_reads_under_way() {
+    let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+    pair.lose_disk();
+    assert!(matches!(pair.a.begin(1, Op::Read, grains(4, 2), false), Begin::Waits(_)));
+    pair.a.volume.quiesce();
+    pair.until("the quiesce", |pair| pair.a.saw(|event| matches!(event, Event::Quiesced { .. })));
+    assert!(pair.a.granted.iter().any(|(slot, _)| *slot == 1), "its bytes are here");
+    pair.take_read(1, grains(4, 2));
+}
+
+#[test]
+fn the_peer_is_asked_no_more_than_it_answers() {
+    let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+    let reads = u32::try_from(crate::limits::READS_OWED_MAX + 200).expect("small");
+    let mut ready = Vec::new();
+    for slot in 1..=reads {
+        let Begin::Go(token) = pair.a.begin(slot, Op::Read, ByteRange::new(0, 4096), false) else {
+            panic!("reads never wait for each other")
+        };
+        ready.push(token);
+    }
+    pair.a.volume.disk.fail();
+    // Their clients take no replies: they are all put back, and all go on at once.
+    assert!(ready.into_iter().all(|token| pair.a.volume.read_lost(token)));
+    pair.until("the failure", |pair| pair.a.saw(is_failing));
+    pair.a.volume.detach();
+    pair.until("all of them", |pair| pair.a.granted.len() == reads as usize);
+    assert_eq!(pair.b.volume.counters.violations.load(Ordering::Relaxed), 0);
+    let oldest = Fetch { id: 7, token: Token(0), range: grains(0, 1), got: 0 };
+    let mut diskless = Diskless::default();
+    diskless.fetches.push_back(oldest);
+    let most = crate::limits::FETCHES_MAX as u64;
+    assert!(!diskless.is_asked_enough(6 + most) && diskless.is_asked_enough(7 + most));
 }
 
 #[test]
