@@ -239,17 +239,6 @@ fn bytes_that_are_lost_are_no_hole() {
 }
 
 #[test]
-fn a_volume_is_handed_over_after_the_reads_under_way() {
-    let (_file, mut pair) = pair_on_file(AckLevel::Memory);
-    pair.lose_disk();
-    assert!(matches!(pair.a.begin(1, Op::Read, grains(4, 2), false), Begin::Waits(_)));
-    pair.a.volume.quiesce();
-    pair.until("the quiesce", |pair| pair.a.saw(|event| matches!(event, Event::Quiesced { .. })));
-    assert!(pair.a.granted.iter().any(|(slot, _)| *slot == 1), "its bytes are here");
-    pair.take_read(1, grains(4, 2));
-}
-
-#[test]
 fn the_peer_is_asked_no_more_than_it_answers() {
     let (_file, mut pair) = pair_on_file(AckLevel::Memory);
     let reads = u32::try_from(crate::limits::READS_OWED_MAX + 200).expect("small");
