@@ -543,7 +543,8 @@ impl World {
             _ => "?",
         };
         self.tell(at, format_args!("says: {name} ({arg:x})"));
-        if code == code::RESYNC_FINISH {
+        // A peer that is gone by now may have lost what it was vouched for, and never hears of it.
+        if code == code::RESYNC_FINISH && self.nodes[1 - at].process.is_some() {
             self.checker.vouched(at);
         }
         self.send(at, Command::SendPeer { volume: 0, code, arg });
