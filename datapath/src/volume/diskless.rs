@@ -61,6 +61,8 @@ pub(super) struct Fetch {
     pub(super) token: Token,
     pub(super) range: ByteRange,
     pub(super) got: u64,
+    /// The question is on its way: no answer comes before.
+    pub(super) asked: bool,
 }
 
 /// How a volume stands to its own disk.
@@ -90,7 +92,16 @@ impl Diskless {
 
     /// Whether the peer owes as many answers as it may when it is asked the question `id`.
     pub(super) fn is_asked_enough(&self, id: u64) -> bool {
-        self.fetches.front().is_some_and(|oldest| id - oldest.id >= FETCHES_MAX as u64)
+        self.fetches.front().is_some_and(|oldest| id.saturating_sub(oldest.id) >= FETCHES_MAX as u64)
+    }
+
+    /// The question `id` is on its way.
+    pub(super) fn asked(&mut self, id: u64) {
+        let oldest = self.fetches.front().map_or(0, |oldest| oldest.id);
+        let at = id.checked_sub(oldest).and_then(|at| usize::try_from(at).ok());
+        if let Some(fetch) = at.and_then(|at| self.fetches.get_mut(at)) {
+            fetch.asked = true;
+        }
     }
 
     /// Makes a frame whose payload is lost one that changes nothing. False when that cannot be, because its client was
@@ -270,7 +281,7 @@ impl Volume {
         let range = self.request_mut(token).range;
         self.diskless.fetches_begun += 1;
         let id = self.diskless.fetches_begun;
-        self.diskless.fetches.push_back(Fetch { id, token, range, got: 0 });
+        self.diskless.fetches.push_back(Fetch { id, token, range, got: 0, asked: false });
         self.outbox.push_back(Outgoing::Read { id, range });
     }
 
@@ -296,8 +307,10 @@ impl Volume {
         let out_of_turn = Violation::Reply { id: header.aux, range: header.range };
         let Some(fetch) = self.diskless.fetches.front_mut() else { return Err(out_of_turn) };
         let due = ByteRange::new(fetch.range.start + fetch.got, fetch.range.len - fetch.got);
-        let in_turn =
-            fetch.id == header.aux && header.range.start == due.start && header.range.len <= due.len;
+        let in_turn = fetch.asked
+            && fetch.id == header.aux
+            && header.range.start == due.start
+            && header.range.len <= due.len;
         if !in_turn {
             return Err(out_of_turn);
         }

@@ -154,7 +154,8 @@ impl Volume {
         let request = self.request_mut(token);
         request.origin = Origin::Nobody;
         let range = request.range;
-        if self.disk.is_failed() || self.disk.is_detached() {
+        // Asked first: who goes on without a disk keeps the session.
+        if (self.disk.is_failed() && self.outlives_failure()) || self.disk.is_detached() {
             // What did not arrive reads as nobody knows what here; the peer has the right bytes.
             self.receiving -= 1;
             self.give_up_change(token, IoError::DiskFailed);

@@ -450,7 +450,11 @@ impl Volume {
                 Outgoing::Read { id, range } => {
                     let mut header = Header::new(Kind::Read, self.epoch);
                     (header.aux, header.range) = (*id, *range);
-                    !self.diskless.is_asked_enough(*id) && link.send(header).is_ok()
+                    let sent = !self.diskless.is_asked_enough(*id) && link.send(header).is_ok();
+                    if sent {
+                        self.diskless.asked(*id);
+                    }
+                    sent
                 }
                 Outgoing::Reply { id, range } => {
                     // Pages that are not in memory yet hold up every volume.

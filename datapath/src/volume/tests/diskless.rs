@@ -227,6 +227,20 @@ fn a_write_that_is_broken_off_without_a_disk_leaves_the_peer_as_it_was() {
 }
 
 #[test]
+fn a_write_broken_off_before_anybody_noticed_costs_no_stand_in() {
+    let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+    let range = grains(3, 1);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+    pair.a.volume.disk.fail();
+    pair.a.volume.landed_in_part(token);
+    pair.until("the failure", |pair| pair.a.saw(is_failing));
+    pair.a.volume.detach();
+    pair.until("the end of the disk", |pair| pair.a.volume.disk.is_detached());
+    pair.a.begin(2, Op::Read, range, false);
+    pair.take_read(2, range);
+}
+
+#[test]
 fn bytes_that_are_lost_are_no_hole() {
     let (file, pair) = pair_on_file(AckLevel::Memory);
     let disk = &pair.a.volume.disk;
@@ -256,7 +270,7 @@ fn the_peer_is_asked_no_more_than_it_answers() {
     pair.a.volume.detach();
     pair.until("all of them", |pair| pair.a.granted.len() == reads as usize);
     assert_eq!(pair.b.volume.counters.violations.load(Ordering::Relaxed), 0);
-    let oldest = Fetch { id: 7, token: Token(0), range: grains(0, 1), got: 0 };
+    let oldest = Fetch { id: 7, token: Token(0), range: grains(0, 1), got: 0, asked: true };
     let mut diskless = Diskless::default();
     diskless.fetches.push_back(oldest);
     let most = crate::limits::FETCHES_MAX as u64;
@@ -413,12 +427,17 @@ fn lies_about_reads_close_the_link() {
 
 #[test]
 fn answers_that_are_not_due_close_the_link_and_reach_no_client() {
-    for wrong in 0..4 {
+    for wrong in 0..5 {
         let (_file, mut pair) = pair_on_file(AckLevel::Memory);
         pair.lose_disk();
         let range = grains(4, 2);
         if wrong > 0 {
             pair.a.begin(1, Op::Read, range, false);
+        }
+        // What is not asked before the next turn is answered already.
+        assert!(pair.a.volume.diskless.fetches.iter().all(|fetch| !fetch.asked));
+        if (1..4).contains(&wrong) {
+            pair.a.volume.pump(Instant::now());
         }
         let bytes = pair.b.volume.disk.span(grains(5, 1));
         let mut header = Header::new(Kind::ReadReply, Epoch(1));
