@@ -451,6 +451,8 @@ fn answers_that_are_not_due_close_the_link_and_reach_no_client() {
         let link = pair.b.volume.link.as_mut().expect("a session");
         let permit = link.claim(header.payload_len()).expect("room");
         link.post(permit, header, Some(bytes), Token(u64::MAX));
+        link.kick();
+        pair.a.volume.poll(Instant::now());
         pair.until("the end", |pair| pair.a.saw(is_failed));
         assert_eq!(pair.a.volume.counters.violations.load(Ordering::Relaxed), 1, "case {wrong}");
         assert!(pair.a.granted.is_empty());
