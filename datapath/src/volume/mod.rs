@@ -240,6 +240,8 @@ pub struct Volume {
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
+    /// The session would have made us a target, and ends instead; control has it on record as one.
+    target_refused: bool,
     arrived: VecDeque<Slot>,
     access_job: Option<Slot>,
     /// A session ended; control hears of it once nothing is being applied any more.
@@ -310,6 +312,7 @@ impl Volume {
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,
+            target_refused: false,
             arrived: VecDeque::new(),
             access_job: None,
             down_deferred: None,

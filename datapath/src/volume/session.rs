@@ -59,6 +59,7 @@ impl Volume {
         }
         if matches!(direction, Direction::Target { .. }) && self.receiving > 0 {
             // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
+            self.target_refused = true;
             self.close_link(DownReason::Local("changes of the role before are still being made"));
             return;
         }
@@ -353,7 +354,7 @@ impl Volume {
         self.close_switch();
         self.switch = None;
         self.link = None;
-        let was_target = self.access.take().is_some();
+        let was_target = self.access.take().is_some() | std::mem::take(&mut self.target_refused);
         self.arrived.clear();
         self.outbox.clear();
         self.end_copy();

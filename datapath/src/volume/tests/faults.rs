@@ -477,6 +477,8 @@ fn no_disk_is_a_target_while_its_own_clients_changes_are_still_being_made() {
     assert!(node.volume.access.is_none(), "the trim may fall upon what the peer sends");
     turns_until(&mut node, "the end", |node| node.saw(is_link_down));
     turns_until(&mut node, "the trim's end", |node| node.volume.receiving == 0);
+    let settled = |event: &Event| matches!(event, Event::Settled { .. });
+    turns_until(&mut node, "rest, which control waits for", |node| node.saw(settled));
     assert_eq!(node.told(1), [Err(IoError::NotPrimary)]);
     let _raw = attach(&mut node);
     assert!(node.volume.access.is_some());
