@@ -371,8 +371,11 @@ impl Pair {
                     }
                     stood = describe(&status);
                 }
-                // It has not opened its socket yet, or is about to be seen dead.
-                Err(ClusterError::Client { source: ClientError::NoDaemon { .. }, .. }) => {}
+                // It has not opened its socket yet, is still opening its disks, or is about to be seen dead.
+                Err(ClusterError::Client {
+                    source: ClientError::NoDaemon { .. } | ClientError::Timeout { .. },
+                    ..
+                }) => {}
                 Err(error) => return Err(error),
             }
             if started.elapsed() >= limit {

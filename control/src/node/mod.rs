@@ -217,6 +217,7 @@ fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<(OpenVolume, 
     if !superblock.clean {
         // A daemon that was killed left writes in the system's cache alone. The peer has them, too, until it is
         // overwritten with this disk; from then on a loss of power here must not take them.
+        tracing::info!(volume = name, "flushing what the daemon before this one left; it answers after that");
         disk.flush().map_err(disk_error)?;
     }
     let (record, store) = Record::of(opened);

@@ -350,7 +350,8 @@ fn killed(old: Ends, new: Ends, told_apart: usize) -> bool {
     let (mut here, mut there) = (None, None);
     load.until("a decision", |pair| {
         for (node, seen) in [(&mut pair.a, &mut here), (&mut pair.b, &mut there)] {
-            if let Some(at) = node.events.iter().position(|e| is_down(e) || is_failed(e) || is_switched(e)) {
+            while let Some(at) = node.events.iter().position(|e| is_down(e) || is_failed(e) || is_switched(e))
+            {
                 let event = node.events.remove(at);
                 // A change that came to its end, or to nothing, may be followed by the end of the session.
                 assert!(
