@@ -22,7 +22,7 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// What backs a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,6 +106,9 @@ pub struct DiskImage {
     size: u64,
     backing: Backing,
     failed: AtomicBool,
+    /// Held while a flush is under way. The system reports a failed write-back to one caller only: of two flushes at
+    /// once, the other would succeed although some of what it was to cover is lost.
+    flushing: Mutex<()>,
     /// Once detached: what the mapping is of.
     memory: OnceLock<OwnedFd>,
 }
@@ -171,6 +174,7 @@ impl DiskImage {
             size,
             backing,
             failed: AtomicBool::new(false),
+            flushing: Mutex::new(()),
             memory: OnceLock::new(),
         }))
     }
@@ -280,8 +284,13 @@ impl DiskImage {
     ///
     /// # Errors
     /// The system's error, or [`DiskError::TooSmall`] / [`DiskError::Poisoned`] where the file was cut under us: its
-    /// pages are then gone although `fdatasync` itself succeeds. Any error declares the disk failed.
+    /// pages are then gone although `fdatasync` itself succeeds. Any error declares the disk failed. A flush that waits
+    /// for another one fails where that one failed.
+    ///
+    /// # Panics
+    /// Where a flush panicked before, which has ended the process.
     pub fn flush(&self) -> Result<(), DiskError> {
+        let _one_at_a_time = self.flushing.lock().expect("a panic has ended the process");
         self.failure()?;
         let result = self.flush_file();
         if result.is_err() {

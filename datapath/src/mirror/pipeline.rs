@@ -102,7 +102,7 @@ struct Entry {
     change: Change,
     /// Number in the present session; zero where the peer was never asked to apply it.
     seq: Seq,
-    /// Count of landings, this one included, over the pipeline's life.
+    /// Count of changes of the local disk, this one included, over the pipeline's life.
     landing: u64,
     completed: bool,
 }
@@ -141,6 +141,7 @@ pub struct Pipeline {
     /// the window, so that one slow flush does not make every ack walk over all that was answered since.
     waiting: Vec<Entry>,
     flushes: Vec<PendingFlush>,
+    /// Changes of the local disk: those that landed here, and those that this node applied as standby.
     landings: u64,
     next_seq: Seq,
     peer_applied: Seq,
@@ -207,6 +208,11 @@ impl Pipeline {
             }
         }
         Ok(())
+    }
+
+    /// This node applied a change as standby: a flush after a takeover has to cover that change as well.
+    pub fn applied_as_standby(&mut self) {
+        self.landings += 1;
     }
 
     /// Changes not yet both released and completed, plus flushes under way.

@@ -321,6 +321,7 @@ impl Volume {
         if let Some(access) = &mut self.access {
             access.applied(&slot.header);
             if slot.header.kind != Kind::Verify {
+                self.pipeline.applied_as_standby();
                 self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -330,6 +331,8 @@ impl Volume {
     pub(super) fn access_job_done(&mut self, failed: bool) {
         let slot = self.access_job.take().expect("a job was under way");
         if self.link.is_none() {
+            // Nobody is told of this change any more, but a flush after a takeover covers what the disk holds.
+            self.pipeline.applied_as_standby();
             self.report_link_end();
             return;
         }

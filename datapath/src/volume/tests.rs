@@ -368,6 +368,34 @@ fn a_hole_that_a_client_fills_while_the_copy_waits_for_it_is_not_punched_on_the_
 }
 
 #[test]
+fn a_flush_after_a_takeover_flushes_what_was_applied_as_standby() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
+    // `b` was primary once and flushed: no flush is due any more for what an earlier daemon may have left.
+    pair.b.volume.serve();
+    pair.b.volume.go_alone();
+    pair.b.write(1, grains(0, 1), 2);
+    pair.b.begin(2, Op::Flush, ByteRange::new(0, 0), false);
+    pair.until("the first flush", |pair| !pair.b.told(2).is_empty());
+    pair.b.volume.stop_serving();
+    pair.connect(false);
+    pair.a.write(1, grains(0, 1), 1);
+    pair.until_told(1);
+    pair.until_quiet();
+    pair.cut();
+    pair.until("the end of what was applied", |pair| pair.b.saw(|e| matches!(e, Event::Settled { .. })));
+    let b = &mut pair.b.volume;
+    let (by_hand, jobs) = DiskWorkers::by_hand();
+    b.workers = by_hand;
+    b.serve();
+    b.go_alone();
+    pair.b.begin(3, Op::Flush, ByteRange::new(0, 0), false);
+    pair.b.turn();
+    let is_flush = |job: &Job| matches!(job.kind, JobKind::Flush);
+    assert_eq!(jobs.try_iter().filter(is_flush).count(), 1, "the flush is not one of nothing");
+    assert_eq!(pair.b.told(3), [], "before it has ended");
+}
+
+#[test]
 fn quiescing_waits_for_what_is_under_way_and_flushes() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
     let range = ByteRange::new(0, 4096);

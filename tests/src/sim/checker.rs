@@ -87,6 +87,9 @@ struct Duty {
     floor: Vec<Nanos>,
     /// On the medium.
     durable: Vec<Nanos>,
+    /// On the medium for a flush that no client asked for, such as the one at the end of a session. A copy of this disk
+    /// need not have that on its medium.
+    flushed: Vec<Nanos>,
     /// What reads have shown.
     seen: Vec<Nanos>,
     /// When its content was last lost in part or given up; 0 once a copy has made it whole again.
@@ -172,6 +175,7 @@ impl Checker {
         let duty = || Duty {
             floor: vec![0; count],
             durable: vec![0; count],
+            flushed: vec![0; count],
             seen: vec![0; count],
             ..Duty::default()
         };
@@ -370,8 +374,9 @@ impl Checker {
         self.count("durable-here");
         self.hold("durable-here", NAMES[here], &disks[here].shadow, 0, &flush.floor)?;
         raise_all(&mut self.duties[here].durable, &flush.floor);
-        // A peer that is being copied to is no replica yet.
-        let replica = records[here].peer_has_current && records[there].up_to_date;
+        // A peer that is being copied to is no replica before this node vouches for it; its own record follows.
+        let whole = records[there].up_to_date || self.duties[there].upset == 0;
+        let replica = records[here].peer_has_current && whole;
         if !replica || self.duties[there].upset >= flush.asked {
             return Ok(());
         }
@@ -388,6 +393,22 @@ impl Checker {
         if self.ack != AckLevel::Async {
             let duty = &mut self.duties[node];
             duty.durable = duty.floor.clone();
+        }
+    }
+
+    /// What the flush that begins now at `node` will have made durable. Nothing that anybody may count on while the disk
+    /// is a mixture.
+    pub(super) fn flush_begins(&self, now: Nanos, node: usize, record: Record) -> Option<FlushAsked> {
+        record.up_to_date.then(|| self.ask_flush(now, node))
+    }
+
+    /// A flush of the disk has ended well, whoever asked for it.
+    pub(super) fn flush_ended(&mut self, flush: Option<&FlushAsked>) {
+        let Some(flush) = flush else { return };
+        let duty = &mut self.duties[flush.node];
+        // With `async` that promises nothing: a peer that took over need not have it.
+        if self.ack != AckLevel::Async && duty.upset < flush.asked {
+            raise_all(&mut duty.flushed, &flush.floor);
         }
     }
 
@@ -493,6 +514,7 @@ impl Checker {
         let settled = record.up_to_date && (record.clean || !record.primary) && !record.applying;
         if !settled {
             duty.floor = duty.durable.clone();
+            raise_all(&mut duty.floor, &duty.flushed);
             duty.torn = record.applying;
         }
         if !record.up_to_date {
@@ -543,7 +565,7 @@ impl Checker {
         let duty = &mut self.duties[node];
         duty.upset = now;
         duty.since = now;
-        for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
+        for list in [&mut duty.floor, &mut duty.durable, &mut duty.flushed, &mut duty.seen] {
             list.fill(0);
         }
         Ok(())
@@ -620,6 +642,7 @@ impl Checker {
         // With `async`, what was acknowledged may still be on its way.
         duty.floor = if self.ack == AckLevel::Async { had.durable.clone() } else { had.floor };
         duty.durable = had.durable;
+        duty.flushed.fill(0);
         duty.upset = 0;
         (duty.torn, duty.behind) = (false, false);
     }
@@ -644,7 +667,7 @@ impl Checker {
         duty.since = now;
         duty.excused = true;
         (duty.torn, duty.behind) = (false, false);
-        for list in [&mut duty.floor, &mut duty.durable, &mut duty.seen] {
+        for list in [&mut duty.floor, &mut duty.durable, &mut duty.flushed, &mut duty.seen] {
             list.fill(0);
         }
     }
@@ -656,6 +679,7 @@ impl Checker {
             (self.duties[node].torn, self.duties[node].behind) = (false, false);
             self.duties[node].floor.fill(0);
             self.duties[node].durable.fill(0);
+            self.duties[node].flushed.fill(0);
         }
     }
 

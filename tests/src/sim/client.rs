@@ -25,6 +25,8 @@ pub(super) struct Client {
     depth: u64,
     /// Usual pause between two requests.
     pause: Nanos,
+    /// It begins at the node with a flush, as a file system does that recovers.
+    begins: bool,
 }
 
 #[derive(Debug)]
@@ -65,7 +67,7 @@ impl World {
         for client in 0..2 + self.rng.below(4) {
             let depth = 1 + self.rng.below(6);
             let pause = [MS, 5 * MS, 20 * MS, 50 * MS][usize::try_from(self.rng.below(4)).expect("small")];
-            self.clients.push(Client { node: 0, open: 0, depth, pause });
+            self.clients.push(Client { node: 0, open: 0, depth, pause, begins: false });
             self.agenda.at(MS, Event::Client(usize::try_from(client).expect("few")));
         }
     }
@@ -85,6 +87,7 @@ impl World {
         if refused && self.rng.below(20) > 0 {
             // It would hear so at its next connection.
             self.clients[at].node = 1 - node;
+            self.clients[at].begins = self.rng.below(2) == 0;
             let again = now + 10 * MS + self.rng.below(10 * MS);
             self.agenda.at(again, Event::Client(at));
             return;
@@ -118,7 +121,9 @@ impl World {
         let now = self.now();
         let node = self.clients[client].node;
         let fua = self.rng.below(40) == 0;
+        let begins = std::mem::take(&mut self.clients[client].begins);
         let (op, effect, range) = match self.rng.below(64) {
+            _ if begins => (Op::Flush, None, ByteRange::new(0, 0)),
             0..=38 => (Op::Change(Kind::Write), Some(Effect::Write), self.some_range(128)),
             39..=40 => (Op::Change(Kind::WriteZeroes), Some(Effect::Zero), self.some_range(600)),
             41..=42 => (Op::Change(Kind::Trim), Some(Effect::Zero), self.some_range(600)),

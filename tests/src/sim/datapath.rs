@@ -3,7 +3,7 @@
 //! [`World::turn`] stands beside `Reactor::turn` (datapath/src/reactor/mod.rs) and does the same in the same order, with
 //! the simulator's clock, queues and disk jobs in place of the system's; keep the two comparable line by line.
 
-use super::checker::{NAMES, Verdict};
+use super::checker::{FlushAsked, NAMES, Verdict};
 use super::client::OpId;
 use super::clock::{MS, Nanos, US};
 use super::storage::FlushBegun;
@@ -26,7 +26,7 @@ const STALL_CHECK: Nanos = 1000 * MS;
 /// A disk call under way.
 pub(super) struct Calling {
     job: Job,
-    begun: Option<FlushBegun>,
+    begun: Option<(FlushBegun, Option<FlushAsked>)>,
 }
 
 /// The reactor of one process.
@@ -222,8 +222,14 @@ impl World {
     fn take_jobs(&mut self, at: usize) {
         while let Ok(job) = self.live(at).jobs.try_recv() {
             let Some(job) = self.metadata_job(at, job) else { continue };
-            let begun = matches!(job.kind, JobKind::Flush).then(|| self.nodes[at].disk.begin_flush());
-            let takes = self.disk_call_takes(at);
+            let (now, record) = (self.now(), self.record(at));
+            let flushes = matches!(job.kind, JobKind::Flush);
+            let begun = flushes
+                .then(|| (self.nodes[at].disk.begin_flush(), self.checker.flush_begins(now, at, record)));
+            let mut takes = self.disk_call_takes(at);
+            if self.nodes[at].flushes_slow_until > self.now() {
+                takes += self.rng.below(800 * MS);
+            }
             self.tell(at, format_args!("disk call {:?} takes {} µs", job.kind, takes / US));
             let reactor = self.live(at);
             reactor.calls_begun += 1;
@@ -239,8 +245,9 @@ impl World {
         let Some(Calling { job, begun }) = self.live(at).calls.remove(&call) else { return };
         let image = std::sync::Arc::clone(&self.nodes[at].disk.image);
         let result = job.kind.carry_out(&image, None);
-        if let (Some(begun), Ok(())) = (begun, &result) {
+        if let (Some((begun, flush)), Ok(())) = (begun, &result) {
             self.nodes[at].disk.end_flush(&begun);
+            self.checker.flush_ended(flush.as_ref());
         }
         let result = if std::mem::take(&mut self.nodes[at].call_fails) && result.is_ok() {
             image.fail();

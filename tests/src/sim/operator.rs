@@ -168,11 +168,26 @@ impl World {
         }
     }
 
+    /// A cluster manager has noticed that a node died: it promotes the other one at once, while that node may still
+    /// flush what it had applied.
+    pub(super) fn take_over(&mut self, at: usize) {
+        let died = self.nodes[1 - at].process.is_none();
+        let usable = self.status(at).is_some_and(|status| {
+            status.disk_state == DiskState::UpToDate
+                && status.role == Role::Standby
+                && status.connection == Connection::Connecting
+        });
+        if died && usable && !self.calm {
+            self.seen.insert("a takeover at once");
+            self.order(at, Command::Promote { force: false });
+        }
+    }
+
     /// Changes what works.
     fn meddle(&mut self, serving: usize) {
         let standby = 1 - serving;
         match self.rng.below(60) {
-            0..=2 => {
+            0..=2 | 8..=11 => {
                 self.operator.wish = Some(standby);
                 self.order(serving, Command::Demote);
             }
@@ -279,6 +294,10 @@ impl World {
     }
 
     fn crash(&mut self, at: usize) -> &'static str {
+        if self.rng.below(2) == 0 {
+            // Who takes over does so with a busy disk, whose flushes take longer than the promotion.
+            self.nodes[1 - at].flushes_slow_until = self.now() + self.rng.below(2 * S);
+        }
         self.end_process(at);
         let due = self.now() + self.short_or_long(100 * MS, 3 * S);
         self.agenda.at(due, Event::Boot { at });
@@ -319,6 +338,7 @@ impl World {
         self.cut = [false; 2];
         for node in &mut self.nodes {
             node.slow_until = 0;
+            node.flushes_slow_until = 0;
             node.stores_slow_until = 0;
             node.call_fails = false;
             node.store_fails = false;

@@ -33,6 +33,7 @@ pub(super) use super::driver::{Input, Scope};
 #[derive(Debug)]
 pub(super) enum Event {
     Turn { at: usize, life: u64 },
+    TakeOver { at: usize },
     Control { at: usize, life: u64 },
     Work { at: usize, life: u64 },
     Tick { at: usize, life: u64 },
@@ -92,6 +93,8 @@ pub(super) struct Node {
     pub(super) dark: bool,
     pub(super) slow_until: Nanos,
     pub(super) stores_slow_until: Nanos,
+    /// The data's medium is busy and the metadata's is not.
+    pub(super) flushes_slow_until: Nanos,
     pub(super) call_fails: bool,
     pub(super) store_fails: bool,
 }
@@ -194,6 +197,7 @@ impl World {
             dark: false,
             slow_until: 0,
             stores_slow_until: 0,
+            flushes_slow_until: 0,
             call_fails: false,
             store_fails: false,
         }
@@ -319,6 +323,7 @@ impl World {
             Event::Patience { stream, at, serial } => self.patience_ends(stream, at, serial),
             Event::Client(at) => self.client(at),
             Event::Operator => return self.operate(),
+            Event::TakeOver { at } => self.take_over(at),
             Event::Fault => return self.fault(),
             Event::Heal { to } => {
                 self.cut[to] = false;
@@ -432,6 +437,10 @@ impl World {
         self.nodes[at].process = None;
         self.end_streams(at);
         self.deliver_wakes();
+        if self.rng.below(4) > 0 {
+            let due = self.now() + MS + self.rng.below(20 * MS);
+            self.agenda.at(due, Event::TakeOver { at: 1 - at });
+        }
     }
 
     /// The power of `at` fails.

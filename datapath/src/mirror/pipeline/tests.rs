@@ -199,6 +199,23 @@ fn a_flush_of_nothing_still_flushes_the_local_disk() {
 }
 
 #[test]
+fn a_flush_covers_what_this_node_applied_as_standby() {
+    let mut rig = Rig::live(AckLevel::Memory);
+    rig.land(1);
+    rig.ack(1, 0);
+    rig.on(Event::Flush(Token(8)));
+    rig.on(Event::FlushedLocal);
+    assert_eq!(rig.ack(1, 1), [complete(8)]);
+    rig.on(Event::SessionDown);
+    // It steps down, applies what the peer sends, and takes over again.
+    rig.pipeline.applied_as_standby();
+    rig.on(Event::GoAlone);
+    assert_eq!(rig.on(Event::Flush(Token(9))), [Action::FlushLocal], "nothing has flushed what was applied");
+    assert_eq!(rig.on(Event::FlushedLocal), [complete(9)]);
+    assert_eq!(rig.on(Event::Flush(Token(10))), [complete(10)], "and nothing has changed since");
+}
+
+#[test]
 fn a_first_flush_is_not_starved_by_writes_that_keep_the_disk_flushing() {
     let mut rig = Rig::live(AckLevel::Durable);
     rig.on(Event::Flush(Token(99)));
