@@ -68,32 +68,6 @@ macro_rules! bound_value {
     };
 }
 
-/// A function's type.
-#[cfg(feature = "rdma-sys")]
-macro_rules! bound_prototype {
-    (_ibv_query_gid_table($($argument:ident),*)) => { None };
-    ($function:ident($($argument:ident),*)) => {
-        Some(std::any::type_name_of_val(
-            &(rdma_sys::$function as unsafe extern "C" fn($(any!($argument)),*) -> _),
-        ))
-    };
-}
-
-#[cfg(not(feature = "rdma-sys"))]
-macro_rules! bound_prototype {
-    ($function:ident($($argument:ident),*)) => {
-        None
-    };
-}
-
-/// A type that the compiler finds out.
-#[cfg(feature = "rdma-sys")]
-macro_rules! any {
-    ($argument:ident) => {
-        _
-    };
-}
-
 /// The number behind a constant of the bindings, which have them as numbers, newtypes and enumerations.
 #[cfg(feature = "rdma-sys")]
 pub(crate) trait Value {

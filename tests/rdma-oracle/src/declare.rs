@@ -78,8 +78,6 @@ macro_rules! functions {
                         name: stringify!($function),
                         arguments: vec![$(stringify!($type)),*],
                         result: concat!($(stringify!($result))?),
-                        prototype: std::any::type_name::<unsafe extern "C" fn($($type),*) $(-> $result)?>(),
-                        bound_prototype: bound_prototype!($function($($argument),*)),
                     },
                 )*]
             }

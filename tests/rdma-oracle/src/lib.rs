@@ -4,11 +4,13 @@
 //! - The C compiler ([`headers`]). A program of assertions is written from the declarations, and compiled with the headers.
 //!   It says whether each structure has the size, each field the place and the type, each constant the value and each
 //!   function the prototype that is declared.
-//! - The crate `rdma-sys` (`bindings`, feature `rdma-sys`), whose bindings bindgen makes from the same headers with libclang.
-//!   Structures with unions are written by hand there; of those only the C compiler is a judge.
+//! - The crate `rdma-sys` (`bindings`, feature `rdma-sys`), whose bindings bindgen makes from the same headers with libclang,
+//!   for structures and constants. What has unions, and what contains it, is written by hand there.
 //!
 //! The declarations' own files are compiled here, with the macros of [`declare`] in place of the program's: what is declared
 //! is compared, and nothing can be left out.
+
+#![forbid(unsafe_code)]
 
 #[macro_use]
 mod bindings;
@@ -79,10 +81,6 @@ pub struct Function {
     pub arguments: Vec<&'static str>,
     /// The type of its result; empty for none.
     pub result: &'static str,
-    /// Its type as the compiler names it.
-    pub prototype: &'static str,
-    /// The same in the bindings.
-    pub bound_prototype: Option<&'static str>,
 }
 
 /// All that is declared.
