@@ -74,21 +74,25 @@ need_cargo_tool() {
     echo "installed ${crate} in $((SECONDS - start)) s"
 }
 
-# The bindings to the RDMA libraries are made from their headers while building (bindgen, cmake).
-has_libclang() { compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib*/libclang.so*'; }
-
 need_build() {
     need_rust
     need gcc links_cc
     need libc6-dev links_cc
-    need cmake cmake --version
     need make make --version
-    need libclang-dev has_libclang
     install_packages
 }
 
+# The RDMA declarations are compared with the libraries' headers (tests/rdma-oracle): by the C compiler, and by bindings
+# that libclang makes of them.
+has_header() { echo "#include <$1>" | cc -fsyntax-only -x c -; }
+has_libclang() { "$(dirname "$0")/../rdma-oracle/find-libclang.sh" any; }
+
 need_test() {
     need_build
+    need libibverbs-dev has_header infiniband/verbs.h
+    need librdmacm-dev has_header rdma/rdma_cma.h
+    need pkg-config pkg-config --exists libibverbs librdmacm
+    need libclang-dev has_libclang
     need g++ links_cxx
     need libnbd-bin nbdinfo --version
     need libnbd-bin nbdcopy --version
