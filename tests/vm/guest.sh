@@ -38,7 +38,7 @@ exec </dev/null >"$(port output)" 2>&1
 mkdir -p "$HOME"
 mount -t tmpfs -o mode=1777 tmp /var/tmp
 [ -d /var/lock/. ] || ln -sfn /run/lock /var/lock
-# Debian's kernels look for helpers here, and the host need not have kmod.
+# The kernel calls this one for what it finds missing: kmod's where the host has it, else busybox's.
 [ -x /sbin/modprobe ] || ln -s $busybox /sbin/modprobe
 echo 1 >/proc/sys/kernel/printk
 $busybox hostname "guest$NODE"

@@ -35,8 +35,8 @@ enum Task {
         /// What carries the copies: rdma or tcp.
         #[arg(long, default_value = LINK)]
         link: String,
-        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, auto,
-        /// lost-host, two-guests, power.
+        /// Only these steps: device, modules, ffi, removed, unplugged, datapath, control, clients, devices, demo,
+        /// auto, lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Leave the logs there when all is well, too.

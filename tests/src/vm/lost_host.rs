@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The test.
-const TEST: &str = "a_host_without_power_is_noticed";
+pub(super) const TEST: &str = "a_host_without_power_is_noticed";
 
 /// The file by which the first half tells where it listens.
 const LISTENER: &str = "verbs-listener";

@@ -200,11 +200,6 @@ impl Steps {
         self.failed.push(self.current.clone());
     }
 
-    /// It was left out, and why.
-    pub fn skipped(&mut self, note: &str) {
-        self.end("SKIPPED", note);
-    }
-
     /// Runs `work` as a step.
     ///
     /// # Errors
