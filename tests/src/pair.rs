@@ -344,7 +344,7 @@ impl Pair {
     ) -> VolumeStatus {
         let look = || match self.status(node, volume) {
             Some(status) if wanted(&status) => Ok(status),
-            seen => Err(seen),
+            seen => Err(Box::new(seen)),
         };
         wait_while_moving(Limits::still(LIMIT), look).unwrap_or_else(|(over, seen)| {
             panic!("waited in vain until {volume} on {} is {what}: {over}; it says {seen:?}", NODES[node])
