@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 const SIZE: u64 = 4 << 20;
 const BLOCK: u64 = 4096;
 const DEPTH: usize = 16;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn links() -> [Box<TcpLink>; 2] {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback");

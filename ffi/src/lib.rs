@@ -6,6 +6,7 @@
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
 //! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
 //! - `counting`: an allocator for tests (feature `testing`)
+//! - `testing`: how a test is left out, and how slow the machine is (feature `testing`)
 //! - `guard`: a medium that fails under a mapping poisons that mapping instead of killing the process
 //! - `copy`, `crc`: what the process itself does to such memory, over raw pointers only
 
@@ -16,5 +17,7 @@ mod crc;
 mod guard;
 pub mod mapping;
 pub mod net;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(feature = "rdma")]
 pub mod verbs;

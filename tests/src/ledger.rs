@@ -5,7 +5,7 @@
 //! an unacknowledged one is there or not, and nothing is ever torn. Where every node has lost power, the last version that
 //! a flush covered takes the place of the last acknowledged one, and what no flush covered may be torn as on any disk.
 
-use crate::Rng;
+use crate::{Rng, scaled};
 use costandby_control::nbd_client::{NbdClient, NbdError, NbdUri, Options};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -286,7 +286,7 @@ fn write_part(
     stop: &AtomicBool,
     acked: &AtomicU64,
 ) -> (Part, Option<NbdError>) {
-    let options = Options { timeout: patience, ..Options::default() };
+    let options = Options { timeout: scaled(patience), ..Options::default() };
     let mut client = match NbdClient::connect(uri, &options) {
         Ok(client) => client,
         Err(error) => return (part, Some(error)),

@@ -1,6 +1,7 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), two nodes in
-//! virtual time ([`sim`]), and virtual machines with an RDMA device ([`vm`]).
+//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
+//! end what hangs and not what is slow ([`patience`]), two nodes in virtual time ([`sim`]), and virtual machines with an
+//! RDMA device ([`vm`]).
 //!
 //! Invariants: every wait is bounded, every process is ended by its own id when its guard is dropped, and every file
 //! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
@@ -8,27 +9,58 @@
 
 pub mod ledger;
 pub mod pair;
+pub mod patience;
 pub mod process;
 pub mod proxy;
 pub mod sim;
 pub mod vm;
 
+pub use costandby_ffi::testing::{scaled, skip, skip_outside_rig, slowness};
+use patience::{Limits, Over, Patience};
 use std::time::{Duration, Instant};
 
 /// Pause between two looks at a condition: well below every limit, and cheap on two cores.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Looks until `look` gives something.
+/// Looks until `look` gives something. `limit` suits a quiet machine, and is longer on a slow one ([`scaled`]).
 ///
 /// # Panics
 /// When `limit` is over; the message names `what`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
+    let (started, limit) = (Instant::now(), scaled(limit));
     loop {
         if let Some(found) = look() {
             return found;
         }
         assert!(started.elapsed() < limit, "waited {limit:?} in vain until {what}");
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}
+
+/// Looks until `look` finds something. What it returns as long as it does not shows by its changes that things move.
+/// The limits suit a quiet machine.
+///
+/// # Errors
+/// When the limits are over: why, and what `look` returned last.
+pub fn wait_while_moving<T, M: PartialEq>(
+    limits: Limits,
+    mut look: impl FnMut() -> Result<T, M>,
+) -> Result<T, (Over, M)> {
+    let mut patience = Patience::new(limits.stretched(slowness()), Instant::now());
+    let mut last = None;
+    loop {
+        let seen = match look() {
+            Ok(found) => return Ok(found),
+            Err(seen) => seen,
+        };
+        let now = Instant::now();
+        if last.as_ref() != Some(&seen) {
+            patience.moved(now);
+        }
+        if let Some(over) = patience.over(now) {
+            return Err((over, seen));
+        }
+        last = Some(seen);
         std::thread::sleep(LOOK_INTERVAL);
     }
 }

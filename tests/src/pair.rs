@@ -4,9 +4,10 @@
 //! loopback address of its own: its ports cannot be taken by another test, and clients' short-lived ports are elsewhere.
 //! When a test fails, the end of both logs is printed.
 
+use crate::patience::Limits;
 use crate::process::{Guarded, Ran, costandby_binary, run, run_within};
 use crate::proxy::Proxy;
-use crate::wait_for;
+use crate::{scaled, wait_for, wait_while_moving};
 use costandby_control::admin::{self, VolumeStatus};
 use costandby_control::admin_client::{AdminClient, ClientError};
 use costandby_control::nbd_client::{Endpoint, NbdClient, NbdError, NbdUri, Options};
@@ -214,7 +215,7 @@ impl Pair {
     /// # Panics
     /// When it does not end, or not well.
     pub fn stop(&mut self, node: usize) {
-        let status = self.daemons[node].take().expect("a daemon to stop").terminate(STOP_LIMIT);
+        let status = self.daemons[node].take().expect("a daemon to stop").terminate(scaled(STOP_LIMIT));
         assert!(status.is_some_and(|s| s.success()), "{} ended with {status:?} on SIGTERM", NODES[node]);
     }
 
@@ -333,7 +334,7 @@ impl Pair {
     /// Waits until a node's view of a volume is as wanted.
     ///
     /// # Panics
-    /// When that takes longer than [`LIMIT`].
+    /// When nothing in the status changes for [`LIMIT`], or it goes on changing for ten times as long.
     pub fn wait_status(
         &self,
         node: usize,
@@ -341,24 +342,19 @@ impl Pair {
         what: &str,
         mut wanted: impl FnMut(&VolumeStatus) -> bool,
     ) -> VolumeStatus {
-        let mut last = None;
-        let what = format!("{volume} on {}: {what}", NODES[node]);
-        let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_for(&what, LIMIT, || {
-                last = self.status(node, volume);
-                last.clone().filter(&mut wanted)
-            })
-        }));
-        found.unwrap_or_else(|cause| {
-            println!("{} saw last: {last:?}", NODES[node]);
-            std::panic::resume_unwind(cause)
+        let look = || match self.status(node, volume) {
+            Some(status) if wanted(&status) => Ok(status),
+            seen => Err(Box::new(seen)),
+        };
+        wait_while_moving(Limits::still(LIMIT), look).unwrap_or_else(|(over, seen)| {
+            panic!("waited in vain until {volume} on {} is {what}: {over}; it says {seen:?}", NODES[node])
         })
     }
 
     /// Waits until both nodes say that the volume is in sync.
     ///
     /// # Panics
-    /// When that takes longer than [`LIMIT`].
+    /// When [`Pair::wait_status`] does.
     pub fn wait_in_sync(&self, volume: &str) {
         for node in [ALPHA, BETA] {
             self.wait_status(node, volume, "in sync", VolumeStatus::in_sync);

@@ -2,6 +2,7 @@
 //!
 //! Output goes to files, not pipes, so that a program that says much cannot stand still for want of a reader.
 
+use crate::scaled;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -106,12 +107,12 @@ impl Ran {
     }
 }
 
-/// Runs a program to its end.
+/// Runs a program to its end. `limit` suits a quiet machine, and is longer on a slow one.
 ///
 /// # Panics
 /// When it cannot be started or takes longer than `limit`.
 pub fn run_within(command: &mut Command, limit: Duration) -> Ran {
-    let text = format!("{command:?}");
+    let (text, limit) = (format!("{command:?}"), scaled(limit));
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (out, err) = (dir.path().join("out"), dir.path().join("err"));
     let file = |path: &Path| File::create(path).expect("a file in a temporary directory");

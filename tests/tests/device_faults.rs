@@ -8,7 +8,7 @@ use costandby_control::nbd_client::{NbdClient, Options};
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{run, system_command};
-use costandby_tests::wait_for;
+use costandby_tests::{skip_outside_rig, wait_for};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -102,8 +102,8 @@ impl Drop for Device {
     }
 }
 
-/// Whether there is a device mapper with these targets; says so where not.
-fn has_device_mapper(test: &str) -> bool {
+/// Whether there is a device mapper with these targets; leaves the test out where not.
+fn has_device_mapper() -> bool {
     for module in ["loop", "dm_mod", "dm_flakey"] {
         let _ = system_command("modprobe").arg(module).output();
     }
@@ -113,8 +113,7 @@ fn has_device_mapper(test: &str) -> bool {
         ["linear", "error", "flakey"].iter().all(|target| said.contains(target))
     });
     if !found {
-        println!("SKIPPED: {test}, because there is no device mapper");
-        eprintln!("SKIPPED: {test}, because there is no device mapper");
+        skip_outside_rig("there is no device mapper");
     }
     found
 }
@@ -151,7 +150,7 @@ fn assert_beta_has_all(mut pair: Pair, mut ledger: Ledger) {
 
 #[test]
 fn a_primarys_device_that_fails_takes_nothing_with_it() {
-    if !has_device_mapper("a_primarys_device_that_fails_takes_nothing_with_it") {
+    if !has_device_mapper() {
         return;
     }
     let (device, pair) = pair(ALPHA);
@@ -165,7 +164,7 @@ fn a_primarys_device_that_fails_takes_nothing_with_it() {
 
 #[test]
 fn a_standbys_device_that_fails_leaves_the_primary_alone() {
-    if !has_device_mapper("a_standbys_device_that_fails_leaves_the_primary_alone") {
+    if !has_device_mapper() {
         return;
     }
     let (device, mut pair) = pair(BETA);
@@ -182,7 +181,7 @@ fn a_standbys_device_that_fails_leaves_the_primary_alone() {
 
 #[test]
 fn without_its_record_a_primary_acknowledges_nothing_alone() {
-    if !has_device_mapper("without_its_record_a_primary_acknowledges_nothing_alone") {
+    if !has_device_mapper() {
         return;
     }
     let (device, pair) = pair(ALPHA);
@@ -202,7 +201,7 @@ fn without_its_record_a_primary_acknowledges_nothing_alone() {
 
 #[test]
 fn metadata_that_cannot_be_read_is_named() {
-    if !has_device_mapper("metadata_that_cannot_be_read_is_named") {
+    if !has_device_mapper() {
         return;
     }
     let (device, mut pair) = pair(ALPHA);
@@ -221,7 +220,7 @@ fn metadata_that_cannot_be_read_is_named() {
 
 #[test]
 fn a_device_that_fails_at_times_ends_as_a_failed_disk_or_as_a_good_one() {
-    if !has_device_mapper("a_device_that_fails_at_times_ends_as_a_failed_disk_or_as_a_good_one") {
+    if !has_device_mapper() {
         return;
     }
     let (device, mut pair) = pair(BETA);
@@ -234,6 +233,7 @@ fn a_device_that_fails_at_times_ends_as_a_failed_disk_or_as_a_good_one() {
     pair.assert_alive(BETA);
     if is_lost(&pair, BETA) {
         println!("the standby's disk has failed");
+        // Not left out: a failed disk holds nothing to look at.
         return;
     }
     // It was lucky: then it must hold what the primary does.

@@ -7,7 +7,7 @@ use costandby_datapath::front::nbd::proto::NbdErrno;
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{run, system_command};
-use costandby_tests::wait_for;
+use costandby_tests::{skip, wait_for};
 use std::path::{Path, PathBuf};
 
 const SIZE_MIB: u64 = 16;
@@ -109,12 +109,11 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Whether a file system can be mounted here; says so where not.
-fn may_mount(test: &str) -> bool {
+/// Whether a file system can be mounted here; leaves the test out where not.
+fn may_mount() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        println!("SKIPPED: {test}, because only root may mount");
-        eprintln!("SKIPPED: {test}, because only root may mount");
+        skip("only root may mount");
     }
     root
 }
@@ -132,7 +131,7 @@ fn cramped(node: usize) -> (Pair, Tmpfs, tempfile::TempDir) {
 
 #[test]
 fn a_primary_on_a_full_file_system_goes_on_over_its_peer() {
-    if !may_mount("a_primary_on_a_full_file_system_goes_on_over_its_peer") {
+    if !may_mount() {
         return;
     }
     let (mut pair, _tmpfs, _dir) = cramped(ALPHA);
@@ -151,7 +150,7 @@ fn a_primary_on_a_full_file_system_goes_on_over_its_peer() {
 
 #[test]
 fn a_standby_on_a_full_file_system_leaves_the_primary_alone() {
-    if !may_mount("a_standby_on_a_full_file_system_leaves_the_primary_alone") {
+    if !may_mount() {
         return;
     }
     let (mut pair, _tmpfs, _dir) = cramped(BETA);
@@ -167,7 +166,7 @@ fn a_standby_on_a_full_file_system_leaves_the_primary_alone() {
 
 #[test]
 fn metadata_on_a_full_file_system_costs_no_acknowledged_write() {
-    if !may_mount("metadata_on_a_full_file_system_costs_no_acknowledged_write") {
+    if !may_mount() {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary directory");

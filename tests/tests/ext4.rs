@@ -8,7 +8,7 @@ use costandby_control::admin::Command as Operator;
 use costandby_control::nbd_client::NbdUri;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{Guarded, run, system_command};
-use costandby_tests::{Rng, seed, wait_for};
+use costandby_tests::{Rng, seed, skip, wait_for};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
@@ -234,8 +234,7 @@ fn assert_holds(root: &Path, expected: &BTreeMap<PathBuf, Vec<u8>>) {
 #[test]
 fn ext4_survives_a_handover() {
     if let Some(reason) = lacking() {
-        println!("SKIPPED: ext4_survives_a_handover, because {reason}");
-        eprintln!("SKIPPED: ext4_survives_a_handover, because {reason}");
+        skip(reason);
         return;
     }
     let pair = Pair::start(Settings::new(&[VolumeSettings::new("db", 96)]));
@@ -339,8 +338,7 @@ impl Rounds {
 #[test]
 fn ext4_keeps_every_synced_file_through_10_kills() {
     if let Some(reason) = lacking() {
-        println!("SKIPPED: ext4_keeps_every_synced_file_through_10_kills, because {reason}");
-        eprintln!("SKIPPED: ext4_keeps_every_synced_file_through_10_kills, because {reason}");
+        skip(reason);
         return;
     }
     let mut rng = Rng::new(seed());

@@ -1,5 +1,5 @@
 //! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and
-//! how long it gets, and that the specification names tests which exist.
+//! how long it gets, that no test ends early without saying so, and that the specification names tests which exist.
 //!
 //! Reads the sources of the workspace this test was built from, and nothing else. Each rule is a function from text to
 //! complaints, so that the rule itself is tested on text that breaks it.
@@ -157,6 +157,12 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
                 found.push(format!("{name}:{number}: {unfinished}"));
             }
         }
+        if line.contains("println!")
+            && text.lines().nth(number - 1).is_some_and(|line| line.contains("(\"SKIPPED"))
+            && name != "ffi/src/testing.rs"
+        {
+            found.push(format!("{name}:{number}: says SKIPPED by itself, where ffi's testing.rs has skip()"));
+        }
         if !name.starts_with("ffi/") && has_word(line, "unsafe") {
             found.push(format!("{name}:{number}: unsafe outside ffi"));
         }
@@ -164,6 +170,93 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
     let is_root = ["/src/lib.rs", "/src/main.rs"].iter().any(|root| name.ends_with(root));
     if is_root && !name.starts_with("ffi/") && !code.contains("#![forbid(unsafe_code)]") {
         found.push(format!("{name}: the crate does not forbid unsafe_code"));
+    }
+    found
+}
+
+/// Words of a comment that says why a test may end early although it is not left out.
+const NOT_LEFT_OUT: &str = "not left out";
+
+/// Lines above a `return` in which its reason may stand.
+const REASON_LINES: usize = 3;
+
+/// The functions of a file as rustfmt writes it: name, lines from its head to its last brace, whether it is a test.
+fn functions(text: &str) -> Vec<(String, std::ops::Range<usize>, bool)> {
+    let code = code_of(text);
+    let lines: Vec<&str> = code.lines().collect();
+    let mut found = Vec::new();
+    for (at, line) in lines.iter().enumerate() {
+        let head = line.trim_start();
+        let Some((before, name)) = head.split_once("fn ") else { continue };
+        let qualifiers =
+            ["", "pub ", "pub(crate) ", "pub(super) ", "const ", "pub const ", "async ", "pub async "];
+        if !qualifiers.contains(&before) {
+            continue;
+        }
+        let name: String = name.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+        let end = format!("{}}}", &line[..line.len() - head.len()]);
+        let len = lines[at..].iter().position(|line| line.trim_end() == end).unwrap_or(0);
+        let above = lines[..at].iter().rev().map(|line| line.trim());
+        let is_test = above
+            .take_while(|line| line.is_empty() || line.starts_with('#'))
+            .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"));
+        found.push((name, at..at + len + 1, is_test));
+    }
+    found
+}
+
+/// Whether `code` calls one of the functions `names`, rather than a method called so.
+fn calls(code: &str, names: &BTreeSet<String>) -> bool {
+    names.iter().any(|name| {
+        code.match_indices(name.as_str()).any(|(at, _)| {
+            let before = code[..at].chars().next_back().unwrap_or(' ');
+            code[at + name.len()..].starts_with('(') && !before.is_alphanumeric() && !"_.".contains(before)
+        })
+    })
+}
+
+/// Functions that leave the test out which calls them: those of `ffi::testing`, and those of the file that call one.
+fn leaving_out(text: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::from(["skip", "skip_outside_rig"].map(str::to_owned));
+    let code = code_of(text);
+    let lines: Vec<&str> = code.lines().collect();
+    let functions = functions(text);
+    loop {
+        let known = found.len();
+        for (name, range, _) in functions.iter().filter(|(_, _, is_test)| !is_test) {
+            if calls(&lines[range.clone()].iter().skip(1).copied().collect::<Vec<_>>().join("\n"), &found) {
+                found.insert(name.clone());
+            }
+        }
+        if found.len() == known {
+            return found;
+        }
+    }
+}
+
+/// Tests that end early and do not say that they are left out.
+fn early_ends(name: &str, text: &str) -> Vec<String> {
+    let leaving_out = leaving_out(text);
+    let code = code_of(text);
+    let code: Vec<&str> = code.lines().collect();
+    let written: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (test, range, _) in functions(text).into_iter().filter(|(_, _, is_test)| *is_test) {
+        let first = range.start + 1;
+        for at in first..range.end {
+            if !["return;", "return }"].iter().any(|end| code[at].contains(end)) {
+                continue;
+            }
+            let reason = first.max(at.saturating_sub(REASON_LINES))..=at;
+            let said = written[reason.clone()].iter().any(|line| line.to_lowercase().contains(NOT_LEFT_OUT));
+            if !said && !calls(&code[reason].join("\n"), &leaving_out) {
+                let line = at + 1;
+                found.push(format!(
+                    "{name}:{line}: {test} ends early: call skip() of costandby-ffi's testing.rs, or say why it is \
+                     \"{NOT_LEFT_OUT}\""
+                ));
+            }
+        }
     }
     found
 }
@@ -264,6 +357,11 @@ fn every_source_keeps_the_rules_of_the_house() {
 }
 
 #[test]
+fn a_test_that_ends_early_says_so() {
+    assert_none(&sources().iter().flat_map(|(name, text)| early_ends(name, text)).collect::<Vec<_>>());
+}
+
+#[test]
 fn imports_go_one_way() {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--no-deps", "--offline", "--format-version", "1", "--manifest-path"])
@@ -314,9 +412,31 @@ fn each_broken_rule_is_found() {
     assert_eq!(broken("datapath/src/x.rs", "//! x\nfn f() { unsafe { g() } }\n"), 1, "unsafe");
     assert_eq!(broken("ffi/src/x.rs", "//! x\nfn f() { unsafe { g() } }\n"), 0, "ffi may");
     assert_eq!(broken("datapath/src/x.rs", "//! x\nfn f() { todo!() }\n"), 1, "unfinished");
+    let by_itself = "//! x\nfn f() { println!(\"SKIPPED: f\") }\n";
+    assert_eq!(broken("datapath/src/x.rs", by_itself), 1, "a test left out by hand");
+    assert_eq!(broken("ffi/src/testing.rs", by_itself), 0, "skip() itself");
     assert_eq!(broken("datapath/src/lib.rs", "//! x\n"), 1, "root without forbid");
     let long = "//! x\n".repeat(FILE_LINES_MAX + 1);
     assert_eq!(broken("datapath/src/x.rs", &long), 1, "too long");
+}
+
+#[test]
+fn an_early_end_without_a_word_is_found() {
+    let helpers = "fn device() {\n    skip(\"none\");\n}\nfn by_it() {\n    device();\n}\nfn other() {\n    list.skip(1);\n}\n";
+    let found = |attribute: &str, body: &str| {
+        early_ends("a.rs", &format!("{helpers}{attribute}\nfn t() {{\n{body}\n}}\n")).len()
+    };
+    let silent = "    if missing() {\n        return;\n    }";
+    assert_eq!(found("#[test]", silent), 1);
+    assert_eq!(found("#[inline]", silent), 0, "no test");
+    assert_eq!(found("#[test]", "    let Some(x) = other() else { return };"), 1);
+    assert_eq!(found("#[test]", "    let Some(x) = device() else { return };"), 0);
+    assert_eq!(found("#[test]", "    let Some(x) = by_it() else { return };"), 0);
+    assert_eq!(found("#[test]", "    if missing() {\n        skip(\"x\");\n        return;\n    }"), 0);
+    assert_eq!(
+        found("#[test]", "    if child {\n        // Not left out: it ran.\n        return;\n    }"),
+        0
+    );
 }
 
 #[test]

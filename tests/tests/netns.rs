@@ -4,7 +4,7 @@
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{run, system_command};
-use costandby_tests::wait_for;
+use costandby_tests::{skip, wait_for};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -28,8 +28,7 @@ impl Cable {
         let ips = [1, 2].map(|host| Ipv4Addr::new(10, 231, octet, host));
         let made = system_command("ip").args(["netns", "add", &spaces[0]]).output();
         if !made.as_ref().is_ok_and(|made| made.status.success()) {
-            println!("SKIPPED: netns, because network name spaces cannot be made: {made:?}");
-            eprintln!("SKIPPED: netns, because network name spaces cannot be made: {made:?}");
+            skip(format_args!("network name spaces cannot be made: {made:?}"));
             return None;
         }
         let cable = Self { spaces, addresses: ips.map(|ip| SocketAddr::from((ip, PORT))) };

@@ -136,6 +136,7 @@ need_vm() {
     need qemu-utils qemu-img --version
     need busybox-static has_static_busybox
     need cpio cpio --version
+    need kmod depmod --version
     need util-linux setpriv --version
     need iproute2 runs rdma
     need dmsetup runs dmsetup

@@ -4,13 +4,12 @@
 # COSTANDBY_SKIP_VM=1 leaves it out, and says so.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if [ "${COSTANDBY_SKIP_VM:-}" = 1 ]; then
-    echo "SKIPPED: RDMA in virtual machines, for COSTANDBY_SKIP_VM is set"
+skip() {
+    echo "SKIPPED: RDMA in virtual machines: $1"
+    [ -z "${COSTANDBY_SKIPPED_LOG:-}" ] || echo "RDMA in virtual machines: $1" >>"$COSTANDBY_SKIPPED_LOG"
     exit 0
-fi
-if [ "$(uname -m)" != x86_64 ]; then
-    echo "SKIPPED: RDMA in virtual machines, for their kernel is an x86-64 one and this is $(uname -m)"
-    exit 0
-fi
+}
+if [ "${COSTANDBY_SKIP_VM:-}" = 1 ]; then skip "COSTANDBY_SKIP_VM is set"; fi
+if [ "$(uname -m)" != x86_64 ]; then skip "their kernel is an x86-64 one and this is $(uname -m)"; fi
 cargo build --quiet --locked --workspace --bins
 exec "${CARGO_TARGET_DIR:-target}/debug/costandby-vm" test "$@"

@@ -61,7 +61,6 @@ fetch_kernel() {
     rm -rf "$new/root"
     # busybox loads no compressed modules.
     find "$new/lib/modules" -name '*.ko.xz' -exec busybox unxz {} +
-    busybox depmod -b "$new" "$version"
     echo "$version" >"$new/version"
     rm -rf "$dir/kernel" "$dir/apt"
     mv "$new" "$dir/kernel"
@@ -110,6 +109,14 @@ make_initramfs() {
 [ -s "$dir/kernel/version" ] || fetch_kernel
 version=$(cat "$dir/kernel/version")
 tree=$dir/kernel/lib/modules/$version
+# kmod's modprobe reads the binary indexes, busybox's the lists of text: kmod's depmod makes both, busybox's only the
+# latter. Here and not where the kernel is fetched, so that a tree without them is mended too. Some depmods look in
+# usr/lib/modules.
+if [ ! -s "$tree/modules.dep.bin" ]; then
+    ln -sfn . "$dir/kernel/usr"
+    depmod -b "$dir/kernel" "$version"
+    [ -s "$tree/modules.dep.bin" ] || fail "depmod made no modules.dep.bin in $tree: is that kmod's depmod?"
+fi
 made_from=$(cat "$0" "$here/init" "$(command -v busybox)" "$dir/kernel/version" | cksum)
 if [ "$made_from" != "$(cat "$dir/image/made-from" 2>/dev/null)" ]; then
     mkdir -p "$dir/image"

@@ -92,7 +92,7 @@ impl Daemon {
         stream.write_all(request.as_bytes()).await.expect("sent");
         let mut answer = String::new();
         let reading = stream.read_to_string(&mut answer);
-        tokio::time::timeout(Duration::from_secs(10), reading).await.expect("in time").expect("text");
+        tokio::time::timeout(Duration::from_secs(60), reading).await.expect("in time").expect("text");
         answer
     }
 

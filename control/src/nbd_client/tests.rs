@@ -20,7 +20,7 @@ use std::time::Instant;
 
 const PLAIN: Options =
     Options { structured: false, base_allocation: false, timeout: Duration::from_secs(10) };
-const QUICK: Options = Options { timeout: Duration::from_millis(200), ..PLAIN };
+const QUICK: Options = Options { timeout: Duration::from_millis(500), ..PLAIN };
 
 fn at(socket: &Path, export: &str) -> NbdUri {
     NbdUri { endpoint: Endpoint::Unix(socket.to_owned()), export: export.to_owned() }
@@ -260,7 +260,7 @@ fn a_silent_server_costs_the_timeout_and_no_more() {
     let mut client = NbdClient::connect(&canned(directory.path(), good_start(), false), &QUICK).unwrap();
     let error = client.flush().unwrap_err();
     assert!(error.is_timeout(), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < Duration::from_secs(20));
 }
 
 #[test]

@@ -56,7 +56,7 @@ macro_rules! link_laws {
 }
 
 /// How long any step of a law may take; a healthy one takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Turns until `done`, at most for [`PATIENCE`].
 ///

@@ -25,7 +25,7 @@ mod verify;
 const SIZE: u64 = 24 * crate::limits::DIRTY_GRAIN_LEN + 4096;
 const RING_LEN: usize = 4 * RING_LEN_MIN;
 /// Longest a test waits for something that must come.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A volume with its worker threads, played by hand.
 struct Node {

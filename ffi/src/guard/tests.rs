@@ -139,6 +139,7 @@ fn a_fault_outside_still_kills() {
     if std::env::var(CHILD).is_err() {
         let status = run_child("guard::tests::a_fault_outside_still_kills", "fault");
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        // Not left out: the child has run it.
         return;
     }
     die_late();
@@ -158,6 +159,7 @@ fn a_signal_sent_still_kills() {
     if std::env::var(CHILD).is_err() {
         let status = run_child("guard::tests::a_signal_sent_still_kills", "signal");
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        // Not left out: the child has run it.
         return;
     }
     die_late();
@@ -175,6 +177,7 @@ fn a_full_table_is_an_error() {
     if std::env::var(CHILD).is_err() {
         let status = run_child("guard::tests::a_full_table_is_an_error", "full");
         assert!(status.success(), "{status}");
+        // Not left out: the child has run it.
         return;
     }
     die_late();
@@ -192,6 +195,7 @@ fn more_scattered_faults_than_the_kernel_keeps_mappings() {
         let name = "guard::tests::more_scattered_faults_than_the_kernel_keeps_mappings";
         let status = run_child(name, "scattered");
         assert!(status.success(), "{status}");
+        // Not left out: the child has run it.
         return;
     }
     die_late();

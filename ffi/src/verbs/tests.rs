@@ -11,6 +11,7 @@ mod device;
 #[test]
 fn a_machine_without_devices_is_told_what_it_lacks() {
     if std::env::var_os("COSTANDBY_RDMA_DEVICE").is_some() {
+        // Not left out: what has a device is not asked what it lacks.
         return;
     }
     // With or without libraries, modules and devices: an answer, no panic, and if it is an error, one with advice.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Args, Parser, Subcommand};
+use costandby_tests::patience::Limits;
 use costandby_tests::vm::guest::{Guest, Settings};
 use costandby_tests::vm::{
     LINK, Rig, Steps, VmError, agent, auto, failover, fast, lost_host, power, survivor,
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 /// Nobody sits in a shell for longer without saying so.
-const SHELL_LIMIT: Duration = Duration::from_secs(24 * 3600);
+const SHELL_LIMITS: Limits = Limits::silent(Duration::from_secs(24 * 3600));
 
 #[derive(Parser)]
 #[command(
@@ -35,8 +36,8 @@ enum Task {
         /// What carries the copies: rdma or tcp.
         #[arg(long, default_value = LINK)]
         link: String,
-        /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, auto,
-        /// lost-host, two-guests, power.
+        /// Only these steps: device, modules, ffi, removed, unplugged, datapath, control, clients, devices, demo,
+        /// auto, lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Leave the logs there when all is well, too.
@@ -197,10 +198,13 @@ fn run(args: &RunArgs) -> Result<u8, VmError> {
         println!("/share is {}", guest.share().display());
     }
     let mut stdout = std::io::stdout();
-    guest.follow(Duration::from_secs(args.limit), |line| {
+    let over = guest.follow(Limits::silent(Duration::from_secs(args.limit)), None, |line| {
         // A reader that has gone away ends this program by its own means.
         writeln!(stdout, "{line}").is_err()
     })?;
+    if over.is_some() {
+        return Err(guest.error(format!("was not done after {} s (--limit)", args.limit)));
+    }
     let status = guest.status()?;
     if status == 0 && !args.verbose {
         let _ = std::fs::remove_dir_all(&directory);
@@ -232,9 +236,12 @@ fn shell(memory: u64) -> Result<u8, VmError> {
     settings.command = None;
     settings.memory_mib = memory;
     let mut guest = Guest::boot(&rig, &directory, &settings)?;
-    guest.follow(SHELL_LIMIT, |line| {
+    let over = guest.follow(SHELL_LIMITS, None, |line| {
         print!("{line}\r\n");
         false
     })?;
+    if over.is_some() {
+        return Err(guest.error("was left alone for a day".to_owned()));
+    }
     Ok(u8::try_from(guest.status()?).unwrap_or(1))
 }

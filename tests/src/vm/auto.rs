@@ -6,8 +6,9 @@
 
 use crate::ledger::{Ledger, Writing};
 use crate::pair::{ALPHA, BETA, NODES, Pair, Settings, VolumeSettings};
+use crate::patience::Limits;
 use crate::process::{costandby_binary, run as run_program};
-use crate::wait_for;
+use crate::{scaled, wait_while_moving};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,14 +17,14 @@ const VOLUME: &str = "db";
 const SIZE_MIB: u64 = 16;
 
 /// How long the daemons may take to find the device: they look after 3 s, 6 s, 12 s and 24 s, and on a loaded machine it
-/// takes an emulated one longer to make two rings than one attempt may.
+/// takes an emulated one longer to make two rings than one attempt may. Stretched by how slow the machine is.
 const FOUND_MAX: Duration = Duration::from_secs(30);
 
 /// Between two writes of a writer: the rings are made beside them.
 const WRITE_PAUSE: Duration = Duration::from_millis(20);
 
-/// How long the writers may take for some writes.
-const WRITES_LIMIT: Duration = Duration::from_secs(20);
+/// How long the writers may take for one write.
+const WRITE: Limits = Limits::still(Duration::from_secs(30));
 
 /// Writes that count as some.
 const WRITES: u64 = 100;
@@ -55,7 +56,7 @@ pub fn run(netdev: &str) {
     let began = Instant::now();
     for node in [ALPHA, BETA] {
         let status = pair.wait_status(node, VOLUME, "over RDMA", |status| status.link == "rdma");
-        assert!(began.elapsed() < FOUND_MAX, "{} took {:?}", NODES[node], began.elapsed());
+        assert!(began.elapsed() < scaled(FOUND_MAX), "{} took {:?}", NODES[node], began.elapsed());
         assert_eq!(status.link_note, None, "{status:?}");
     }
     println!("{}; in use after {:?}", up.stdout.trim(), began.elapsed());
@@ -80,7 +81,11 @@ pub fn run(netdev: &str) {
 
 fn some_writes(writing: &Writing) {
     let wanted = writing.acked() + WRITES;
-    wait_for("writes are acknowledged", WRITES_LIMIT, || (writing.acked() >= wanted).then_some(()));
+    let done = wait_while_moving(WRITE, || match writing.acked() {
+        acked if acked >= wanted => Ok(()),
+        acked => Err(acked),
+    });
+    done.unwrap_or_else(|(over, acked)| panic!("{acked} of {wanted} writes are acknowledged: {over}"));
 }
 
 /// Packets that the device on `netdev` has sent.

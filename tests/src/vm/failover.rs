@@ -8,8 +8,9 @@
 //!
 //! Invariants: the disks are compared only after both guests have powered off; both are as large as they were made.
 
-use super::guest::{Guest, Settings, Wire};
+use super::guest::{Guest, Settings, WORK, Wire};
 use super::{Rig, Steps, VmError, io_error, last_lines, quoted};
+use crate::patience::Limits;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -27,27 +28,15 @@ pub const NBD_PORT: u16 = 10809;
 /// What a block device holds besides the volume.
 const METADATA_MIB: u64 = 1;
 
-/// How long two guests may take to boot, find each other and have some writes acknowledged.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
-
-/// How long the survivor may take to be promoted, once the plug is pulled.
-const TAKEOVER_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long reading back all acknowledged writes may take.
-const VERIFY_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long a boot and a full copy may take.
-const RETURN_LIMIT: Duration = Duration::from_secs(180);
-
 /// How long daemons may take to end, and guests to power off.
-const STOP_LIMIT: Duration = Duration::from_secs(90);
+const STOP: Limits = Limits::silent(Duration::from_secs(120));
 
 /// How long both may take to notice that the cable is out, waking up and being asked included. An RDMA device gives up
-/// after 0.7 s, over TCP it takes `peer_timeout`; the rest is for emulated processors on a loaded machine.
+/// after 0.7 s, over TCP it takes `peer_timeout`; the rest is for emulated processors. Stretched by how slow they are.
 const NOTICE_MAX: Duration = Duration::from_secs(3);
 
 /// How long anything is waited for that should happen in that time.
-const NOTICE_LIMIT: Duration = Duration::from_secs(20);
+const NOTICE: Limits = Limits::silent(Duration::from_secs(60));
 
 /// The cable is out for this long after both have noticed.
 const CUT_TIME: Duration = Duration::from_millis(500);
@@ -111,9 +100,10 @@ impl<'a> Failover<'a> {
         steps.begin(STEPS[0]);
         let mut alpha = self.boot(0)?;
         let mut beta = self.boot(1)?;
-        beta.wait_line("#writing", BOOT_LIMIT)?;
-        alpha.wait_line("#connection connected", BOOT_LIMIT)?;
-        steps.passed("");
+        beta.wait_line("#writing", WORK)?;
+        alpha.wait_line("#connection connected", WORK)?;
+        let slowness = [alpha.slowness(), beta.slowness()];
+        steps.passed(&format!("{:.1} and {:.1} times slower than one guest alone", slowness[0], slowness[1]));
 
         steps.begin(STEPS[1]);
         steps.passed(&self.pull_the_cable(&mut alpha, &mut beta)?);
@@ -122,26 +112,26 @@ impl<'a> Failover<'a> {
         std::thread::sleep(WRITE_TIME);
         alpha.pull_the_plug()?;
         let pulled = Instant::now();
-        let acked = beta.wait_line("#promoted", TAKEOVER_LIMIT)?;
+        let acked = beta.wait_line("#promoted", WORK)?;
         let took = pulled.elapsed().as_secs_f64();
         steps.passed(&format!("{acked} writes acknowledged, taken over after {took:.1} s"));
 
         steps.begin(STEPS[3]);
-        beta.wait_line("#verified", VERIFY_LIMIT)?;
-        let alone = beta.wait_line("#alone", VERIFY_LIMIT)?;
+        beta.wait_line("#verified", WORK)?;
+        let alone = beta.wait_line("#alone", WORK)?;
         steps.passed(&format!("beta went on alone with {alone} more"));
 
         steps.begin(STEPS[4]);
         let alpha = self.boot(0)?;
-        beta.wait_line("#in-sync", RETURN_LIMIT)?;
-        let acked = beta.wait_line("#settled", VERIFY_LIMIT)?;
+        beta.wait_line("#in-sync", WORK)?;
+        let acked = beta.wait_line("#settled", WORK)?;
         steps.passed(&format!("{acked} writes acknowledged by beta"));
 
         steps.begin(STEPS[5]);
         let stop = alpha.share().join("stop");
         File::create(&stop).map_err(io_error(format!("making {}", stop.display())))?;
         for (guest, (node, _)) in [alpha, beta].into_iter().zip(PAIR) {
-            let status = guest.finish(STOP_LIMIT)?;
+            let status = guest.finish(STOP)?;
             if status != 0 {
                 return Err(VmError::Failed(format!("{node}'s guest ended with status {status}")));
             }
@@ -162,9 +152,9 @@ impl<'a> Failover<'a> {
         };
         let pulled = Instant::now();
         carry(&ends, &loose)?;
-        beta.wait_line("#cut", NOTICE_LIMIT)?;
+        beta.wait_line("#cut", NOTICE)?;
         let beta_noticed = pulled.elapsed();
-        let said = alpha.wait_line("#connection", NOTICE_LIMIT)?;
+        let said = alpha.wait_line("#connection", NOTICE)?;
         let alpha_noticed = pulled.elapsed();
         std::thread::sleep(CUT_TIME);
         carry(&loose, &ends)?;
@@ -172,14 +162,16 @@ impl<'a> Failover<'a> {
             return Err(VmError::Failed("alpha found a connection while the cable was out".to_owned()));
         }
         let seconds = [alpha_noticed, beta_noticed].map(|took| took.as_secs_f64());
-        if alpha_noticed.max(beta_noticed) > NOTICE_MAX {
+        let notice_max = NOTICE_MAX.mul_f64(alpha.slowness().max(beta.slowness()));
+        if alpha_noticed.max(beta_noticed) > notice_max {
             let [alpha, beta] = seconds;
             return Err(VmError::Failed(format!(
-                "alpha noticed after {alpha:.1} s, beta after {beta:.1} s: too late"
+                "alpha noticed after {alpha:.1} s, beta after {beta:.1} s: later than {:.1} s",
+                notice_max.as_secs_f64()
             )));
         }
-        beta.wait_line("#healed", RETURN_LIMIT)?;
-        let acked = beta.wait_line("#writing-again", VERIFY_LIMIT)?;
+        beta.wait_line("#healed", WORK)?;
+        let acked = beta.wait_line("#writing-again", WORK)?;
         let [alpha, beta] = seconds;
         Ok(format!("alpha noticed within {alpha:.2} s, beta within {beta:.2} s; {acked} writes acknowledged"))
     }
@@ -215,7 +207,7 @@ impl<'a> Failover<'a> {
              export COSTANDBY_LOG=info\n\
              {costandby} --config /run/pair.toml --node {name} up >>/share/daemon.log 2>&1 &\n\
              daemon=$!\n\
-             for _ in {{1..600}}; do [ -S /run/{name}.sock ] && break; sleep 0.1; kill -0 $daemon 2>/dev/null || exit 1; done\n\
+             until [ -S /run/{name}.sock ]; do sleep 0.1; kill -0 $daemon 2>/dev/null || exit 1; done\n\
              {work}\n\
              kill -TERM $daemon\n\
              wait $daemon\n",

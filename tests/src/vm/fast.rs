@@ -2,30 +2,29 @@
 //! device comes after its daemons.
 //!
 //! Everything is built on the host, where compiling is ten times as fast, and run in the guest from there. One boot
-//! serves all steps; each has its own limit and its own log. A step whose copies are to go by RDMA has failed if the
-//! device sent no packets, whatever its programs say, and so has a step of tests that ran none or found no device.
+//! serves all steps; each has its own log, and is ended when that does not grow any more. A step whose copies are to go by RDMA has failed if the
+//! device sent no packets, whatever its programs say, and so has a step of tests that ran none or left one out.
 
-use super::guest::{Guest, Settings};
+use super::guest::{Guest, Settings, WORK};
 use super::{BUILD_LIMIT, DEVICE, Rig, Steps, VmError, io_error, last_lines, prepare, quoted};
+use crate::patience::{Limits, Over};
 use std::fmt::Write as _;
 use std::io::{Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-/// How long a guest may take to boot and get its device.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
-
-/// What a step may take besides its own limit: reading its programs from the host.
-const STEP_GRACE: Duration = Duration::from_secs(20);
+/// How long a guest may take for what it does at once: ending a step that it is told to end, powering off.
+const AT_ONCE: Limits = Limits::silent(Duration::from_secs(60));
 
 /// Packets that a step over the device sends at least; connections alone take fewer.
 const PACKETS_MIN: u64 = 100;
 
-/// How a test says that it was left out,
+/// How a test says that it was left out. None may be: the rig has all that a test can ask for.
 const SKIPPED: &str = "SKIPPED: ";
-/// and what must not be the reason where there is a device.
-const NO_DEVICE: &str = "no RDMA device";
+
+/// Tests of ffi that need what only a step of their own gives them: the device for themselves, or a second guest.
+const ELSEWHERE: [&str; 3] = ["a_removed_device", "a_port_without_a_wire", super::lost_host::TEST];
 
 /// The interface that the guest's device is on.
 const NETDEV: &str = "wire0";
@@ -36,7 +35,7 @@ const LOG_LINES: usize = 30;
 /// A step's work.
 #[derive(Clone, Debug)]
 enum Work {
-    /// Tests of a package whose names contain `filter`; of one test program only, or of all.
+    /// Tests of a package whose names contain `filter`, but for [`ELSEWHERE`]; of one test program only, or of all.
     Tests { package: &'static str, program: Option<&'static str>, filter: &'static str },
     /// The same for a test that takes the device away, and so wants a process of its own.
     Removal { package: &'static str, filter: &'static str },
@@ -51,7 +50,6 @@ pub struct Step {
     pub id: &'static str,
     /// What its line says.
     pub title: &'static str,
-    limit: Duration,
     /// Its copies go by the link, so with RDMA the device must have sent packets.
     over_link: bool,
     work: Work,
@@ -60,55 +58,43 @@ pub struct Step {
 /// All steps, in order, for copies by `link`.
 #[must_use]
 pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
-    let seconds = Duration::from_secs;
     let tests = |package, program, filter| Work::Tests { package, program, filter };
     let removal = |filter| Work::Removal { package: "costandby-ffi", filter };
     let costandby = quoted(&rig.program("costandby").display().to_string());
     let device = format!(
         "ibv_devinfo -d {DEVICE} || exit\n\
          ib_write_lat -R -n 100 >/dev/null &\n\
-         for _ in {{1..20}}; do\n\
+         for _ in {{1..60}}; do\n\
          sleep 0.5; ib_write_lat -R -n 100 $COSTANDBY_RDMA_ADDRESS && exit\n\
          done\n\
          exit 1\n"
     );
+    let modules =
+        "/sbin/modprobe --verbose dm_flakey && /bin/busybox modprobe dm_log_writes && dmsetup targets";
     // The last try is the command's outcome: nothing tells when perftest's server is ready.
-    let step = |id, title, limit, over_link, work| Step { id, title, limit: seconds(limit), over_link, work };
+    let step = |id, title, over_link, work| Step { id, title, over_link, work };
     vec![
-        step("device", "the device: perftest's ib_write_lat", 30, true, Work::Command(device)),
-        step("ffi", "tests of ffi on the device", 120, true, tests("costandby-ffi", None, "verbs")),
-        step("removed", "the device is removed and comes back", 60, false, removal("a_removed_device")),
-        step("unplugged", "its port goes down and up", 60, false, removal("a_port_without_a_wire")),
-        step(
-            "datapath",
-            "tests of datapath on the device",
-            120,
-            true,
-            tests("costandby-datapath", None, "rdma"),
-        ),
+        step("device", "the device: perftest's ib_write_lat", true, Work::Command(device)),
+        step("modules", "kernel modules, by kmod and by busybox", false, Work::Command(modules.to_owned())),
+        step("ffi", "tests of ffi on the device", true, tests("costandby-ffi", None, "verbs")),
+        step("removed", "the device is removed and comes back", false, removal(ELSEWHERE[0])),
+        step("unplugged", "its port goes down and up", false, removal(ELSEWHERE[1])),
+        step("datapath", "tests of datapath on the device", true, tests("costandby-datapath", None, "rdma")),
         step(
             "control",
             "tests of control in the guest (its RDMA is a double)",
-            60,
             false,
             tests("costandby-control", None, "rdma"),
         ),
-        step("clients", "NBD clients", 300, true, tests("costandby-tests", Some("real_clients"), "")),
+        step("clients", "NBD clients", true, tests("costandby-tests", Some("real_clients"), "")),
         step(
             "devices",
             "block devices that fail",
-            240,
             false,
             tests("costandby-tests", Some("device_faults"), ""),
         ),
-        step(
-            "demo",
-            "the demo",
-            120,
-            true,
-            Work::Command(format!("{costandby} demo --link {link} --seconds 2")),
-        ),
-        step("auto", "link = \"auto\" finds a device that comes later", 120, false, Work::Command(auto(rig))),
+        step("demo", "the demo", true, Work::Command(format!("{costandby} demo --link {link} --seconds 2"))),
+        step("auto", "link = \"auto\" finds a device that comes later", false, Work::Command(auto(rig))),
     ]
 }
 
@@ -175,28 +161,40 @@ fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
         found.package == *package && program.is_none_or(|program| found.name == program)
     };
     let mut commands = String::from("failed=0\n");
+    let mut left_out = String::new();
     if matches!(step.work, Work::Removal { .. }) {
         let _ = writeln!(commands, "export COSTANDBY_RDMA_NETDEV={NETDEV}");
+    } else {
+        left_out = ELSEWHERE.map(|test| format!(" --skip {test}")).concat();
     }
     let mut any = false;
     for found in programs.iter().filter(wanted) {
         any = true;
         let path = quoted(&found.path.display().to_string());
         let filter = if filter.is_empty() { String::new() } else { quoted(filter) };
-        let _ = writeln!(commands, "{path} {filter} --test-threads=1 --show-output || failed=1");
+        let _ = writeln!(commands, "{path} {filter}{left_out} --test-threads=1 --show-output || failed=1");
     }
     any.then(|| commands + "exit $failed\n")
 }
 
-/// What the guest does: each step with its limit, its log and its number of packets, told in lines that begin with `#`.
+/// What the guest does: each step with its log and its number of packets, told in lines that begin with `#`.
 const RUN_STEPS: &str = r##"
 counter=/sys/class/infiniband/rxe0/ports/1/hw_counters/sent_pkts
+mkfifo /run/ended && exec 9<>/run/ended
 echo "#ready"
-while read -r id limit; do
+while read -r id; do
     before=$(<$counter)
     echo "#begin $id"
-    timeout --kill-after=5 "$limit" bash "/share/$id.sh" >"/share/$id.log" 2>&1 </dev/null
-    status=$?
+    (
+        setsid bash "/share/$id.sh" >"/share/$id.log" 2>&1 </dev/null &
+        echo $! >/run/step
+        wait $!
+        echo $? >&9
+    ) 2>/dev/null &
+    # The host gives a step up by a file.
+    until read -r -t 1 -u 9 status; do
+        [ -e "/share/$id.stop" ] && kill -KILL -- "-$(</run/step)" 2>/dev/null
+    done
     after=$(<$counter)
     # A device that was made anew counts from nothing.
     echo "#end $id $status $((after < before ? after : after - before))"
@@ -225,7 +223,7 @@ pub fn run(
             .ok_or_else(|| VmError::Failed(format!("there is no test program for the step {}", step.id)))?;
         let path = share.join(format!("{}.sh", step.id));
         std::fs::write(&path, script).map_err(io_error(format!("writing {}", path.display())))?;
-        let _ = writeln!(list, "{} {}", step.id, step.limit.as_secs());
+        let _ = writeln!(list, "{}", step.id);
         chosen.push(step);
     }
     std::fs::write(share.join("steps"), list).map_err(io_error("writing the list of steps"))?;
@@ -233,66 +231,77 @@ pub fn run(
     settings.environment.push(("COSTANDBY_TEST_LINK".to_owned(), link.to_owned()));
     let mut guest = report.run("one guest boots", || {
         let mut guest = Guest::boot(rig, run, &settings)?;
-        guest.wait_line("#ready", BOOT_LIMIT)?;
+        guest.wait_line("#ready", AT_ONCE)?;
         Ok(guest)
     })?;
     for step in &chosen {
         report.begin(step.title);
-        let ended = guest.wait_line(&format!("#end {}", step.id), step.limit + STEP_GRACE);
-        let ended = ended.inspect_err(|_| report.failed(""))?;
         let log = share.join(format!("{}.log", step.id));
-        match judge(step, link, &ended, &std::fs::read_to_string(&log).unwrap_or_default()) {
+        let outcome = finish_step(&mut guest, step, &log).inspect_err(|_| report.failed(""))?;
+        match judge(step, link, &outcome, &std::fs::read_to_string(&log).unwrap_or_default()) {
             Verdict::Passed(note) => report.passed(&note),
-            Verdict::Skipped(note) => report.skipped(&note),
             Verdict::Failed(note) => {
                 report.failed(&note);
                 print!("{}", last_lines(&log, LOG_LINES));
             }
         }
     }
-    guest.finish(BOOT_LIMIT).map(drop)
+    guest.finish(AT_ONCE).map(drop)
+}
+
+/// How a step ended: what the guest says of it, and why it was given up, if it was.
+#[derive(Debug)]
+struct Outcome {
+    said: String,
+    given_up: Option<Over>,
+}
+
+/// Waits for a step's end, and ends it where its log stands still.
+fn finish_step(guest: &mut Guest, step: &Step, log: &Path) -> Result<Outcome, VmError> {
+    let end = format!("#end {}", step.id);
+    match guest.wait_line_watching(&end, WORK, Some(log))? {
+        Ok(said) => Ok(Outcome { said, given_up: None }),
+        Err(over) => {
+            let stop = guest.share().join(format!("{}.stop", step.id));
+            std::fs::write(&stop, "").map_err(io_error(format!("writing {}", stop.display())))?;
+            Ok(Outcome { said: guest.wait_line(&end, AT_ONCE)?, given_up: Some(over) })
+        }
+    }
 }
 
 /// What became of a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Verdict {
     Passed(String),
-    Skipped(String),
     Failed(String),
 }
 
 /// Judges a step by how it ended (its status and the packets sent) and by its log.
-fn judge(step: &Step, link: &str, ended: &str, log: &str) -> Verdict {
-    let mut numbers = ended.split_whitespace().map(str::parse::<u64>);
+fn judge(step: &Step, link: &str, outcome: &Outcome, log: &str) -> Verdict {
+    if let Some(over) = outcome.given_up {
+        let last = log.lines().next_back().unwrap_or_default();
+        return Verdict::Failed(format!("given up, for {over}; its log ends with {last:?}"));
+    }
+    let mut numbers = outcome.said.split_whitespace().map(str::parse::<u64>);
     let (Some(Ok(status)), Some(Ok(packets))) = (numbers.next(), numbers.next()) else {
-        return Verdict::Failed(format!("the guest says {ended:?}"));
+        return Verdict::Failed(format!("the guest says {:?}", outcome.said));
     };
-    match status {
-        0 => {}
-        124 | 137 => return Verdict::Failed(format!("took longer than {} s", step.limit.as_secs())),
-        _ => return Verdict::Failed(format!("ended with status {status}")),
+    if status != 0 {
+        return Verdict::Failed(format!("ended with status {status}"));
     }
     let mut note = String::new();
     if !matches!(step.work, Work::Command(_)) {
-        let mut skipped = log.lines().filter_map(|line| line.split_once(SKIPPED)).map(|(_, why)| why.trim());
-        if let Some(why) = skipped.clone().find(|why| why.starts_with(NO_DEVICE)) {
-            return Verdict::Failed(format!("a test found no device: {why}"));
-        }
-        if let (Work::Removal { .. }, Some(why)) = (&step.work, skipped.clone().next()) {
-            return Verdict::Failed(format!("its one test was left out: {why}"));
+        let skipped: Vec<_> =
+            log.lines().filter_map(|line| line.split_once(SKIPPED)).map(|(_, why)| why.trim()).collect();
+        if let [why, ..] = skipped[..] {
+            let count = skipped.len();
+            return Verdict::Failed(format!("{count} SKIPPED, where nothing may be missing: {why}"));
         }
         let passed = tests_passed(log);
-        if passed == 0 && link != "rdma" {
-            // The rig itself can be tried before there are such tests.
-            return Verdict::Skipped(format!("no such test, and the link is {link}"));
-        }
         if passed == 0 {
             return Verdict::Failed("no test was run".to_owned());
         }
         let _ = write!(note, "{passed} tests, ");
-        if let Some(why) = skipped.next() {
-            let _ = write!(note, "{} SKIPPED ({why}), ", 1 + skipped.count());
-        }
     }
     let needs_packets = step.over_link && (link == "rdma" || step.id == "device");
     if needs_packets && packets < PACKETS_MIN {
@@ -313,7 +322,11 @@ mod tests {
     use super::*;
 
     fn step(work: Work) -> Step {
-        Step { id: "x", title: "x", limit: Duration::from_secs(9), over_link: true, work }
+        Step { id: "x", title: "x", over_link: true, work }
+    }
+
+    fn judge(step: &Step, ended: &str, log: &str) -> Verdict {
+        super::judge(step, "rdma", &Outcome { said: ended.to_owned(), given_up: None }, log)
     }
 
     #[test]
@@ -321,21 +334,25 @@ mod tests {
         let tests = step(Work::Tests { package: "p", program: None, filter: "" });
         let log = "test result: ok. 3 passed; 0 failed\ntest result: ok. 4 passed; 0 failed\n";
         let passed = Verdict::Passed("7 tests, 500 packets over rxe0".to_owned());
-        assert_eq!(judge(&tests, "rdma", "0 500", log), passed);
-        let failed = |ended: &str, log: &str| matches!(judge(&tests, "rdma", ended, log), Verdict::Failed(_));
+        assert_eq!(judge(&tests, "0 500", log), passed);
+        let failed = |ended: &str, log: &str| matches!(judge(&tests, ended, log), Verdict::Failed(_));
         assert!(failed("1 500", log), "a status");
-        assert!(failed("124 500", log), "its limit");
+        let over = Over::Still(Duration::from_secs(9));
+        let given_up =
+            super::judge(&tests, "rdma", &Outcome { said: "137 500".to_owned(), given_up: Some(over) }, log);
+        let why = "given up, for nothing has moved for 9 s; its log ends with \"test result: ok. 4 passed; 0 failed\"";
+        assert_eq!(given_up, Verdict::Failed(why.to_owned()));
         assert!(failed("0 5", log), "too few packets");
         assert!(failed("0 500", "test result: ok. 0 passed; 0 failed\n"), "no test");
-        assert!(failed("0 500", &format!("{log}SKIPPED: no RDMA device\n")), "a test that found no device");
-        let other = judge(&tests, "rdma", "0 500", &format!("{log}SKIPPED: one machine only\n"));
-        let note = "7 tests, 1 SKIPPED (one machine only), 500 packets over rxe0".to_owned();
-        assert_eq!(other, Verdict::Passed(note));
+        for missing in ["no RDMA device", "a_disk_fails, because there is no device mapper", "whatever"] {
+            let skipped = format!("SKIPPED: {missing}\n{log}");
+            assert!(failed("0 500", &skipped), "a test was left out: {missing}");
+        }
         assert!(failed("", log), "garbage");
         let removal = step(Work::Removal { package: "p", filter: "" });
         let log = "test result: ok. 1 passed; 0 failed\n";
-        assert!(matches!(judge(&removal, "rdma", "0 500", log), Verdict::Passed(_)));
-        let left_out = judge(&removal, "rdma", "0 500", &format!("SKIPPED: not set\n{log}"));
+        assert!(matches!(judge(&removal, "0 500", log), Verdict::Passed(_)));
+        let left_out = judge(&removal, "0 500", &format!("SKIPPED: not set\n{log}"));
         assert!(matches!(left_out, Verdict::Failed(_)), "{left_out:?}");
     }
 

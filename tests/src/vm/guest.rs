@@ -4,10 +4,14 @@
 //! guest's output goes; the guest leaves its exit status there and powers off. SIGKILL of the process is the plug pulled:
 //! what the guest's kernel had not written is lost, what it wrote to a disk's file is there.
 //!
+//! A guest says how slow it is: how long its boot took, next to that on a quiet machine. All limits but those of booting
+//! are stretched by that.
+//!
 //! Invariants: QEMU dies with the thread that started it, by the kernel's hand where that is killed; no wait is without
-//! a limit. A guest that panics, hangs or never comes up ends in [`VmError::Guest`] with its last words.
+//! a limit, and no limit ends what moves ([`crate::patience`]). A guest that panics, hangs or never comes up ends in [`VmError::Guest`] with its last words.
 
 use super::{Rig, VmError, io_error, last_lines, quoted};
+use crate::patience::{Limits, Over, Patience};
 use crate::process::Guarded;
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -22,8 +26,18 @@ use std::time::{Duration, Instant};
 /// Between two looks at a guest's output.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
+/// What a guest does that says so in lines, or in a log that is watched: one test may take minutes on an emulated
+/// processor, and all of a step's tests half an hour.
+pub const WORK: Limits = Limits { still: Duration::from_secs(180), whole: Duration::from_secs(1800) };
+
+/// How long a guest may take from its start until it has its device and says how slow it is: 5 s where nothing else runs.
+const BOOT: Limits = Limits::silent(Duration::from_secs(300));
+
 /// How long a guest that has been told to, or has written its status, may take to power off.
-const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+const POWER_OFF: Limits = Limits::silent(Duration::from_secs(60));
+
+/// The file by which a guest says how slow it is.
+const SLOWNESS: &str = "slowness";
 
 /// Directories of the host that a guest covers with its own.
 const COVERED: [&str; 5] = ["/tmp", "/run", "/dev", "/var/tmp", "/share"];
@@ -110,6 +124,8 @@ pub struct Guest {
     lines: VecDeque<String>,
     /// What was read of a line that has not ended.
     partial: Vec<u8>,
+    /// How many times slower than on a quiet machine it is, once it has said.
+    slowness: Option<f64>,
 }
 
 impl Guest {
@@ -139,6 +155,7 @@ impl Guest {
             logs,
             lines: VecDeque::new(),
             partial: Vec::new(),
+            slowness: None,
         })
     }
 
@@ -148,39 +165,103 @@ impl Guest {
         &self.share
     }
 
+    /// How many times slower than on a quiet machine it is: 1 or more, and 1 until it has said.
+    pub fn slowness(&mut self) -> f64 {
+        if self.slowness.is_none() {
+            let said = std::fs::read_to_string(self.share.join(SLOWNESS)).unwrap_or_default();
+            // A line without its end is still being written.
+            self.slowness = said.strip_suffix('\n').and_then(|text| text.parse().ok());
+        }
+        self.slowness.unwrap_or(1.0).max(1.0)
+    }
+
+    /// Waits until it has booted, has its device and says how slow it is, or has ended before.
+    ///
+    /// # Errors
+    /// When that takes longer than a boot takes on any machine.
+    pub fn wait_up(&mut self) -> Result<(), VmError> {
+        let patience = Patience::new(BOOT, Instant::now());
+        while self.qemu.ended().is_none() {
+            self.slowness();
+            if self.slowness.is_some() {
+                break;
+            }
+            if let Some(over) = patience.over(Instant::now()) {
+                return Err(self.error(format!("did not come up: {over}")));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
     /// Waits until it says a line that begins with `start`; the rest of that line. Lines before it are passed over.
     ///
     /// # Errors
-    /// When it ends or `limit` is over before it does.
-    pub fn wait_line(&mut self, start: &str, limit: Duration) -> Result<String, VmError> {
+    /// When it ends before it does, or `limits`, stretched by its slowness, are over: any line of its is progress.
+    pub fn wait_line(&mut self, start: &str, limits: Limits) -> Result<String, VmError> {
+        match self.wait_line_watching(start, limits, None)? {
+            Ok(rest) => Ok(rest),
+            Err(over) => Err(self.error(format!("did not say {start:?}: {over}"))),
+        }
+    }
+
+    /// The same, where a file's growth is progress too; `Ok(Err(_))` says that the limits are over.
+    ///
+    /// # Errors
+    /// When it ends before it does.
+    pub fn wait_line_watching(
+        &mut self,
+        start: &str,
+        limits: Limits,
+        watched: Option<&Path>,
+    ) -> Result<Result<String, Over>, VmError> {
+        self.wait_up()?;
+        let limits = limits.stretched(self.slowness());
         let mut found = None;
-        self.follow(limit, |line| {
+        let over = self.follow(limits, watched, |line| {
             found = line.strip_prefix(start).map(|rest| rest.trim().to_owned());
             found.is_some()
         })?;
-        found.ok_or_else(|| self.error(format!("ended before it said {start:?}")))
+        match (found, over) {
+            (Some(rest), _) => Ok(Ok(rest)),
+            (None, Some(over)) => Ok(Err(over)),
+            (None, None) => Err(self.error(format!("ended before it said {start:?}"))),
+        }
     }
 
-    /// Hands each of its lines to `line` until that returns `true`, or until the guest has ended.
+    /// Hands each of its lines to `line` until that returns `true`, or until the guest has ended; the reason where it gave
+    /// up before. What is progress: a line, and the growth of the file `watched`.
     ///
     /// # Errors
-    /// When that takes longer than `limit`.
-    pub fn follow(&mut self, limit: Duration, mut line: impl FnMut(&str) -> bool) -> Result<(), VmError> {
-        let deadline = Instant::now() + limit;
+    /// When its output cannot be read.
+    pub fn follow(
+        &mut self,
+        limits: Limits,
+        watched: Option<&Path>,
+        mut line: impl FnMut(&str) -> bool,
+    ) -> Result<Option<Over>, VmError> {
+        let mut patience = Patience::new(limits, Instant::now());
+        let mut len = None;
         loop {
             // In this order: what it said last must not be missed.
             let ended = self.qemu.ended().is_some();
             self.read_output()?;
             while let Some(said) = self.lines.pop_front() {
+                patience.moved(Instant::now());
                 if line(&said) {
-                    return Ok(());
+                    return Ok(None);
                 }
             }
             if ended {
-                return Ok(());
+                return Ok(None);
             }
-            if Instant::now() >= deadline {
-                return Err(self.error(format!("was not done after {} s", limit.as_secs())));
+            let now = watched.and_then(|file| std::fs::metadata(file).ok()).map(|found| found.len());
+            if now != len {
+                len = now;
+                patience.moved(Instant::now());
+            }
+            if let Some(over) = patience.over(Instant::now()) {
+                return Ok(Some(over));
             }
             std::thread::sleep(LOOK_INTERVAL);
         }
@@ -211,9 +292,12 @@ impl Guest {
     /// Waits until it powers off; the exit status of its command.
     ///
     /// # Errors
-    /// When it does not, or left no status.
-    pub fn finish(mut self, limit: Duration) -> Result<i32, VmError> {
-        self.follow(limit, |_| false)?;
+    /// When it does not within `limits`, stretched by its slowness, or left no status.
+    pub fn finish(mut self, limits: Limits) -> Result<i32, VmError> {
+        let limits = limits.stretched(self.slowness());
+        if let Some(over) = self.follow(limits, None, |_| false)? {
+            return Err(self.error(format!("does not end: {over}")));
+        }
         self.status()
     }
 
@@ -222,7 +306,8 @@ impl Guest {
     /// # Errors
     /// When it left none: its kernel panicked, or it was killed.
     pub fn status(&mut self) -> Result<i32, VmError> {
-        if self.qemu.wait(POWER_OFF_LIMIT).is_none() {
+        let limits = POWER_OFF.stretched(self.slowness());
+        if self.qemu.wait(limits.whole).is_none() {
             return Err(self.error("does not power off".to_owned()));
         }
         let text = std::fs::read_to_string(self.share.join("status")).unwrap_or_default();
@@ -241,7 +326,9 @@ impl Guest {
         Ok(())
     }
 
-    fn error(&self, what: String) -> VmError {
+    /// That it failed, with its last words.
+    #[must_use]
+    pub fn error(&self, what: String) -> VmError {
         let mut last_words = String::new();
         for log in ["console", "qemu", "output"] {
             last_words.push_str(&last_lines(&self.logs.join(log), 12));
@@ -276,8 +363,10 @@ fn write_share(rig: &Rig, share: &Path, settings: &Settings) -> Result<(), VmErr
     write("environment", &environment(settings))?;
     let directory = std::env::current_dir().map_err(io_error("finding the current directory"))?;
     write("directory", &format!("{}\n", directory.display()))?;
-    // That of an earlier boot must not be taken for this one's.
-    let _ = std::fs::remove_file(share.join("status"));
+    // Those of an earlier boot must not be taken for this one's.
+    for said in ["status", SLOWNESS] {
+        let _ = std::fs::remove_file(share.join(said));
+    }
     write("command", settings.command.as_deref().unwrap_or_default())
 }
 

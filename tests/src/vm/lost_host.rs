@@ -5,17 +5,18 @@
 
 use super::guest::{Guest, Settings, Wire};
 use super::{Rig, Steps, VmError, fast, io_error, quoted};
+use crate::patience::{Limits, Patience};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The test.
-const TEST: &str = "a_host_without_power_is_noticed";
+pub(super) const TEST: &str = "a_host_without_power_is_noticed";
 
 /// The file by which the first half tells where it listens.
 const LISTENER: &str = "verbs-listener";
 
-/// How long both guests may take to boot and the test to run.
-const LIMIT: Duration = Duration::from_secs(120);
+/// How long the test may take in guests that are up, which says nothing before its end.
+const LIMITS: Limits = Limits::silent(Duration::from_secs(180));
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -54,10 +55,11 @@ fn lose(rig: &Rig, run: &Path) -> Result<String, VmError> {
         settings.environment.push(("COSTANDBY_RDMA_SHARE".to_owned(), "/share".to_owned()));
         Guest::boot(rig, run, &settings)
     };
-    let (stays, goes) = (boot(1, 2)?, boot(2, 1)?);
-    hand_over(stays.share(), goes.share())?;
+    let (mut stays, goes) = (boot(1, 2)?, boot(2, 1)?);
+    stays.wait_up()?;
+    hand_over(&mut stays, goes.share())?;
     let output = run.join("host1/output");
-    let status = stays.finish(LIMIT)?;
+    let status = stays.finish(LIMITS)?;
     let log = std::fs::read_to_string(&output).unwrap_or_default();
     if status != 0 || !log.contains("1 passed") || log.contains("SKIPPED") {
         return Err(VmError::Failed(format!("the test ended with status {status}:\n{log}")));
@@ -67,16 +69,17 @@ fn lose(rig: &Rig, run: &Path) -> Result<String, VmError> {
 }
 
 /// Carries the listener's address from one guest to the other, once it is there.
-fn hand_over(from: &Path, to: &Path) -> Result<(), VmError> {
-    let began = Instant::now();
+fn hand_over(from: &mut Guest, to: &Path) -> Result<(), VmError> {
+    let patience = Patience::new(LIMITS.stretched(from.slowness()), Instant::now());
     let address = loop {
-        match std::fs::read_to_string(from.join(LISTENER)) {
+        match std::fs::read_to_string(from.share().join(LISTENER)) {
             Ok(address) if !address.is_empty() => break address,
-            _ if began.elapsed() > LIMIT => {
-                return Err(VmError::Failed("the first guest does not come to listen".to_owned()));
-            }
-            _ => std::thread::sleep(LOOK_INTERVAL),
+            _ => {}
         }
+        if let Some(over) = patience.over(Instant::now()) {
+            return Err(from.error(format!("does not come to listen: {over}")));
+        }
+        std::thread::sleep(LOOK_INTERVAL);
     };
     let part: PathBuf = to.join("verbs-listener.part");
     let written = std::fs::write(&part, address).and_then(|()| std::fs::rename(&part, to.join(LISTENER)));

@@ -26,6 +26,8 @@ use super::{Rig, Steps, VmError, io_error, last_lines, quoted};
 use crate::Rng;
 use crate::ledger::{Ledger, Writing};
 use crate::pair::free_addresses;
+use crate::patience::{Limits, Patience};
+use crate::wait_while_moving;
 use costandby_control::admin::VolumeStatus;
 use costandby_control::nbd_client::{Endpoint, NbdClient, NbdUri, Options};
 use std::fs::File;
@@ -37,14 +39,12 @@ use std::time::{Duration, Instant};
 /// What a block device holds besides the volume.
 const METADATA_MIB: u64 = 1;
 
-/// How long one or two guests may take to boot and catch up, on cores that are shared.
-const RETURN_LIMIT: Duration = Duration::from_secs(180);
-
-/// How long anything may take that idle guests do at once.
-const LIMIT: Duration = Duration::from_secs(60);
+/// What guests do at once, and what takes a boot and a full copy. Whatever an agent says is progress. Stretched, like all
+/// times here, by how slow the guests are.
+const LIMITS: Limits = Limits { still: Duration::from_secs(150), whole: Duration::from_secs(600) };
 
 /// How long guests may take to power off.
-const STOP_LIMIT: Duration = Duration::from_secs(90);
+const STOP_LIMITS: Limits = Limits::silent(Duration::from_secs(120));
 
 /// How long a client waits for an answer: longer than a primary needs to go on without its standby.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -139,7 +139,7 @@ impl<'a> Rounds<'a> {
         steps.begin("power: two guests boot, in sync");
         self.boot(0)?;
         self.boot(1)?;
-        self.wait_in_sync(RETURN_LIMIT)?;
+        self.wait_in_sync()?;
         steps.passed("");
         for (cut, title) in ROUNDS {
             steps.begin(title);
@@ -152,7 +152,7 @@ impl<'a> Rounds<'a> {
         }
         for (node, (name, _)) in self.nodes.iter_mut().zip(PAIR) {
             let guest = node.guest.take().expect("both have power");
-            match guest.finish(STOP_LIMIT)? {
+            match guest.finish(STOP_LIMITS)? {
                 0 => {}
                 status => return Err(failed(format!("{name}'s guest ended with status {status}"))),
             }
@@ -166,10 +166,10 @@ impl<'a> Rounds<'a> {
         let in_resync = matches!(cut, Cut::TargetInResync | Cut::SourceInResync | Cut::BothInResync);
         if in_resync {
             self.cut(standby)?;
-            self.wait(primary, "alone", LIMIT, apart)?;
-            wait_acked(&writing, writing.acked() + ACKED_MIN)?;
+            self.wait(primary, "alone", apart)?;
+            self.wait_acked(&writing, writing.acked() + ACKED_MIN)?;
             self.boot(standby)?;
-            self.wait(standby, "being copied to", RETURN_LIMIT, |status| status.connection == "sync-target")?;
+            self.wait(standby, "being copied to", |status| status.connection == "sync-target")?;
         }
         self.pause(200, if in_resync { 1000 } else { 2500 });
         match cut {
@@ -179,17 +179,17 @@ impl<'a> Rounds<'a> {
                 let acked = self.end(writing);
                 self.boot(primary)?;
                 // Copied to, and then primary again, by itself.
-                self.wait_in_sync(RETURN_LIMIT)?;
-                self.wait(primary, "serving", LIMIT, |status| status.role == "primary")?;
+                self.wait_in_sync()?;
+                self.wait(primary, "serving", |status| status.role == "primary")?;
                 self.check("after the return")?;
                 Ok(format!("{acked} writes acknowledged, and {} serves again", PAIR[primary].0))
             }
             Cut::Standby | Cut::TargetInResync => {
                 self.cut(standby)?;
-                self.wait(primary, "alone", LIMIT, apart)?;
-                wait_acked(&writing, writing.acked() + ACKED_MIN)?;
+                self.wait(primary, "alone", apart)?;
+                self.wait_acked(&writing, writing.acked() + ACKED_MIN)?;
                 self.boot(standby)?;
-                self.wait_in_sync(RETURN_LIMIT)?;
+                self.wait_in_sync()?;
                 let acked = writing.acked();
                 let (ledger, error) = writing.finish();
                 self.ledger = ledger;
@@ -212,9 +212,10 @@ impl<'a> Rounds<'a> {
                 for &node in &victims {
                     self.boot(node)?;
                 }
-                self.wait_in_sync(RETURN_LIMIT)?;
+                self.wait_in_sync()?;
                 self.primary = self.serving(primary)?;
-                let lost = self.ledger.check_flushed(&mut self.client()?).map_err(failed)?;
+                let mut client = self.client()?;
+                let lost = self.ledger.check_flushed(&mut client).map_err(failed)?;
                 Ok(format!(
                     "{acked} writes acknowledged; of blocks never flushed {} fell back, {} were torn",
                     lost.fell_back, lost.torn
@@ -228,14 +229,14 @@ impl<'a> Rounds<'a> {
         let (dead, survivor) = (self.primary, 1 - self.primary);
         self.cut(dead)?;
         let cut = Instant::now();
-        self.wait(survivor, "alone", LIMIT, apart)?;
+        self.wait(survivor, "alone", apart)?;
         self.promote(survivor)?;
         let took = cut.elapsed().as_secs_f64();
         let acked = self.end(writing);
         self.check("on the survivor")?;
         let writing = self.writing()?;
         self.boot(dead)?;
-        self.wait_in_sync(RETURN_LIMIT)?;
+        self.wait_in_sync()?;
         let (ledger, error) = writing.finish();
         self.ledger = ledger;
         if let Some(error) = error {
@@ -248,9 +249,26 @@ impl<'a> Rounds<'a> {
     /// Writers at work on the primary.
     fn writing(&mut self) -> Result<Writing, VmError> {
         let ledger = std::mem::replace(&mut self.ledger, Ledger::new(0));
-        let writing = ledger.write_within(&self.uri(), self.rng.next_u64(), PATIENCE);
-        wait_acked(&writing, ACKED_MIN)?;
+        let patience = PATIENCE.mul_f64(self.slowness());
+        let writing = ledger.write_within(&self.uri(), self.rng.next_u64(), patience);
+        self.wait_acked(&writing, ACKED_MIN)?;
         Ok(writing)
+    }
+
+    /// How many times slower than on a quiet machine the slower guest is.
+    fn slowness(&mut self) -> f64 {
+        let guests = self.nodes.iter_mut().filter_map(|node| node.guest.as_mut());
+        guests.map(Guest::slowness).fold(1.0, f64::max)
+    }
+
+    fn wait_acked(&mut self, writing: &Writing, least: u64) -> Result<(), VmError> {
+        let done = wait_while_moving(LIMITS.stretched(self.slowness()), || match writing.acked() {
+            acked if acked >= least => Ok(()),
+            acked => Err(acked),
+        });
+        done.map_err(|(over, acked)| {
+            failed(format!("only {acked} of {least} writes were acknowledged: {over}"))
+        })
     }
 
     /// Ends writers whose server is gone; the number of writes acknowledged.
@@ -271,8 +289,8 @@ impl<'a> Rounds<'a> {
         NbdUri { endpoint, export: VOLUME.to_owned() }
     }
 
-    fn client(&self) -> Result<NbdClient, VmError> {
-        let options = Options { timeout: PATIENCE, ..Options::default() };
+    fn client(&mut self) -> Result<NbdClient, VmError> {
+        let options = Options { timeout: PATIENCE.mul_f64(self.slowness()), ..Options::default() };
         let uri = self.uri();
         NbdClient::connect(&uri, &options).map_err(|error| failed(format!("connecting to {uri}: {error}")))
     }
@@ -284,9 +302,9 @@ impl<'a> Rounds<'a> {
     /// Flushes, waits until nothing is under way, and compares the disks.
     fn settle_and_compare(&mut self) -> Result<(), VmError> {
         self.client()?.flush().map_err(|error| failed(format!("flushing: {error}")))?;
-        self.wait_in_sync(LIMIT)?;
+        self.wait_in_sync()?;
         let link = self.link.to_owned();
-        self.wait(self.primary, "quiet", LIMIT, |status| {
+        self.wait(self.primary, "quiet", |status| {
             status.in_sync() && status.in_flight == 0 && status.dirty_bytes == 0 && status.link == link
         })?;
         self.compare()
@@ -309,11 +327,11 @@ impl<'a> Rounds<'a> {
     }
 
     fn promote(&mut self, node: usize) -> Result<(), VmError> {
-        let started = Instant::now();
+        let patience = Patience::new(LIMITS.stretched(self.slowness()), Instant::now());
         loop {
             self.order(node, PROMOTE)?;
             let number = self.nodes[node].orders;
-            let answer = self.until(node, "an answer", LIMIT, |node| {
+            let answer = self.until(node, "an answer", |node| {
                 let found = node.answers.iter().find_map(|answer| answer.strip_prefix(&format!("{number} ")));
                 found.map(str::to_owned)
             })?;
@@ -321,8 +339,8 @@ impl<'a> Rounds<'a> {
                 self.primary = node;
                 return Ok(());
             }
-            if started.elapsed() > LIMIT {
-                return Err(failed(format!("{} is not promoted: {answer}", PAIR[node].0)));
+            if let Some(over) = patience.over(Instant::now()) {
+                return Err(failed(format!("{} is not promoted ({over}): {answer}", PAIR[node].0)));
             }
         }
     }
@@ -337,9 +355,9 @@ impl<'a> Rounds<'a> {
         Ok(candidate)
     }
 
-    fn wait_in_sync(&mut self, limit: Duration) -> Result<(), VmError> {
+    fn wait_in_sync(&mut self) -> Result<(), VmError> {
         for node in 0..2 {
-            self.wait(node, "in sync", limit, VolumeStatus::in_sync)?;
+            self.wait(node, "in sync", VolumeStatus::in_sync)?;
         }
         Ok(())
     }
@@ -348,33 +366,27 @@ impl<'a> Rounds<'a> {
         &mut self,
         node: usize,
         what: &str,
-        limit: Duration,
         wanted: impl Fn(&VolumeStatus) -> bool,
     ) -> Result<(), VmError> {
-        self.until(node, what, limit, |node| node.state.as_ref().filter(|state| wanted(state)).map(drop))
+        self.until(node, what, |node| node.state.as_ref().filter(|state| wanted(state)).map(drop))
     }
 
     /// Listens to both nodes until `look` finds something in one.
-    fn until<T>(
-        &mut self,
-        node: usize,
-        what: &str,
-        limit: Duration,
-        look: impl Fn(&Node) -> Option<T>,
-    ) -> Result<T, VmError> {
-        let started = Instant::now();
+    fn until<T>(&mut self, node: usize, what: &str, look: impl Fn(&Node) -> Option<T>) -> Result<T, VmError> {
+        let mut patience = Patience::new(LIMITS.stretched(self.slowness()), Instant::now());
         loop {
             for node in &mut self.nodes {
-                node.listen()?;
+                if node.listen()? {
+                    patience.moved(Instant::now());
+                }
             }
             if let Some(found) = look(&self.nodes[node]) {
                 return Ok(found);
             }
-            if started.elapsed() > limit {
+            if let Some(over) = patience.over(Instant::now()) {
                 let seen = [&self.nodes[0].state, &self.nodes[1].state];
                 return Err(failed(format!(
-                    "waited {} s in vain for {what} of {}; the nodes say {seen:?}",
-                    limit.as_secs(),
+                    "waited in vain for {what} of {}: {over}; the nodes say {seen:?}",
                     PAIR[node].0
                 )));
             }
@@ -414,7 +426,7 @@ impl<'a> Rounds<'a> {
              export COSTANDBY_LOG=info\n\
              {costandby} --config /run/pair.toml --node {name} up >>/share/daemon.log 2>&1 &\n\
              daemon=$!\n\
-             for _ in {{1..600}}; do [ -S /run/{name}.sock ] && break; sleep 0.1; kill -0 $daemon 2>/dev/null || exit 1; done\n\
+             until [ -S /run/{name}.sock ]; do sleep 0.1; kill -0 $daemon 2>/dev/null || exit 1; done\n\
              {own} agent {name} /run/{name}.sock /share/orders || exit\n\
              kill -TERM $daemon\n\
              wait $daemon\n",
@@ -460,10 +472,12 @@ impl<'a> Rounds<'a> {
 }
 
 impl Node {
-    /// Takes in what its guest has said.
-    fn listen(&mut self) -> Result<(), VmError> {
-        let Some(guest) = &mut self.guest else { return Ok(()) };
-        for line in guest.said()? {
+    /// Takes in what its guest has said; whether that was anything.
+    fn listen(&mut self) -> Result<bool, VmError> {
+        let Some(guest) = &mut self.guest else { return Ok(false) };
+        let said = guest.said()?;
+        let any = !said.is_empty();
+        for line in said {
             if let Some(state) = line.strip_prefix(STATE) {
                 let state =
                     serde_json::from_str(state).map_err(|error| failed(format!("{error}: {line}")))?;
@@ -472,7 +486,7 @@ impl Node {
                 self.answers.push(answer.to_owned());
             }
         }
-        Ok(())
+        Ok(any)
     }
 }
 
@@ -482,19 +496,4 @@ fn failed(what: String) -> VmError {
 
 fn apart(status: &VolumeStatus) -> bool {
     status.connection != "connected"
-}
-
-fn wait_acked(writing: &Writing, least: u64) -> Result<(), VmError> {
-    let started = Instant::now();
-    while writing.acked() < least {
-        if started.elapsed() > LIMIT {
-            let seconds = LIMIT.as_secs();
-            return Err(failed(format!(
-                "only {} of {least} writes were acknowledged in {seconds} s",
-                writing.acked()
-            )));
-        }
-        std::thread::sleep(LOOK_INTERVAL);
-    }
-    Ok(())
 }

@@ -11,11 +11,13 @@
 
 use super::failover::{NBD_PORT, PAIR, SIZE_MIB, VOLUME};
 use crate::ledger::{Ledger, Writing};
+use crate::patience::Limits;
+use crate::{scaled, wait_while_moving};
 use costandby_control::admin::{Command, VolumeStatus};
 use costandby_control::admin_client::{AdminClient, ClientError};
 use costandby_control::nbd_client::{Endpoint, NbdClient, NbdUri, Options};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Writes acknowledged before the plug may be pulled: enough that all writers are at it.
 const ACKED_MIN: u64 = 300;
@@ -24,13 +26,12 @@ const ACKED_MIN: u64 = 300;
 const ALONE_MIN: u64 = 100;
 
 /// How long writers wait for an answer of alpha's before they take it for dead: a machine that dies closes no connection.
+/// Stretched by how slow the guest is.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long anything may take that two idle guests do at once.
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// How long a booted guest and a full copy may take, with writers beside it.
-const RETURN_LIMIT: Duration = Duration::from_secs(150);
+/// What two guests do at once, and what takes a boot or a full copy with writers beside it. Any change in how beta sees
+/// the volume is progress, and is told to the host, for which it is progress too.
+const LIMITS: Limits = Limits { still: Duration::from_secs(150), whole: Duration::from_secs(600) };
 
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -55,7 +56,7 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
     let alpha = NbdUri { endpoint: alpha, export: VOLUME.to_owned() };
     let beta = NbdUri { endpoint: Endpoint::Unix(nbd.to_owned()), export: VOLUME.to_owned() };
 
-    survivor.wait("both nodes are in sync", LIMIT, in_sync)?;
+    survivor.wait("both nodes are in sync", in_sync)?;
     let writing = Ledger::new(SIZE_MIB << 20).write_within(&alpha, 1, PATIENCE);
     wait_acked(&writing, ACKED_MIN)?;
     println!("#writing");
@@ -67,7 +68,7 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
     let writing = ledger.write(&beta, 2);
     wait_acked(&writing, ALONE_MIN)?;
     println!("#alone {}", writing.acked());
-    survivor.wait("alpha is back and in sync", RETURN_LIMIT, in_sync)?;
+    survivor.wait("alpha is back and in sync", in_sync)?;
     println!("#in-sync");
     let acked = writing.acked();
     wait_acked(&writing, acked + ALONE_MIN)?;
@@ -78,7 +79,7 @@ pub fn run(admin: &Path, nbd: &Path, link: &str) -> Result<(), String> {
     }
     check(&mut ledger, &beta)?;
     connect(&beta)?.flush().map_err(|error| format!("flushing: {error}"))?;
-    survivor.wait("nothing is under way", LIMIT, |status| {
+    survivor.wait("nothing is under way", |status| {
         in_sync(status) && status.in_flight == 0 && status.dirty_bytes == 0
     })?;
     println!("#settled {acked}");
@@ -110,9 +111,9 @@ pub fn watch(admin: &Path) -> Result<(), String> {
 impl Survivor {
     /// Goes through a cable that is pulled and plugged in again: nobody is promoted, and the writers go on.
     fn be_cut_off(&self, writing: &Writing) -> Result<(), String> {
-        self.wait("the cable is pulled", LIMIT, |status| status.connection != "connected")?;
+        self.wait("the cable is pulled", |status| status.connection != "connected")?;
         println!("#cut");
-        self.wait("both nodes are in sync again", RETURN_LIMIT, in_sync)?;
+        self.wait("both nodes are in sync again", in_sync)?;
         println!("#healed");
         let acked = writing.acked();
         wait_acked(writing, acked + ALONE_MIN)?;
@@ -122,17 +123,12 @@ impl Survivor {
 
     /// Has the writers write until alpha is gone, and takes its place.
     fn outlive(&self, writing: Writing) -> Result<Ledger, String> {
-        self.wait("alpha is gone", LIMIT, |status| status.connection != "connected")?;
-        let started = Instant::now();
-        loop {
-            match self.runtime.block_on(self.admin.command(VOLUME, Command::Promote { force: false })) {
-                Ok(_) => break,
-                Err(error) if started.elapsed() > LIMIT => {
-                    return Err(format!("beta is not promoted: {error}"));
-                }
-                Err(_) => std::thread::sleep(LOOK_INTERVAL),
-            }
-        }
+        self.wait("alpha is gone", |status| status.connection != "connected")?;
+        let promoted = wait_while_moving(LIMITS, || {
+            let told = self.runtime.block_on(self.admin.command(VOLUME, Command::Promote { force: false }));
+            told.map_err(|error| error.to_string())
+        });
+        promoted.map_err(|(over, error)| format!("beta is not promoted ({over}): {error}"))?;
         println!("#promoted {}", writing.acked());
         let (ledger, error) = writing.finish();
         match error {
@@ -147,29 +143,28 @@ impl Survivor {
     }
 
     /// Waits until beta's view of the volume is as wanted, and the copies go by the link that they should.
-    fn wait(
-        &self,
-        what: &str,
-        limit: Duration,
-        wanted: impl Fn(&VolumeStatus) -> bool,
-    ) -> Result<(), String> {
-        let started = Instant::now();
-        loop {
+    fn wait(&self, what: &str, wanted: impl Fn(&VolumeStatus) -> bool) -> Result<(), String> {
+        let mut told = None;
+        let status = wait_while_moving(LIMITS, || {
             let seen = self.status();
-            match &seen {
-                Ok(status) if wanted(status) && in_sync(status) && status.link != self.link => {
-                    return Err(format!("the copies go by {}, not by {}", status.link, self.link));
+            match seen {
+                Ok(status) if wanted(&status) => Ok(status),
+                seen => {
+                    let seen = format!("{seen:?}");
+                    if told.as_ref() != Some(&seen) {
+                        println!("#waiting until {what}");
+                        told = Some(seen.clone());
+                    }
+                    Err(seen)
                 }
-                Ok(status) if wanted(status) => return Ok(()),
-                _ if started.elapsed() > limit => {
-                    return Err(format!(
-                        "waited {} s in vain until {what}; beta says {seen:?}",
-                        limit.as_secs()
-                    ));
-                }
-                _ => std::thread::sleep(LOOK_INTERVAL),
             }
+        });
+        let status = status
+            .map_err(|(over, seen)| format!("waited in vain until {what}: {over}; beta says {seen}"))?;
+        if in_sync(&status) && status.link != self.link {
+            return Err(format!("the copies go by {}, not by {}", status.link, self.link));
         }
+        Ok(())
     }
 }
 
@@ -178,22 +173,15 @@ fn in_sync(status: &VolumeStatus) -> bool {
 }
 
 fn wait_acked(writing: &Writing, least: u64) -> Result<(), String> {
-    let started = Instant::now();
-    while writing.acked() < least {
-        if started.elapsed() > LIMIT {
-            return Err(format!(
-                "only {} writes were acknowledged in {} s",
-                writing.acked(),
-                LIMIT.as_secs()
-            ));
-        }
-        std::thread::sleep(LOOK_INTERVAL);
-    }
-    Ok(())
+    let done = wait_while_moving(LIMITS, || match writing.acked() {
+        acked if acked >= least => Ok(()),
+        acked => Err(acked),
+    });
+    done.map_err(|(over, acked)| format!("only {acked} of {least} writes were acknowledged: {over}"))
 }
 
 fn connect(uri: &NbdUri) -> Result<NbdClient, String> {
-    let options = Options { timeout: LIMIT, ..Options::default() };
+    let options = Options { timeout: scaled(LIMITS.still), ..Options::default() };
     NbdClient::connect(uri, &options).map_err(|error| format!("connecting to {uri}: {error}"))
 }
 

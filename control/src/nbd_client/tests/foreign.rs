@@ -5,6 +5,7 @@
 use super::server::{self, SIZE};
 use super::{PLAIN, at, exercise, pattern};
 use crate::nbd_client::{NbdClient, Options};
+use costandby_ffi::testing::skip;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ fn start(command: &mut Command) -> Option<Killed> {
         Ok(child) => Some(Killed(child)),
         Err(error) => {
             assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{command:?}: {error}");
-            eprintln!("SKIPPED: {} is not installed", command.get_program().display());
+            skip(format_args!("{} is not installed", command.get_program().display()));
             None
         }
     }

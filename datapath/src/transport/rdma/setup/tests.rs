@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::transport::rdma::endpoint::{Completion, Endpoint, MESSAGE_LEN, Piece, Registrar};
+use costandby_ffi::testing::{scaled, skip_outside_rig};
 use std::time::Duration;
 
 /// Small, since the device pins it twice and emulated processors are slow.
@@ -10,14 +11,14 @@ const SECRET: Secret = Secret([7; 16]);
 
 fn address() -> Option<IpAddr> {
     let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
-        println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
+        skip_outside_rig("no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
         return None;
     };
     Some(address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address"))
 }
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
+    Instant::now() + scaled(Duration::from_secs(20))
 }
 
 fn pair(address: IpAddr) -> (Connected, Connected) {
@@ -115,7 +116,7 @@ fn a_peer_that_never_comes_is_waited_for_until_the_deadline() {
     let start = Instant::now();
     let error = listening.accept(RING_LEN, start + Duration::from_millis(200)).unwrap_err();
     assert!(matches!(error, SetupError::NobodyCame { refused: 0 }), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < scaled(Duration::from_secs(2)), "{:?}", start.elapsed());
 }
 
 #[test]

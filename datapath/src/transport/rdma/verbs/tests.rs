@@ -7,6 +7,7 @@ use crate::transport::fault::{FaultLink, Plan, tests as faults};
 use crate::transport::laws::Ends;
 use crate::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::mapping::Mapping;
+use costandby_ffi::testing::{scaled, skip_outside_rig};
 use costandby_ffi::verbs::{Established, Listener, Resolved, Settings};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 const SETTINGS: Settings = Settings { send_len: 256, receive_len: 512, ack_timeout: 14 };
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(20)
+    Instant::now() + scaled(Duration::from_secs(20))
 }
 
 /// A ring of any length, as two of our own introduce themselves only with larger ones.
@@ -79,7 +80,7 @@ fn pair(address: IpAddr, ring_len: usize, plan: Option<Plan>) -> Ends {
 /// The device's address and the right to it, if there is one.
 fn device() -> Option<(IpAddr, MutexGuard<'static, ()>)> {
     let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
-        println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
+        skip_outside_rig("no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
         return None;
     };
     let address = address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address");

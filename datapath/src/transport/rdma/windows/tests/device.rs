@@ -6,13 +6,14 @@ use crate::disk::image::Extent;
 use crate::transport::rdma::endpoint::{Completion, Endpoint};
 use crate::transport::rdma::private::Secret;
 use crate::transport::rdma::setup::{Connected, Listening, dial};
+use costandby_ffi::testing::{scaled, skip_outside_rig};
 
 const RING_LEN: usize = 64 << 20;
 const LEN: usize = 64 << 10;
 const SIZE: u64 = 1 << 20;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(30)
+    Instant::now() + scaled(Duration::from_secs(30))
 }
 
 /// A disk at one end, and what arrives at the other.
@@ -68,7 +69,7 @@ fn completion(endpoint: &mut impl Endpoint) -> Completion {
 #[test]
 fn what_is_trimmed_under_a_window_is_sent_as_it_is_then() {
     let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
-        println!("SKIPPED: no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
+        skip_outside_rig("no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
         return;
     };
     let mut device = Device::new(address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address"));
