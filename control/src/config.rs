@@ -3,7 +3,7 @@
 //! Read once at start by every subcommand; nothing below `control` sees it, the datapath is handed plain values.
 //!
 //! Invariants of a [`Config`] that exists: every volume has disks on exactly two known nodes and its primary is one of
-//! them; names are safe as file names, host names, URLs and NBD export names; no two users share a disk, a socket or an
+//! them; at least one of those disks outlives its daemon; names are safe as file names, host names, URLs and NBD export names; no two users share a disk, a socket or an
 //! address; nothing is reachable from other machines unless `insecure = true` says so.
 //!
 //! Survives any text: each problem is one [`ConfigError`] with file, line and what to do, never a panic.
@@ -333,6 +333,12 @@ impl Config {
         self.volumes.values().filter_map(move |volume| Some((volume, volume.disks.get(node)?)))
     }
 
+    /// How the command line begins that means this configuration and `node`, to be named in a remedy.
+    #[must_use]
+    pub fn command_line(&self, node: &str) -> String {
+        format!("costandby --config {} --node {node}", self.file.display())
+    }
+
     /// Refuses what the file may say but this build cannot do; for `up`, after [`Config::node`]. A machine without an RDMA
     /// device is no reason: it may get one while the daemon runs.
     ///
@@ -365,7 +371,9 @@ fn peer_timeout(top: &Table<'_>) -> Result<Duration, ConfigError> {
 
 fn node(checker: &mut check::Checker<'_>, key: &str, table: &Table<'_>) -> Result<Node, ConfigError> {
     let name = checker.name(key, "node", table.at())?;
-    table.only(&["listen", "admin", "nbd", "metrics", "poll", "rdma_memory"])?;
+    let known = ["listen", "admin", "nbd", "metrics", "poll", "rdma_memory"];
+    table.undotted("nodes", key, &known)?;
+    table.only(&known)?;
     let address = "an address such as \"10.9.0.1:7790\"";
     let (text, at) = table
         .string("listen", address)?
@@ -387,7 +395,11 @@ fn node(checker: &mut check::Checker<'_>, key: &str, table: &Table<'_>) -> Resul
         Some((text, at)) => Some(checker.metrics(table, text, at)?),
         None => None,
     };
-    let words = [("busy", PollMode::Busy), ("adaptive", PollMode::Adaptive), ("event", PollMode::Event)];
+    let words = [
+        ("busy", PollMode::Busy, "keeps a core to itself"),
+        ("adaptive", PollMode::Adaptive, "spins briefly while work keeps coming"),
+        ("event", PollMode::Event, "always sleeps until there is work"),
+    ];
     let poll = table.choice("poll", &words, PollMode::default())?;
     let rdma_memory = rdma_memory(table)?;
     Ok(Node { name, listen, admin, nbd, metrics, poll, rdma_memory })
@@ -413,7 +425,9 @@ fn volume(
     nodes: &BTreeMap<NodeName, Node>,
 ) -> Result<Volume, ConfigError> {
     let name = checker.name(key, "volume", table.at())?;
-    table.only(&["size", "primary", "link", "ack", "on_peer_loss", "checksum_first", "disk"])?;
+    let known = ["size", "primary", "link", "ack", "on_peer_loss", "checksum_first", "disk"];
+    table.undotted("volumes", key, &known)?;
+    table.only(&known)?;
     let (text, at) = table
         .string_or_integer("size", "a size such as \"64GiB\" or a number of bytes")?
         .ok_or_else(|| table.missing("size", "size = \"64GiB\""))?;
@@ -428,11 +442,26 @@ fn volume(
         );
         return Err(table.bounds("size", at, &text, bounds));
     }
-    let words = [("rdma", LinkKind::Rdma), ("tcp", LinkKind::Tcp), ("auto", LinkKind::Auto)];
+    let words = [
+        ("rdma", LinkKind::Rdma, "RDMA or no session"),
+        ("tcp", LinkKind::Tcp, "TCP"),
+        ("auto", LinkKind::Auto, "RDMA where both nodes have it, else TCP"),
+    ];
     let link = table.choice("link", &words, LinkKind::default())?;
-    let words = [("async", AckLevel::Async), ("memory", AckLevel::Memory), ("durable", AckLevel::Durable)];
+    let words = [
+        (
+            "async",
+            AckLevel::Async,
+            "a write is answered when it is in this node's memory, as with DRBD's protocol A",
+        ),
+        ("memory", AckLevel::Memory, "when it is in both nodes' memory, as with B"),
+        ("durable", AckLevel::Durable, "when it is on stable storage on both nodes, as with C"),
+    ];
     let ack = table.choice("ack", &words, AckLevel::default())?;
-    let words = [("continue", OnPeerLoss::Continue), ("freeze", OnPeerLoss::Freeze)];
+    let words = [
+        ("continue", OnPeerLoss::Continue, "the primary goes on alone, on record"),
+        ("freeze", OnPeerLoss::Freeze, "the primary holds writes until its standby is back"),
+    ];
     let on_peer_loss = table.choice("on_peer_loss", &words, OnPeerLoss::default())?;
     let disks = checker.disks(table, &name, nodes)?;
     let primary = checker.primary(table, nodes, &disks)?;

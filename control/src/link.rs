@@ -90,6 +90,45 @@ pub fn reason(text: &str) -> String {
     text[..end].to_owned()
 }
 
+/// What a reason says first, without what to do about it: where the whole of it would be said again for each volume.
+#[must_use]
+pub fn gist(reason: &str) -> &str {
+    let end = ["; ", ": ", " ("].iter().filter_map(|mark| reason.find(mark)).min().unwrap_or(reason.len());
+    &reason[..end]
+}
+
+/// A note on why a link is not RDMA, in a few words where it is for want of RDMA: which nodes, and the [`gist`] of it. Any
+/// other note, such as one on an attempt that failed, stays whole.
+#[must_use]
+pub fn short_note(note: &str) -> String {
+    const NONE: &str = " has no RDMA: ";
+    let Some((name, mut rest)) = note.split_once(NONE) else { return note.to_owned() };
+    let mut lacking = Vec::new();
+    let mut name = name.to_owned();
+    loop {
+        // The next node's name is the last word before the mark, behind the end of this one's reason.
+        let next = rest.find(NONE).map(|at| rest[..at].rfind("; ").map_or((0, at), |from| (from + 2, at)));
+        match next {
+            Some((from, at)) => {
+                lacking.push((name, gist(&rest[..from.saturating_sub(2)])));
+                name = rest[from..at].to_owned();
+                rest = &rest[at + NONE.len()..];
+            }
+            None => {
+                lacking.push((name, gist(rest)));
+                break;
+            }
+        }
+    }
+    let [(_, first), others @ ..] = &lacking[..] else { return note.to_owned() };
+    if others.iter().all(|(_, reason)| reason == first) {
+        let names: Vec<_> = lacking.iter().map(|(name, _)| name.as_str()).collect();
+        return format!("no RDMA on {} ({first})", names.join(" and "));
+    }
+    let each: Vec<_> = lacking.iter().map(|(name, reason)| format!("{name} ({reason})")).collect();
+    format!("no RDMA on {}", each.join(" and "))
+}
+
 /// What two voices come to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Choice {
@@ -230,7 +269,32 @@ mod tests {
         assert!(matches!(choose(("a", &me), ("b", &strange)), Choice::Refused { .. }));
     }
 
+    #[test]
+    fn a_note_for_want_of_rdma_is_short_and_any_other_is_whole() {
+        let none = "no RDMA device; on any network card a software one will do: costandby soft-roce up NETDEV (that is: \
+                    modprobe rdma_rxe && rdma link add rxe0 type rxe netdev NETDEV)";
+        let library = "libibverbs.so.1 cannot be loaded: install the Debian packages libibverbs1 librdmacm1";
+        let note = format!("alpha has no RDMA: {none}; beta has no RDMA: {none}");
+        assert_eq!(short_note(&note), "no RDMA on alpha and beta (no RDMA device)");
+        let note = format!("alpha has no RDMA: {library}; beta has no RDMA: {none}");
+        let each = "no RDMA on alpha (libibverbs.so.1 cannot be loaded) and beta (no RDMA device)";
+        assert_eq!(short_note(&note), each);
+        assert_eq!(short_note(&format!("beta has no RDMA: {none}")), "no RDMA on beta (no RDMA device)");
+        for whole in [
+            "alpha could not connect by RDMA: time is up while waiting for the peer to accept",
+            "beta does not offer RDMA: it has link = \"tcp\", or is of an older release",
+            "",
+        ] {
+            assert_eq!(short_note(whole), whole);
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_note_can_be_shortened(parts in prop::collection::vec("( has no RDMA: |; |[a-z:é( ]{0,6})", 0..9)) {
+            let _ = short_note(&parts.concat());
+        }
+
         #[test]
         fn a_reason_is_cut_at_a_character(text in ".{0,700}") {
             let cut = reason(&text);

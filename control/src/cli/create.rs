@@ -3,7 +3,8 @@
 //! Runs before the daemon ever does; the daemon opens what this made and makes nothing itself.
 //!
 //! Invariants: nothing that is there is touched without `--force`, and even then a disk's content stays: only its
-//! metadata starts anew, not marked as zeros, so the first handshake copies it whole. Metadata is written last, so a
+//! metadata starts anew, not marked as zeros, so the first handshake copies it whole: mostly from the peer, over it, which
+//! is said wherever `--force` is named. Metadata is written last, so a
 //! disk with metadata is a complete one. Everything is on stable storage before its line is printed.
 //!
 //! Survives: a full file system (looked at first; a file that could not be completed is removed), a daemon that has
@@ -32,7 +33,12 @@ Examples:
   costandby --node alpha create db --force     take over a disk that is there
 
 A file is made whole and reserved; a block device must be at least 1 MiB larger than the volume and keeps its content.
-Refused where a disk or its metadata is already there, unless --force.";
+Refused where a disk or its metadata is already there, unless --force: that makes a new disk of it, which the peer's
+overwrites as soon as the two meet, unless that one is new too and this node is the volume's primary.";
+
+/// What `--force` costs.
+const FORCED: &str = "its content stays, but counts as a new disk's, which the peer's overwrites as soon as the two meet, unless \
+     that one is new too and this node is the volume's `primary`";
 
 /// Bytes reserved between two moves of the progress bar.
 const STEP_LEN: u64 = 256 << 20;
@@ -54,19 +60,32 @@ pub enum CreateError {
         nodes: String,
     },
     /// There is something already.
-    #[error(
-        "volume {volume}: {path} is already there{detail}; --force takes it over (its content stays, its metadata starts anew)"
-    )]
+    #[error("volume {volume}: {path} is already there, {detail}: {FORCED}")]
     Exists {
         /// Which volume.
         volume: Name,
-        /// Its disk or metadata.
+        /// Its disk.
         path: PathBuf,
-        /// What is known about it.
+        /// What is known about it, up to what `--force` would do.
         detail: &'static str,
     },
+    /// There is metadata, and the disk is gone.
+    #[error(
+        "volume {volume}: {path} is already there, metadata without its disk {disk}: mount the disk's file system, or put \
+         the disk back; if it is lost, --force makes an empty one, which is copied from the peer"
+    )]
+    DiskGone {
+        /// Which volume.
+        volume: Name,
+        /// Its metadata.
+        path: PathBuf,
+        /// Its disk.
+        disk: PathBuf,
+    },
     /// Neither a file nor a block device.
-    #[error("volume {volume}: {path} is neither a file nor a block device")]
+    #[error(
+        "volume {volume}: {path} is neither a file nor a block device: correct the disk's path in the configuration"
+    )]
     Kind {
         /// Which volume.
         volume: Name,
@@ -258,7 +277,11 @@ impl Maker<'_> {
     fn existing_file(&self, found: u64) -> Result<String, CreateError> {
         let location = Location::beside(self.path);
         if !self.args.force {
-            let detail = if location.path.exists() { ", with its metadata" } else { ", without metadata" };
+            let detail = if location.path.exists() {
+                "with its metadata, so the disk is made; --force gives it new metadata"
+            } else {
+                "without metadata; --force takes it over"
+            };
             return Err(CreateError::Exists { volume: self.name(), path: self.path.to_owned(), detail });
         }
         if found > self.volume.size {
@@ -288,8 +311,8 @@ impl Maker<'_> {
     fn new_file(&self) -> Result<String, CreateError> {
         let location = Location::beside(self.path);
         if !self.args.force && location.path.exists() {
-            let detail = ", metadata without its disk";
-            return Err(CreateError::Exists { volume: self.name(), path: location.path, detail });
+            let (path, disk) = (location.path, self.path.to_owned());
+            return Err(CreateError::DiskGone { volume: self.name(), path, disk });
         }
         let directory = self.path.parent().unwrap_or(Path::new("/"));
         if !directory.is_dir() {

@@ -120,14 +120,15 @@ fn configuration(place: &Place, checks: &mut Vec<Check>) {
     checks.push(if running {
         Check::ok("daemon", format!("answers on {}", node.admin.display()))
     } else {
-        let text = format!("does not run; start it with `costandby --node {} up`", node.name);
+        let text = format!("does not run; start it with `{} up`", config.command_line(node.name.as_str()));
         Check::ok("daemon", text)
     });
     if !running {
         addresses(node, checks);
     }
+    let command_line = config.command_line(node.name.as_str());
     for (volume, disk) in config.volumes_of(node.name.as_str()) {
-        checks.extend(disk_checks(node, volume, disk, running));
+        checks.extend(disk_checks(&command_line, node, volume, disk, running));
         checks.push(rdma::volume_check(node, volume));
     }
 }
@@ -187,7 +188,7 @@ fn socket_check(what: &str, path: &Path) -> Check {
     }
 }
 
-fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<Check> {
+fn disk_checks(command_line: &str, node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<Check> {
     let what = format!("volume {}", volume.name);
     let mut checks = Vec::new();
     match disk {
@@ -200,17 +201,24 @@ fn disk_checks(node: &Node, volume: &Volume, disk: &Disk, running: bool) -> Vec<
             // A running daemon has taken its memory already.
             checks.extend(machine::memory_for(&what, volume.size).filter(|_| !running));
         }
-        Disk::Path(path) => checks.push(path_check(&what, node, volume, path, running)),
+        Disk::Path(path) => checks.push(path_check(&what, command_line, node, volume, path, running)),
     }
     checks
 }
 
-fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bool) -> Check {
+fn path_check(
+    what: &str,
+    command_line: &str,
+    node: &Node,
+    volume: &Volume,
+    path: &Path,
+    running: bool,
+) -> Check {
     let shown = path.display();
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return missing_disk(what, node, volume, path);
+            return missing_disk(what, command_line, volume, path);
         }
         Err(error) => return Check::fail(what, format!("{shown}: {error}")),
     };
@@ -229,7 +237,8 @@ fn path_check(what: &str, node: &Node, volume: &Volume, path: &Path, running: bo
     };
     let Some(location) = location.filter(|_| found >= needed) else {
         let text = format!(
-            "{shown} has {found} bytes, {needed} are needed: it was cut, or the configuration's size is wrong"
+            "{shown} has {found} bytes, {needed} are needed: correct `size` in the configuration if that is wrong; if the disk was \
+             cut short, its end is lost, and must not be filled up, for zeros would count as data"
         );
         return Check::fail(what, text);
     };
@@ -293,24 +302,38 @@ fn metadata_check(
     }
 }
 
-fn missing_disk(what: &str, node: &Node, volume: &Volume, path: &Path) -> Check {
+fn missing_disk(what: &str, command_line: &str, volume: &Volume, path: &Path) -> Check {
     let shown = path.display();
-    let make = format!("`costandby --node {} create {}`", node.name, volume.name);
+    let make = format!("`{command_line} create {}`", volume.name);
+    // A disk that was made and is not there now may be the newer of the two: an empty one must not take its place unawares.
+    let metadata = Location::beside(path).path;
+    if metadata.exists() {
+        let text = format!(
+            "{shown} is missing, and its metadata {} is there: mount the disk's file system, or put the disk back; if it is \
+             lost, {make} with --force makes an empty one, which is copied from the peer",
+            metadata.display()
+        );
+        return Check::fail(what, text);
+    }
     let directory = path.parent().unwrap_or(Path::new("/"));
     if !directory.is_dir() {
-        return Check::fail(
-            what,
-            format!("{shown} is not there, nor is its directory: make that, then {make}"),
+        let text = format!(
+            "{shown} is not there, nor is its directory: mount what belongs there; for a disk that was never made, make the \
+             directory, then {make}"
         );
+        return Check::fail(what, text);
     }
+    let make = format!("if it was made before, mount its file system; if it was never made, {make}");
     let size = display_size(volume.size);
     match machine::free_bytes(directory) {
         Some(free) if free < volume.size => {
             let free = display_size(free);
-            let text = format!("{shown} is not there and {free} are free for {size}: free some, then {make}");
+            let text = format!(
+                "{shown} is not there, and only {free} are free for its {size}: {make}, with some more freed"
+            );
             Check::fail(what, text)
         }
-        _ => Check::fail(what, format!("{shown} is not there: make it with {make}")),
+        _ => Check::fail(what, format!("{shown} is not there: {make}")),
     }
 }
 

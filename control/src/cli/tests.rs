@@ -228,7 +228,7 @@ impl Bench {
             nodes.beta = {{ listen = "127.0.0.1:7791", admin = "{at}/beta.sock" }}
             nodes.gamma = {{ listen = "127.0.0.1:7792", admin = "{at}/gamma.sock" }}
             volumes.db = {{ size = {size}, primary = "alpha", disk.alpha = "{at}/a.img", disk.beta = "{at}/b/b.img" }}
-            volumes.scratch = {{ size = 4096, primary = "alpha", disk.alpha = "memory:", disk.gamma = "memory:" }}
+            volumes.scratch = {{ size = 4096, primary = "alpha", disk.alpha = "memory:", disk.gamma = "{at}/g.img" }}
             "#
         );
         std::fs::write(directory.path().join("c.toml"), text).expect("written");
@@ -287,6 +287,7 @@ fn create_touches_nothing_that_is_there() {
     std::fs::write(bench.path("a.img"), "precious").expect("written");
     let complaint = bench.complaint("alpha", &["create", "db"]);
     assert!(complaint.contains("a.img is already there, without metadata; --force"), "{complaint}");
+    assert!(complaint.contains("which the peer's overwrites"), "{complaint}");
     assert_eq!(std::fs::read(bench.path("a.img")).expect("there"), b"precious");
     assert!(!bench.path("a.img.meta").exists());
 
@@ -309,6 +310,7 @@ fn create_refuses_a_disk_in_use_metadata_without_disk_and_a_longer_file() {
     std::fs::remove_file(bench.path("a.img")).expect("removed");
     let complaint = bench.complaint("alpha", &["create", "db"]);
     assert!(complaint.contains("a.img.meta is already there, metadata without its disk"), "{complaint}");
+    assert!(complaint.contains("mount the disk's file system"), "{complaint}");
 
     std::fs::write(bench.path("a.img"), vec![1; (1 << 20) + 1]).expect("written");
     assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("more than the volume's"));

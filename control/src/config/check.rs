@@ -227,6 +227,9 @@ impl<'a> Checker<'a> {
             disks.insert(node.name.clone(), disk);
         }
         if disks.len() == 2 {
+            if disks.values().all(|disk| *disk == Disk::Memory) {
+                return Err(self.source.error(table.at(), Problem::AllMemory { table: volume.name.clone() }));
+            }
             return Ok(disks);
         }
         let problem = Problem::DiskCount { table: volume.name.clone(), found: disks.len() };

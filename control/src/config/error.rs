@@ -68,6 +68,16 @@ pub enum Problem {
         /// The nearest known key, or all of them.
         hint: String,
     },
+    /// A name with dots that is not in quotes.
+    #[error(
+        "{written}: in TOML a dot begins an inner table: put a name that has dots in quotes, as in {meant}"
+    )]
+    Dotted {
+        /// As TOML has read it.
+        written: String,
+        /// As it should be written.
+        meant: String,
+    },
     /// A key that must be there.
     #[error("{table} has no {key}: add {example}")]
     Missing {
@@ -167,6 +177,15 @@ pub enum Problem {
         table: String,
         /// How many.
         found: usize,
+    },
+    /// Nothing would be left of the volume.
+    #[error(
+        "both disks of {table} are in memory, so all of it is lost once both daemons have ended, at a loss of power as well: \
+         give at least one node a file or a block device"
+    )]
+    AllMemory {
+        /// Where.
+        table: String,
     },
     /// The primary has no disk of the volume.
     #[error("primary of {table} is {primary:?}, which has no disk there: its disks are on {nodes}")]

@@ -58,6 +58,34 @@ impl<'a> Table<'a> {
         Err(self.source.error(key.span().start, problem))
     }
 
+    /// Refuses a name with dots that was not put in quotes: TOML has made tables within tables of it, and the table of
+    /// `name`, in `group`, has none of its `known` keys.
+    pub(super) fn undotted(&self, group: &str, name: &str, known: &[&str]) -> Result<(), ConfigError> {
+        if self.entries.keys().any(|key| known.contains(&key.get_ref().as_ref())) {
+            return Ok(());
+        }
+        let Some(dotted) = self.dotted(name, |value| !matches!(value, DeValue::Table(_))) else {
+            return Ok(());
+        };
+        let (written, meant) = (format!("[{group}.{dotted}]"), format!("[{group}.\"{dotted}\"]"));
+        Err(self.source.error(self.at, Problem::Dotted { written, meant }))
+    }
+
+    /// The names on the way from here, called `name`, into the first table that has a value for which `ends` holds, with
+    /// dots between them; `None` where that is this table.
+    fn dotted(&self, name: &str, ends: impl Fn(&DeValue<'_>) -> bool) -> Option<String> {
+        let (mut names, mut table) = (name.to_owned(), self.entries);
+        while !table.values().any(|value| ends(value.get_ref())) {
+            let (key, inner) = table.iter().find_map(|(key, value)| match value.get_ref() {
+                DeValue::Table(inner) => Some((key.get_ref(), inner)),
+                _ => None,
+            })?;
+            names = format!("{names}.{key}");
+            table = inner;
+        }
+        (names != name).then_some(names)
+    }
+
     fn value(&self, key: &str) -> Option<(&'a DeValue<'a>, At)> {
         let (_, value) = self.entries.iter().find(|(name, _)| name.get_ref() == key)?;
         Some((value.get_ref(), value.span().start))
@@ -176,6 +204,7 @@ impl<'a> Table<'a> {
             let at = key.span().start;
             match value.get_ref() {
                 DeValue::String(text) => strings.push((key.get_ref().as_ref(), text.as_ref(), at)),
+                DeValue::Table(inner) => return Err(self.dotted_string(key.get_ref(), at, inner)),
                 other => return Err(self.wrong_type(key.get_ref(), at, other, expected)),
             }
         }
@@ -183,22 +212,41 @@ impl<'a> Table<'a> {
         Ok(strings)
     }
 
-    /// One of a few words, or `default` where the key is not there.
+    /// A table where a string belongs: a name with dots, most likely.
+    fn dotted_string(&self, key: &str, at: At, inner: &DeTable<'_>) -> ConfigError {
+        let (mut name, mut table) = (key.to_owned(), inner);
+        loop {
+            let Some((key, value)) = table.iter().next() else { break };
+            name = format!("{name}.{}", key.get_ref());
+            match value.get_ref() {
+                DeValue::Table(inner) => table = inner,
+                _ => break,
+            }
+        }
+        let (written, meant) = (format!("{}: {name}", self.name), format!("\"{name}\""));
+        self.source.error(at, Problem::Dotted { written, meant })
+    }
+
+    /// One of a few words, each with what it means, or `default` where the key is not there.
     pub(super) fn choice<T: Copy>(
         &self,
         key: &str,
-        words: &[(&str, T)],
+        words: &[(&str, T, &str)],
         default: T,
     ) -> Result<T, ConfigError> {
         let Some((found, at)) = self.string(key, "a word in quotes")? else { return Ok(default) };
-        if let Some((_, value)) = words.iter().find(|(word, _)| *word == found) {
+        if let Some((_, value, _)) = words.iter().find(|(word, _, _)| *word == found) {
             return Ok(*value);
         }
+        let meant = near(found, words.iter().map(|(word, _, _)| *word));
+        let meant = meant.map_or_else(String::new, |word| format!("did you mean {word:?}? "));
+        let meanings: Vec<_> =
+            words.iter().map(|(word, _, meaning)| format!("{word:?} ({meaning})")).collect();
         let problem = Problem::Choice {
             table: self.name.clone(),
             key: key.to_owned(),
             found: found.to_owned(),
-            hint: nearest(found, words.iter().map(|(word, _)| *word)),
+            hint: format!("{meant}there are {}", meanings.join(", ")),
         };
         Err(self.source.error(at, problem))
     }
@@ -232,22 +280,43 @@ impl<'a> Table<'a> {
     }
 }
 
-/// "did you mean …?" where a known word is near, and the list of known words otherwise.
+/// The known word that `found` is a misspelling of, if it looks like one.
+///
+/// Never a word that `found` is with something in front, or the other way round: `sync` is no misspelling of `async`, nor
+/// `secure` of `insecure`, nor `discontinue` of `continue`, but its opposite. In short words one letter is all that may differ: `udp`
+/// is no misspelling of `tcp`.
+fn near<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    // Damerau-Levenshtein is quadratic; nobody misspells a key of this length.
+    if found.len() > 64 {
+        return None;
+    }
+    let found = found.to_lowercase();
+    let opposite = |word: &str| found != word && (found.ends_with(word) || word.ends_with(found.as_str()));
+    let distance = |word: &str| strsim::damerau_levenshtein(&found, word);
+    known
+        .filter(|word| !opposite(&word.to_lowercase()))
+        .map(|word| (distance(&word.to_lowercase()), word))
+        .min_by_key(|(distance, _)| *distance)
+        .filter(|(distance, word)| *distance <= word.len().div_ceil(3).max(2) - 1)
+        .map(|(_, word)| word)
+}
+
+/// "did you mean …?" where a known word is near, and the known words otherwise, or as many as fit a line.
 pub(super) fn nearest<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> String {
     let known: Vec<_> = known.collect();
-    // Damerau-Levenshtein is quadratic; nobody misspells a key of this length.
-    let near = known
-        .iter()
-        .filter(|_| found.len() <= 64)
-        .map(|word| (strsim::damerau_levenshtein(&found.to_lowercase(), &word.to_lowercase()), word))
-        .min_by_key(|(distance, _)| *distance)
-        .filter(|(distance, word)| *distance <= 1 + word.len() / 3);
-    match (near, known.len()) {
-        (Some((_, word)), _) => format!("did you mean {word:?}?"),
+    match (near(found, known.iter().copied()), known.len()) {
+        (Some(word), _) => format!("did you mean {word:?}?"),
         (None, 0) => "there are none".to_owned(),
+        (None, count) if count > WORDS_LISTED_MAX => {
+            let (listed, more) = (known[..WORDS_LISTED_MAX].join(", "), count - WORDS_LISTED_MAX);
+            format!("there are {listed} and {more} more")
+        }
         (None, _) => format!("there are {}", known.join(", ")),
     }
 }
+
+/// Known words that one message names: more of them, as of a node with hundreds of volumes, would hide what it says.
+const WORDS_LISTED_MAX: usize = 20;
 
 fn with_article(value: &DeValue<'_>) -> &'static str {
     match value {

@@ -119,7 +119,7 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("unix:/run/costandby/beta.nbd", "/run/beta.nbd", &["c.toml:14:", "unix:/run"]),
     ("[\"unix:/run/costandby/beta.nbd\"]", "\"unix:/b\"", &["c.toml:14:", "is a string", "a list such as"]),
     ("\"busy\"", "\"bussy\"", &["c.toml:9:", "did you mean \"busy\"?"]),
-    ("\"busy\"", "\"quick\"", &["there are busy, adaptive, event"]),
+    ("\"busy\"", "\"quick\"", &["is \"quick\": there are \"busy\" (keeps a core to itself), \"adaptive\" ("]),
     (
         "rdma_memory",
         "rdma_memry",
@@ -133,7 +133,13 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
         &["c.toml:15:", "0, to copy everything that is sent, or between 1 MiB and 64 TiB"],
     ),
     ("\"256MiB\"", "\"256PiB\"", &["c.toml:15:", "between 1 MiB and 64 TiB"]),
-    ("\"durable\"", "\"sync\"", &["c.toml:21:", "async"]),
+    (
+        "\"durable\"",
+        "\"sync\"",
+        &["c.toml:21:", "is \"sync\": there are \"async\" (a write is answered when"],
+    ),
+    ("\"durable\"", "\"durble\"", &["did you mean \"durable\"? there are"]),
+    ("\"durable\"", "\"C\"", &["\"durable\" (when it is on stable storage on both nodes, as with C)"]),
     ("\"64GiB\"", "\"64G\"", &["c.toml:18:", "64GiB", "64GB"]),
     ("\"64GiB\"", "\"lots\"", &["c.toml:18:", "\"64GiB\""]),
     ("\"64GiB\"", "4097", &["c.toml:18:", "a multiple of 512"]),
@@ -145,6 +151,14 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("primary = \"alpha\"", "primary = \"alpa\"", &["c.toml:19:", "did you mean \"alpha\"?"]),
     ("primary = \"alpha\"", "", &["[volumes.db] has no primary", "\"alpha\" or \"beta\""]),
     ("disk.beta ", "disk.gamma ", &["c.toml:24:", "names node \"gamma\"", "there are alpha, beta"]),
+    (
+        "disk.alpha = \"/srv/costandby/db.img\"",
+        "disk.alpha = \"memory:\"",
+        &["c.toml:23:", "both disks of [volumes.db] are in memory", "give at least one node a file"],
+    ),
+    ("[nodes.alpha]", "[nodes.a.example.com]", &["c.toml:4:", "in quotes, as in [nodes.\"a.example.com\"]"]),
+    ("[volumes.db]", "[volumes.db.v2]", &["c.toml:17:", "[volumes.db.v2]:", "in [volumes.\"db.v2\"]"]),
+    ("disk.beta ", "disk.beta.lan ", &["c.toml:24:", "in quotes, as in \"beta.lan\""]),
     ("disk.beta  = \"memory:\"", "", &["has 1 disks", "exactly two"]),
     ("memory:", "memory:4GiB", &["c.toml:24:", "just \"memory:\""]),
     ("memory:", "db.img", &["c.toml:24:", "whole path"]),
@@ -166,6 +180,44 @@ fn each_mistake_gets_its_place_and_its_remedy() {
         }
         assert_eq!(complaint.lines().count(), 1, "more than a line: {complaint}");
     }
+}
+
+/// (replace, by): what was written means the opposite of the known word that is nearest, or something else.
+const NO_SUGGESTIONS: &[(&str, &str)] = &[
+    ("\"durable\"", "\"sync\""),
+    ("\"freeze\"", "\"unfreeze\""),
+    ("\"freeze\"", "\"discontinue\""),
+    ("\"tcp\"", "\"udp\""),
+    ("\"tcp\"", "\"roce\""),
+    ("\"busy\"", "\"lazy\""),
+    ("insecure = true", "secure = true"),
+];
+
+#[test]
+fn no_word_is_suggested_that_means_the_opposite() {
+    for (from, to) in NO_SUGGESTIONS {
+        let complaint = complaint(from, to);
+        assert!(!complaint.contains("did you mean"), "{complaint}");
+        assert!(complaint.contains("there are "), "{complaint}");
+    }
+}
+
+#[test]
+fn names_with_dots_are_good_in_quotes() {
+    let text = EXAMPLE
+        .replace("[nodes.alpha]", "[nodes.\"a.example.com\"]")
+        .replace("\"alpha\"", "\"a.example.com\"")
+        .replace("disk.alpha", "disk.\"a.example.com\"");
+    let config = parse(&text).expect("good");
+    assert_eq!(config.volume("db").expect("there").primary.as_str(), "a.example.com");
+    assert_eq!(config.command_line("beta"), "costandby --config c.toml --node beta");
+}
+
+#[test]
+fn a_long_list_of_names_is_cut() {
+    let names: Vec<_> = (0..300).map(|number| format!("volume{number:03}")).collect();
+    let hint = nearest("archive", names.iter().map(String::as_str));
+    assert!(hint.ends_with("volume019 and 280 more"), "{hint}");
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn config(link: &str, ports: [u16; 2]) -> Config {
         r#"
         nodes.alpha = {{ listen = "127.0.0.1:{alpha}", admin = "/nonexistent/alpha.sock" }}
         nodes.beta = {{ listen = "127.0.0.1:{beta}", admin = "/nonexistent/beta.sock" }}
-        volumes.db = {{ size = {SIZE}, primary = "alpha", link = "{link}", disk.alpha = "memory:", disk.beta = "memory:" }}
+        volumes.db = {{ size = {SIZE}, primary = "alpha", link = "{link}", disk.alpha = "memory:", disk.beta = "/nonexistent/db" }}
         "#
     );
     Config::parse(&text, Path::new("c.toml")).expect("good")

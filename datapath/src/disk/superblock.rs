@@ -412,6 +412,10 @@ pub enum CopyError {
     },
 }
 
+/// What new metadata costs. Said wherever it is named as a way out: what this disk holds may be the newest data.
+pub(super) const GIVE_UP: &str = "`costandby create VOLUME --force` makes new metadata and gives up what the disk holds, to \
+     be overwritten from the peer: do that only if the peer has all of the data, and save the disk first where that is not known";
+
 /// Why metadata cannot be created, read or stored.
 #[derive(Debug, thiserror::Error)]
 pub enum SuperblockError {
@@ -426,15 +430,16 @@ pub enum SuperblockError {
         source: io::Error,
     },
     /// There is no such file.
-    #[error("no metadata at {path}: make the disk with `costandby create`")]
+    #[error(
+        "no metadata at {path}: a new disk gets it from `costandby create`; if this disk had some, it is lost, and \
+         {GIVE_UP}"
+    )]
     Missing {
         /// Which file.
         path: PathBuf,
     },
     /// `create` over something that is there.
-    #[error(
-        "metadata {path} is already there: remove it, or give `create --force` to start over (the volume's history is lost)"
-    )]
+    #[error("metadata {path} is already there: leave it, for the disk is made; {GIVE_UP}")]
     Exists {
         /// Which file.
         path: PathBuf,
@@ -447,7 +452,7 @@ pub enum SuperblockError {
     },
     /// Shorter than any metadata we ever wrote.
     #[error(
-        "metadata {path} is cut short: {found} bytes where {AREA_LEN} belong; restore it, or `costandby create --force` and resync from the peer"
+        "metadata {path} is cut short: {found} bytes where {AREA_LEN} belong; never put an older copy of it there; {GIVE_UP}"
     )]
     Truncated {
         /// Which file.
@@ -457,7 +462,7 @@ pub enum SuperblockError {
     },
     /// Neither copy is good.
     #[error(
-        "metadata {path} is unreadable: copy 0 {first}; copy 1 {second}; `costandby create --force` starts over and resyncs from the peer"
+        "metadata {path} is unreadable: copy 0 {first}; copy 1 {second}; never put an older copy of it there; {GIVE_UP}"
     )]
     Unreadable {
         /// Which file.
@@ -481,7 +486,8 @@ pub enum SuperblockError {
     },
     /// The disk of another volume, node or size than configured.
     #[error(
-        "metadata {path} belongs to {what} {found}, the configuration says {expected}: correct the disk's path or the configuration"
+        "metadata {path} belongs to {what} {found}, the configuration says {expected}: correct the disk's path or the \
+         configuration; the disk that is there is another one's, so do not make new metadata for it"
     )]
     Foreign {
         /// Which file.

@@ -89,6 +89,8 @@ impl Volume {
     }
 
     fn tell_verified(&mut self, outcome: Verified) {
+        // The last step's publication may have been before its end.
+        self.publish_compared(&outcome.findings);
         self.events.push(Event::Verified { volume: self.index, outcome });
     }
 
@@ -212,9 +214,14 @@ impl Volume {
         let c = &self.counters;
         c.verifying.store(self.verifying.is_some(), Ordering::Relaxed);
         if let Some(Verifying { verify, .. }) = &self.verifying {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0..=10000")]
-            c.verify_percent_x100.store((verify.percent() * 100.0) as u64, Ordering::Relaxed);
-            c.verify_differing_bytes.store(verify.findings().differing, Ordering::Relaxed);
+            self.publish_compared(verify.findings());
         }
+    }
+
+    fn publish_compared(&self, findings: &Findings) {
+        let percent = u128::from(findings.compared) * 10_000 / u128::from(self.disk.size());
+        let percent = u64::try_from(percent).expect("10,000 at most");
+        self.counters.verify_percent_x100.store(percent, Ordering::Relaxed);
+        self.counters.verify_differing_bytes.store(findings.differing, Ordering::Relaxed);
     }
 }

@@ -7,6 +7,7 @@ use super::Check;
 use super::machine::{module, read};
 use crate::config::quantity::display_size;
 use crate::config::{LinkKind, Node, Volume};
+use crate::link::gist;
 use costandby_datapath::limits::RDMA_RING_LEN;
 #[cfg(feature = "rdma")]
 use costandby_datapath::limits::RDMA_STAGE_LEN;
@@ -181,7 +182,10 @@ pub(super) fn judge(what: &str, link: LinkKind, local: IpAddr, able: Result<(), 
             Check::ok(what, text)
         }
         (LinkKind::Rdma, Ok(())) => Check::ok(what, format!("link: rdma from {local}, as configured")),
-        (LinkKind::Auto, Err(why)) => Check::ok(what, format!("link: tcp, because {why}")),
+        // What to do about it stands once, in the lines about RDMA.
+        (LinkKind::Auto, Err(why)) => {
+            Check::ok(what, format!("link: tcp, for want of RDMA ({}), see rdma above", gist(&why)))
+        }
         (LinkKind::Rdma, Err(why)) => {
             Check::fail(what, format!("link = \"rdma\", and {why}; or let it be \"auto\""))
         }
@@ -274,7 +278,8 @@ mod tests {
         let judge =
             |link, able: Result<(), &str>| judge("volume db", link, local, able.map_err(str::to_owned));
         assert!(judge(LinkKind::Auto, Ok(())).text.contains("link: rdma from 10.9.0.1"));
-        assert_eq!(judge(LinkKind::Auto, Err("no device")).text, "link: tcp, because no device");
+        let none = judge(LinkKind::Auto, Err("no device; make one: modprobe rdma_rxe"));
+        assert_eq!(none.text, "link: tcp, for want of RDMA (no device), see rdma above");
         assert_eq!(judge(LinkKind::Auto, Err("no device")).verdict, Verdict::Ok);
         assert_eq!(judge(LinkKind::Rdma, Err("no device")).verdict, Verdict::Fail);
         assert_eq!(judge(LinkKind::Rdma, Ok(())).verdict, Verdict::Ok);

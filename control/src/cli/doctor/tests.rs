@@ -65,9 +65,10 @@ impl Bench {
     }
 
     fn check(&self, node: &str, running: bool) -> Check {
+        let command_line = self.config.command_line(node);
         let node = self.config.node(node).expect("a node");
         let (volume, disk) = self.config.volumes_of(node.name.as_str()).next().expect("a volume");
-        let mut checks = disk_checks(node, volume, disk, running);
+        let mut checks = disk_checks(&command_line, node, volume, disk, running);
         assert_eq!(checks.len(), 1);
         checks.remove(0)
     }
@@ -81,8 +82,13 @@ impl Bench {
 #[test]
 fn disks_are_found_missing_cut_foreign_in_use_or_good() {
     let bench = Bench::new();
-    bench.expect("alpha", false, Verdict::Fail, "make it with `costandby --node alpha create db`");
-    bench.expect("beta", false, Verdict::Fail, "nor is its directory");
+    let make = "if it was never made, `costandby --config c.toml --node alpha create db`";
+    bench.expect("alpha", false, Verdict::Fail, make);
+    bench.expect("alpha", false, Verdict::Fail, "if it was made before, mount its file system");
+    bench.expect("beta", false, Verdict::Fail, "nor is its directory: mount what belongs there");
+    std::fs::write(Location::beside(&bench.disk()).path, "anything").expect("written");
+    bench.expect("alpha", false, Verdict::Fail, "is missing, and its metadata");
+    std::fs::remove_file(Location::beside(&bench.disk()).path).expect("removed");
     std::fs::write(bench.disk(), vec![0; 4096]).expect("written");
     bench.expect("alpha", false, Verdict::Fail, "has 4096 bytes, 65536 are needed");
     std::fs::write(bench.disk(), vec![0; 65536]).expect("written");

@@ -25,7 +25,7 @@ impl Bench {
             nodes.alpha = {{ listen = "127.0.0.1:7790", admin = "{at}/alpha.sock" }}
             nodes.beta = {{ listen = "127.0.0.1:7791", admin = "{at}/beta.sock" }}
             volumes.db = {{ size = {SIZE}, primary = "alpha", disk.alpha = "{at}/a.img", disk.beta = "{at}/b.img" }}
-            volumes.scratch = {{ size = 4096, primary = "alpha", disk.alpha = "memory:", disk.beta = "memory:" }}
+            volumes.scratch = {{ size = 4096, primary = "alpha", disk.alpha = "memory:", disk.beta = "{at}/s.img" }}
             "#
         );
         let file = directory.path().join("c.toml");

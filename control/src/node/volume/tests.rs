@@ -30,7 +30,7 @@ size = "1MiB"
 primary = "alpha"
 link = "tcp"
 disk.alpha = "memory:"
-disk.beta = "memory:"
+disk.beta = "/nonexistent/db"
 "#;
 
 /// A store in memory that takes no more writes.

@@ -3,15 +3,20 @@
 //!
 //! Invariants: a write may be read back at once, but only [`Medium::sync`] brings it to stable storage; until then any
 //! subset of its 512-byte sectors may be there after a loss of power. A sync that failed says nothing about what is
-//! stored: callers give the medium up.
+//! stored: callers give the medium up. A file is its owner's alone (mode 0600) from its first byte on; one that an earlier
+//! release made wider is narrowed when it is opened.
 //!
 //! Everything here blocks.
 
 use crate::disk::superblock::{self, SuperblockError};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+/// Mode of a metadata file, as of a disk that `create` makes: what it says is nobody else's business, and whoever could
+/// write to it could make two different disks look equal.
+const FILE_MODE: u32 = 0o600;
 
 /// A file, a device, or a simulated one.
 pub trait Medium: Send + Sync + std::fmt::Debug {
@@ -73,6 +78,7 @@ impl FileMedium {
     pub fn open(path: &Path) -> Result<Self, SuperblockError> {
         let medium = Self::from_options(OpenOptions::new().read(true).write(true), path)?;
         superblock::lock(&medium.file, path)?;
+        medium.narrow();
         Ok(medium)
     }
 
@@ -99,9 +105,10 @@ impl FileMedium {
     pub fn create(path: &Path, force: bool) -> Result<Self, SuperblockError> {
         let device = superblock::is_block_device(path);
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(!device).create_new(!device && !force);
+        options.read(true).write(true).create(!device).create_new(!device && !force).mode(FILE_MODE);
         let medium = Self::from_options(&options, path)?;
         superblock::lock(&medium.file, path)?;
+        medium.narrow();
         if !device {
             let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             File::open(parent.unwrap_or(Path::new(".")))
@@ -118,6 +125,25 @@ impl FileMedium {
             _ => SuperblockError::Io { doing: "opening", path: path.into(), source },
         })?;
         Ok(Self { file, path: path.into(), device: superblock::is_block_device(path) })
+    }
+
+    /// Takes from a file that is there what others than its owner may do with it. A device's mode is its administrator's.
+    fn narrow(&self) {
+        let Ok(metadata) = self.file.metadata() else { return };
+        let mode = metadata.permissions().mode() & 0o7777;
+        if !metadata.is_file() || mode & !FILE_MODE == 0 {
+            return;
+        }
+        let path = self.path.display();
+        match self.file.set_permissions(std::fs::Permissions::from_mode(mode & FILE_MODE)) {
+            Ok(()) => {
+                tracing::info!("metadata {path} had mode {mode:04o}, and has {:04o} now", mode & FILE_MODE)
+            }
+            // It is another user's. The daemon works all the same.
+            Err(error) => {
+                tracing::warn!("metadata {path} has mode {mode:04o}, which should be 0600: {error}")
+            }
+        }
     }
 }
 

@@ -20,7 +20,7 @@
 
 use super::activity_log::{ActivityLog, Transaction, ring};
 use super::dirty_map::{DirtyBlock, DirtyMap};
-use super::superblock::{COPIES, CopyError, DiskState, SUPERBLOCK_LEN, Superblock, SuperblockError};
+use super::superblock::{COPIES, CopyError, DiskState, GIVE_UP, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::limits::{DAMAGE_LISTED_MAX, DIRTY_STORE_BLOCKS_MAX};
 use crate::units::{ByteRange, Generation};
 use header::{Header, Newest, Shape};
@@ -62,7 +62,7 @@ pub enum MetadataError {
     },
     /// Shorter than its superblock says.
     #[error(
-        "metadata {path} is cut short: {found} bytes where {needed} belong; restore it, or `costandby create --force` and resync from the peer"
+        "metadata {path} is cut short: {found} bytes where {needed} belong; never put an older copy of it there; {GIVE_UP}"
     )]
     Truncated {
         /// Which file or device.
@@ -74,7 +74,7 @@ pub enum MetadataError {
     },
     /// The bitmap is not where a device of this size has it.
     #[error(
-        "metadata {path} was made on a device of another size: give the device its size back, or `costandby create --force` and resync from the peer"
+        "metadata {path} was made on a device of another size: give the device its size back; or else {GIVE_UP}"
     )]
     Moved {
         /// Which device.

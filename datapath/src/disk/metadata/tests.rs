@@ -500,3 +500,42 @@ proptest! {
         prop_assert!(medium.sectors() > 0);
     }
 }
+
+#[test]
+fn a_metadata_file_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("db.img.meta");
+    let mode = || std::fs::metadata(&path).expect("there").permissions().mode() & 0o7777;
+    let widen = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("ours");
+    drop(FileMedium::create(&path, false).expect("made"));
+    assert_eq!(mode(), 0o600, "when it is made");
+    widen(0o644);
+    drop(FileMedium::look(&path).expect("may look"));
+    assert_eq!(mode(), 0o644, "a look changes nothing");
+    drop(FileMedium::open(&path).expect("opens"));
+    assert_eq!(mode(), 0o600, "an earlier release made it for all to read");
+    widen(0o666);
+    drop(FileMedium::create(&path, true).expect("made anew"));
+    assert_eq!(mode(), 0o600, "when it is made anew");
+}
+
+#[test]
+fn new_metadata_is_never_named_without_its_price_nor_an_old_copy_as_a_way_out() {
+    let path = || std::path::PathBuf::from("/srv/db.img.meta");
+    let bad = || CopyError::Length { found: 0 };
+    let errors: [MetadataError; 6] = [
+        SuperblockError::Missing { path: path() }.into(),
+        SuperblockError::Exists { path: path() }.into(),
+        SuperblockError::Truncated { path: path(), found: 3 }.into(),
+        SuperblockError::Unreadable { path: path(), first: bad(), second: bad() }.into(),
+        MetadataError::Truncated { path: path(), found: 3, needed: 4 },
+        MetadataError::Moved { path: path() },
+    ];
+    for error in errors {
+        let text = error.to_string();
+        assert!(text.contains("create VOLUME --force"), "{text}");
+        assert!(text.contains("only if the peer has all of the data"), "{text}");
+        assert!(!text.contains("restore"), "{text}");
+    }
+}

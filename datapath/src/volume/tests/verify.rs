@@ -18,6 +18,9 @@ impl Pair {
             outcome.is_some()
         });
         let outcome = outcome.expect("told");
+        let percent = self.a.volume.counters.verify_percent_x100.load(Ordering::Relaxed);
+        assert_eq!(percent, outcome.findings.compared * 10_000 / SIZE, "shown when it has ended");
+        assert!(outcome.unfinished.is_some() || percent == 10_000, "complete at {percent}");
         match &outcome.unfinished {
             Some(why) => Err(why.clone()),
             None => Ok(outcome),
