@@ -4,6 +4,8 @@
 //! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect|…}`
 //! answers `{"message": …}`, or `{"error": …}` with 404 for an unknown volume and 409 for a refusal.
 //!
+//! Every command leaves one line in the log: who gave it, what it was, what came of it.
+//!
 //! Invariants: the socket has mode 0600 from its first instant; a socket on which a daemon answers is never taken over;
 //! a request body is bounded.
 //!
@@ -13,13 +15,16 @@
 pub use crate::role::Command;
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path as UrlPath, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::IncomingStream;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -27,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::unix::UCred;
 
 #[cfg(test)]
 mod tests;
@@ -75,7 +81,9 @@ pub struct VolumeStatus {
     pub size: u64,
     /// Bytes that the standby lacks, or may lack.
     pub dirty_bytes: u64,
-    /// How far the copy under way is, on either node; 100 where nothing is to be copied.
+    /// How far the copy under way is, on either node. Without one, percent of the volume that is in sync, as this node
+    /// counts: 100 × (`size` − `dirty_bytes`) ÷ `size`, or 0 while one of the two disks, as far as it is known, is not
+    /// `UpToDate`.
     pub resync_percent: f64,
     /// Bytes a second that it copied lately; absent without a copy and in its first seconds.
     #[serde(default)]
@@ -87,6 +95,9 @@ pub struct VolumeStatus {
     pub connection: String,
     /// The other node.
     pub peer: String,
+    /// There is no session, and none will be until an operator acts; `advice` says how.
+    #[serde(default)]
+    pub parted: bool,
     /// What to do, where something is to be done.
     pub advice: Option<String>,
     /// Changes on their way to the peer.
@@ -141,6 +152,19 @@ impl VolumeStatus {
     #[must_use]
     pub fn in_sync(&self) -> bool {
         self.connection == CONNECTED && self.disk_state == UP_TO_DATE && self.peer_state == UP_TO_DATE
+    }
+}
+
+impl fmt::Display for Command {
+    /// As an operator says it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Promote { force: true } => "promote --force",
+            Self::Connect { discard_my_data: true } => "connect --discard-my-data",
+            Self::Verify { repair: true } => "verify --repair",
+            Self::StopVerify => "verify --stop",
+            other => other.as_str(),
+        })
     }
 }
 
@@ -289,7 +313,8 @@ impl AdminServer {
             |source| AdminError::Io { doing: "serving the admin socket", path: socket.path.clone(), source };
         let listener = tokio::net::UnixListener::from_std(listener).map_err(io)?;
         let (stopping, stopped) = tokio::sync::oneshot::channel();
-        let served = axum::serve(listener, router(backend)).with_graceful_shutdown(async move {
+        let service = router(backend).into_make_service_with_connect_info::<Operator>();
+        let served = axum::serve(listener, service).with_graceful_shutdown(async move {
             shutdown.await;
             let _ = stopping.send(());
         });
@@ -340,6 +365,24 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 type Backend = State<Arc<dyn AdminBackend>>;
 
+/// Who asks, for the log: whoever may open the socket may do everything.
+#[derive(Clone, Copy, Debug)]
+struct Operator(Option<UCred>);
+
+impl Connected<IncomingStream<'_, tokio::net::UnixListener>> for Operator {
+    fn connect_info(stream: IncomingStream<'_, tokio::net::UnixListener>) -> Self {
+        Self(stream.io().peer_cred().ok())
+    }
+}
+
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(found) = self.0 else { return f.write_str("somebody") };
+        write!(f, "user {}", found.uid())?;
+        found.pid().map_or(Ok(()), |pid| write!(f, " (process {pid})"))
+    }
+}
+
 fn router(backend: Arc<dyn AdminBackend>) -> Router {
     Router::new()
         .route("/v1/status", get(status))
@@ -387,6 +430,7 @@ fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) ->
 
 async fn command(
     State(backend): Backend,
+    ConnectInfo(operator): ConnectInfo<Operator>,
     UrlPath((volume, word)): UrlPath<(String, String)>,
     body: Bytes,
 ) -> Response {
@@ -412,7 +456,16 @@ async fn command(
         Ok(command) => command,
         Err(text) => return failure(StatusCode::BAD_REQUEST, &text),
     };
-    match backend.command(volume, command).await {
+    // In a task of its own: a command goes on when whoever gave it hangs up, and then its outcome is in the log all the same.
+    let outcome = tokio::spawn(async move {
+        let outcome = backend.command(volume.clone(), command).await;
+        match &outcome {
+            Ok(message) => tracing::info!(volume, "{operator} asked for {command}: {message}"),
+            Err(error) => tracing::warn!(volume, "{operator} asked for {command}, which is refused: {error}"),
+        }
+        outcome
+    });
+    match outcome.await.expect("a panic has ended the process") {
         Ok(message) => axum::Json(serde_json::json!({ "message": message })).into_response(),
         Err(error @ CommandError::NoSuchVolume { .. }) => failure(StatusCode::NOT_FOUND, &error.to_string()),
         Err(error @ CommandError::Refused(_)) => failure(StatusCode::CONFLICT, &error.to_string()),

@@ -87,6 +87,16 @@ impl View {
         self.disk_state == DiskState::UpToDate && !self.applying_unclean
     }
 
+    /// What the disk is, in a few words for an operator.
+    #[must_use]
+    pub fn disk_state_shown(&self) -> &'static str {
+        match self.disk_state {
+            _ if self.is_fresh() => "new",
+            DiskState::UpToDate if self.applying_unclean => "torn in the middle of a write",
+            state => state.as_str(),
+        }
+    }
+
     fn descends_from(&self, other: &Self) -> bool {
         self.generations.descends_from(other.generations.current)
     }

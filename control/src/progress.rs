@@ -1,4 +1,4 @@
-//! How far a background copy is, how fast it goes and when it will be over. Sans-IO.
+//! How far a background copy is, how fast it goes and when it will be over, and how much is in sync without one. Sans-IO.
 //!
 //! The source knows from its counters and tells the target about once a second in a message between controllers
 //! ([`Sample::to_message`]), so both nodes' `status` show the same. Nothing rests on any of it.
@@ -19,6 +19,16 @@ const PERCENT_SHIFT: u32 = 48;
 
 /// What is left is told in units of this many bytes: 48 bits of them are far beyond any volume.
 const UNIT_LEN: u64 = 4096;
+
+/// Percent of a volume of `size` bytes that is in sync while `dirty_bytes` of it may differ, in hundredths rounded down: 100
+/// only where nothing differs.
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "at most 10000")]
+pub fn percent_in_sync(size: u64, dirty_bytes: u64) -> f64 {
+    let same = u128::from(size.saturating_sub(dirty_bytes));
+    let percent_x100 = same * 10_000 / u128::from(size.max(1));
+    percent_x100 as f64 / 100.0
+}
 
 /// How far a copy is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,6 +131,17 @@ mod tests {
         assert_eq!(progress.percent_x100(), Some(4000));
         progress.clear();
         assert_eq!(progress.percent_x100(), None);
+    }
+
+    #[test]
+    fn only_what_differs_nowhere_is_all_in_sync() {
+        let close = |found: f64, wanted: f64| assert!((found - wanted).abs() < 1e-9, "{found}, not {wanted}");
+        close(percent_in_sync(64 << 30, 0), 100.0);
+        close(percent_in_sync(64 << 30, 1), 99.99);
+        close(percent_in_sync(64 << 30, 3 << 29), 97.65);
+        close(percent_in_sync(u64::MAX, u64::MAX), 0.0);
+        // The map counts in grains, of which the last may reach beyond the end.
+        close(percent_in_sync(4096, 65536), 0.0);
     }
 
     #[test]

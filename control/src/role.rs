@@ -35,6 +35,7 @@ use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
 use costandby_datapath::volume::Verified;
 use std::time::Duration;
 
+mod apart;
 mod diskless;
 mod operator;
 mod session;
@@ -45,6 +46,7 @@ mod verify;
 #[cfg(test)]
 mod world;
 
+pub use apart::{Obstacle, Reach};
 pub use status::Status;
 pub use verify::Verification;
 
@@ -179,11 +181,20 @@ pub enum Event {
     /// The peer's `Ready` was read on the connection that carried ours. Without an [`Action::StartSession`] in answer the
     /// connection is closed.
     SessionReady(Ready),
-    /// A connection ended before it became a session: refused, timed out, broken. Not reported, like anything else of
-    /// that connection, after [`Action::Refuse`] or [`Action::CloseLink`] ended it here.
+    /// A connection ended before it became a session: timed out, broken. Not reported, like anything else of that
+    /// connection, after [`Action::Refuse`] or [`Action::CloseLink`] ended it here.
     SessionFailed {
         /// Why, for the operator.
         text: String,
+    },
+    /// The same, by the peer's refusal.
+    PeerRefused(Refuse),
+    /// Outside of any conversation: an attempt to reach the peer, or a question whether it would have a session, ended so.
+    NoContact(Obstacle),
+    /// An attempt to reach the peer succeeded.
+    Contact {
+        /// It was asked, and would have a session.
+        willing: bool,
     },
     /// The session's link is gone, once for each [`Action::StartSession`], also after [`Action::CloseLink`]. On a target:
     /// everything that arrived whole has been applied; [`Event::Settled`] follows.
@@ -436,8 +447,10 @@ pub struct VolumeController {
     promotion: Option<Promotion>,
     demotion: Option<Demotion>,
     shutdown_deadline: Option<Duration>,
-    /// Why there is no session although the peer is there.
+    /// Why there is no session although the peer is there, by this node's own judgement.
     refusal: Option<String>,
+    /// Why there is none although this node looks for the peer.
+    obstacle: Option<Obstacle>,
     /// The last hello showed a split brain: giving up this disk's data leads to a session.
     split_brain: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
@@ -483,6 +496,7 @@ impl VolumeController {
             demotion: None,
             shutdown_deadline: None,
             refusal: None,
+            obstacle: None,
             split_brain: false,
             medium_failed: false,
             diskless: diskless::Diskless::default(),
@@ -514,7 +528,10 @@ impl VolumeController {
             Event::Start => self.dial(actions),
             Event::HelloReceived(hello) => self.on_hello(&hello, actions),
             Event::SessionReady(ready) => self.on_ready(ready, actions),
-            Event::SessionFailed { text } => self.on_session_failed(&text, actions),
+            Event::SessionFailed { text } => self.on_session_failed(Obstacle::Failed { text }, actions),
+            Event::PeerRefused(refuse) => self.on_session_failed(Obstacle::Refused(refuse), actions),
+            Event::NoContact(obstacle) => self.on_obstacle(obstacle, actions),
+            Event::Contact { willing } => self.on_contact(willing, actions),
             Event::LinkDown { reason, undurable, dirty } => {
                 self.on_link_down(&reason, undurable, dirty, actions);
             }
@@ -634,8 +651,7 @@ impl VolumeController {
     }
 
     fn refuse(&self, code: RefuseCode, text: &str, actions: &mut Vec<Action>) {
-        let text = format!("{} on volume {}: {text}", self.settings.node, self.settings.volume);
-        actions.push(Action::Refuse(Refuse { code, text }));
+        actions.push(Action::Refuse(Refuse { code, text: text.to_owned() }));
     }
 }
 

@@ -31,6 +31,7 @@ fn db() -> VolumeStatus {
         resync_eta_s: None,
         connection: CONNECTED.into(),
         peer: "beta".into(),
+        parted: false,
         advice: None,
         in_flight: 0,
         frozen: false,
@@ -233,4 +234,49 @@ async fn a_daemon_that_talks_nonsense_is_an_error() {
         assert!(matches!(client.status().await, Err(ClientError::Http { .. })));
     };
     tokio::join!(talk, ask);
+}
+
+/// Keeps what is logged.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("not poisoned").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn every_command_leaves_who_what_and_the_outcome_in_the_log() {
+    let lines = Lines::default();
+    let sink = lines.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || sink.clone()).finish();
+    let _logging = tracing::subscriber::set_default(subscriber);
+    let daemon = Daemon::start();
+    let client = daemon.client();
+    client.command("db", Command::Promote { force: true }).await.expect("done");
+    client.command("db", Command::Demote).await.expect_err("refused");
+    client.command("web", Command::StopVerify).await.expect_err("no such volume");
+    let log = String::from_utf8(lines.0.lock().expect("not poisoned").clone()).expect("text");
+    let (user, process) = (rustix::process::geteuid().as_raw(), std::process::id());
+    let who = format!("user {user} (process {process}) asked for");
+    for (level, line) in [
+        ("INFO", format!("{who} promote --force: promote done volume=\"db\"")),
+        ("WARN", format!("{who} demote, which is refused: volume db: not now volume=\"db\"")),
+        (
+            "WARN",
+            format!("{who} verify --stop, which is refused: node alpha has no volume \"web\" volume=\"web\""),
+        ),
+    ] {
+        assert!(
+            log.lines().any(|found| found.contains(level) && found.contains(&line)),
+            "{line} is not in {log}"
+        );
+    }
+    assert_eq!(log.lines().count(), 3, "{log}");
 }

@@ -1,12 +1,16 @@
 //! `costandby status`: a table that a person reads at a glance, or the daemon's JSON as it is.
 //!
-//! Pure rendering from a [`Status`]; under a volume stand why its link is not RDMA, how often its
-//! peer broke the protocol, and the daemon's advice.
+//! Pure rendering from a [`Status`]; under a volume stand why it has no link, how often its peer broke the protocol, and the
+//! daemon's advice; under the table, in a few words, which links are not RDMA for want of it.
+//!
+//! The table fits the terminal, and 80 columns where there is none to ask: the columns that only repeat the configuration,
+//! and the epoch, give way. `--json` has them all.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
 use crate::admin::{CONNECTED, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
 use crate::admin_client::AdminClient;
 use crate::config::quantity::display_size;
+use crate::link::short_note;
 use std::io::{self, IsTerminal};
 
 /// Asks the daemon and prints.
@@ -20,21 +24,44 @@ pub fn run(client: &AdminClient, json: bool) -> Result<(), CliError> {
             .map_err(|error| CliError::Io { doing: "writing the status", source: error.into() })?;
         print(&format!("{text}\n"))
     } else {
-        print(&render(&status, colours_wanted(io::stdout().is_terminal())))
+        print(&render_within(&status, colours_wanted(io::stdout().is_terminal()), terminal_width()))
     }
+}
+
+/// Characters that fit a line of the terminal.
+fn terminal_width() -> usize {
+    // `watch` and the like tell it in this way what their own window holds.
+    let told = || std::env::var("COLUMNS").ok()?.parse().ok();
+    let asked = rustix::termios::tcgetwinsize(io::stdout()).ok().map(|size| usize::from(size.ws_col));
+    asked.filter(|&columns| columns > 0).or_else(told).unwrap_or(WIDTH_DEFAULT)
 }
 
 /// Characters of a copy's bar.
 const BAR_LEN: usize = 30;
 
+/// Characters of a line where there is no terminal to ask.
+const WIDTH_DEFAULT: usize = 80;
+
 const COLUMNS: usize = 9;
 const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK", "EPOCH", "SIZE", "BEHIND"];
 
+/// Columns that give way where the table is too wide, the first one first.
+const EXPENDABLE: [&str; 3] = ["EPOCH", "ACK", "SIZE"];
+
+/// Characters between two columns.
+const GAP: usize = 2;
+
 type Cell = (String, Colour);
+
+/// [`render_within`] 80 columns.
+#[must_use]
+pub fn render(status: &Status, colours: bool) -> String {
+    render_within(status, colours, WIDTH_DEFAULT)
+}
 
 /// The table, one line a volume and one for each thing there is to say about it, ending in a newline.
 #[must_use]
-pub fn render(status: &Status, colours: bool) -> String {
+pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
     if status.volumes.is_empty() {
         return format!("node {}: no volumes here; the configuration gives it no disk\n", status.node);
     }
@@ -45,11 +72,12 @@ pub fn render(status: &Status, colours: bool) -> String {
             *width = (*width).max(text.chars().count());
         }
     }
+    let shown = columns_within(&widths, width);
     let mut out = format!("node {}\n", status.node);
-    push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, colours);
+    push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, &shown, colours);
     for (row, volume) in rows.iter().zip(&status.volumes) {
-        push_line(&mut out, row, &widths, colours);
-        if let Some(note) = &volume.link_note {
+        push_line(&mut out, row, &widths, &shown, colours);
+        if let Some(note) = volume.link_note.as_ref().filter(|_| !lacks_rdma_only(volume)) {
             out.push_str(&format!("  link {}: {note}\n", volume.link));
         }
         if let Some(copy) = copy_line(volume) {
@@ -70,15 +98,61 @@ pub fn render(status: &Status, colours: bool) -> String {
             out.push('\n');
         }
     }
+    out.push_str(&without_rdma(&status.volumes));
     out
 }
 
-fn push_line(out: &mut String, cells: &[Cell; COLUMNS], widths: &[usize; COLUMNS], colours: bool) {
-    for (at, ((text, colour), width)) in cells.iter().zip(widths).enumerate() {
+/// Whether all there is to say about the volume's link is that a node has no RDMA, where TCP does it too.
+fn lacks_rdma_only(volume: &VolumeStatus) -> bool {
+    let note = volume.link_note.as_deref().unwrap_or_default();
+    volume.link == "tcp" && short_note(note) != note
+}
+
+/// A line for each reason, with the volumes where there are others, too: on most machines it is one for all.
+fn without_rdma(volumes: &[VolumeStatus]) -> String {
+    let mut notes: Vec<(String, Vec<&str>)> = Vec::new();
+    for volume in volumes.iter().filter(|volume| lacks_rdma_only(volume)) {
+        let note = short_note(volume.link_note.as_deref().unwrap_or_default());
+        match notes.iter_mut().find(|(known, _)| *known == note) {
+            Some((_, names)) => names.push(&volume.name),
+            None => notes.push((note, vec![&volume.name])),
+        }
+    }
+    let line = |(note, names): (String, Vec<&str>)| {
+        let of =
+            if names.len() == volumes.len() { String::new() } else { format!(" of {}", names.join(", ")) };
+        format!("link{of}: {note}; see `costandby doctor`\n")
+    };
+    notes.into_iter().map(line).collect()
+}
+
+/// Which columns a table of these widths has within `width`.
+fn columns_within(widths: &[usize; COLUMNS], width: usize) -> [bool; COLUMNS] {
+    let mut shown = [true; COLUMNS];
+    for given_up in EXPENDABLE {
+        let taken: usize =
+            widths.iter().zip(shown).filter(|(_, shown)| *shown).map(|(width, _)| width + GAP).sum();
+        if taken <= width + GAP {
+            break;
+        }
+        shown[HEADER.iter().position(|&column| column == given_up).expect("one of them")] = false;
+    }
+    shown
+}
+
+fn push_line(
+    out: &mut String,
+    cells: &[Cell; COLUMNS],
+    widths: &[usize; COLUMNS],
+    shown: &[bool; COLUMNS],
+    colours: bool,
+) {
+    let cells = cells.iter().zip(widths).enumerate().filter(|(at, _)| shown[*at]);
+    for (at, ((text, colour), width)) in cells {
         out.push_str(&colour.paint(text, colours));
         if at + 1 < COLUMNS {
             // Padding is counted without the colour's own bytes, which take no room on a terminal.
-            let gap = width - text.chars().count() + 2;
+            let gap = width - text.chars().count() + GAP;
             out.extend(std::iter::repeat_n(' ', gap));
         }
     }
@@ -159,13 +233,13 @@ fn copy_line(volume: &VolumeStatus) -> Option<String> {
     Some(format!("  copy {direction} {peer} [{bar}] {percent}%{}", pace(volume)))
 }
 
+/// What the peer lacks, as this node counts; how far a copy is stands in a line of its own.
 fn behind(volume: &VolumeStatus) -> Cell {
-    if volume.dirty_bytes == 0 && volume.resync_percent >= 100.0 {
-        return ("-".to_owned(), Colour::Plain);
+    let copying = is_copying(volume);
+    match volume.dirty_bytes {
+        0 if copying || volume.resync_percent >= 100.0 => ("-".to_owned(), Colour::Plain),
+        // One of the disks is no whole copy of anything, and nobody counted by how much.
+        0 => ("unknown".to_owned(), Colour::Attention),
+        bytes => (display_size(bytes), Colour::Attention),
     }
-    let mut text = display_size(volume.dirty_bytes);
-    if is_copying(volume) && volume.resync_percent < 100.0 {
-        text = format!("{text} ({}% in sync)", percent(volume));
-    }
-    (text, Colour::Attention)
 }

@@ -111,6 +111,7 @@ fn db() -> VolumeStatus {
         resync_eta_s: None,
         connection: CONNECTED.into(),
         peer: "beta".into(),
+        parted: false,
         advice: None,
         in_flight: 0,
         frozen: false,
@@ -142,7 +143,7 @@ fn alone() -> VolumeStatus {
         role: "standby".into(),
         peer_state: "Unknown".into(),
         connection: "connecting".into(),
-        advice: Some("waiting for beta; `costandby promote web` to serve without it".into()),
+        advice: Some("waiting for beta".into()),
         frozen: true,
         ..db()
     }
@@ -154,23 +155,91 @@ fn status_is_a_table_read_at_a_glance() {
     let expected = "\
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
-archive  primary           UpToDate  beta Inconsistent  tcp sync-source  durable  3      64 GiB  1.5 GiB (97.6% in sync)
-  link tcp: alpha has no RDMA: no device
+archive  primary           UpToDate  beta Inconsistent  tcp sync-source  durable  3      64 GiB  1.5 GiB
   copy to beta [=============================>] 97.6%, 120 MiB/s, 13 s left
   protocol: links closed because of what beta sent: 2; the log says what
   -> give it time
 db       primary           UpToDate  beta UpToDate      tcp connected    memory   3      64 GiB  -
 web      standby (frozen)  UpToDate  beta Unknown       tcp connecting   memory   3      64 GiB  -
-  -> waiting for beta; `costandby promote web` to serve without it
+  -> waiting for beta
+link of archive: no RDMA on alpha (no device); see `costandby doctor`
 ";
-    assert_eq!(status::render(&status, false), expected);
-    let coloured = status::render(&status, true);
+    assert_eq!(status::render_within(&status, false, 120), expected);
+    let coloured = status::render_within(&status, true, 120);
     let mut plain = coloured.clone();
     for code in ["\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"] {
         assert!(coloured.contains(code), "no {code:?}");
         plain = plain.replace(code, "");
     }
     assert_eq!(plain, expected, "colours must not move a column");
+}
+
+#[test]
+fn the_table_fits_80_columns_in_any_state() {
+    let table = |volumes: Vec<VolumeStatus>| {
+        let text = status::render(&Status { node: "alpha".into(), volumes }, false);
+        let lines: Vec<_> = text.lines().skip(1).map(str::to_owned).collect();
+        let rows = lines.into_iter().filter(|line| !line.starts_with("  ") && !line.starts_with("link"));
+        rows.collect::<Vec<_>>()
+    };
+    let rows = table(vec![db()]);
+    assert_eq!(
+        rows,
+        [
+            "VOLUME  ROLE     DISK      PEER           LINK           ACK     SIZE    BEHIND",
+            "db      primary  UpToDate  beta UpToDate  tcp connected  memory  64 GiB  -",
+        ]
+    );
+    let catching_up = VolumeStatus { dirty_bytes: 1023 << 20, ..catching_up() };
+    let target = VolumeStatus {
+        disk_state: "Inconsistent".into(),
+        connection: "sync-target".into(),
+        peer_state: UP_TO_DATE.into(),
+        ..catching_up.clone()
+    };
+    let frozen = VolumeStatus { role: "primary".into(), ..alone() };
+    for volumes in [vec![catching_up.clone(), db()], vec![db(), target], vec![db(), frozen], vec![alone()]] {
+        for row in table(volumes) {
+            assert!(row.chars().count() <= 80, "{} columns: {row}", row.chars().count());
+            assert!(
+                row.contains("BEHIND") || !row.ends_with("GiB"),
+                "what is behind is never given up: {row}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_the_peer_lacks_is_counted_or_not_known() {
+    let behind = |volume: VolumeStatus| {
+        let text = status::render(&Status { node: "alpha".into(), volumes: vec![volume] }, false);
+        text.lines().nth(2).and_then(|row| row.rsplit("  ").next()).map(str::to_owned)
+    };
+    assert_eq!(behind(db()).as_deref(), Some("-"));
+    let failed = VolumeStatus { disk_state: "Failed".into(), resync_percent: 0.0, ..db() };
+    assert_eq!(behind(failed).as_deref(), Some("unknown"));
+    let ahead = VolumeStatus { dirty_bytes: 65536, resync_percent: 99.99, ..db() };
+    assert_eq!(behind(ahead).as_deref(), Some("64 KiB"));
+}
+
+#[test]
+fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
+    let none = "no RDMA device; on any network card a software one will do: costandby soft-roce up NETDEV (that is: \
+                modprobe rdma_rxe && rdma link add rxe0 type rxe netdev NETDEV)";
+    let note = format!("alpha has no RDMA: {none}; beta has no RDMA: {none}");
+    let volume = |name: &str| VolumeStatus { name: name.into(), link_note: Some(note.clone()), ..db() };
+    let render = |volumes| status::render(&Status { node: "alpha".into(), volumes }, false);
+    let text = render(vec![volume("db"), volume("web")]);
+    let lines: Vec<_> = text.lines().skip(4).collect();
+    assert_eq!(lines, ["link: no RDMA on alpha and beta (no RDMA device); see `costandby doctor`"]);
+    let late = "alpha could not connect by RDMA: time is up while waiting for the peer to accept";
+    let text = render(vec![VolumeStatus { link_note: Some(late.into()), ..db() }]);
+    assert_eq!(text.lines().nth(3), Some(format!("  link tcp: {late}").as_str()));
+    let only = VolumeStatus { link: "rdma".into(), connection: "connecting".into(), ..volume("db") };
+    assert!(
+        render(vec![only]).contains("modprobe rdma_rxe"),
+        "where nothing else will do, what to do is said"
+    );
 }
 
 #[test]
@@ -199,6 +268,7 @@ fn status_json_has_the_fixed_keys() {
         "resync_percent",
         "connection",
         "peer",
+        "parted",
         "advice",
         "in_flight",
         "frozen",
@@ -210,7 +280,7 @@ fn status_json_has_the_fixed_keys() {
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 21, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 22, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.
@@ -342,16 +412,17 @@ fn a_file_that_cannot_be_completed_is_removed() {
     assert!(!bench.path("a.img").exists());
 }
 
-/// A daemon whose volume `db` is in sync from the `after`th look on.
+/// A daemon whose volume `db` is in sync from the `after`th look on, and `before` that.
 struct CatchingUp {
     looks: AtomicU32,
     after: u32,
+    before: VolumeStatus,
 }
 
 impl AdminBackend for CatchingUp {
     fn status(&self) -> Answer<'_, Status> {
         let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
-        let volume = if done { db() } else { VolumeStatus { name: "db".into(), ..catching_up() } };
+        let volume = if done { db() } else { self.before.clone() };
         Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume] } })
     }
 
@@ -362,10 +433,14 @@ impl AdminBackend for CatchingUp {
 
 /// Serves on `socket` from a thread of its own, which ends with the test's process.
 fn daemon(socket: PathBuf, delay: Duration, after: u32) {
+    daemon_that_was(VolumeStatus { name: "db".into(), ..catching_up() }, socket, delay, after);
+}
+
+fn daemon_that_was(before: VolumeStatus, socket: PathBuf, delay: Duration, after: u32) {
     std::thread::spawn(move || {
         std::thread::sleep(delay);
         let server = AdminServer::bind(&socket).expect("bound");
-        let backend = Arc::new(CatchingUp { looks: AtomicU32::new(0), after });
+        let backend = Arc::new(CatchingUp { looks: AtomicU32::new(0), after, before });
         block_on(async {
             server.serve(backend, std::future::pending()).await.map_err(|error| panic!("{error}"))
         })
@@ -391,4 +466,33 @@ fn wait_sync_says_where_it_stood() {
     assert_eq!(complaint, stood);
     let complaint = bench.complaint("beta", &["wait-sync", "db", "--timeout", "200ms"]);
     assert!(complaint.contains("start it with `costandby --node beta up`"), "{complaint}");
+}
+
+#[test]
+fn wait_sync_does_not_wait_for_nodes_that_stay_apart() {
+    let parted = VolumeStatus {
+        name: "db".into(),
+        parted: true,
+        connection: "standalone".into(),
+        advice: Some("split brain: both nodes went on".into()),
+        ..alone()
+    };
+    let refused = VolumeStatus {
+        connection: "connecting".into(),
+        advice: Some("beta refuses a session: beta has no volume db".into()),
+        ..parted.clone()
+    };
+    for (before, why) in [(parted, "split brain"), (refused.clone(), "beta has no volume db")] {
+        let bench = Bench::new("1048576");
+        daemon_that_was(before, bench.path("alpha.sock"), Duration::ZERO, u32::MAX);
+        let began = std::time::Instant::now();
+        let complaint = bench.complaint("alpha", &["wait-sync", "db"]);
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        assert!(complaint.starts_with("volume db does not come in sync by itself: "), "{complaint}");
+        assert!(complaint.contains(why), "{complaint}");
+    }
+    // What the daemon knows of the peer may be of before the operator's `connect` there.
+    let bench = Bench::new("1048576");
+    daemon_that_was(refused, bench.path("alpha.sock"), Duration::ZERO, 5);
+    bench.run("alpha", &["wait-sync", "db"]).expect("in sync at the fifth look");
 }

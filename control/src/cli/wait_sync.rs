@@ -1,4 +1,5 @@
-//! `costandby wait-sync`: polls the daemon until a volume is connected and both disks are `UpToDate`.
+//! `costandby wait-sync`: polls the daemon until a volume is connected and both disks are `UpToDate`, or until it is clear
+//! that they will not be before an operator acts.
 //!
 //! Survives a daemon that is just starting: it is given a few seconds to open its socket, because scripts start it in the
 //! background and wait right away. A daemon that answered once and then is gone is an error at once.
@@ -19,6 +20,13 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a daemon may take to open its socket.
 const START_GRACE: Duration = Duration::from_secs(5);
 
+/// How long the peer may seem to refuse for good: what a daemon knows of it is from its last attempt to connect, and may
+/// be of before an operator's `connect` there.
+const PARTED_GRACE: Duration = Duration::from_millis(1500);
+
+/// [`VolumeStatus::connection`] of a node that does not look for its peer.
+const STANDALONE: &str = "standalone";
+
 /// Why the volume is not in sync.
 #[derive(Debug, thiserror::Error)]
 pub enum WaitError {
@@ -30,6 +38,9 @@ pub enum WaitError {
         /// Where it stood.
         status: Box<VolumeStatus>,
     },
+    /// Nothing would come of waiting.
+    #[error("volume {} does not come in sync by itself: {}", .0.name, stood(.0))]
+    Parted(Box<VolumeStatus>),
     /// Not a volume of the daemon.
     #[error("node {node} has no volume {volume}: there are {known}")]
     NoSuchVolume {
@@ -45,7 +56,8 @@ pub enum WaitError {
 /// Waits, with a bar where stderr is a terminal.
 ///
 /// # Errors
-/// [`CliError::WaitSync`] when the time is over, [`CliError::Client`] when the daemon does not answer.
+/// [`CliError::WaitSync`] when the time is over, or the two nodes stay apart until an operator acts; [`CliError::Client`]
+/// when the daemon does not answer.
 pub fn run(client: &AdminClient, volume: &VolumeName, timeout: Option<Duration>) -> Result<(), CliError> {
     let bar = ProgressBar::new(1000);
     if !io::stderr().is_terminal() {
@@ -71,6 +83,7 @@ async fn wait(
     let started = Instant::now();
     let grace = timeout.map_or(START_GRACE, |timeout| timeout.min(START_GRACE));
     let mut answered = false;
+    let mut parted_since = None;
     loop {
         match client.status().await {
             Ok(status) => {
@@ -80,6 +93,12 @@ async fn wait(
                     return Ok(());
                 }
                 show(bar, found);
+                let since = *parted_since.get_or_insert_with(Instant::now);
+                if !found.parted {
+                    parted_since = None;
+                } else if found.connection == STANDALONE || since.elapsed() >= PARTED_GRACE {
+                    return Err(WaitError::Parted(Box::new(found.clone())).into());
+                }
                 if let Some(after) = timeout.filter(|timeout| started.elapsed() >= *timeout) {
                     return Err(WaitError::Timeout { after, status: Box::new(found.clone()) }.into());
                 }

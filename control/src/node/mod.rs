@@ -10,7 +10,7 @@ use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
 use crate::kernel::{boot_id, random_number, random_source};
 use crate::link::Kind;
-use crate::progress::Progress;
+use crate::progress::{Progress, percent_in_sync};
 use crate::role::{
     Connection, Found, Status as ControllerStatus, Verification, VolumeController, VolumeSettings,
 };
@@ -19,7 +19,7 @@ use costandby_datapath::disk::metadata::file::open_at;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
 use costandby_datapath::disk::record::Record;
-use costandby_datapath::disk::superblock::{Location, Superblock, SuperblockError};
+use costandby_datapath::disk::superblock::{DiskState, Location, Superblock, SuperblockError};
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeCounters, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
@@ -462,6 +462,7 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
     let link = shared.link.lock().expect("nobody panics with it").clone();
     let (link, link_note) = link.map_or((Kind::Tcp, None), |link| (link.kind, link.note));
     let in_flight = counters.in_flight.load(Ordering::Relaxed);
+    let dirty_bytes = counters.dirty_bytes.load(Ordering::Relaxed);
     admin::VolumeStatus {
         name: shared.config.name.as_str().to_owned(),
         role: status.role.as_str().to_owned(),
@@ -473,12 +474,14 @@ fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::V
         epoch: status.epoch.0,
         generation: format!("{:016x}", status.generation.0),
         size: shared.config.size,
-        dirty_bytes: counters.dirty_bytes.load(Ordering::Relaxed),
-        resync_percent: percent.unwrap_or_else(|| percent_without_copy(status.connection)),
+        dirty_bytes,
+        resync_percent: percent
+            .unwrap_or_else(|| percent_without_copy(&status, shared.config.size, dirty_bytes)),
         resync_rate: progress.rate(),
         resync_eta_s: progress.eta_s(),
         connection: status.connection.as_str().to_owned(),
         peer: shared.peer.as_str().to_owned(),
+        parted: status.parted,
         advice: status.advice,
         in_flight,
         verify: verify_status(&status.verification, counters),
@@ -506,11 +509,14 @@ fn verify_status(verification: &Verification, counters: &VolumeCounters) -> Opti
     })
 }
 
-/// A target does not count the copy's progress itself, and a source may not have begun.
-fn percent_without_copy(connection: Connection) -> f64 {
-    match connection {
+/// How much is in sync while no copy counts: a target does not count it itself, and a source may not have begun.
+fn percent_without_copy(status: &ControllerStatus, size: u64, dirty_bytes: u64) -> f64 {
+    let current = |state: DiskState| state == DiskState::UpToDate;
+    let whole = current(status.disk_state) && status.peer_state.is_none_or(current);
+    match status.connection {
         Connection::SyncTarget | Connection::SyncSource => 0.0,
-        _ => 100.0,
+        _ if !whole => 0.0,
+        _ => percent_in_sync(size, dirty_bytes),
     }
 }
 

@@ -7,8 +7,10 @@ use super::Registry;
 use super::negotiate::{self, Terms};
 use super::volume::Input;
 use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Upgrade};
+use crate::role::{Obstacle, Reach};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
@@ -22,19 +24,45 @@ const DIAL_MAX: Duration = Duration::from_secs(1);
 /// Connections that have not said yet which volume they are for: more than any cluster's, few enough to be harmless.
 const STRANGERS_MAX: usize = 64;
 
+/// Refusals that are remembered as told, so that a peer that dials twice a second fills no log: more than a cluster has
+/// volumes that only one of two nodes knows.
+const TOLD_MAX: usize = 256;
+
+/// What was refused before any volume was found, each told once.
+#[derive(Default)]
+pub(super) struct Refusals {
+    told: Mutex<VecDeque<String>>,
+}
+
+impl Refusals {
+    /// Whether it was not told lately.
+    fn is_news(&self, text: &str) -> bool {
+        let mut told = self.told.lock().expect("nobody panics with it");
+        if told.iter().any(|before| before == text) {
+            return false;
+        }
+        if told.len() == TOLD_MAX {
+            told.pop_front();
+        }
+        told.push_back(text.to_owned());
+        true
+    }
+}
+
 /// How a conversation went on.
 pub(super) type Heard = Result<Message, HelloError>;
 
 /// Accepts connections from peers until aborted.
 pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    let refusals = Arc::new(Refusals::default());
     loop {
         let permit = Arc::clone(&strangers).acquire_owned().await.expect("never closed");
         match listener.accept().await {
             Ok((stream, from)) => {
-                let registry = Arc::clone(&registry);
+                let (registry, refusals) = (Arc::clone(&registry), Arc::clone(&refusals));
                 tokio::spawn(async move {
-                    meet(stream, from, &registry).await;
+                    meet(stream, from, &registry, &refusals).await;
                     drop(permit);
                 });
             }
@@ -53,7 +81,7 @@ enum First {
     Upgrade(Upgrade),
 }
 
-async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
+async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refusals: &Refusals) {
     let (volume, from_node, first) = match listen(&mut stream).await {
         Ok(Message::Hello(hello)) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
         Ok(Message::Upgrade(upgrade)) => {
@@ -86,16 +114,73 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry) {
         ),
         None => format!("node {node} has no volume {volume}: use the same configuration on both nodes"),
     };
-    tracing::warn!(%from, "refused a peer: {text}");
+    if refusals.is_news(&text) {
+        tracing::warn!(%from, "refused a peer: {text}");
+    }
     say_and_close(stream, Message::Refuse(Refuse { code: RefuseCode::Configuration, text })).await;
 }
 
 /// Dials a peer and tells the volume's task.
 pub(super) fn dial(address: SocketAddr, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let stream = connect_to(address).await.ok();
+        let stream = connect_to(address).await.map_err(|error| unreachable(address, &error));
         let _ = inbox.send(Input::Dialled { stream });
     });
+}
+
+/// Why there is no connection to a peer's address.
+fn unreachable(address: SocketAddr, error: &std::io::Error) -> Obstacle {
+    use std::io::ErrorKind;
+    let (reach, text) = match error.kind() {
+        ErrorKind::ConnectionRefused => {
+            (Reach::Refused, format!("connection refused by {address}, so no daemon listens there"))
+        }
+        ErrorKind::TimedOut => (
+            Reach::Silent,
+            format!(
+                "no answer from {address} within {} s: its machine is off or hangs, or the network drops packets",
+                DIAL_MAX.as_secs()
+            ),
+        ),
+        ErrorKind::HostUnreachable => (
+            Reach::Silent,
+            format!("no machine answers at {address} ({error}): it is off, or the network is cut"),
+        ),
+        ErrorKind::NetworkUnreachable => (
+            Reach::NoRoute,
+            format!("this machine has no route to {address} ({error}): see `ip route` and `ip link`"),
+        ),
+        _ => (Reach::Other, format!("connecting to {address}: {error}")),
+    };
+    Obstacle::Unreachable { reach, text }
+}
+
+/// Asks a peer that dials us whether it would have a session about a volume, and tells the volume's task.
+///
+/// The question is a wish to take a session on that there is not. Every release answers with a refusal: that there is no such
+/// session, where it would have one, and else why not.
+pub(super) fn probe(address: SocketAddr, node: String, volume: String, inbox: mpsc::UnboundedSender<Input>) {
+    tokio::spawn(async move {
+        let no_session = Upgrade { node, volume, session: [0; 2], serial: 0 };
+        let asked = match connect_to(address).await {
+            Ok(mut stream) => ask(&mut stream, no_session).await,
+            Err(error) => Err(unreachable(address, &error)),
+        };
+        let _ = inbox.send(Input::Probed { asked });
+    });
+}
+
+async fn ask(stream: &mut TcpStream, question: Upgrade) -> Result<(), Obstacle> {
+    let answer = match say(stream, &Message::Upgrade(question)).await {
+        Ok(()) => listen(stream).await,
+        Err(error) => Err(error),
+    };
+    match answer {
+        Ok(Message::Refuse(Refuse { code: RefuseCode::Busy, .. })) => Ok(()),
+        Ok(Message::Refuse(refuse)) => Err(Obstacle::Refused(refuse)),
+        Ok(other) => Err(Obstacle::Failed { text: negotiate::out_of_turn(other, "a refusal").to_string() }),
+        Err(error) => Err(Obstacle::Failed { text: error.to_string() }),
+    }
 }
 
 /// A connection to a peer's port.
@@ -200,4 +285,38 @@ pub(super) async fn listen(stream: &mut TcpStream) -> Heard {
 async fn timed<T>(work: impl Future<Output = Result<T, HelloError>>) -> Result<T, HelloError> {
     let late = || HelloError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
     tokio::time::timeout(MESSAGE_MAX, work).await.unwrap_or_else(|_| Err(late()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_keeps_a_peer_away_is_said_with_its_address() {
+        use std::io::ErrorKind::{self, *};
+        let address = SocketAddr::from(([10, 9, 0, 2], 7790));
+        let told = |kind: ErrorKind| match unreachable(address, &kind.into()) {
+            Obstacle::Unreachable { reach, text } => {
+                assert!(text.contains("10.9.0.2:7790"), "{text}");
+                (reach, text)
+            }
+            other => panic!("{other:?}"),
+        };
+        assert!(told(ConnectionRefused).1.starts_with("connection refused by 10.9.0.2:7790"));
+        assert!(told(TimedOut).1.starts_with("no answer from 10.9.0.2:7790 within 1 s"));
+        assert_eq!(told(TimedOut).0, told(HostUnreachable).0, "both mean that nobody is there");
+        assert_eq!(told(NetworkUnreachable).0, Reach::NoRoute);
+        assert_eq!(told(PermissionDenied).0, Reach::Other);
+    }
+
+    #[test]
+    fn a_refusal_is_told_once_and_what_is_remembered_is_bounded() {
+        let refusals = Refusals::default();
+        assert!(refusals.is_news("beta has no volume db") && !refusals.is_news("beta has no volume db"));
+        for volume in 0..2 * TOLD_MAX {
+            assert!(refusals.is_news(&format!("beta has no volume {volume}")));
+        }
+        assert_eq!(refusals.told.lock().expect("nobody panics with it").len(), TOLD_MAX);
+        assert!(refusals.is_news("beta has no volume db"), "forgotten by then");
+    }
 }

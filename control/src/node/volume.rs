@@ -11,7 +11,7 @@ use super::{Replies, Shared};
 use crate::admin;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::progress::Sample;
-use crate::role::{self, Action, Connection, Event, Level, ReplyId, Role, VolumeController, code};
+use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::superblock::Superblock;
@@ -27,8 +27,10 @@ use tokio::net::TcpStream;
 use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
 mod carry;
+mod probe;
 
 use carry::{PeerEnd, SessionState};
+use probe::Prober;
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
@@ -46,7 +48,9 @@ pub(super) enum Input {
     /// A peer connected and said this.
     Accepted { stream: TcpStream, hello: Box<Hello> },
     /// A dial ended.
-    Dialled { stream: Option<TcpStream> },
+    Dialled { stream: Result<TcpStream, Obstacle> },
+    /// The peer, which dials us, was asked whether it would have a session.
+    Probed { asked: Result<(), Obstacle> },
     /// It is settled what carries the conversation of this serial, or that nothing does.
     Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
     /// A peer connected and wants to take the session on to RDMA.
@@ -100,6 +104,7 @@ pub(super) struct VolumeTask {
     dial_under_way: bool,
     dial_pause: Duration,
     next_dial: Instant,
+    prober: Prober,
     /// From the handing over of a link to its end.
     link_up: bool,
     epoch: Epoch,
@@ -151,6 +156,7 @@ impl VolumeTask {
             dial_under_way: false,
             dial_pause: TICK,
             next_dial: now,
+            prober: Prober::new(now),
             link_up: false,
             epoch: Epoch::ZERO,
             replies: Replies::new(),
@@ -175,6 +181,7 @@ impl VolumeTask {
                 _ = tick.tick() => {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
+                    self.probe_if_due();
                     self.upgrade_if_due();
                     self.note_progress();
                 }
@@ -196,8 +203,9 @@ impl VolumeTask {
             }
             Input::Dialled { stream } => {
                 self.dial_under_way = false;
-                self.dialled(stream);
+                self.dialled(stream).await;
             }
+            Input::Probed { asked } => self.probed(asked).await,
             Input::Met { serial, stream, met } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
                     self.met(stream, met).await;
@@ -267,11 +275,15 @@ impl VolumeTask {
         self.next_dial = Instant::now() + self.dial_pause;
     }
 
-    fn dialled(&mut self, stream: Option<TcpStream>) {
-        let Some(stream) = stream else {
-            self.pause_dialling(true);
-            return;
+    async fn dialled(&mut self, stream: Result<TcpStream, Obstacle>) {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(obstacle) => {
+                self.pause_dialling(true);
+                return self.handle(Event::NoContact(obstacle)).await;
+            }
         };
+        self.handle(Event::Contact { willing: false }).await;
         if !self.dials || self.conversation.is_some() || self.link_up {
             return;
         }
@@ -285,20 +297,23 @@ impl VolumeTask {
                 self.conversation.as_mut().expect("the caller looked").stream = Some(stream);
                 Event::SessionReady(ready)
             }
-            Ok(other) => self.conversation_failed(&out_of_turn(other, "that it is ready")),
-            Err(error) => self.conversation_failed(&error),
+            Ok(other) => self.conversation_failed(out_of_turn(other, "that it is ready")),
+            Err(error) => self.conversation_failed(error.into()),
         };
         self.converse(event).await;
     }
 
-    fn conversation_failed(&mut self, error: &dyn std::error::Error) -> Event {
+    fn conversation_failed(&mut self, error: NoLink) -> Event {
         self.conversation = None;
-        Event::SessionFailed { text: error.to_string() }
+        match error {
+            NoLink::Refused(refuse) => Event::PeerRefused(refuse),
+            other => Event::SessionFailed { text: other.to_string() },
+        }
     }
 
     /// Tells the controller what came of a conversation.
     async fn converse(&mut self, event: Event) {
-        if matches!(event, Event::SessionFailed { .. }) {
+        if matches!(event, Event::SessionFailed { .. } | Event::PeerRefused(_)) {
             self.pause_dialling(true);
         }
         self.handle(event).await;

@@ -137,8 +137,8 @@ impl VolumeController {
         let text = self.diskless.text()?;
         Some(format!(
             "the disk failed ({text}); reads and writes go to the one of {peer}, the only copy: `costandby demote \
-             {volume}` here and `costandby promote {volume}` on {peer} when it suits, then replace the disk of {node}, \
-             `costandby create {volume} --force`, and restart its daemon: everything is copied back"
+             {volume}` here and `costandby promote {volume}` on {peer} when it suits; then stop the daemon of {node}, replace \
+             its disk, `costandby create {volume} --force`, and start it: everything is copied back"
         ))
     }
 }

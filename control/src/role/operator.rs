@@ -5,7 +5,7 @@ use super::{
     VolumeController, VolumeSettings, code,
 };
 use costandby_datapath::disk::superblock::{DiskState, Generations};
-use costandby_datapath::units::Generation;
+use costandby_datapath::units::{AckLevel, Generation};
 use std::time::Duration;
 
 impl VolumeController {
@@ -38,7 +38,9 @@ impl VolumeController {
             Command::StopVerify => self.on_stop_verify(id, actions),
             Command::Disconnect => {
                 self.part(actions);
-                self.reply(id, Ok("disconnected until `costandby connect`".to_owned()), actions);
+                let VolumeSettings { volume, peer, .. } = &self.settings;
+                let text = format!("disconnected from {peer} until `costandby connect {volume}`");
+                self.reply(id, Ok(text), actions);
             }
         }
     }
@@ -46,26 +48,31 @@ impl VolumeController {
     fn on_connect(&mut self, id: ReplyId, text: &str, actions: &mut Vec<Action>) {
         let text = if self.connection == Connection::Standalone {
             self.refusal = None;
+            self.obstacle = None;
             // A link that is still closing ends in `LinkDown`, which finds this state and dials.
             self.set_connection(Connection::Connecting);
             self.dial(actions);
-            text
+            text.to_owned()
         } else {
-            "connecting or connected already"
+            let why = self.obstacle_text().map(|text| format!(": {text}"));
+            format!("connecting or connected already{}", why.unwrap_or_default())
         };
-        self.reply(id, Ok(text.to_owned()), actions);
+        self.reply(id, Ok(text), actions);
     }
 
     /// Whether what the disk holds may be given up at an operator's word; if not, why.
     fn may_discard(&self) -> Result<(), String> {
-        let VolumeSettings { volume, node, .. } = &self.settings;
+        let VolumeSettings { volume, node, peer, .. } = &self.settings;
         if self.role != Role::Standby {
             return Err(format!(
                 "{node} serves the volume: `costandby demote {volume}` first, if its data is the data to lose"
             ));
         }
         if self.superblock.disk_state == DiskState::Failed {
-            return Err("the disk failed: replace it, then `costandby create` makes a new one".to_owned());
+            return Err(format!(
+                "the disk failed: stop the daemon, replace the disk, and `costandby create {volume} --force` makes a new one of \
+                 it, to be copied from {peer}"
+            ));
         }
         Ok(())
     }
@@ -173,6 +180,57 @@ impl VolumeController {
         if self.connection != Connection::Standalone {
             self.set_connection(Connection::Standalone);
         }
+        self.obstacle = None;
+    }
+
+    /// What a disk that is not up to date holds, and what is given up by serving it.
+    fn forced_price(&self) -> String {
+        let peer = &self.settings.peer;
+        let holds = match self.shown_disk_state() {
+            _ if self.superblock.is_fresh() => "a new disk's content",
+            DiskState::Outdated => "what it had flushed before it lost power",
+            DiskState::Failed => "what its medium still gives",
+            _ => "a mixture of older and newer data",
+        };
+        format!(
+            "--force serves what it holds, {holds}, and gives up what {peer} has: only if {peer}'s data is lost for good"
+        )
+    }
+
+    /// Where the data is, now that this node's disk failed: the first thing to know before anything is replaced.
+    fn who_has_the_data(&self) -> String {
+        let VolumeSettings { volume, node, peer, ack, .. } = &self.settings;
+        let superblock = &self.superblock;
+        let mend = format!("Repair or replace the disk of {node}, then restart its daemon");
+        let in_sync = self.connection == Connection::Connected && self.in_session() && !self.unrepaired;
+        if in_sync || self.diskless.text().is_some() || superblock.disk_state == DiskState::Inconsistent {
+            let last =
+                if *ack == AckLevel::Async { " but for the last writes (ack = \"async\")" } else { "" };
+            let serves = self.peer.as_ref().is_some_and(|peer| peer.primary);
+            let takeover = if serves {
+                String::new()
+            } else {
+                format!(", and `costandby promote {volume}` there serves it")
+            };
+            return format!("{peer} has the data{last}{takeover}. {mend}");
+        }
+        if superblock.is_fresh() {
+            return format!("it never held data of this pair. {mend}");
+        }
+        let ahead = self.alone
+            || self.undurable
+            || self.unrepaired
+            || self.connection == Connection::SyncSource
+            || !superblock.peer_has_current
+            || (*ack == AckLevel::Async && superblock.primary && !superblock.clean);
+        if ahead {
+            return format!(
+                "IT MAY HOLD WRITES THAT {peer} LACKS. Save what can be read of it before anything else; if it can be made to \
+                 work, restart the daemon of {node}. `costandby promote {volume}` on {peer}, or `costandby create {volume} \
+                 --force` on {node}, gives those writes up"
+            );
+        }
+        format!("{peer} had the same data when the two parted, and has what it wrote since. {mend}")
     }
 
     fn on_promote(&mut self, now: Duration, id: ReplyId, force: bool, actions: &mut Vec<Action>) {
@@ -194,9 +252,8 @@ impl VolumeController {
         let peer_name = &self.settings.peer;
         let Some(peer) = &self.peer else {
             if !self.is_usable() && !force {
-                let text = format!(
-                    "the disk is {state}: let it sync from {peer_name}, or give --force to serve what it holds"
-                );
+                let text =
+                    format!("the disk is {state}: let it sync from {peer_name}. {}", self.forced_price());
                 return self.reply(id, Err(text), actions);
             }
             return self.promote_alone(id, actions);
@@ -330,8 +387,7 @@ impl VolumeController {
         if self.medium_failed && self.connection == Connection::Standalone {
             return;
         }
-        let text =
-            format!("the disk failed ({text}); repair it, then restart the daemon: the peer has the data");
+        let text = format!("the disk of {} failed ({text}): {}", self.settings.node, self.who_has_the_data());
         self.log(Level::Error, &text, actions);
         if matches!(self.role, Role::Primary | Role::Demoting) {
             actions.push(Action::StopServing);
@@ -405,7 +461,13 @@ impl VolumeController {
         if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {
             self.set_role(Role::Primary);
             actions.push(Action::Serve { epoch: self.superblock.epoch });
-            let text = "requests in flight did not finish in time; still primary".to_owned();
+            let text = format!(
+                "the requests in flight did not finish within {} s, so {} is still primary: let a copy end first (`costandby \
+                 wait-sync {}`), see to slow disks and the link, then try again",
+                QUIESCE_TIMEOUT.as_secs(),
+                self.settings.node,
+                self.settings.volume
+            );
             self.reply(demotion.id, Err(text), actions);
         }
         if self.shutdown_deadline.is_some_and(|deadline| now >= deadline) {

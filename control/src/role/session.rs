@@ -1,7 +1,7 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
 use super::{
-    Action, Connection, GRANT_TIMEOUT, Level, Peer, Pending, Role, SessionSide, VolumeController,
+    Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
 };
 use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
@@ -20,9 +20,8 @@ impl VolumeController {
             );
             return self.refuse(RefuseCode::Configuration, &text, actions);
         }
-        if self.connection == Connection::Standalone {
-            let text = self.refusal.clone().unwrap_or_else(|| "disconnected by an operator".to_owned());
-            return self.refuse(RefuseCode::Disconnected, &text, actions);
+        if let Some(refuse) = self.will_refuse() {
+            return actions.push(Action::Refuse(refuse));
         }
         if self.peer.is_some() {
             // The peer has left the session that we still believe in.
@@ -47,12 +46,11 @@ impl VolumeController {
                 self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
             }
             Verdict::NoUsableDisk => {
-                let text =
-                    "neither disk can be copied from; `costandby promote --force` where the data is wanted";
-                self.refuse(RefuseCode::Disks, text, actions);
-                if self.refusal.as_deref() != Some(text) {
-                    self.log(Level::Error, text, actions);
-                    self.refusal = Some(text.to_owned());
+                let text = explain(agreement.verdict, &mine, &hello.view, settings);
+                self.refuse(RefuseCode::Disks, &text, actions);
+                if self.refusal.as_ref() != Some(&text) {
+                    self.log(Level::Error, &text, actions);
+                    self.refusal = Some(text);
                 }
             }
             Verdict::SplitBrain | Verdict::Unrelated | Verdict::SizeDiffers => {
@@ -102,7 +100,7 @@ impl VolumeController {
             self.set_role(Role::Standby);
             self.alone = false;
             self.undurable = false;
-            let text = format!("{} went on while we were away: stepping down", self.settings.peer);
+            let text = format!("{} went on while this node was away: stepping down", self.settings.peer);
             self.log(Level::Warn, &text, actions);
         }
         let full =
@@ -178,9 +176,11 @@ impl VolumeController {
         }
         self.store(actions);
         self.set_connection(connection);
-        if serve && self.role == Role::Standby {
+        let begins = serve && self.role == Role::Standby;
+        if begins {
             self.set_role(Role::Primary);
         }
+        self.obstacle = None;
         self.peer = Some(Peer { view: pending.peer, primary: peer_serves, diskless: false });
         self.alone = false;
         self.need_alone = false;
@@ -201,14 +201,15 @@ impl VolumeController {
             }
             _ => format!("connected to {}, in sync", self.settings.peer),
         };
-        self.log(Level::Info, &text, actions);
+        let role = if begins { format!("; {} is primary", self.settings.node) } else { String::new() };
+        self.log(Level::Info, &(text + &role), actions);
     }
 
-    pub(super) fn on_session_failed(&mut self, text: &str, actions: &mut Vec<Action>) {
+    pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {
         if self.pending.take().is_some() {
             self.handshake_over(actions);
         }
-        self.log(Level::Info, &format!("no session with {}: {text}", self.settings.peer), actions);
+        self.on_obstacle(obstacle, actions);
     }
 
     /// Closes a connection that waits for the peer's `Ready`.
@@ -504,25 +505,47 @@ impl VolumeController {
     }
 }
 
-fn explain(
-    verdict: Verdict,
-    mine: &crate::generation::View,
-    theirs: &crate::generation::View,
-    settings: &VolumeSettings,
-) -> String {
-    let VolumeSettings { volume, peer, .. } = settings;
-    let both = || format!("here {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
+fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let VolumeSettings { volume, node, peer, .. } = settings;
+    let both =
+        || format!("on {node} {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
     match verdict {
-        Verdict::SizeDiffers => {
-            format!("{} bytes here, {} on {peer}: not the same volume", mine.size, theirs.size)
-        }
+        Verdict::SizeDiffers => format!(
+            "the volume has {} bytes on {node} and {} on {peer}: one disk was made with another `size`. Correct that in its \
+             node's configuration, and make that disk anew (with its daemon stopped, `costandby create {volume} --force`, which \
+             gives up what it holds)",
+            mine.size, theirs.size
+        ),
         Verdict::SplitBrain => format!(
             "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
-             wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves); then \
-             `costandby connect {volume}` on the other",
+             wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves), which gives \
+             up what it wrote alone; then `costandby connect {volume}` on the other",
             both()
         ),
-        _ => format!("the disk here and the one on {peer} have no common past ({})", both()),
+        Verdict::NoUsableDisk => format!(
+            "neither disk can be copied from ({node}'s is {}, {peer}'s {}{}); nothing was changed. `costandby promote {volume} \
+             --force` serves what one of them holds, and gives up the other one's data: say it only on the node whose data is \
+             wanted",
+            mine.disk_state_shown(),
+            theirs.disk_state_shown(),
+            newer(mine, theirs, settings)
+        ),
+        _ => format!(
+            "the disk of {node} and the one of {peer} have no common past ({}), so they may be two volumes': correct their \
+             paths. If they are one volume's, on the node whose data is not wanted: stop its daemon, `costandby create {volume} \
+             --force`, which gives up what its disk holds, and start it; then `costandby connect {volume}` on the other",
+            both()
+        ),
+    }
+}
+
+/// Which of two disks went on from what the other one has, where that is known.
+fn newer(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let went_on = |one: &View, other: &View| one.generations.descends_from(other.generations.current);
+    match (went_on(mine, theirs), went_on(theirs, mine)) {
+        (true, false) => format!("; {}'s holds the newer data", settings.node),
+        (false, true) => format!("; {}'s holds the newer data", settings.peer),
+        _ => String::new(),
     }
 }
 

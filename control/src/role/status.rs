@@ -27,6 +27,8 @@ pub struct Status {
     pub frozen: bool,
     /// The verification under way, or the last one.
     pub verification: Verification,
+    /// There is no session, and none will be until an operator acts.
+    pub parted: bool,
     /// What an operator may want to know or type.
     pub advice: Option<String>,
 }
@@ -81,6 +83,7 @@ impl VolumeController {
             alone: self.alone,
             frozen,
             verification: self.verification.clone(),
+            parted: self.is_parted(),
             advice: self.advice(frozen),
         }
     }
@@ -113,22 +116,12 @@ impl VolumeController {
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         Some(match self.connection {
             Connection::Standalone => {
-                format!("disconnected from {peer}; `costandby connect {volume}` to look for it")
-            }
-            Connection::Connecting if frozen => {
+                let meanwhile = if serves { format!("serving without {peer}; ") } else { String::new() };
                 format!(
-                    "writes wait for {peer} to return; `costandby promote {volume} --force` goes on without it"
+                    "{meanwhile}an operator disconnected this node from {peer}; `costandby connect {volume}` looks for it again"
                 )
             }
-            Connection::Connecting if serves => format!("serving without {peer}, which will be resynced"),
-            Connection::Connecting if self.is_usable() => {
-                format!("waiting for {peer}; `costandby promote {volume}` to serve without it")
-            }
-            Connection::Connecting if self.may_lack_writes() => format!(
-                "this machine lost power while it served: {peer} may have acknowledged writes that this disk lacks; waiting \
-                 for it, to sync from it and serve again"
-            ),
-            Connection::Connecting => format!("waiting for {peer}, to sync from it"),
+            Connection::Connecting => self.connecting_advice(frozen),
             Connection::Connected if self.unrepaired => {
                 format!(
                     "{peer}'s disk differs from this one: `costandby verify {volume} --repair` copies what differs now, \
@@ -136,7 +129,9 @@ impl VolumeController {
                 )
             }
             Connection::SyncTarget if self.superblock.primary => {
-                format!("lost power while it served; serves again once it is up to date with {peer}")
+                format!(
+                    "this node lost power while it served; it serves again once it is up to date with {peer}"
+                )
             }
             Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
                 format!("no node serves; `costandby promote {volume}` on the one that should")

@@ -278,7 +278,7 @@ impl World {
             Ok(Message::Refuse(refuse)) => {
                 self.driver(at).conversation = None;
                 self.close_stream(at, stream);
-                role::Event::SessionFailed { text: refuse.text }
+                role::Event::PeerRefused(refuse)
             }
             Ok(Message::Link(_) | Message::Upgrade(_) | Message::Offer(_)) => {
                 panic!("the simulated nodes speak TCP only")
@@ -289,7 +289,7 @@ impl World {
                 role::Event::SessionFailed { text }
             }
         };
-        if matches!(event, role::Event::SessionFailed { .. }) {
+        if matches!(event, role::Event::SessionFailed { .. } | role::Event::PeerRefused(_)) {
             self.pause_dialling(at, true);
         }
         self.handle(at, event, true)

@@ -106,7 +106,7 @@ impl VolumeTask {
             }
             Err(error) => {
                 self.note_no_link(&error);
-                self.conversation_failed(&error)
+                self.conversation_failed(error)
             }
         };
         self.publish_link();
@@ -156,7 +156,9 @@ impl VolumeTask {
         });
         let Some(session) = session else {
             let text = "there is no such session over TCP, or it is changing its link already".to_owned();
-            return peers::part(stream, Refuse { code: RefuseCode::Busy, text });
+            // A peer that waits to be dialled asks in this way why it is not.
+            let refuse = self.controller.will_refuse().unwrap_or(Refuse { code: RefuseCode::Busy, text });
+            return peers::part(stream, refuse);
         };
         session.serial = upgrade.serial;
         session.switching = Some(upgrade.serial);
