@@ -4,6 +4,7 @@
 //!
 //! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
+//! - [`signal`]: signals that a daemon does not follow
 //! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
 //! - `counting`: an allocator for tests (feature `testing`)
 //! - `guard`: a medium that fails under a mapping poisons that mapping instead of killing the process
@@ -16,5 +17,6 @@ mod crc;
 mod guard;
 pub mod mapping;
 pub mod net;
+pub mod signal;
 #[cfg(feature = "rdma")]
 pub mod verbs;

@@ -46,6 +46,14 @@ pub fn render(status: &Status, colours: bool) -> String {
         }
     }
     let mut out = format!("node {}\n", status.node);
+    if status.log_lines_dropped > 0 {
+        let line = format!(
+            "  log: lines that could not be written: {}; is its reader stuck, its disk full?",
+            status.log_lines_dropped
+        );
+        out.push_str(&Colour::Attention.paint(&line, colours));
+        out.push('\n');
+    }
     push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, colours);
     for (row, volume) in rows.iter().zip(&status.volumes) {
         push_line(&mut out, row, &widths, colours);

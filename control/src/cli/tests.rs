@@ -150,7 +150,8 @@ fn alone() -> VolumeStatus {
 
 #[test]
 fn status_is_a_table_read_at_a_glance() {
-    let status = Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()] };
+    let status =
+        Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()], log_lines_dropped: 0 };
     let expected = "\
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
@@ -175,14 +176,15 @@ web      standby (frozen)  UpToDate  beta Unknown       tcp connecting   memory 
 
 #[test]
 fn status_without_volumes_says_so() {
-    let text = status::render(&Status { node: "alpha".into(), volumes: vec![] }, true);
+    let text = status::render(&Status { node: "alpha".into(), volumes: vec![], log_lines_dropped: 0 }, true);
     assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
 }
 
 #[test]
 fn status_json_has_the_fixed_keys() {
     let value =
-        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()] }).expect("serializes");
+        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0 })
+            .expect("serializes");
     assert_eq!(value["node"], "alpha");
     let volume = value["volumes"][0].as_object().expect("an object");
     for key in [
@@ -350,7 +352,7 @@ impl AdminBackend for CatchingUp {
     fn status(&self) -> Answer<'_, Status> {
         let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
         let volume = if done { db() } else { VolumeStatus { name: "db".into(), ..catching_up() } };
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume] } })
+        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume], log_lines_dropped: 0 } })
     }
 
     fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {
