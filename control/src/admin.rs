@@ -53,6 +53,9 @@ pub struct Status {
     pub node: String,
     /// Every volume with a disk on it, by name.
     pub volumes: Vec<VolumeStatus>,
+    /// Lines of the daemon's log that could not be written since it began.
+    #[serde(default)]
+    pub log_lines_dropped: u64,
 }
 
 /// One volume as its node sees it.

@@ -10,6 +10,7 @@ pub mod generation;
 pub mod hello;
 pub mod kernel;
 pub mod link;
+pub mod logging;
 pub mod nbd_client;
 pub mod node;
 pub mod progress;

@@ -4,6 +4,7 @@
 //!
 //! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
+//! - [`signal`]: signals that a daemon does not follow
 //! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
 //! - `counting`: an allocator for tests (feature `testing`)
 //! - `testing`: how a test is left out, and how slow the machine is (feature `testing`)
@@ -17,6 +18,7 @@ mod crc;
 mod guard;
 pub mod mapping;
 pub mod net;
+pub mod signal;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(feature = "rdma")]

@@ -188,11 +188,19 @@ impl Pair {
     /// # Panics
     /// When it runs already, ends at once or does not answer.
     pub fn up(&mut self, node: usize) {
-        assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
         let log = File::options().append(true).create(true).open(self.log_path(node)).expect("a log");
         let mut command = self.command(node);
         command.arg("up").env("COSTANDBY_LOG", "info").stdout(log.try_clone().expect("a log")).stderr(log);
-        self.daemons[node] = Some(Guarded::spawn(&mut command));
+        self.up_by(node, &mut command);
+    }
+
+    /// Starts a daemon by a command of the caller's, whose process becomes the daemon, and waits until it answers.
+    ///
+    /// # Panics
+    /// When it runs already, ends at once or does not answer.
+    pub fn up_by(&mut self, node: usize, command: &mut Command) {
+        assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
+        self.daemons[node] = Some(Guarded::spawn(command));
         wait_for(&format!("{} answers", NODES[node]), LIMIT, || {
             let ended = self.daemons[node].as_mut().and_then(Guarded::ended);
             assert!(ended.is_none(), "{} ended with {ended:?}: {}", NODES[node], self.log(node));
@@ -511,7 +519,11 @@ impl Pair {
         AdminClient::new(&self.path(&format!("{}.sock", NODES[node])), NODES[node])
     }
 
-    fn ask(&self, node: usize) -> Result<admin::Status, ClientError> {
+    /// What a node says of itself.
+    ///
+    /// # Errors
+    /// Whatever keeps its daemon from answering.
+    pub fn ask(&self, node: usize) -> Result<admin::Status, ClientError> {
         self.runtime.block_on(self.admin(node).status())
     }
 

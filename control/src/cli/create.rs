@@ -10,7 +10,7 @@
 //! Survives: a full file system (looked at first; a file that could not be completed is removed), a daemon that has
 //! the disk open (refused), being run twice (refused, says so).
 
-use super::{CreateArgs, colours_wanted};
+use super::{CliError, CreateArgs, colours_wanted, print_done};
 use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Name, Volume};
 use crate::kernel::random_number;
@@ -21,7 +21,7 @@ use costandby_datapath::disk::superblock::{DEVICE_METADATA_LEN, Location, Superb
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::fs::{FallocateFlags, OFlags};
 use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -183,17 +183,19 @@ pub enum CreateError {
 /// Makes the disks of `args`, one line on stdout each. Stops at the first that cannot be made; those before it stay.
 ///
 /// # Errors
-/// [`CreateError`].
-pub fn run(config: &Config, node: &Name, args: &CreateArgs) -> Result<(), CreateError> {
+/// [`CliError::Create`]; [`CliError::Untold`] where all were made and stdout took no more.
+pub fn run(config: &Config, node: &Name, args: &CreateArgs) -> Result<(), CliError> {
+    let mut told = Ok(());
     for (volume, disk) in selected(config, node, &args.volumes)? {
         let line = match disk {
             Disk::Memory => "in memory, nothing to make; its content is lost when the daemon ends".to_owned(),
             Disk::Path(path) => Maker { volume, node, path, args }.make()?,
         };
-        // A closed pipe must not leave the rest of the disks unmade.
-        let _ = writeln!(io::stdout(), "{}: {line}", volume.name);
+        // What cannot be printed must not leave the rest of the disks unmade.
+        let printed = print_done(&format!("{}: {line}\n", volume.name), "the disks were made");
+        told = told.and(printed);
     }
-    Ok(())
+    told
 }
 
 fn selected<'a>(

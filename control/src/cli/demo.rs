@@ -110,6 +110,8 @@ enum DemoError {
 /// [`CliError::Demo`] where anything was lost, torn or different, or could not be shown.
 pub fn run(args: &DemoArgs) -> Result<(), CliError> {
     let io = |doing| move |source| CliError::Io { doing, source };
+    // Its daemons would refuse to start.
+    crate::logging::Settings::from_environment()?;
     let interrupt = Arc::new(AtomicBool::new(false));
     watch_signals(Arc::clone(&interrupt)).map_err(io("watching for signals"))?;
     let program = std::env::current_exe().map_err(io("finding this program's own file"))?;

@@ -4,16 +4,18 @@
 //! script against this: names of subcommands and flags, `--json` shapes and exit statuses are fixed.
 //!
 //! Invariants: exit status 0 is done, 1 is failed with exactly one line on stderr that begins with `costandby: `, 2 is
-//! wrong usage. Colours and progress bars appear on terminals only, colours never with `NO_COLOR`.
+//! wrong usage. Colours and progress bars appear on terminals only, colours never with `NO_COLOR`. A pipe whose reader is gone
+//! (`costandby status | head -1`) is no failure and changes no exit status; output that a full device refuses is one.
 
 use crate::admin::Command as AdminCommand;
 use crate::admin_client::{AdminClient, ClientError};
 use crate::config::quantity::parse_duration;
 use crate::config::{Config, ConfigError, Name, Node, NodeName};
+use crate::logging;
 use crate::node::NodeError;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -28,6 +30,7 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod verify;
+mod version;
 pub mod wait_sync;
 
 /// Where the configuration is where nothing says otherwise.
@@ -37,7 +40,8 @@ pub const CONFIG_DEFAULT: &str = "/etc/costandby.toml";
 #[derive(Parser, Debug)]
 #[command(
     name = "costandby",
-    version,
+    version = version::short(),
+    long_version = version::long(),
     arg_required_else_help = true,
     after_help = "\
 Examples:
@@ -76,7 +80,11 @@ Examples:
   costandby --node alpha up
   COSTANDBY_LOG=debug costandby --config ./demo.toml --node beta up
 
-Logs to stderr; COSTANDBY_LOG sets how much (error, warn, info, debug, trace). SIGTERM and SIGINT end it cleanly.")]
+Logs to stderr. COSTANDBY_LOG sets how much: error, warn, info (default), debug, trace, or for one module
+costandby_datapath=debug; several with commas. COSTANDBY_LOG_FORMAT sets what lines look like: text (default), or json.
+A log that cannot be written disturbs nothing: `status --json` counts what was dropped in log_lines_dropped.
+
+SIGTERM and SIGINT end it cleanly. SIGHUP is noted in the log, no more: the configuration is read at the start.")]
     Up,
     /// Show what this node's volumes are doing.
     #[command(after_help = "\
@@ -327,6 +335,17 @@ pub enum CliError {
     /// A demonstration that went wrong, in a sentence.
     #[error("demo: {0}")]
     Demo(String),
+    /// A variable of the environment that cannot be followed: wrong usage.
+    #[error(transparent)]
+    Environment(#[from] logging::SettingsError),
+    /// What was asked for is done, and could not be said.
+    #[error("writing to stdout: {source}; {done}")]
+    Untold {
+        /// What was done.
+        done: &'static str,
+        /// The operating system's words.
+        source: io::Error,
+    },
     /// Output, or the runtime, failed.
     #[error("{doing}: {source}")]
     Io {
@@ -337,24 +356,44 @@ pub enum CliError {
     },
 }
 
+/// How long a daemon that cannot start, or failed, may take to say so: its stderr may be a pipe that nobody reads.
+const LAST_LINE_MAX: Duration = Duration::from_secs(1);
+
 /// Parses `args`, does what they say and returns the exit status. Reports failures on stderr.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
-        Err(error) => {
-            // A closed pipe while printing help has nobody left to tell.
+        // Nothing is left to be done where wrong usage cannot be told.
+        Err(error) if error.use_stderr() => {
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+            return ExitCode::from(2);
+        }
+        Err(help) => {
+            let printed = help.print().and_then(|()| io::stdout().flush());
+            return match told(printed) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(&error, false),
+            };
         }
     };
+    let daemon = matches!(cli.command, Command::Up);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(CliError::Io { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => {
-            let line = one_line(&error.to_string());
-            let _ = writeln!(io::stderr(), "costandby: {line}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error, daemon),
+    }
+}
+
+/// The line on stderr and the exit status. Whether stderr takes the line changes nothing.
+fn failed(error: &CliError, daemon: bool) -> ExitCode {
+    let line = format!("costandby: {}\n", one_line(&error.to_string()));
+    if daemon {
+        logging::say_within(line, LAST_LINE_MAX);
+    } else {
+        let _ = io::stderr().write_all(line.as_bytes());
+    }
+    match error {
+        CliError::Environment(_) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
     }
 }
 
@@ -364,12 +403,14 @@ fn run(cli: Cli) -> Result<(), CliError> {
     match command {
         Command::Create(args) => {
             let (config, node) = place.load()?;
-            Ok(create::run(&config, &node, &args)?)
+            create::run(&config, &node, &args)
         }
         Command::Up => {
+            let settings = logging::Settings::from_environment()?;
             let (config, node) = place.load()?;
             config.check_supported(node.as_str())?;
-            start_logging();
+            let _log = logging::start(settings, colours_wanted(logging::is_terminal()))
+                .map_err(|source| CliError::Io { doing: "starting the log", source })?;
             Ok(crate::node::run(&config, node.as_str())?)
         }
         Command::Status { json } => status::run(&place.client()?, json),
@@ -444,28 +485,34 @@ fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, Cli
         .block_on(work)
 }
 
-/// Writes all of `text` to stdout; a closed pipe is an error that `main` does not report.
+/// Writes all of `text` to stdout.
 fn print(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|source| CliError::Io { doing: "writing to stdout", source })
+    told(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+}
+
+/// A reader who has seen enough and closed the pipe is no failure: what else there is to find out decides the exit status.
+fn told(printed: io::Result<()>) -> Result<(), CliError> {
+    match printed {
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
+            Err(CliError::Io { doing: "writing to stdout", source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// As [`print`], of something that is done already: the failure says so.
+fn print_done(text: &str, done: &'static str) -> Result<(), CliError> {
+    print(text).map_err(|error| match error {
+        CliError::Io { source, .. } => CliError::Untold { done, source },
+        other => other,
+    })
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<(), CliError> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "costandby", &mut script);
     print(&String::from_utf8_lossy(&script))
-}
-
-fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("COSTANDBY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(colours_wanted(io::stderr().is_terminal()))
-        .init();
 }
 
 /// Whether to colour output that goes to a terminal or not; see <https://no-color.org>.

@@ -2,7 +2,7 @@
 //!
 //! All decisions are the daemon's; what it refuses comes back as the line on stderr.
 
-use super::{CliError, block_on, print};
+use super::{CliError, block_on, print_done};
 use crate::admin::Command;
 use crate::admin_client::AdminClient;
 use crate::config::VolumeName;
@@ -13,5 +13,5 @@ use crate::config::VolumeName;
 /// [`CliError::Client`] with the daemon's reason, or why it did not answer.
 pub fn run(client: &AdminClient, volume: &VolumeName, command: Command) -> Result<(), CliError> {
     let message = block_on(async { Ok(client.command(volume.as_str(), command).await?) })?;
-    print(&format!("{message}\n"))
+    print_done(&format!("{message}\n"), "the command was carried out")
 }

@@ -74,6 +74,14 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
     }
     let shown = columns_within(&widths, width);
     let mut out = format!("node {}\n", status.node);
+    if status.log_lines_dropped > 0 {
+        let line = format!(
+            "  log: lines that could not be written: {}; is its reader stuck, its disk full?",
+            status.log_lines_dropped
+        );
+        out.push_str(&Colour::Attention.paint(&line, colours));
+        out.push('\n');
+    }
     push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, &shown, colours);
     for (row, volume) in rows.iter().zip(&status.volumes) {
         push_line(&mut out, row, &widths, &shown, colours);

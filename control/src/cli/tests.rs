@@ -151,7 +151,8 @@ fn alone() -> VolumeStatus {
 
 #[test]
 fn status_is_a_table_read_at_a_glance() {
-    let status = Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()] };
+    let status =
+        Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()], log_lines_dropped: 0 };
     let expected = "\
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
@@ -177,7 +178,7 @@ link of archive: no RDMA on alpha (no device); see `costandby doctor`
 #[test]
 fn the_table_fits_80_columns_in_any_state() {
     let table = |volumes: Vec<VolumeStatus>| {
-        let text = status::render(&Status { node: "alpha".into(), volumes }, false);
+        let text = status::render(&Status { node: "alpha".into(), volumes, log_lines_dropped: 0 }, false);
         let lines: Vec<_> = text.lines().skip(1).map(str::to_owned).collect();
         let rows = lines.into_iter().filter(|line| !line.starts_with("  ") && !line.starts_with("link"));
         rows.collect::<Vec<_>>()
@@ -212,7 +213,10 @@ fn the_table_fits_80_columns_in_any_state() {
 #[test]
 fn what_the_peer_lacks_is_counted_or_not_known() {
     let behind = |volume: VolumeStatus| {
-        let text = status::render(&Status { node: "alpha".into(), volumes: vec![volume] }, false);
+        let text = status::render(
+            &Status { node: "alpha".into(), volumes: vec![volume], log_lines_dropped: 0 },
+            false,
+        );
         text.lines().nth(2).and_then(|row| row.rsplit("  ").next()).map(str::to_owned)
     };
     assert_eq!(behind(db()).as_deref(), Some("-"));
@@ -228,7 +232,8 @@ fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
                 modprobe rdma_rxe && rdma link add rxe0 type rxe netdev NETDEV)";
     let note = format!("alpha has no RDMA: {none}; beta has no RDMA: {none}");
     let volume = |name: &str| VolumeStatus { name: name.into(), link_note: Some(note.clone()), ..db() };
-    let render = |volumes| status::render(&Status { node: "alpha".into(), volumes }, false);
+    let render =
+        |volumes| status::render(&Status { node: "alpha".into(), volumes, log_lines_dropped: 0 }, false);
     let text = render(vec![volume("db"), volume("web")]);
     let lines: Vec<_> = text.lines().skip(4).collect();
     assert_eq!(lines, ["link: no RDMA on alpha and beta (no RDMA device); see `costandby doctor`"]);
@@ -244,14 +249,15 @@ fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
 
 #[test]
 fn status_without_volumes_says_so() {
-    let text = status::render(&Status { node: "alpha".into(), volumes: vec![] }, true);
+    let text = status::render(&Status { node: "alpha".into(), volumes: vec![], log_lines_dropped: 0 }, true);
     assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
 }
 
 #[test]
 fn status_json_has_the_fixed_keys() {
     let value =
-        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()] }).expect("serializes");
+        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0 })
+            .expect("serializes");
     assert_eq!(value["node"], "alpha");
     let volume = value["volumes"][0].as_object().expect("an object");
     for key in [
@@ -423,7 +429,7 @@ impl AdminBackend for CatchingUp {
     fn status(&self) -> Answer<'_, Status> {
         let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
         let volume = if done { db() } else { self.before.clone() };
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume] } })
+        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume], log_lines_dropped: 0 } })
     }
 
     fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {

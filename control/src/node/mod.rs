@@ -38,6 +38,7 @@ mod listeners;
 mod negotiate;
 mod peers;
 mod rdma;
+mod signals;
 mod volume;
 
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
@@ -118,7 +119,8 @@ struct Registry {
 /// # Errors
 /// [`NodeError`], all before anything is served.
 pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
-    end_on_panic();
+    crate::logging::end_on_panic();
+    signals::ignore_those_that_ask_for_nothing();
     config.check_supported(node)?;
     let this = config.node(node)?.clone();
     let admin = AdminServer::bind(&this.admin)?;
@@ -280,18 +282,6 @@ fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::Sock
     }
 }
 
-/// A controller or reactor that breaks its own invariants must not serve on.
-fn end_on_panic() {
-    let default = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        default(info);
-        eprintln!(
-            "costandby: internal error, the daemon ends (a restart is safe); please report the lines above"
-        );
-        std::process::abort();
-    }));
-}
-
 async fn serve(
     config: &Config,
     node: &NodeName,
@@ -302,6 +292,7 @@ async fn serve(
     peer_listener: std::net::TcpListener,
 ) -> Result<(), NodeError> {
     let system = |doing| move |source| NodeError::System { doing, source };
+    let mut signals = signals::Signals::watch().map_err(system("signal handling"))?;
     let (rdma_memory, machine, links) =
         (config.node(node.as_str())?.rdma_memory, Machine::here(), opened.len());
     let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
@@ -361,7 +352,7 @@ async fn serve(
         let _ = admin_stopped.await;
     }));
     tracing::info!(node = node.as_str(), volumes = registry.volumes.len(), "up");
-    stop_signal().await.map_err(system("signal handling"))?;
+    signals.stop().await;
     tracing::info!("stopping: finishing what is under way");
     acceptor.abort();
     for volume in &registry.volumes {
@@ -377,17 +368,6 @@ async fn serve(
     }
     let _ = stop_admin.send(());
     let _ = admin.await;
-    Ok(())
-}
-
-async fn stop_signal() -> io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut term = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = interrupt.recv() => {}
-    }
     Ok(())
 }
 
@@ -428,7 +408,11 @@ impl AdminBackend for Backend {
     fn status(&self) -> Answer<'_, admin::Status> {
         let volumes = self.registry.volumes.iter().enumerate();
         let volumes = volumes.map(|(index, shared)| volume_status(&self.registry, index, shared)).collect();
-        let status = admin::Status { node: self.registry.node.as_str().to_owned(), volumes };
+        let status = admin::Status {
+            node: self.registry.node.as_str().to_owned(),
+            volumes,
+            log_lines_dropped: crate::logging::lines_dropped(),
+        };
         Box::pin(async move { status })
     }
 
