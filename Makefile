@@ -60,6 +60,7 @@ planted-bugs: ## put each deliberate bug into a copy of the sources and see the 
 fmt: ## format the code
 	@cargo fmt --all
 	@cargo fmt --all --manifest-path tests/fuzz/Cargo.toml
+	@cargo fmt --all --manifest-path tests/rdma-oracle/Cargo.toml
 
 clean: ## remove what was built
 	@cargo clean --quiet

@@ -12,16 +12,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// What the script itself is written with.
-const UTILITIES: [&str; 19] = [
-    "awk", "bash", "cat", "dirname", "env", "grep", "head", "ln", "mktemp", "paste", "rm", "sed", "sh",
-    "sleep", "sort", "tail", "touch", "true", "uname",
+const UTILITIES: [&str; 20] = [
+    "awk", "bash", "cat", "chmod", "dirname", "env", "grep", "head", "ln", "mktemp", "paste", "rm", "sed",
+    "sh", "sleep", "sort", "tail", "touch", "true", "uname",
 ];
 
 /// What the sets `build`, `test` and `vm` ask for, by the package that brings it.
-const PROGRAMS: [(&str, &str); 27] = [
+const PROGRAMS: [(&str, &str); 28] = [
     ("gcc", "cc"),
     ("make", "make"),
     ("g++", "c++"),
+    ("pkg-config", "pkg-config"),
     ("git", "git"),
     ("libnbd-bin", "nbdinfo"),
     ("libnbd-bin", "nbdcopy"),
@@ -48,10 +49,17 @@ const PROGRAMS: [(&str, &str); 27] = [
     ("perftest", "ib_write_lat"),
 ];
 
-const LIBRARIES: [&str; 3] = ["libibverbs.so.1", "librdmacm.so.1", "libibverbs/librxe-rdmav34.so"];
+const LIBRARIES: [&str; 4] =
+    ["libclang.so", "libibverbs.so.1", "librdmacm.so.1", "libibverbs/librxe-rdmav34.so"];
 
 /// The oldest Rust that builds the workspace.
 const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
+
+/// A compiler whose programs all print the version that a libclang is asked for.
+const COMPILES: &str = r#"while [ $# -gt 0 ]; do
+    if [ "$1" = -o ]; then printf '#!/bin/sh\necho 14\n' >"$2" && chmod 755 "$2"; fi
+    shift
+done"#;
 
 struct Machine {
     dir: tempfile::TempDir,
@@ -69,7 +77,7 @@ impl Machine {
             symlink(found_in_path(name), machine.bin(name)).expect("a link");
         }
         for (package, program) in PROGRAMS {
-            machine.program(program, "exit 0");
+            machine.program(program, if program == "cc" { COMPILES } else { "exit 0" });
             // What the false apt-get installs.
             let programs = machine.path(&format!("packages/{package}"));
             let others = fs::read_to_string(&programs).unwrap_or_default();
@@ -142,7 +150,7 @@ impl Machine {
             root = self.dir.path().display()
         );
         self.program("apt-get", &script);
-        script_at(&self.path("answer"), "exit 0");
+        script_at(&self.path("answer"), COMPILES);
         self
     }
 
@@ -157,6 +165,7 @@ impl Machine {
         command.arg(script).args(sets).env_clear();
         command.env("PATH", self.path("bin")).env("HOME", self.dir.path());
         command.env("LD_LIBRARY_PATH", self.path("lib")).env("TMPDIR", self.dir.path());
+        command.env("LIBCLANG_PATH", self.path("lib"));
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         let output = command.output().expect("bash runs");
         Outcome::of(&output, &fs::read_to_string(self.path("asked")).unwrap_or_default())
@@ -298,7 +307,9 @@ fn without_apt_the_system_is_told_in_its_own_words() {
         outcome.refuses(8, &words);
         outcome.refuses(8, &["no apt"]);
         assert!(!machine.path("called").exists(), "{manager} was called");
-        assert!(!outcome.stderr.contains("libc6-dev"), "{}", outcome.stderr);
+        for unsaid in ["libc6-dev", "verbs.h", "clang"] {
+            assert!(!outcome.stderr.contains(unsaid), "{}", outcome.stderr);
+        }
     }
     // Nothing is missing: no package manager is missed either.
     Machine::complete().need(&["test", "vm"]).succeeds();

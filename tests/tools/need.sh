@@ -156,8 +156,19 @@ need_build() {
     need make make --version
 }
 
+# The RDMA declarations are compared with the libraries' headers (tests/rdma-oracle): by the C compiler, and by bindings
+# that libclang makes of them.
+has_header() { cc -fsyntax-only -x c - <<<"#include <$1>"; }
+has_libclang() { "$workspace/tests/rdma-oracle/find-libclang.sh" any; }
+
 need_test() {
     need_build
+    need libibverbs-dev has_header infiniband/verbs.h
+    need librdmacm-dev has_header rdma/rdma_cma.h
+    need pkg-config pkg-config --version
+    need libibverbs-dev pkg-config --exists libibverbs
+    need librdmacm-dev pkg-config --exists librdmacm
+    need libclang-dev has_libclang
     need g++ links_cxx
     need git git --version
     need libnbd-bin nbdinfo --version
@@ -223,7 +234,7 @@ families=(
     "gcc g++"
     "qemu-system-common qemu-system-x86 qemu-utils"
     "mount util-linux"
-    "ibverbs-providers ibverbs-utils libibverbs1 librdmacm1"
+    "ibverbs-providers ibverbs-utils libibverbs-dev libibverbs1 librdmacm-dev librdmacm1"
 )
 
 answers() {
@@ -271,6 +282,8 @@ subject() {
     links_c) echo "a C compiler that links (cc)" ;;
     links_cxx) echo "a C++ compiler that links (c++)" ;;
     has_library) echo "the library ${words[1]}" ;;
+    has_header) echo "the header ${words[1]}" ;;
+    has_libclang) echo "libclang, with clang's own headers" ;;
     has_rxe_provider) echo "libibverbs's part for soft-RoCE (librxe-rdmav*.so)" ;;
     has_static_busybox) echo "a statically linked busybox" ;;
     test) echo "the file ${words[-1]}" ;;
@@ -303,6 +316,10 @@ kmod               kmod                  kmod             kmod              kmod
 dmsetup            device-mapper         device-mapper    device-mapper     device-mapper
 libibverbs1        libibverbs            rdma-core        libibverbs1       -
 librdmacm1         librdmacm             rdma-core        librdmacm1        -
+libibverbs-dev     rdma-core-devel       rdma-core        rdma-core-devel   -
+librdmacm-dev      rdma-core-devel       rdma-core        rdma-core-devel   -
+pkg-config         pkgconf               pkgconf          pkgconf           pkgconf
+libclang-dev       clang-devel           clang            clang-devel       clang-dev
 ibverbs-providers  libibverbs            rdma-core        libibverbs        -
 ibverbs-utils      libibverbs-utils      rdma-core        libibverbs-utils  -
 perftest           perftest              -                perftest          -
@@ -329,6 +346,8 @@ tell_without_apt() {
     for at in "${!checks[@]}"; do
         check=${checks[at]}
         [[ $'\n'$(printf '%s\n' "${failed[@]}")$'\n' == *$'\n'"$check"$'\n'* ]] || continue
+        # What is asked by way of the compiler may be there all the same; the next run tells.
+        if [[ $check == has_header* || $check == has_libclang* ]] && ! answers links_c; then continue; fi
         # nbdfuse is a package of its own there.
         if [ "$manager" = dnf ] && [[ $check == nbdfuse* ]]; then
             known[nbdfuse]=1

@@ -32,14 +32,31 @@ dependencies() {
 }
 skipped=
 
+# The declarations of the RDMA libraries against their headers. The crate is no part of the workspace.
+rdma_oracle() {
+    local libclang features=()
+    if libclang=$(tests/rdma-oracle/find-libclang.sh); then
+        features=(--features rdma-sys)
+        export LIBCLANG_PATH=$libclang
+    else
+        echo "SKIPPED: comparing RDMA declarations with rdma-sys, which needs a libclang of version 15 or older"
+        skipped+=" (rdma-sys SKIPPED)"
+    fi
+    CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/rdma-oracle cargo test --quiet --locked \
+        --manifest-path tests/rdma-oracle/Cargo.toml "${features[@]}"
+    unset LIBCLANG_PATH
+}
+
 documents() {
     RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --quiet --locked --workspace --no-deps
 }
 
 step "formatting" cargo fmt --all --check
 step "formatting of the fuzz targets" cargo fmt --all --check --manifest-path tests/fuzz/Cargo.toml
+step "formatting of the RDMA oracle" cargo fmt --all --check --manifest-path tests/rdma-oracle/Cargo.toml
 step "licences, duplicates, sources, advisories" dependencies
 step "clippy" cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+step "RDMA declarations against the headers" rdma_oracle
 step "build" cargo build --quiet --locked --workspace --bins
 step "fuzzing, ${fuzz_seconds} s a target" tests/fuzz/run.sh "$fuzz_seconds"
 step "documentation" documents

@@ -9,14 +9,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use rdma_mummy_sys as sys;
-use sys::rdma_cm_event_type as event_type;
-
 use super::error::VerbsError;
+use super::sys;
 
 /// A channel that events arrive on.
 pub(super) struct Channel {
     raw: *mut sys::rdma_event_channel,
+    libraries: &'static sys::Libraries,
 }
 
 // SAFETY: the library allows any thread to use a channel; whoever takes events from it has it exclusively or by `&`,
@@ -34,8 +33,9 @@ pub(super) struct Event {
 
 impl Channel {
     pub(super) fn new() -> Result<Self, VerbsError> {
+        let libraries = sys::libraries()?;
         // SAFETY: no arguments; the result is owned by `Self`.
-        let raw = unsafe { sys::rdma_create_event_channel() };
+        let raw = unsafe { libraries.manager.rdma_create_event_channel() };
         if raw.is_null() {
             let error = io::Error::last_os_error();
             return Err(match error.raw_os_error() {
@@ -49,7 +49,7 @@ impl Channel {
                 _ => VerbsError::of("rdma_create_event_channel", error),
             });
         }
-        let channel = Self { raw };
+        let channel = Self { raw, libraries };
         let flags =
             rustix::fs::fcntl_getfl(channel.events()).map_err(|e| VerbsError::of("fcntl", e.into()))?;
         rustix::fs::fcntl_setfl(channel.events(), flags | rustix::fs::OFlags::NONBLOCK)
@@ -64,9 +64,10 @@ impl Channel {
 
     /// The next event, if there is one. Does not block.
     pub(super) fn next(&self) -> Result<Option<Event>, VerbsError> {
+        let manager = &self.libraries.manager;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the channel is open and does not block; `raw` is written on success.
-        if unsafe { sys::rdma_get_cm_event(self.raw, &raw mut raw) } != 0 {
+        if unsafe { manager.rdma_get_cm_event(self.raw, &raw mut raw) } != 0 {
             let error = io::Error::last_os_error();
             return match error.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
@@ -76,7 +77,7 @@ impl Channel {
         // SAFETY: the event and what it points to are valid until it is acknowledged, which happens once and after
         // everything was copied. All our identifiers are of the connected kind, whose events have `conn`.
         let event = unsafe {
-            let conn = &(*raw).param.conn;
+            let conn = &(*raw).conn;
             let private = if conn.private_data.is_null() {
                 Vec::new()
             } else {
@@ -84,9 +85,9 @@ impl Channel {
                     .to_vec()
             };
             let (kind, status) = ((*raw).event, (*raw).status);
-            let is_request = kind == event_type::RDMA_CM_EVENT_CONNECT_REQUEST;
+            let is_request = kind == sys::RDMA_CM_EVENT_CONNECT_REQUEST;
             let request = if is_request { (*raw).id } else { std::ptr::null_mut() };
-            sys::rdma_ack_cm_event(raw);
+            manager.rdma_ack_cm_event(raw);
             Event { kind, status, private, request }
         };
         Ok(Some(event))
@@ -116,7 +117,7 @@ impl Channel {
 impl Drop for Channel {
     fn drop(&mut self) {
         // SAFETY: created once, destroyed once; its identifiers are gone, as `Identifier` orders it.
-        unsafe { sys::rdma_destroy_event_channel(self.raw) };
+        unsafe { self.libraries.manager.rdma_destroy_event_channel(self.raw) };
     }
 }
 
@@ -135,12 +136,8 @@ impl Identifier {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the channel is open and lives as long as the identifier; `raw` is written on success.
         let code = unsafe {
-            sys::rdma_create_id(
-                channel.raw,
-                &raw mut raw,
-                std::ptr::null_mut(),
-                sys::rdma_port_space::RDMA_PS_TCP,
-            )
+            let manager = &channel.libraries.manager;
+            manager.rdma_create_id(channel.raw, &raw mut raw, std::ptr::null_mut(), sys::RDMA_PS_TCP)
         };
         if code != 0 {
             return Err(VerbsError::last("rdma_create_id"));
@@ -150,9 +147,10 @@ impl Identifier {
 
     /// Takes over the identifier of a connection request and gives it a channel of its own.
     pub(super) fn of_request(raw: *mut sys::rdma_cm_id) -> Result<Self, VerbsError> {
+        let manager = &sys::libraries()?.manager;
         let moved = Channel::new().and_then(|channel| {
             // SAFETY: the identifier is ours since its event; no event of it is unacknowledged, so this does not wait.
-            match unsafe { sys::rdma_migrate_id(raw, channel.raw) } {
+            match unsafe { manager.rdma_migrate_id(raw, channel.raw) } {
                 0 => Ok(channel),
                 _ => Err(VerbsError::last("rdma_migrate_id")),
             }
@@ -161,7 +159,7 @@ impl Identifier {
             Ok(channel) => Ok(Self { raw, channel }),
             Err(error) => {
                 // SAFETY: ours, not used after, and still on the listener's channel, which is open while it is served.
-                unsafe { sys::rdma_destroy_id(raw) };
+                unsafe { manager.rdma_destroy_id(raw) };
                 Err(error)
             }
         }
@@ -169,6 +167,11 @@ impl Identifier {
 
     pub(super) fn as_ptr(&self) -> *mut sys::rdma_cm_id {
         self.raw
+    }
+
+    /// The library's calls, which take [`Identifier::as_ptr`].
+    pub(super) fn manager(&self) -> &'static sys::Manager {
+        &self.channel.libraries.manager
     }
 
     pub(super) fn channel(&self) -> &Channel {
@@ -188,45 +191,46 @@ impl Identifier {
 
     /// Whether its port is known to be down.
     pub(super) fn port_is_down(&self) -> bool {
+        let verbs = &self.channel.libraries.verbs;
         let mut attributes = MaybeUninit::<sys::ibv_port_attr>::zeroed();
         // SAFETY: the identifier is alive, and so is the context it is bound to, if it is to one; the call writes at
         // most the structure, for which zeroes are valid.
         unsafe {
             let (context, port) = ((*self.raw).verbs, (*self.raw).port_num);
             !context.is_null()
-                && sys::ibv_query_port(context, port, attributes.as_mut_ptr()) == 0
-                && attributes.assume_init().state == sys::ibv_port_state::IBV_PORT_DOWN
+                && verbs.ibv_query_port(context, port, attributes.as_mut_ptr()) == 0
+                && attributes.assume_init().state == sys::IBV_PORT_DOWN
         }
     }
 
     pub(super) fn local_address(&self) -> Option<SocketAddr> {
         // SAFETY: the identifier is alive and nobody changes its addresses; the storage is large enough for every kind.
-        unsafe { from_storage(&(*self.raw).route.addr.src_addr_union.src_storage) }
+        unsafe { from_storage(&(*self.raw).src_storage) }
     }
 
     pub(super) fn peer_address(&self) -> Option<SocketAddr> {
         // SAFETY: as in `local_address`.
-        unsafe { from_storage(&(*self.raw).route.addr.dst_addr_union.dst_storage) }
+        unsafe { from_storage(&(*self.raw).dst_storage) }
     }
 
     /// Turns a connection request down. An identifier of no request answers with an error, which is as good.
     pub(super) fn reject(&self) {
         // SAFETY: the identifier is alive; no private data go along.
-        unsafe { sys::rdma_reject(self.raw, std::ptr::null(), 0) };
+        unsafe { self.manager().rdma_reject(self.raw, std::ptr::null(), 0) };
     }
 
     /// Tells the peer. Its answer is not waited for.
     pub(super) fn disconnect(&self) {
         // SAFETY: the identifier is alive; it owns no queue pair (ours is created apart from it and is destroyed). One
         // that was never connected answers with an error, which is as good.
-        unsafe { sys::rdma_disconnect(self.raw) };
+        unsafe { self.manager().rdma_disconnect(self.raw) };
     }
 }
 
 impl Drop for Identifier {
     fn drop(&mut self) {
         // SAFETY: destroyed once, before its channel (a field, dropped after this). All its events are acknowledged.
-        unsafe { sys::rdma_destroy_id(self.raw) };
+        unsafe { self.manager().rdma_destroy_id(self.raw) };
     }
 }
 

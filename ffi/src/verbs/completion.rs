@@ -6,10 +6,9 @@
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
-use rdma_mummy_sys as sys;
-
 use super::context::Domain;
 use super::error::VerbsError;
+use super::sys;
 
 /// Completions taken off the queue at a time: 1.5 KiB of stack, and more than arrive between two polls of a busy loop.
 pub(super) const BATCH_LEN: usize = 32;
@@ -18,7 +17,7 @@ pub(super) struct CompletionQueue {
     raw: *mut sys::ibv_cq,
     channel: *mut sys::ibv_comp_channel,
     /// Keeps the context open; last to go.
-    _domain: Domain,
+    domain: Domain,
 }
 
 // SAFETY: the queue and its channel belong to one queue pair, which is used by one thread at a time (`&mut`).
@@ -26,20 +25,20 @@ unsafe impl Send for CompletionQueue {}
 
 impl CompletionQueue {
     pub(super) fn new(domain: &Domain, len: u32) -> Result<Self, VerbsError> {
-        let context = domain.context().as_ptr();
+        let (context, verbs) = (domain.context().as_ptr(), domain.context().verbs());
         // SAFETY: the domain keeps the context open for as long as `Self` lives.
-        let channel = unsafe { sys::ibv_create_comp_channel(context) };
+        let channel = unsafe { verbs.ibv_create_comp_channel(context) };
         if channel.is_null() {
             return Err(VerbsError::last("ibv_create_comp_channel"));
         }
-        let mut queue = Self { raw: std::ptr::null_mut(), channel, _domain: domain.clone() };
+        let mut queue = Self { raw: std::ptr::null_mut(), channel, domain: domain.clone() };
         let events = queue.events();
         let flags = rustix::fs::fcntl_getfl(events).map_err(|e| VerbsError::of("fcntl", e.into()))?;
         rustix::fs::fcntl_setfl(events, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(|e| VerbsError::of("fcntl", e.into()))?;
         let len = i32::try_from(len).unwrap_or(i32::MAX);
         // SAFETY: context and channel live as long as the queue. The device writes only memory of its own driver's.
-        queue.raw = unsafe { sys::ibv_create_cq(context, len, std::ptr::null_mut(), channel, 0) };
+        queue.raw = unsafe { verbs.ibv_create_cq(context, len, std::ptr::null_mut(), channel, 0) };
         if queue.raw.is_null() {
             return Err(VerbsError::last("ibv_create_cq"));
         }
@@ -81,12 +80,13 @@ impl CompletionQueue {
 
     /// Takes the event off the descriptor, if there is one.
     pub(super) fn take_event(&mut self) {
+        let verbs = self.domain.context().verbs();
         let (mut queue, mut tag) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the descriptor does not block; the outputs are written on success only. One event is asked for at a
         // time and acknowledged here at once, so destroying the queue never waits for an acknowledgement.
         unsafe {
-            if sys::ibv_get_cq_event(self.channel, &raw mut queue, &raw mut tag) == 0 {
-                sys::ibv_ack_cq_events(queue, 1);
+            if verbs.ibv_get_cq_event(self.channel, &raw mut queue, &raw mut tag) == 0 {
+                verbs.ibv_ack_cq_events(queue, 1);
             }
         }
     }
@@ -94,13 +94,14 @@ impl CompletionQueue {
 
 impl Drop for CompletionQueue {
     fn drop(&mut self) {
+        let verbs = self.domain.context().verbs();
         // SAFETY: each made once and destroyed once, the queue before its channel; the queue pair that uses them is
         // destroyed before (`QueuePair` orders it). A call that fails (the queue pair was leaked) changes nothing.
         unsafe {
             if !self.raw.is_null() {
-                sys::ibv_destroy_cq(self.raw);
+                verbs.ibv_destroy_cq(self.raw);
             }
-            sys::ibv_destroy_comp_channel(self.channel);
+            verbs.ibv_destroy_comp_channel(self.channel);
         }
     }
 }

@@ -12,17 +12,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
-use rdma_mummy_sys as sys;
-use sys::ibv_qp_attr_mask as mask;
-use sys::ibv_qp_state as state;
-use sys::rdma_cm_event_type as event_type;
-
 use super::PRIVATE_LEN_MAX;
 use super::channel::{Channel, Event, Identifier, no_device_at, to_storage};
 use super::context::{Context, Domain};
 use super::error::VerbsError;
 use super::queue_pair::{Failure, QueuePair, Settings};
 use super::reaper;
+use super::sys;
 
 /// Requests that may wait to be taken by [`Listener::request`]: both nodes' volumes reconnecting at once.
 const BACKLOG: i32 = 128;
@@ -74,11 +70,11 @@ impl Connection {
         loop {
             match self.identifier().channel().next() {
                 Ok(Some(event)) => match event.kind {
-                    event_type::RDMA_CM_EVENT_DISCONNECTED
-                    | event_type::RDMA_CM_EVENT_CONNECT_ERROR
-                    | event_type::RDMA_CM_EVENT_UNREACHABLE
-                    | event_type::RDMA_CM_EVENT_REJECTED => return Some(Failure::Closed),
-                    event_type::RDMA_CM_EVENT_DEVICE_REMOVAL => {
+                    sys::RDMA_CM_EVENT_DISCONNECTED
+                    | sys::RDMA_CM_EVENT_CONNECT_ERROR
+                    | sys::RDMA_CM_EVENT_UNREACHABLE
+                    | sys::RDMA_CM_EVENT_REJECTED => return Some(Failure::Closed),
+                    sys::RDMA_CM_EVENT_DEVICE_REMOVAL => {
                         return Some(Failure::Device("it was removed"));
                     }
                     _ => {}
@@ -117,12 +113,13 @@ impl Listener {
     pub fn bind(address: SocketAddr) -> Result<Self, VerbsError> {
         let identifier = Identifier::new()?;
         let mut storage = to_storage(address);
+        let manager = identifier.manager();
         // SAFETY: the identifier is alive; the call only reads the address.
-        if unsafe { sys::rdma_bind_addr(identifier.as_ptr(), (&raw mut storage).cast()) } != 0 {
+        if unsafe { manager.rdma_bind_addr(identifier.as_ptr(), (&raw mut storage).cast()) } != 0 {
             return Err(no_device_at("rdma_bind_addr", address.ip()));
         }
         // SAFETY: the identifier is alive and bound.
-        if unsafe { sys::rdma_listen(identifier.as_ptr(), BACKLOG) } != 0 {
+        if unsafe { manager.rdma_listen(identifier.as_ptr(), BACKLOG) } != 0 {
             return Err(no_device_at("rdma_listen", address.ip()));
         }
         if !address.ip().is_unspecified() && identifier.device().is_none() {
@@ -145,12 +142,12 @@ impl Listener {
     pub fn request(&self, deadline: Instant) -> Result<Option<Request>, VerbsError> {
         while let Some(event) = self.identifier.channel().wait(deadline)? {
             match event.kind {
-                event_type::RDMA_CM_EVENT_CONNECT_REQUEST => {
+                sys::RDMA_CM_EVENT_CONNECT_REQUEST => {
                     if let Some(request) = Request::new(event) {
                         return Ok(Some(request));
                     }
                 }
-                event_type::RDMA_CM_EVENT_DEVICE_REMOVAL => return Err(VerbsError::Removed),
+                sys::RDMA_CM_EVENT_DEVICE_REMOVAL => return Err(VerbsError::Removed),
                 _ => {}
             }
         }
@@ -210,6 +207,10 @@ impl Half {
         self.connection.identifier().as_ptr()
     }
 
+    fn manager(&self) -> &'static sys::Manager {
+        self.connection.identifier().manager()
+    }
+
     fn channel(&self) -> &Channel {
         self.connection.identifier().channel()
     }
@@ -217,7 +218,7 @@ impl Half {
     /// A queue pair that may already be written to, as far as it goes before the peer's answer.
     fn queue_pair(&self, settings: &Settings) -> Result<QueuePair, VerbsError> {
         let mut queue_pair = QueuePair::new(&self.domain, settings, self.connection.identifier().port())?;
-        self.change(&mut queue_pair, state::IBV_QPS_INIT, settings)?;
+        self.change(&mut queue_pair, sys::IBV_QPS_INIT, settings)?;
         queue_pair.post_receives()?;
         Ok(queue_pair)
     }
@@ -225,7 +226,7 @@ impl Half {
     /// To ready, both ways.
     fn make_ready(&self, queue_pair: &mut QueuePair, settings: &Settings) -> Result<(), VerbsError> {
         // INIT once more: what the connection manager knew before the peer's word was provisional.
-        for state in [state::IBV_QPS_INIT, state::IBV_QPS_RTR, state::IBV_QPS_RTS] {
+        for state in [sys::IBV_QPS_INIT, sys::IBV_QPS_RTR, sys::IBV_QPS_RTS] {
             self.change(queue_pair, state, settings)?;
         }
         Ok(())
@@ -237,24 +238,25 @@ impl Half {
         let mut attributes: sys::ibv_qp_attr = unsafe { std::mem::zeroed() };
         attributes.qp_state = to;
         let mut which = 0;
+        let manager = self.manager();
         // SAFETY: the identifier is alive; the call writes the two structures it is given.
-        if unsafe { sys::rdma_init_qp_attr(self.raw(), &raw mut attributes, &raw mut which) } != 0 {
+        if unsafe { manager.rdma_init_qp_attr(self.raw(), &raw mut attributes, &raw mut which) } != 0 {
             return Err(VerbsError::last("rdma_init_qp_attr"));
         }
-        let has = |bit: mask| which.cast_unsigned() & bit.0 != 0;
-        if has(mask::IBV_QP_ACCESS_FLAGS) {
-            attributes.qp_access_flags = sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0;
+        let has = |bit: u32| which.cast_unsigned() & bit != 0;
+        if has(sys::IBV_QP_ACCESS_FLAGS) {
+            attributes.qp_access_flags = sys::IBV_ACCESS_REMOTE_WRITE;
         }
-        if has(mask::IBV_QP_MIN_RNR_TIMER) {
+        if has(sys::IBV_QP_MIN_RNR_TIMER) {
             attributes.min_rnr_timer = RECEIVER_NOT_READY_TIMER;
         }
-        if has(mask::IBV_QP_TIMEOUT) {
+        if has(sys::IBV_QP_TIMEOUT) {
             attributes.timeout = settings.ack_timeout;
         }
-        if has(mask::IBV_QP_RETRY_CNT) {
+        if has(sys::IBV_QP_RETRY_CNT) {
             attributes.retry_cnt = RETRIES;
         }
-        if has(mask::IBV_QP_RNR_RETRY) {
+        if has(sys::IBV_QP_RNR_RETRY) {
             attributes.rnr_retry = RECEIVER_NOT_READY_RETRIES;
         }
         // Old kernels report bits of their own here that the call below would refuse.
@@ -285,19 +287,19 @@ fn wait(
         // The connection manager's own answers are negative error numbers; a peer's rejection is a positive reason.
         let cause = std::io::Error::from_raw_os_error(event.status.saturating_neg());
         match event.kind {
-            event_type::RDMA_CM_EVENT_REJECTED => {
+            sys::RDMA_CM_EVENT_REJECTED => {
                 let nobody = [REJECT_NO_SERVICE, -libc::ECONNREFUSED].contains(&event.status);
                 let rejected = VerbsError::Rejected { peer, reason: event.status };
                 return Err(if nobody { VerbsError::Refused { peer } } else { rejected });
             }
-            event_type::RDMA_CM_EVENT_ADDR_ERROR
-            | event_type::RDMA_CM_EVENT_ROUTE_ERROR
-            | event_type::RDMA_CM_EVENT_CONNECT_ERROR
-            | event_type::RDMA_CM_EVENT_UNREACHABLE => {
+            sys::RDMA_CM_EVENT_ADDR_ERROR
+            | sys::RDMA_CM_EVENT_ROUTE_ERROR
+            | sys::RDMA_CM_EVENT_CONNECT_ERROR
+            | sys::RDMA_CM_EVENT_UNREACHABLE => {
                 return Err(VerbsError::Unreachable { peer, step, cause });
             }
-            event_type::RDMA_CM_EVENT_DISCONNECTED => return Err(VerbsError::Closed { step }),
-            event_type::RDMA_CM_EVENT_DEVICE_REMOVAL => return Err(VerbsError::Removed),
+            sys::RDMA_CM_EVENT_DISCONNECTED => return Err(VerbsError::Closed { step }),
+            sys::RDMA_CM_EVENT_DEVICE_REMOVAL => return Err(VerbsError::Removed),
             _ => {}
         }
     }
@@ -393,13 +395,14 @@ impl Opened {
         let mut queue_pair = self.half().queue_pair(settings)?;
         self.half().make_ready(&mut queue_pair, settings)?;
         let mut parameters = parameters(&queue_pair, private);
+        let half = self.half();
         // SAFETY: identifier and private data live through the call, which copies what it sends.
-        if unsafe { sys::rdma_accept(self.half().raw(), &raw mut parameters) } != 0 {
+        if unsafe { half.manager().rdma_accept(half.raw(), &raw mut parameters) } != 0 {
             return Err(VerbsError::last("rdma_accept"));
         }
         // From here on it is the connection's end, not a rejection, that turns it down.
         let half = self.half.take().expect("not taken before");
-        half.wait(&[event_type::RDMA_CM_EVENT_ESTABLISHED], deadline, "accepting an RDMA connection")?;
+        half.wait(&[sys::RDMA_CM_EVENT_ESTABLISHED], deadline, "accepting an RDMA connection")?;
         queue_pair.own(half.connection);
         Ok(Established { queue_pair, private: std::mem::take(&mut self.private) })
     }
@@ -438,19 +441,19 @@ impl Resolved {
         let mut to = to_storage(peer);
         let mut from = local.map(|ip| to_storage(SocketAddr::new(ip, 0)));
         let from = from.as_mut().map_or(std::ptr::null_mut(), |storage| (&raw mut *storage).cast());
+        let (manager, raw) = (identifier.manager(), identifier.as_ptr());
         // SAFETY: the identifier is alive; the call only reads the addresses, which live through it.
-        let code = unsafe {
-            sys::rdma_resolve_addr(identifier.as_ptr(), from, (&raw mut to).cast(), milliseconds_to(deadline))
-        };
+        let code =
+            unsafe { manager.rdma_resolve_addr(raw, from, (&raw mut to).cast(), milliseconds_to(deadline)) };
         if code != 0 {
             return Err(unresolved(local, peer, STEP));
         }
-        wait(identifier.channel(), &[event_type::RDMA_CM_EVENT_ADDR_RESOLVED], peer, deadline, STEP)?;
+        wait(identifier.channel(), &[sys::RDMA_CM_EVENT_ADDR_RESOLVED], peer, deadline, STEP)?;
         // SAFETY: the identifier is alive and bound to a device.
-        if unsafe { sys::rdma_resolve_route(identifier.as_ptr(), milliseconds_to(deadline)) } != 0 {
+        if unsafe { manager.rdma_resolve_route(raw, milliseconds_to(deadline)) } != 0 {
             return Err(unresolved(local, peer, STEP));
         }
-        wait(identifier.channel(), &[event_type::RDMA_CM_EVENT_ROUTE_RESOLVED], peer, deadline, STEP)?;
+        wait(identifier.channel(), &[sys::RDMA_CM_EVENT_ROUTE_RESOLVED], peer, deadline, STEP)?;
         Ok(Self { half: Half::new(identifier, peer)? })
     }
 
@@ -476,16 +479,16 @@ impl Resolved {
         let mut queue_pair = half.queue_pair(settings)?;
         let mut parameters = parameters(&queue_pair, private);
         // SAFETY: identifier and private data live through the call, which copies what it sends.
-        if unsafe { sys::rdma_connect(half.raw(), &raw mut parameters) } != 0 {
+        if unsafe { half.manager().rdma_connect(half.raw(), &raw mut parameters) } != 0 {
             return Err(VerbsError::last("rdma_connect"));
         }
         // InfiniBand and RoCE ask us to be ready and say so; with iWARP the kernel has done both.
-        let kinds = [event_type::RDMA_CM_EVENT_CONNECT_RESPONSE, event_type::RDMA_CM_EVENT_ESTABLISHED];
+        let kinds = [sys::RDMA_CM_EVENT_CONNECT_RESPONSE, sys::RDMA_CM_EVENT_ESTABLISHED];
         let event = half.wait(&kinds, deadline, STEP)?;
-        if event.kind == event_type::RDMA_CM_EVENT_CONNECT_RESPONSE {
+        if event.kind == sys::RDMA_CM_EVENT_CONNECT_RESPONSE {
             half.make_ready(&mut queue_pair, settings)?;
             // SAFETY: the identifier is alive and has no queue pair of its own.
-            if unsafe { sys::rdma_establish(half.raw()) } != 0 {
+            if unsafe { half.manager().rdma_establish(half.raw()) } != 0 {
                 return Err(VerbsError::last("rdma_establish"));
             }
         }

@@ -10,10 +10,9 @@ use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use rdma_mummy_sys as sys;
-
 use super::device::{Limits, name_of};
 use super::error::VerbsError;
+use super::sys;
 
 /// Addresses of a device that are looked at: more than any port table shows in use at a time.
 const GIDS_MAX: usize = 256;
@@ -21,6 +20,7 @@ const GIDS_MAX: usize = 256;
 /// An open device.
 pub(super) struct Context {
     raw: *mut sys::ibv_context,
+    verbs: &'static sys::Verbs,
 }
 
 // SAFETY: the library's calls on a context may come from any thread at any time (ibv_open_device(3), libibverbs is
@@ -32,8 +32,9 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Opens `device`, which the caller's list or connection keeps valid.
     pub(super) fn open(device: *mut sys::ibv_device) -> Result<Self, VerbsError> {
+        let verbs = &sys::libraries()?.verbs;
         // SAFETY: the caller keeps `device` valid for the call; an open context keeps it from then on.
-        let raw = unsafe { sys::ibv_open_device(device) };
+        let raw = unsafe { verbs.ibv_open_device(device) };
         if raw.is_null() {
             let error = std::io::Error::last_os_error();
             return Err(match error.raw_os_error() {
@@ -45,7 +46,7 @@ impl Context {
                 _ => VerbsError::of("ibv_open_device", error),
             });
         }
-        let context = Self { raw };
+        let context = Self { raw, verbs };
         let events = context.events();
         // Events are looked for, never waited for.
         let flags = rustix::fs::fcntl_getfl(events).map_err(|e| VerbsError::of("fcntl", e.into()))?;
@@ -56,6 +57,11 @@ impl Context {
 
     pub(super) fn as_ptr(&self) -> *mut sys::ibv_context {
         self.raw
+    }
+
+    /// The library's calls, which take [`Context::as_ptr`] and what is made on it.
+    pub(super) fn verbs(&self) -> &'static sys::Verbs {
+        self.verbs
     }
 
     pub(super) fn device_name(&self) -> String {
@@ -72,7 +78,7 @@ impl Context {
     pub(super) fn attributes(&self) -> Result<sys::ibv_device_attr, VerbsError> {
         let mut attributes = MaybeUninit::zeroed();
         // SAFETY: the call writes at most the structure it is given.
-        let code = unsafe { sys::ibv_query_device(self.raw, attributes.as_mut_ptr()) };
+        let code = unsafe { self.verbs.ibv_query_device(self.raw, attributes.as_mut_ptr()) };
         if code != 0 {
             return Err(VerbsError::code("ibv_query_device", code.abs()));
         }
@@ -95,7 +101,7 @@ impl Context {
     pub(super) fn port(&self, number: u8) -> Result<sys::ibv_port_attr, VerbsError> {
         let mut attributes = MaybeUninit::zeroed();
         // SAFETY: the call writes at most the structure it is given.
-        let code = unsafe { sys::ibv_query_port(self.raw, number, attributes.as_mut_ptr()) };
+        let code = unsafe { self.verbs.ibv_query_port(self.raw, number, attributes.as_mut_ptr()) };
         if code != 0 {
             return Err(VerbsError::code("ibv_query_port", code.abs()));
         }
@@ -104,9 +110,12 @@ impl Context {
     }
 
     pub(super) fn gids(&self) -> Result<Vec<sys::ibv_gid_entry>, VerbsError> {
+        const ENTRY_SIZE: usize = size_of::<sys::ibv_gid_entry>();
         let mut entries = Vec::with_capacity(GIDS_MAX);
         // SAFETY: room for GIDS_MAX entries was made and the call writes no more than it is told of.
-        let found = unsafe { sys::ibv_query_gid_table(self.raw, entries.as_mut_ptr(), GIDS_MAX, 0) };
+        let found = unsafe {
+            self.verbs._ibv_query_gid_table(self.raw, entries.as_mut_ptr(), GIDS_MAX, 0, ENTRY_SIZE)
+        };
         match usize::try_from(found) {
             Ok(found) => {
                 // SAFETY: the call has written as many entries as it returned, at most GIDS_MAX.
@@ -120,33 +129,24 @@ impl Context {
 
     /// The next asynchronous event that ends a connection on `port`, if there is one. Others are taken and forgotten.
     pub(super) fn next_event(&self, port: u8) -> Option<&'static str> {
-        // Not the binding's type: its enumeration has no room for a kind of event that a newer kernel may tell of.
-        #[repr(C)]
-        struct Event {
-            element: u64,
-            kind: i32,
-        }
-        const { assert!(size_of::<Event>() == size_of::<sys::ibv_async_event>()) };
-        let mut event = Event { element: 0, kind: -1 };
+        // SAFETY: zeroes are valid for this plain C structure.
+        let mut event: sys::ibv_async_event = unsafe { std::mem::zeroed() };
         loop {
-            // SAFETY: the structure has the layout the call fills; the descriptor does not block.
-            let code = unsafe { sys::ibv_get_async_event(self.raw, (&raw mut event).cast()) };
+            // SAFETY: the call fills the structure; the descriptor does not block.
+            let code = unsafe { self.verbs.ibv_get_async_event(self.raw, &raw mut event) };
             if code != 0 {
                 return None;
             }
             // SAFETY: the event was just taken and is acknowledged once, at once, so no later destroy waits for it.
             // Every object it may name belongs to this context and is destroyed after this by who calls us.
-            unsafe { sys::ibv_ack_async_event((&raw mut event).cast()) };
-            let fatal = match event.kind {
-                0 => Some("the completion queue overran"),
-                1 => Some("the queue pair failed"),
-                2 => Some("the queue pair got an invalid request"),
-                3 => Some("the peer asked for what it has no access to"),
-                8 => Some("the device failed or was removed"),
-                // The union's member is an int: its bytes are the first four.
-                10 if event.element.to_ne_bytes()[..4] == i32::from(port).to_ne_bytes() => {
-                    Some("the port went down")
-                }
+            unsafe { self.verbs.ibv_ack_async_event(&raw mut event) };
+            let fatal = match event.event_type {
+                sys::IBV_EVENT_CQ_ERR => Some("the completion queue overran"),
+                sys::IBV_EVENT_QP_FATAL => Some("the queue pair failed"),
+                sys::IBV_EVENT_QP_REQ_ERR => Some("the queue pair got an invalid request"),
+                sys::IBV_EVENT_QP_ACCESS_ERR => Some("the peer asked for what it has no access to"),
+                sys::IBV_EVENT_DEVICE_FATAL => Some("the device failed or was removed"),
+                sys::IBV_EVENT_PORT_ERR if event.port_num == i32::from(port) => Some("the port went down"),
                 _ => None,
             };
             if fatal.is_some() {
@@ -166,7 +166,7 @@ impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: opened once and closed once; everything made on it holds it by an Arc and is gone. Should the call
         // fail the kernel still takes everything back when the process ends.
-        unsafe { sys::ibv_close_device(self.raw) };
+        unsafe { self.verbs.ibv_close_device(self.raw) };
     }
 }
 
@@ -195,7 +195,7 @@ unsafe impl Sync for Inner {}
 impl Domain {
     pub(super) fn new(context: Context) -> Result<Self, VerbsError> {
         // SAFETY: the context is open and `Inner` keeps it so for as long as the domain exists.
-        let raw = unsafe { sys::ibv_alloc_pd(context.as_ptr()) };
+        let raw = unsafe { context.verbs.ibv_alloc_pd(context.as_ptr()) };
         if raw.is_null() {
             return Err(VerbsError::last("ibv_alloc_pd"));
         }
@@ -235,7 +235,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: allocated once and freed once; regions and queue pairs of the domain hold it by an Arc and are gone,
         // or were leaked because a device did not let go of them: then the call fails and nothing happens.
-        unsafe { sys::ibv_dealloc_pd(self.raw) };
+        unsafe { self.context.verbs.ibv_dealloc_pd(self.raw) };
     }
 }
 

@@ -8,10 +8,9 @@ use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
-use rdma_mummy_sys as sys;
-
 use super::context::Context;
 use super::error::VerbsError;
+use super::sys;
 
 /// What carries the verbs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -161,14 +160,16 @@ pub fn devices() -> Result<Vec<Device>, VerbsError> {
 struct List {
     first: *mut *mut sys::ibv_device,
     len: usize,
+    verbs: &'static sys::Verbs,
 }
 
 impl List {
     fn new() -> Result<Self, VerbsError> {
+        let verbs = &sys::libraries()?.verbs;
         let mut len = 0;
         // SAFETY: `len` is written before the call returns; the list is owned by `List` from here on. No device memory
         // is involved.
-        let first = unsafe { sys::ibv_get_device_list(&raw mut len) };
+        let first = unsafe { verbs.ibv_get_device_list(&raw mut len) };
         if first.is_null() {
             let error = VerbsError::last("ibv_get_device_list");
             return Err(match error {
@@ -178,7 +179,7 @@ impl List {
                 other => other,
             });
         }
-        let list = Self { first, len: usize::try_from(len).unwrap_or(0) };
+        let list = Self { first, len: usize::try_from(len).unwrap_or(0), verbs };
         if list.len == 0 {
             return Err(why_none(Path::new("/sys/class")));
         }
@@ -196,7 +197,7 @@ impl Drop for List {
     fn drop(&mut self) {
         // SAFETY: `first` came from ibv_get_device_list and is freed once. Devices that are open stay valid: an open
         // context holds its device.
-        unsafe { sys::ibv_free_device_list(self.first) };
+        unsafe { self.verbs.ibv_free_device_list(self.first) };
     }
 }
 
@@ -241,8 +242,8 @@ fn describe(device: *mut sys::ibv_device) -> Result<Device, VerbsError> {
         (1..=attributes.phys_port_cnt).map(|port| describe_port(&context, port)).collect::<Result<_, _>>()?;
     // SAFETY: the list keeps the device; the field is never written after the device was found.
     let transport = match unsafe { (*device).transport_type } {
-        sys::ibv_transport_type::IBV_TRANSPORT_IB => Transport::InfiniBand,
-        sys::ibv_transport_type::IBV_TRANSPORT_IWARP => Transport::Iwarp,
+        sys::IBV_TRANSPORT_IB => Transport::InfiniBand,
+        sys::IBV_TRANSPORT_IWARP => Transport::Iwarp,
         _ => Transport::Other,
     };
     Ok(Device {
@@ -267,19 +268,17 @@ fn driver_of(name: &str) -> String {
     }
 }
 
-fn mtu_len(mtu: sys::ibv_mtu::Type) -> u32 {
+fn mtu_len(mtu: u32) -> u32 {
     // 1 is 256 and each further one the double (InfiniBand specification, path MTU).
-    if (1..=5).contains(&mtu) { 128 << mtu } else { 0 }
+    if (sys::IBV_MTU_256..=sys::IBV_MTU_4096).contains(&mtu) { 128 << mtu } else { 0 }
 }
 
 fn describe_port(context: &Context, number: u8) -> Result<Port, VerbsError> {
     let attributes = context.port(number)?;
     let state = match attributes.state {
-        sys::ibv_port_state::IBV_PORT_DOWN => PortState::Down,
-        sys::ibv_port_state::IBV_PORT_INIT | sys::ibv_port_state::IBV_PORT_ARMED => PortState::Starting,
-        sys::ibv_port_state::IBV_PORT_ACTIVE | sys::ibv_port_state::IBV_PORT_ACTIVE_DEFER => {
-            PortState::Active
-        }
+        sys::IBV_PORT_DOWN => PortState::Down,
+        sys::IBV_PORT_INIT | sys::IBV_PORT_ARMED => PortState::Starting,
+        sys::IBV_PORT_ACTIVE | sys::IBV_PORT_ACTIVE_DEFER => PortState::Active,
         _ => PortState::Unknown,
     };
     let link_layer = match attributes.link_layer {
@@ -290,14 +289,12 @@ fn describe_port(context: &Context, number: u8) -> Result<Port, VerbsError> {
     let entries = context.gids()?;
     let gids = entries.iter().filter(|entry| entry.port_num == u32::from(number)).map(|entry| {
         let kind = match entry.gid_type {
-            1 => GidKind::RoceV1,
-            2 => GidKind::RoceV2,
+            sys::IBV_GID_TYPE_ROCE_V1 => GidKind::RoceV1,
+            sys::IBV_GID_TYPE_ROCE_V2 => GidKind::RoceV2,
             _ => GidKind::InfiniBand,
         };
-        // SAFETY: both members of the union are 16 bytes without padding, so either may be read.
-        let raw = unsafe { entry.gid.raw };
         let netdev = interface_name(entry.ndev_ifindex);
-        Gid { index: entry.gid_index, kind, address: Ipv6Addr::from(raw), netdev }
+        Gid { index: entry.gid_index, kind, address: Ipv6Addr::from(entry.gid.raw), netdev }
     });
     Ok(Port {
         number,

@@ -9,13 +9,29 @@ use std::net::{IpAddr, SocketAddr};
 /// Why something of RDMA did not work.
 #[derive(Debug, thiserror::Error)]
 pub enum VerbsError {
-    /// A library that is loaded when first needed is not there, or too old to have what we call.
-    #[error("{library} cannot be loaded: install the Debian packages {packages}")]
+    /// A library that is loaded when first needed is not there.
+    #[error(
+        "{library} cannot be loaded: install the Debian packages {packages} (on other systems, the libraries of rdma-core)"
+    )]
     NoLibrary {
         /// File name of it.
         library: &'static str,
         /// What to install.
         packages: &'static str,
+    },
+    /// A library is there and cannot be used: it is too old to have what we call, for another machine, or lacks something
+    /// itself.
+    #[error(
+        "{library} is there but cannot be used ({cause}): install the Debian package {package}, version 32 or newer \
+         (on other systems, rdma-core 32 or newer)"
+    )]
+    BadLibrary {
+        /// File name of it.
+        library: &'static str,
+        /// Where it comes from.
+        package: &'static str,
+        /// What is wrong with it.
+        cause: String,
     },
     /// The kernel's part is not loaded.
     #[error("the kernel's RDMA interface is not there ({missing}): modprobe {modules}")]
@@ -159,14 +175,7 @@ impl VerbsError {
     }
 
     pub(super) fn of(call: &'static str, source: io::Error) -> Self {
-        match source.raw_os_error() {
-            // A shim stands in for the library and says this for whatever it could not find in it.
-            Some(libc::EOPNOTSUPP) if call == "rdma_create_event_channel" => {
-                Self::no_library("librdmacm.so.1")
-            }
-            Some(libc::EOPNOTSUPP) if call == "ibv_get_device_list" => Self::no_library("libibverbs.so.1"),
-            _ => Self::Call { call, source },
-        }
+        Self::Call { call, source }
     }
 
     pub(super) fn no_library(library: &'static str) -> Self {
@@ -177,9 +186,10 @@ impl VerbsError {
     #[must_use]
     pub fn io_kind(&self) -> io::ErrorKind {
         match self {
-            Self::NoLibrary { .. } | Self::NoModule { .. } | Self::NoProvider { .. } => {
-                io::ErrorKind::Unsupported
-            }
+            Self::NoLibrary { .. }
+            | Self::BadLibrary { .. }
+            | Self::NoModule { .. }
+            | Self::NoProvider { .. } => io::ErrorKind::Unsupported,
             Self::NoDevice | Self::NoDeviceAt { .. } => io::ErrorKind::NotFound,
             Self::Permission { .. } => io::ErrorKind::PermissionDenied,
             Self::Memlock { .. } => io::ErrorKind::OutOfMemory,

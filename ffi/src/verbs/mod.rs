@@ -39,6 +39,7 @@ mod reaper;
 mod receive;
 mod region;
 mod send;
+mod sys;
 
 pub use connection::{Established, Listener, Opened, Request, Resolved};
 pub use context::Domain;

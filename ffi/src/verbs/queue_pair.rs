@@ -12,9 +12,6 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
-use rdma_mummy_sys as sys;
-use sys::{ibv_qp_state, ibv_wc_opcode, ibv_wc_status};
-
 use super::completion::{BATCH_LEN, CompletionQueue};
 use super::connection::Connection;
 use super::context::Domain;
@@ -22,6 +19,7 @@ use super::error::VerbsError;
 use super::receive::ReceiveQueue;
 use super::region::Region;
 use super::send::SendQueue;
+use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES};
 
 /// Marks the id of a receive, since a failed completion does not say its direction.
@@ -203,11 +201,11 @@ impl QueuePair {
                 max_recv_sge: 1,
                 max_inline_data: MESSAGE_BYTES,
             },
-            qp_type: sys::ibv_qp_type::IBV_QPT_RC,
+            qp_type: sys::IBV_QPT_RC,
             sq_sig_all: 0,
         };
         // SAFETY: domain and completion queue live longer than the queue pair: `Drop` destroys it first.
-        let raw = unsafe { sys::ibv_create_qp(domain.as_ptr(), &raw mut attributes) };
+        let raw = unsafe { domain.context().verbs().ibv_create_qp(domain.as_ptr(), &raw mut attributes) };
         if raw.is_null() {
             return Err(VerbsError::last("ibv_create_qp"));
         }
@@ -227,8 +225,9 @@ impl QueuePair {
 
     /// Changes the queue pair's attributes and state.
     pub(super) fn modify(&mut self, attributes: &mut sys::ibv_qp_attr, mask: i32) -> Result<(), VerbsError> {
+        let verbs = self.domain.context().verbs();
         // SAFETY: the queue pair is alive, and the call reads the attributes only.
-        match unsafe { sys::ibv_modify_qp(self.raw, attributes, mask) } {
+        match unsafe { verbs.ibv_modify_qp(self.raw, attributes, mask) } {
             0 => Ok(()),
             code => Err(VerbsError::code("ibv_modify_qp", code.abs())),
         }
@@ -437,7 +436,7 @@ impl QueuePair {
         self.drain();
         // SAFETY: created once, destroyed once, and not used after: `raw` becomes null. When the call returns the device
         // neither reads nor writes for this queue pair any more.
-        let code = unsafe { sys::ibv_destroy_qp(self.raw) };
+        let code = unsafe { self.domain.context().verbs().ibv_destroy_qp(self.raw) };
         self.raw = std::ptr::null_mut();
         // A device that does not let go of the queue pair may still read what was posted: that memory is never freed.
         self.stuck = code != 0;
@@ -464,9 +463,9 @@ impl QueuePair {
     fn stop(&mut self) {
         // SAFETY: zeroes are valid for this plain C structure; only the state is read, as the mask says.
         let mut attributes: sys::ibv_qp_attr = unsafe { std::mem::zeroed() };
-        attributes.qp_state = ibv_qp_state::IBV_QPS_ERR;
+        attributes.qp_state = sys::IBV_QPS_ERR;
         // Failing, it leaves the rest to the destruction that follows.
-        let _ = self.modify(&mut attributes, sys::ibv_qp_attr_mask::IBV_QP_STATE.0.cast_signed());
+        let _ = self.modify(&mut attributes, sys::IBV_QP_STATE.cast_signed());
     }
 
     /// Takes what completed well off the completion queue: some devices drop it along with the queue pair.
@@ -492,7 +491,7 @@ fn translate(
     receive: &mut ReceiveQueue,
 ) -> Result<Completion, Failure> {
     const NONSENSE: Failure = Failure::Device("it completed what was never posted");
-    if entry.status != ibv_wc_status::IBV_WC_SUCCESS {
+    if entry.status != sys::IBV_WC_SUCCESS {
         return Err(Failure::WorkRequest { status: entry.status });
     }
     if entry.wr_id & RECEIVE == 0 {
@@ -502,10 +501,8 @@ fn translate(
     if !receive.consume(index) {
         return Err(NONSENSE);
     }
-    if entry.opcode == ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM {
-        // SAFETY: this opcode comes with an immediate; both members of the union are plain 32-bit numbers.
-        let immediate = u32::from_be(unsafe { entry.imm_data_invalidated_rkey_union.imm_data });
-        return Ok(Completion::Placed { immediate });
+    if entry.opcode == sys::IBV_WC_RECV_RDMA_WITH_IMM {
+        return Ok(Completion::Placed { immediate: u32::from_be(entry.imm_data) });
     }
     if entry.byte_len as usize != MESSAGE_LEN {
         return Ok(Completion::Short { len: entry.byte_len });
@@ -515,11 +512,10 @@ fn translate(
 
 /// The request that failed is the cause; those flushed after it may come first.
 fn cause_of(first: Failure, entries: &[sys::ibv_wc]) -> Failure {
-    const FLUSHED: u32 = ibv_wc_status::IBV_WC_WR_FLUSH_ERR;
+    const FLUSHED: u32 = sys::IBV_WC_WR_FLUSH_ERR;
     let (Failure::WorkRequest { status: FLUSHED }, false) = (first, entries.is_empty()) else { return first };
     let statuses = entries.iter().map(|entry| entry.status);
-    let cause =
-        statuses.into_iter().find(|status| ![FLUSHED, ibv_wc_status::IBV_WC_SUCCESS].contains(status));
+    let cause = statuses.into_iter().find(|status| ![FLUSHED, sys::IBV_WC_SUCCESS].contains(status));
     cause.map_or(first, |status| Failure::WorkRequest { status })
 }
 

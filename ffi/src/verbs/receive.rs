@@ -3,11 +3,10 @@
 //! A message of the peer's lands in the next buffer; a write with an immediate consumes one without touching it.
 //! Invariant: each buffer is posted at most once at a time, so the device writes none that is being read.
 
-use rdma_mummy_sys as sys;
-
 use super::context::Domain;
 use super::error::VerbsError;
 use super::region::Region;
+use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN};
 use crate::mapping::Mapping;
 

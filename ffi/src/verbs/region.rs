@@ -8,11 +8,9 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-use rdma_mummy_sys as sys;
-use sys::ibv_access_flags as flags;
-
 use super::context::Domain;
 use super::error::{Memlock, VerbsError, memlock};
+use super::sys;
 use crate::mapping::{Pin, PinBusy, Span};
 
 /// Registered bytes of a mapping. Cheap to clone; the last clone deregisters (a system call that unpins the pages).
@@ -54,12 +52,12 @@ impl Region {
     /// # Errors
     /// As [`Region::source`].
     pub fn ring(domain: &Domain, span: &Span) -> Result<Self, VerbsError> {
-        Self::register(domain, span, (flags::IBV_ACCESS_LOCAL_WRITE | flags::IBV_ACCESS_REMOTE_WRITE).0)
+        Self::register(domain, span, sys::IBV_ACCESS_LOCAL_WRITE | sys::IBV_ACCESS_REMOTE_WRITE)
     }
 
     /// Registers `span` for the device to place messages in.
     pub(super) fn arena(domain: &Domain, span: &Span) -> Result<Self, VerbsError> {
-        Self::register(domain, span, flags::IBV_ACCESS_LOCAL_WRITE.0)
+        Self::register(domain, span, sys::IBV_ACCESS_LOCAL_WRITE)
     }
 
     fn register(domain: &Domain, span: &Span, access: u32) -> Result<Self, VerbsError> {
@@ -69,9 +67,10 @@ impl Region {
             PinBusy::Dropping { .. } => VerbsError::Busy,
             PinBusy::Full => VerbsError::Call { call: "pinning", source: busy.into() },
         })?;
+        let verbs = domain.context().verbs();
         // SAFETY: the span's bytes stay mapped until the region is deregistered, by the pin that `Inner` holds. No
         // reference to them exists, so the device may read and write them from now on until then.
-        let raw = unsafe { sys::ibv_reg_mr(domain.as_ptr(), span.as_ptr().cast(), span.len(), access) };
+        let raw = unsafe { verbs.ibv_reg_mr(domain.as_ptr(), span.as_ptr().cast(), span.len(), access) };
         if raw.is_null() {
             return Err(refused(span.len()));
         }
@@ -124,7 +123,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: registered once and deregistered once. When the call returns 0 the device uses the memory no more:
         // requests that still name it complete in error.
-        let code = unsafe { sys::ibv_dereg_mr(self.raw) };
+        let code = unsafe { self.domain.context().verbs().ibv_dereg_mr(self.raw) };
         if code == 0 {
             // SAFETY: dropped here and nowhere else, and not used afterwards.
             unsafe { ManuallyDrop::drop(&mut self.pin) };

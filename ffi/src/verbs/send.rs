@@ -5,12 +5,10 @@
 
 use std::collections::VecDeque;
 
-use rdma_mummy_sys as sys;
-use sys::{ibv_send_flags as flags, ibv_wr_opcode as opcode};
-
 use super::error::VerbsError;
 use super::queue_pair::{Piece, Target};
 use super::region::Region;
+use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES_MAX};
 
 /// Requests handed to the device in one call: enough that a doorbell's price is shared, few enough to stay in cache.
@@ -84,10 +82,11 @@ impl SendQueue {
             };
             regions[at] = Some(piece.region.clone());
         }
-        let opcode = immediate.map_or(opcode::IBV_WR_RDMA_WRITE, |_| opcode::IBV_WR_RDMA_WRITE_WITH_IMM);
+        let opcode = immediate.map_or(sys::IBV_WR_RDMA_WRITE, |_| sys::IBV_WR_RDMA_WRITE_WITH_IMM);
         let request = &mut self.requests[self.queued];
-        request.imm_data_invalidated_rkey_union.imm_data = immediate.unwrap_or(0).to_be();
-        request.wr.rdma = sys::rdma_t { remote_addr: target.address, rkey: target.key };
+        request.imm_data = immediate.unwrap_or(0).to_be();
+        request.remote_addr = target.address;
+        request.rkey = target.key;
         self.push(opcode, pieces.len(), Open { id, _regions: regions }, signalled, false);
     }
 
@@ -95,7 +94,7 @@ impl SendQueue {
         self.messages[self.queued] = *bytes;
         self.pieces[self.queued][0] = sys::ibv_sge { addr: 0, length: MESSAGE_BYTES, lkey: 0 };
         let nothing = Open { id, _regions: [const { None }; PIECES_MAX] };
-        self.push(opcode::IBV_WR_SEND, 1, nothing, signalled, true);
+        self.push(sys::IBV_WR_SEND, 1, nothing, signalled, true);
     }
 
     /// Makes the message queued last one of a length that ours never are.
@@ -104,7 +103,7 @@ impl SendQueue {
         self.pieces[self.queued - 1][0].length = len;
     }
 
-    fn push(&mut self, opcode: opcode::Type, pieces: usize, open: Open, signalled: bool, inline: bool) {
+    fn push(&mut self, opcode: u32, pieces: usize, open: Open, signalled: bool, inline: bool) {
         assert!(self.open.len() < self.len, "more than {} work requests open", self.len);
         let number = self.first_open + self.open.len() as u64;
         self.open.push_back(open);
@@ -112,8 +111,8 @@ impl SendQueue {
         request.wr_id = number;
         request.opcode = opcode;
         request.num_sge = i32::try_from(pieces).expect("PIECES_MAX is small");
-        let signalled = if signalled { flags::IBV_SEND_SIGNALED.0 } else { 0 };
-        request.send_flags = signalled | if inline { flags::IBV_SEND_INLINE.0 } else { 0 };
+        let signalled = if signalled { sys::IBV_SEND_SIGNALED } else { 0 };
+        request.send_flags = signalled | if inline { sys::IBV_SEND_INLINE } else { 0 };
         self.queued += 1;
     }
 
@@ -141,7 +140,7 @@ impl SendQueue {
                 let request = &mut *requests.add(at);
                 request.sg_list = pieces.add(at).cast();
                 request.next = if at + 1 < count { requests.add(at + 1) } else { std::ptr::null_mut() };
-                if request.send_flags & flags::IBV_SEND_INLINE.0 != 0 {
+                if request.send_flags & sys::IBV_SEND_INLINE != 0 {
                     (*request.sg_list).addr = messages.add(at).addr() as u64;
                 }
             }

@@ -40,19 +40,6 @@ fn a_missing_device_module_or_provider_are_told_apart() {
 }
 
 #[test]
-fn a_missing_library_names_its_package() {
-    let error = VerbsError::code("ibv_get_device_list", libc::EOPNOTSUPP);
-    assert!(error.to_string().contains("libibverbs1"), "{error}");
-    let error = VerbsError::code("rdma_create_event_channel", libc::EOPNOTSUPP);
-    assert!(error.to_string().contains("librdmacm.so.1"), "{error}");
-    let error = VerbsError::code("ibv_create_cq", libc::EOPNOTSUPP);
-    assert!(
-        matches!(error, VerbsError::Call { .. }),
-        "a device may not support something while the library is there"
-    );
-}
-
-#[test]
 fn the_memlock_text_says_what_was_asked_and_how_to_raise_it() {
     let error = VerbsError::Memlock { asked: 7 << 20, limit: Memlock(Some(8 << 20)), pinned: 4096 };
     let text = error.to_string();
