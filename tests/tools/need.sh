@@ -202,6 +202,7 @@ need_vm() {
     need qemu-utils qemu-io --version
     need busybox-static has_static_busybox
     need cpio cpio --version
+    need kmod depmod --version
     need util-linux setpriv --version
     need iproute2 runs rdma -V
     need dmsetup runs dmsetup --version

@@ -61,6 +61,8 @@ step "build" cargo build --quiet --locked --workspace --bins
 step "fuzzing, ${fuzz_seconds} s a target" tests/fuzz/run.sh "$fuzz_seconds"
 step "documentation" documents
 step "tests" cargo nextest run --locked --workspace
+if [ "${COSTANDBY_SKIP_FRESH:-}" = 1 ]; then skipped+=" (fresh machines SKIPPED)"; fi
+step "the README's commands on fresh machines" tests/tools/test-fresh.sh
 if [ "${COSTANDBY_SKIP_VM:-}" = 1 ]; then skipped+=" (RDMA in virtual machines SKIPPED)"; fi
 step "RDMA, in virtual machines" tests/tools/test-rdma.sh
 
