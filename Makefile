@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
+.PHONY: help demo test test-fresh test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -17,9 +17,13 @@ demo: ## two nodes on loopback, one killed in mid-write, every write accounted f
 	@cargo build --quiet --locked --release --package costandby-control --bin costandby
 	@$(TARGET_DIR)/release/costandby demo $(ARGS)
 
-test: ## everything a change must pass: format, lints, licences, fuzzing, docs, all tests
-	@tests/tools/need.sh test vm
-	@tests/tools/test.sh
+test: ## everything a change must pass: format, lints, licences, fuzzing, docs, all tests (INSTALL_ONLY=1: only install what that takes)
+	@tests/tools/need.sh test $(if $(filter 1,$(COSTANDBY_SKIP_VM)),,vm) $(if $(filter 1,$(COSTANDBY_SKIP_FRESH)),,fresh)
+	@$(if $(filter 1,$(INSTALL_ONLY)),:,tests/tools/test.sh)
+
+test-fresh: ## the README's two commands on bare Debian 12 and 13 roots, with nothing but Rust, gcc and make (SUITES=trixie)
+	@tests/tools/need.sh fresh
+	@tests/tools/test-fresh.sh $(SUITES)
 
 test-rdma: ## RDMA in virtual machines: tests, clients, demo, a plug pulled (ARGS="--only two-guests")
 	@tests/tools/need.sh vm
@@ -58,10 +62,12 @@ planted-bugs: ## put each deliberate bug into a copy of the sources and see the 
 	@tests/tools/planted-bugs.sh "$(ONLY)"
 
 fmt: ## format the code
+	@tests/tools/need.sh rust
 	@cargo fmt --all
 	@cargo fmt --all --manifest-path tests/fuzz/Cargo.toml
 	@cargo fmt --all --manifest-path tests/rdma-oracle/Cargo.toml
 
 clean: ## remove what was built
+	@tests/tools/need.sh rust
 	@cargo clean --quiet
 	@rm -rf tests/fuzz/corpus tests/fuzz/artifacts

@@ -8,7 +8,8 @@
 //! before it sleeps is the [`PollMode`]'s matter.
 
 use crate::disk::worker::{DiskWorkers, JobDone};
-use crate::front::nbd::connection::{Connection, ConnectionEnd};
+use crate::front::nbd::connection::Connection;
+use crate::front::nbd::end::ConnectionEnd;
 use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::front::queue::QueueServer;
 use crate::limits::CONNECTIONS_MAX;
@@ -543,7 +544,7 @@ impl Reactor {
             Command::StopServing { volume } => {
                 self.volumes[volume].stop_serving();
                 self.deliver_notices();
-                self.end_clients(volume, now, |_| true);
+                self.end_clients(volume, now);
             }
             Command::GoAlone { volume } => self.volumes[volume].go_alone(),
             Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
@@ -553,7 +554,11 @@ impl Reactor {
             Command::Detach { volume } => self.volumes[volume].detach(),
             Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
             Command::Quiesce { volume } => {
-                self.end_clients(volume, now, Connection::in_payload);
+                for connection in self.connections.iter_mut().flatten() {
+                    if connection.volume() == Some(volume) && connection.in_payload() {
+                        connection.leave(&mut self.volumes[volume]);
+                    }
+                }
                 self.volumes[volume].quiesce();
             }
             Command::Attach { volume, queue } => self.attach_queue(volume, queue),
@@ -579,11 +584,11 @@ impl Reactor {
         self.queues.push(Queue::new(index, volume, queue));
     }
 
-    /// Sends what the volume's clients are still owed, then closes those that `which` names.
-    fn end_clients(&mut self, volume: usize, now: Instant, which: impl Fn(&Connection) -> bool) {
+    /// Sends what the volume's clients are still owed, then closes them.
+    fn end_clients(&mut self, volume: usize, now: Instant) {
         for index in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[index] else { continue };
-            if connection.volume() == Some(volume) && which(connection) {
+            if connection.volume() == Some(volume) {
                 // An error here ends it a line later anyway.
                 let _ = connection.service(&mut self.volumes[volume], now);
                 self.end_connection(index, &ConnectionEnd::Gone);

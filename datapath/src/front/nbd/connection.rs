@@ -7,16 +7,20 @@
 //!   no torn sector. The part it did send is mirrored like a write, unacknowledged. What is there of a sector whose
 //!   rest is still on its way is taken aside: left in the socket, it can keep the buffer of 64 KiB that it came in, the
 //!   TCP window closed, and the rest away for good.
+//! - A node that stops serving answers what was admitted and nothing else, then closes ([`Connection::leave`]): to a file
+//!   system an error is final, while a client that reconnects repeats what was not answered where it is served then.
 //! - While output is stuck no further request is taken, so one client costs a bounded amount of memory. A reply stuck
 //!   half-way pins its range; when a change wants it, the rest is copied out ([`Connection::unpin`]).
 //!
 //! Survives: any bytes, disconnection at any point, a medium that fails under a transfer (`EIO`, the stream stays in step).
 
+use super::end::ConnectionEnd;
 use super::handshake::{ExportDirectory, Handshake, Outcome};
 use super::proto::{
     AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
 };
 use super::reply::{BlockStatus, Finality, error_reply, read_header, simple_reply};
+use super::socket::{receive, say_goodbye};
 use crate::error::IoError;
 use crate::limits::{
     CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX, RECEIVE_LEN_MAX, TURN_MS_MAX,
@@ -67,7 +71,7 @@ enum Input {
         new: NewRequest,
         cookie: u64,
     },
-    /// The client said goodbye (or must be left): answer what is open, then close.
+    /// The client said goodbye, or the volume is not served here any more: answer what is open, then close.
     Ended,
 }
 
@@ -123,20 +127,6 @@ pub struct Connection {
     hung_up: bool,
     /// When the client last sent something or was let go on; during the handshake, when it came.
     last_input: Instant,
-}
-
-/// The connection is over; close it with [`Connection::close`].
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectionEnd {
-    /// The client left, or is left after an answered goodbye.
-    #[error("the client disconnected")]
-    Gone,
-    /// The client broke the protocol beyond repair.
-    #[error("{0}")]
-    Protocol(String),
-    /// The socket failed.
-    #[error("socket: {0}")]
-    Io(#[from] io::Error),
 }
 
 type Outcomes = Result<bool, ConnectionEnd>;
@@ -357,7 +347,24 @@ impl Connection {
         self.open -= 1;
         match result {
             Ok(()) => self.reply_ok(cookie),
-            Err(error) => self.reply_error(cookie, errno_of(error), &error.to_string()),
+            Err(IoError::NotPrimary) => self.input = Input::Ended,
+            Err(error) => self.reply_error(cookie, error.into(), &error.to_string()),
+        }
+    }
+
+    /// Takes no more requests: the volume stops being served here. What was admitted is answered as it ends, and then the
+    /// connection is over. A write whose payload has not come whole is not answered; nor is anything behind it.
+    pub fn leave(&mut self, volume: &mut Volume) {
+        match std::mem::replace(&mut self.input, Input::Ended) {
+            Input::Payload { token, .. } => {
+                self.open -= 1;
+                volume.landed_in_part(token);
+            }
+            Input::AwaitsLock { token, .. } => {
+                self.open -= 1;
+                volume.cancel_waiting(token);
+            }
+            Input::Header | Input::Drain { .. } | Input::Refused { .. } | Input::Ended => {}
         }
     }
 
@@ -393,6 +400,7 @@ impl Connection {
 
     /// Gives back whatever the connection holds of its volume. The socket closes on drop.
     pub fn close(mut self, volume: Option<&mut Volume>) {
+        say_goodbye(&self.socket);
         let Some(volume) = volume else { return };
         match self.input {
             Input::Payload { token, .. } => volume.landed_in_part(token),
@@ -695,8 +703,9 @@ impl Connection {
                 }
             }
             Begin::Full => self.input = Input::Refused { new, cookie },
+            Begin::Failed(IoError::NotPrimary) => self.input = Input::Ended,
             Begin::Failed(error) => {
-                self.reply_error(cookie, errno_of(error), &error.to_string());
+                self.reply_error(cookie, error.into(), &error.to_string());
                 if is_write {
                     self.input = Input::Drain { left: usize::try_from(range.len).expect("64-bit") };
                 }
@@ -763,31 +772,6 @@ fn touch_pages(span: &Span) {
     while at < span.len() {
         span.sub(at, 1).read_into(&mut byte);
         at = (span.offset() + at + PAGE_LEN) / PAGE_LEN * PAGE_LEN - span.offset();
-    }
-}
-
-/// Receives into `buffer`. 0 is "nothing there now", noted in `readable`.
-fn receive(socket: &OwnedFd, buffer: &mut [u8], readable: &mut bool) -> Result<usize, ConnectionEnd> {
-    loop {
-        match rustix::net::recv(socket, &mut *buffer, rustix::net::RecvFlags::DONTWAIT) {
-            Ok((_, 0)) => return Err(ConnectionEnd::Gone),
-            Ok((_, n)) => return Ok(n),
-            Err(Errno::AGAIN) => {
-                *readable = false;
-                return Ok(0);
-            }
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(ConnectionEnd::Io(e.into())),
-        }
-    }
-}
-
-fn errno_of(error: IoError) -> NbdErrno {
-    match error {
-        IoError::NotPrimary => NbdErrno::Shutdown,
-        IoError::DiskFailed => NbdErrno::Io,
-        IoError::Invalid => NbdErrno::Inval,
-        IoError::NoSpace => NbdErrno::NoSpace,
     }
 }
 

@@ -6,7 +6,9 @@
 //! that they can be looked up there. All integers on the wire are big-endian.
 
 pub mod connection;
+pub mod end;
 pub mod handshake;
 mod option;
 pub mod proto;
 pub mod reply;
+mod socket;

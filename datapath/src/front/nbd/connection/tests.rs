@@ -9,7 +9,7 @@ use crate::reactor::command::VolumeSpec;
 use crate::units::{AckLevel, OnPeerLoss};
 use crate::volume::Notice;
 use crate::waker::Waker;
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
@@ -124,4 +124,86 @@ fn a_client_is_not_blamed_for_the_time_it_was_made_to_wait() {
     let limit = Duration::from_secs(PAYLOAD_STALL_S_MAX);
     assert!(!connection.is_stalled(asked + limit + Duration::from_millis(20)));
     assert!(connection.is_stalled(asked + limit + limit), "but for its own");
+}
+
+/// Replies that stand in the client's socket, each by its cookie and error, up to the end of the stream.
+fn replies(client: &mut UnixStream) -> Vec<(u64, u32)> {
+    let mut bytes = Vec::new();
+    client.read_to_end(&mut bytes).expect("the end of the stream");
+    let greeting = bytes.drain(..18).take(8);
+    assert_eq!(greeting.collect::<Vec<_>>(), b"NBDMAGIC");
+    assert_eq!(bytes.len() % 16, 0, "whole simple replies");
+    let be = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    bytes
+        .chunks(16)
+        .map(|reply| (be(&reply[8..]), u32::try_from(be(&reply[4..8])).expect("32 bits")))
+        .collect()
+}
+
+/// Serves until the connection is over, then closes it.
+fn end(mut connection: Connection, volume: &mut Volume) {
+    let began = Instant::now();
+    loop {
+        for notice in std::mem::take(&mut volume.notices) {
+            if let Notice::Done { origin: Origin::Nbd { cookie, .. }, result } = notice {
+                connection.done(cookie, result);
+            }
+        }
+        connection.ready(true, true, false);
+        if connection.service(volume, Instant::now()).is_err() {
+            return connection.close(Some(volume));
+        }
+        volume.pump(Instant::now());
+        assert!(began.elapsed() < Duration::from_secs(10), "the connection never ends");
+    }
+}
+
+#[test]
+fn a_node_that_stops_serving_answers_what_was_admitted_and_nothing_else() {
+    let (mut client, mut connection) = connected(Instant::now());
+    let mut volume = waiting_volume();
+    connection.open(0, OPENED);
+    for n in 1..=3 {
+        client.write_all(&write_request(n, n * 512)).expect("sends");
+    }
+    serve(&mut connection, &mut volume);
+    assert_eq!(connection.open, 3, "admitted");
+    // One whose payload is still on its way, and two behind it.
+    let (head, payload) = (write_request(4, 4 * 512), write_request(5, 5 * 512));
+    client.write_all(&head[..head.len() - 1]).expect("sends");
+    serve(&mut connection, &mut volume);
+    assert!(connection.in_payload());
+    connection.leave(&mut volume);
+    volume.quiesce();
+    client.write_all(&payload).expect("sends");
+    volume.go_alone();
+    end(connection, &mut volume);
+    assert_eq!(replies(&mut client), [(1, 0), (2, 0), (3, 0)], "an error would be final to a file system");
+}
+
+#[test]
+fn a_request_that_comes_too_late_is_not_answered() {
+    for stop in [Volume::quiesce, Volume::stop_serving] {
+        let (mut client, mut connection) = connected(Instant::now());
+        let mut volume = waiting_volume();
+        connection.open(0, OPENED);
+        stop(&mut volume);
+        client.write_all(&write_request(1, 0)).expect("sends");
+        end(connection, &mut volume);
+        assert_eq!(replies(&mut client), []);
+    }
+}
+
+#[test]
+fn what_cannot_be_finished_any_more_is_not_answered_either() {
+    let (mut client, mut connection) = connected(Instant::now());
+    let mut volume = waiting_volume();
+    connection.open(0, OPENED);
+    client.write_all(&write_request(1, 0)).expect("sends");
+    client.write_all(&write_request(2, 0)).expect("sends");
+    serve(&mut connection, &mut volume);
+    assert_eq!(connection.open, 2, "one landed, one waits for the same range");
+    volume.stop_serving();
+    end(connection, &mut volume);
+    assert_eq!(replies(&mut client), []);
 }
