@@ -22,8 +22,8 @@ pub enum VerbsError {
     /// A library is there and cannot be used: it is too old to have what we call, for another machine, or lacks something
     /// itself.
     #[error(
-        "{library} is there but cannot be used ({cause}): install the Debian package {package}, version 32 or newer \
-         (on other systems, rdma-core 32 or newer)"
+        "{library} is there but cannot be used ({cause}): install or upgrade the Debian package {package}; version 32 is \
+         enough (on other systems, the libraries of rdma-core 32 or newer)"
     )]
     BadLibrary {
         /// File name of it.
