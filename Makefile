@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
+.PHONY: help demo test test-long test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -20,6 +20,10 @@ demo: ## two nodes on loopback, one killed in mid-write, every write accounted f
 test: ## everything a change must pass: format, lints, licences, fuzzing, docs, all tests
 	@tests/tools/need.sh test vm
 	@tests/tools/test.sh
+
+test-long: ## what takes too long for each change: new seeds, longer fuzzing, more power cuts; two hours
+	@tests/tools/need.sh test vm
+	@tests/tools/test-long.sh
 
 test-rdma: ## RDMA in virtual machines: tests, clients, demo, a plug pulled (ARGS="--only two-guests")
 	@tests/tools/need.sh vm
