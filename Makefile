@@ -1,7 +1,7 @@
 # costandby's commands. Each installs what it lacks, then runs; see `make help`.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fresh test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
+.PHONY: help demo test test-long test-fresh test-rdma vm bench bench-rdma fuzz sim soak planted-bugs fmt clean
 
 # Where rustup puts cargo, for shells that have not read its profile.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -24,6 +24,10 @@ test: ## everything a change must pass: format, lints, licences, fuzzing, docs, 
 test-fresh: ## the README's two commands on bare Debian 12 and 13 roots, with nothing but Rust, gcc and make (SUITES=trixie)
 	@tests/tools/need.sh fresh
 	@tests/tools/test-fresh.sh $(SUITES)
+
+test-long: ## what takes too long for each change: new seeds, longer fuzzing, more power cuts; two hours
+	@tests/tools/need.sh test vm
+	@tests/tools/test-long.sh
 
 test-rdma: ## RDMA in virtual machines: tests, clients, demo, a plug pulled (ARGS="--only two-guests")
 	@tests/tools/need.sh vm

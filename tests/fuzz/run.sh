@@ -25,16 +25,32 @@ cargo build --quiet --locked --release --bins --target "$host" --target-dir "$ta
 if [ $# -eq 0 ]; then
     for source in src/bin/*.rs; do set -- "$@" "$(basename "$source" .rs)"; done
 fi
-for name in "$@"; do
-    binary=$target_dir/$host/release/$name
+fuzz() {
+    local name=$1 binary=$target_dir/$host/release/$1 log=artifacts/$1/last.log runs
     mkdir -p "corpus/$name" "artifacts/$name"
-    log=artifacts/$name/last.log
     if ! "$binary" -max_total_time="$seconds" -use_value_profile=1 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
         -artifact_prefix="artifacts/$name/" "corpus/$name" "seeds/$name" >"$log" 2>&1; then
         tail -n 40 "$log"
         echo "fuzz: $name FAILED; its input is in tests/fuzz/artifacts/$name, to see it again: $binary THAT_FILE" >&2
-        exit 1
+        return 1
     fi
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
     echo "fuzz: $name ${seconds} s, ${runs:-?} inputs, nothing found"
+}
+
+# One target a processor.
+running=0
+failed=0
+for name in "$@"; do
+    if [ "$running" -ge "$(nproc)" ]; then
+        wait -n || failed=1
+        running=$((running - 1))
+    fi
+    fuzz "$name" &
+    running=$((running + 1))
 done
+while [ "$running" -gt 0 ]; do
+    wait -n || failed=1
+    running=$((running - 1))
+done
+exit "$failed"

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// `peer_timeout`, and what is added to it for a machine that is busy with other things.
 const PEER_TIMEOUT: Duration = Duration::from_millis(300);
-const SLACK: Duration = Duration::from_secs(5);
+const SLACK: Duration = Duration::from_secs(20);
 
 fn pair() -> Pair {
     let mut settings = Settings::new(&[VolumeSettings::new("db", 12)]);

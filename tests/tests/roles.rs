@@ -5,9 +5,9 @@ use costandby_control::admin::Command;
 use costandby_control::nbd_client::NbdError;
 use costandby_datapath::disk::metadata::file::open_at;
 use costandby_datapath::disk::superblock::{Location, Superblock};
-use costandby_tests::Rng;
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
+use costandby_tests::{Rng, scaled};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -162,7 +162,8 @@ fn wait_sync_waits_no_longer_than_it_is_told() {
     let said = refusal(&pair, ALPHA, &["wait-sync", "db", "--timeout", "1s"]);
     let took = started.elapsed();
     assert!(said.contains("Unknown"), "it says where it stood: {said}");
-    assert!((Duration::from_secs(1)..Duration::from_secs(8)).contains(&took), "it took {took:?}");
+    println!("a timeout of 1 s took {took:?}");
+    assert!((Duration::from_secs(1)..scaled(Duration::from_secs(20))).contains(&took), "it took {took:?}");
 }
 
 #[test]

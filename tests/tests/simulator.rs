@@ -16,8 +16,8 @@ const SEEDS: u64 = 2_000;
 /// How many are run however long they take: in so many each thing that the simulator is for happens.
 const SEEDS_MIN: u64 = 20;
 
-/// Wall-clock time for them; `COSTANDBY_SIM_SECONDS` sets another.
-const SECONDS: u64 = 100;
+/// Wall-clock time for them; `COSTANDBY_SIM_SECONDS` sets another. `make test-long` looks for new ones.
+const SECONDS: u64 = 40;
 
 /// Lines of a failed run's story that are shown.
 const LINES: usize = 60;

@@ -11,5 +11,6 @@ skip() {
 }
 if [ "${COSTANDBY_SKIP_VM:-}" = 1 ]; then skip "COSTANDBY_SKIP_VM is set"; fi
 if [ "$(uname -m)" != x86_64 ]; then skip "their kernel is an x86-64 one and this is $(uname -m)"; fi
-cargo build --quiet --locked --workspace --bins
+# With the tests, which it runs: without them, what both depend on would be built with other features, and so twice.
+cargo build --quiet --locked --workspace --bins --tests
 exec "${CARGO_TARGET_DIR:-target}/debug/costandby-vm" test "$@"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything a change must pass, cheapest first, each step with the time it took. Stops at the first failure.
 #
-# One profile (dev, with opt-level 1) serves the build and the tests, so nothing is compiled twice: the integration
-# tests find the `costandby` program where the build step has put it.
+# One profile (dev, with opt-level 1) and one set of features serve the build and the tests, so nothing is compiled twice:
+# the integration tests find the `costandby` program where the build step has put it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH=$PATH:/usr/sbin:/sbin
@@ -78,7 +78,7 @@ step "formatting of the RDMA oracle" cargo fmt --all --check --manifest-path tes
 step "licences, duplicates, sources, advisories" dependencies
 step "clippy" cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 step "RDMA declarations against the headers" rdma_oracle
-step "build" cargo build --quiet --locked --workspace --bins
+step "build, with all tests" cargo build --quiet --locked --workspace --bins --tests
 step "fuzzing, ${fuzz_seconds} s a target" tests/fuzz/run.sh "$fuzz_seconds"
 step "documentation" documents
 step "tests" cargo nextest run --locked --workspace

@@ -56,13 +56,13 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 const PROMOTE_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How long a takeover may take before the demo calls it failed.
-const TAKEOVER_MAX: Duration = Duration::from_secs(20);
+const TAKEOVER_MAX: Duration = Duration::from_secs(60);
 
 /// How long writing goes on at least after the takeover, and while the dead node catches up.
 const WRITE_MIN: Duration = Duration::from_secs(1);
 
 /// How long the first handshake may take: nothing is to be copied.
-const FIRST_SYNC_MAX: Duration = Duration::from_secs(30);
+const FIRST_SYNC_MAX: Duration = Duration::from_secs(120);
 
 /// How long catching up may take: a full copy of both volumes under load, on a slow machine.
 const CATCH_UP_MAX: Duration = Duration::from_secs(300);
@@ -71,7 +71,7 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(300);
 const CATCH_UP_WRITE_MAX: Duration = Duration::from_secs(5);
 
 /// How long what is in flight may take once the writers have flushed.
-const QUIET_MAX: Duration = Duration::from_secs(30);
+const QUIET_MAX: Duration = Duration::from_secs(120);
 
 /// Why there is no good result.
 #[derive(Debug, thiserror::Error)]

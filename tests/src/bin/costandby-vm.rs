@@ -40,6 +40,9 @@ enum Task {
         /// auto, lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
+        /// Also what takes long and finds little: all tests with RDMA in their names, and the power cuts three times.
+        #[arg(long)]
+        long: bool,
         /// Leave the logs there when all is well, too.
         #[arg(long)]
         keep: bool,
@@ -92,6 +95,9 @@ enum Task {
     },
 }
 
+/// Times that all power cuts are run in the long run, each time with another seed.
+const LONG_ROUNDS: u64 = 3;
+
 /// Steps with two guests.
 const WITH_TWO: [&str; 3] = ["lost-host", "two-guests", "power"];
 
@@ -116,7 +122,7 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Task::Test { link, only, keep } => test(&link, &only, keep),
+        Task::Test { link, only, long, keep } => test(&link, &only, long, keep),
         Task::Run(args) => run(&args),
         Task::Shell { memory } => shell(memory),
         Task::Survivor { link, admin, nbd } => {
@@ -140,28 +146,33 @@ fn main() -> ExitCode {
     }
 }
 
-fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
+fn test(link: &str, only: &[String], long: bool, keep: bool) -> Result<u8, VmError> {
     let rig = Rig::prepare()?;
-    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_TWO).collect();
+    let one = fast::steps(&rig, link);
+    let known: Vec<_> = one.iter().map(|step| step.id).chain(WITH_TWO).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
     }
     let wanted = |id: &str| only.is_empty() || only.iter().any(|name| name == id);
     let directory = rig.run_directory("test")?;
     let mut steps = Steps::default();
-    steps.run("building the programs", || rig.build_programs())?;
+    let built = steps.run("building programs and tests", || rig.build())?;
     let mut outcomes = Vec::new();
-    if known.iter().any(|id| !WITH_TWO.contains(id) && wanted(id)) {
-        outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
+    let wanted_step = |step: &fast::Step| wanted(step.id) && (long || !step.long || !only.is_empty());
+    if one.iter().any(wanted_step) {
+        outcomes.push(fast::run(&rig, &built, &directory, link, long, wanted_step, &mut steps));
     }
     if wanted("lost-host") {
-        outcomes.push(lost_host::run(&rig, &directory, &mut steps));
+        outcomes.push(lost_host::run(&rig, &built, &directory, &mut steps));
     }
     if wanted("two-guests") {
         outcomes.push(failover::run(&rig, &directory, link, &mut steps));
     }
     if wanted("power") {
-        outcomes.push(power::run(&rig, &directory, link, costandby_tests::seed(), &mut steps));
+        let seed = costandby_tests::seed();
+        for seed in seed..seed + if long { LONG_ROUNDS } else { 1 } {
+            outcomes.push(power::run(&rig, &directory, link, seed, &mut steps));
+        }
     }
     let broken = outcomes.into_iter().filter_map(Result::err).collect::<Vec<_>>();
     for error in &broken {

@@ -6,12 +6,10 @@
 //! device sent no packets, whatever its programs say, and so has a step of tests that ran none or left one out.
 
 use super::guest::{Guest, Settings, WORK};
-use super::{BUILD_LIMIT, DEVICE, Rig, Steps, VmError, io_error, last_lines, prepare, quoted};
+use super::{Built, DEVICE, Rig, Steps, TestProgram, VmError, io_error, last_lines, quoted};
 use crate::patience::{Limits, Over};
 use std::fmt::Write as _;
-use std::io::{Read as _, Seek as _};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 use std::time::Duration;
 
 /// How long a guest may take for what it does at once: ending a step that it is told to end, powering off.
@@ -22,6 +20,15 @@ const PACKETS_MIN: u64 = 100;
 
 /// How a test says that it was left out. None may be: the rig has all that a test can ask for.
 const SKIPPED: &str = "SKIPPED: ";
+
+/// Parts of datapath whose tests play the device, as they do on the host, and never look for one: only for the long run.
+const DOUBLES: [&str; 5] = [
+    "transport::rdma::tests::",
+    "transport::fault::tests::",
+    "transport::rdma::windows::cache::",
+    "transport::rdma::placement::",
+    "transport::rdma::private::",
+];
 
 /// Tests of ffi that need what only a step of their own gives them: the device for themselves, or a second guest.
 const ELSEWHERE: [&str; 3] = ["a_removed_device", "a_port_without_a_wire", super::lost_host::TEST];
@@ -35,7 +42,8 @@ const LOG_LINES: usize = 30;
 /// A step's work.
 #[derive(Clone, Debug)]
 enum Work {
-    /// Tests of a package whose names contain `filter`, but for [`ELSEWHERE`]; of one test program only, or of all.
+    /// Tests of a package whose names contain `filter`, but for [`ELSEWHERE`] and, unless the run is a long one,
+    /// [`DOUBLES`]; of one test program only, or of all.
     Tests { package: &'static str, program: Option<&'static str>, filter: &'static str },
     /// The same for a test that takes the device away, and so wants a process of its own.
     Removal { package: &'static str, filter: &'static str },
@@ -50,6 +58,8 @@ pub struct Step {
     pub id: &'static str,
     /// What its line says.
     pub title: &'static str,
+    /// It is for the long run, unless it is asked for.
+    pub long: bool,
     /// Its copies go by the link, so with RDMA the device must have sent packets.
     over_link: bool,
     work: Work,
@@ -72,7 +82,7 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
     let modules =
         "/sbin/modprobe --verbose dm_flakey && /bin/busybox modprobe dm_log_writes && dmsetup targets";
     // The last try is the command's outcome: nothing tells when perftest's server is ready.
-    let step = |id, title, over_link, work| Step { id, title, over_link, work };
+    let step = |id, title, over_link, work| Step { id, title, long: false, over_link, work };
     vec![
         step("device", "the device: perftest's ib_write_lat", true, Work::Command(device)),
         step("modules", "kernel modules, by kmod and by busybox", false, Work::Command(modules.to_owned())),
@@ -80,12 +90,15 @@ pub fn steps(rig: &Rig, link: &str) -> Vec<Step> {
         step("removed", "the device is removed and comes back", false, removal(ELSEWHERE[0])),
         step("unplugged", "its port goes down and up", false, removal(ELSEWHERE[1])),
         step("datapath", "tests of datapath on the device", true, tests("costandby-datapath", None, "rdma")),
-        step(
-            "control",
-            "tests of control in the guest (its RDMA is a double)",
-            false,
-            tests("costandby-control", None, "rdma"),
-        ),
+        Step {
+            long: true,
+            ..step(
+                "control",
+                "tests of control in the guest (its RDMA is a double)",
+                false,
+                tests("costandby-control", None, "rdma"),
+            )
+        },
         step("clients", "NBD clients", true, tests("costandby-tests", Some("real_clients"), "")),
         step(
             "devices",
@@ -109,49 +122,8 @@ fn auto(rig: &Rig) -> String {
     )
 }
 
-/// A test program, built.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct TestProgram {
-    pub(super) package: String,
-    name: String,
-    pub(super) path: PathBuf,
-}
-
-/// Builds all tests and says where each program is. Those that `cargo nextest` has built are used as they are.
-pub(super) fn build_tests(rig: &Rig) -> Result<Vec<TestProgram>, VmError> {
-    let mut cargo = rig.cargo();
-    cargo.args(["test", "--no-run", "--quiet", "--locked", "--workspace", "--message-format"]);
-    // Into a file, for who reads from a pipe has no time limit.
-    let mut messages = tempfile::tempfile().map_err(io_error("making a temporary file"))?;
-    let output = messages.try_clone().map_err(io_error("making a temporary file"))?;
-    cargo.arg("json-render-diagnostics").stdin(Stdio::null()).stdout(output);
-    prepare("building the tests", &mut cargo, BUILD_LIMIT)?;
-    let mut said = String::new();
-    let read = messages.rewind().and_then(|()| messages.read_to_string(&mut said));
-    read.map_err(io_error("reading what cargo says"))?;
-    Ok(said.lines().filter_map(test_program).collect())
-}
-
-/// The test program that a message of cargo's is about, if it is about one.
-fn test_program(message: &str) -> Option<TestProgram> {
-    let message: serde_json::Value = serde_json::from_str(message).ok()?;
-    if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
-        return None;
-    }
-    // path+file:///…/tests#costandby-tests@0.1.0, or …/costandby-tests#0.1.0 where the directory is called so.
-    let id = message["package_id"].as_str()?;
-    let (directory, name) = id.rsplit_once('#')?;
-    let package =
-        name.split_once('@').map_or_else(|| directory.rsplit('/').next(), |(name, _)| Some(name))?;
-    Some(TestProgram {
-        package: package.to_owned(),
-        name: message["target"]["name"].as_str()?.to_owned(),
-        path: message["executable"].as_str()?.into(),
-    })
-}
-
 /// The shell command of a step; `None` where there is no such test program.
-fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
+fn command(step: &Step, programs: &[TestProgram], long: bool) -> Option<String> {
     let (package, program, filter) = match &step.work {
         Work::Command(command) => return Some(command.clone()),
         Work::Tests { package, program, filter } => (package, *program, filter),
@@ -165,7 +137,8 @@ fn command(step: &Step, programs: &[TestProgram]) -> Option<String> {
     if matches!(step.work, Work::Removal { .. }) {
         let _ = writeln!(commands, "export COSTANDBY_RDMA_NETDEV={NETDEV}");
     } else {
-        left_out = ELSEWHERE.map(|test| format!(" --skip {test}")).concat();
+        let doubles = if long { &[] } else { &DOUBLES[..] };
+        left_out = ELSEWHERE.iter().chain(doubles).map(|test| format!(" --skip {test}")).collect();
     }
     let mut any = false;
     for found in programs.iter().filter(wanted) {
@@ -207,19 +180,20 @@ done </share/steps
 /// When the guest, rather than a step, fails.
 pub fn run(
     rig: &Rig,
+    built: &Built,
     run: &Path,
     link: &str,
-    wanted: impl Fn(&str) -> bool,
+    long: bool,
+    wanted: impl Fn(&Step) -> bool,
     report: &mut Steps,
 ) -> Result<(), VmError> {
-    let programs = report.run("building the tests", || build_tests(rig))?;
     let guest_name = "fast";
     let share = run.join(guest_name).join("share");
     std::fs::create_dir_all(&share).map_err(io_error(format!("making {}", share.display())))?;
     let mut list = String::new();
     let mut chosen = Vec::new();
-    for step in steps(rig, link).into_iter().filter(|step| wanted(step.id)) {
-        let script = command(&step, &programs)
+    for step in steps(rig, link).into_iter().filter(&wanted) {
+        let script = command(&step, &built.tests, long)
             .ok_or_else(|| VmError::Failed(format!("there is no test program for the step {}", step.id)))?;
         let path = share.join(format!("{}.sh", step.id));
         std::fs::write(&path, script).map_err(io_error(format!("writing {}", path.display())))?;
@@ -322,11 +296,21 @@ mod tests {
     use super::*;
 
     fn step(work: Work) -> Step {
-        Step { id: "x", title: "x", over_link: true, work }
+        Step { id: "x", title: "x", long: false, over_link: true, work }
     }
 
     fn judge(step: &Step, ended: &str, log: &str) -> Verdict {
         super::judge(step, "rdma", &Outcome { said: ended.to_owned(), given_up: None }, log)
+    }
+
+    #[test]
+    fn what_needs_no_device_is_for_the_long_run() {
+        let tests = step(Work::Tests { package: "p", program: None, filter: "rdma" });
+        let program = TestProgram { package: "p".to_owned(), name: "n".to_owned(), path: "/n".into() };
+        let command = |long| command(&tests, std::slice::from_ref(&program), long).expect("a program");
+        assert!(command(false).contains("--skip transport::rdma::tests::"), "{}", command(false));
+        assert!(!command(true).contains("transport::"), "{}", command(true));
+        assert!(command(true).contains("--skip a_removed_device"), "{}", command(true));
     }
 
     #[test]
@@ -354,21 +338,5 @@ mod tests {
         assert!(matches!(judge(&removal, "0 500", log), Verdict::Passed(_)));
         let left_out = judge(&removal, "0 500", &format!("SKIPPED: not set\n{log}"));
         assert!(matches!(left_out, Verdict::Failed(_)), "{left_out:?}");
-    }
-
-    #[test]
-    fn a_test_program_is_found_in_what_cargo_says() {
-        let message = |id: &str, test: bool| {
-            let profile = serde_json::json!({ "test": test });
-            let target = serde_json::json!({ "name": "real_clients" });
-            serde_json::json!({ "reason": "compiler-artifact", "package_id": id, "profile": profile,
-                "target": target, "executable": "/t/deps/real_clients-1" })
-            .to_string()
-        };
-        let package = |id: &str| test_program(&message(id, true)).map(|found| found.package);
-        assert_eq!(package("path+file:///a/tests#costandby-tests@0.1.0").as_deref(), Some("costandby-tests"));
-        assert_eq!(package("path+file:///a/costandby-tests#0.1.0").as_deref(), Some("costandby-tests"));
-        assert_eq!(test_program(&message("path+file:///a#b@1", false)), None, "a library");
-        assert_eq!(test_program("not JSON"), None);
     }
 }

@@ -4,7 +4,7 @@
 //! Invariant: the guest that stays ends with the test's own outcome; that of the other one has none.
 
 use super::guest::{Guest, Settings, Wire};
-use super::{Rig, Steps, VmError, fast, io_error, quoted};
+use super::{Built, Rig, Steps, VmError, io_error, quoted};
 use crate::patience::{Limits, Patience};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -24,9 +24,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// What does not hold.
-pub fn run(rig: &Rig, run: &Path, steps: &mut Steps) -> Result<(), VmError> {
+pub fn run(rig: &Rig, built: &Built, run: &Path, steps: &mut Steps) -> Result<(), VmError> {
     steps.begin("two guests: a queue pair whose host lost its power");
-    match lose(rig, run) {
+    match lose(rig, built, run) {
         Ok(note) => steps.passed(&note),
         Err(error) => {
             steps.failed("");
@@ -36,9 +36,8 @@ pub fn run(rig: &Rig, run: &Path, steps: &mut Steps) -> Result<(), VmError> {
     Ok(())
 }
 
-fn lose(rig: &Rig, run: &Path) -> Result<String, VmError> {
-    let programs = fast::build_tests(rig)?;
-    let program = programs.iter().find(|program| program.package == "costandby-ffi");
+fn lose(rig: &Rig, built: &Built, run: &Path) -> Result<String, VmError> {
+    let program = built.tests.iter().find(|program| program.package == "costandby-ffi");
     let program =
         program.ok_or_else(|| VmError::Failed("the package costandby-ffi has no tests".to_owned()))?;
     let sockets = tempfile::Builder::new().prefix("costandby-vm-").tempdir();

@@ -20,9 +20,9 @@ pub mod power;
 pub mod survivor;
 
 use crate::process::Guarded;
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What carries the copies in the rig's runs, unless its caller says otherwise.
@@ -115,14 +115,23 @@ impl Rig {
         cargo
     }
 
-    /// Builds the programs of the workspace.
+    /// Builds the programs of the workspace and its tests, in one call: apart they would be built with other features of
+    /// what they depend on, and so twice. Those that `make test` has built are used as they are.
     ///
     /// # Errors
     /// When they cannot be built; cargo has said why.
-    pub fn build_programs(&self) -> Result<(), VmError> {
+    pub fn build(&self) -> Result<Built, VmError> {
         let mut cargo = self.cargo();
-        cargo.args(["build", "--quiet", "--locked", "--workspace", "--bins"]);
-        prepare("building the programs", &mut cargo, BUILD_LIMIT)
+        cargo.args(["build", "--quiet", "--locked", "--workspace", "--bins", "--tests", "--message-format"]);
+        // Into a file, for who reads from a pipe has no time limit.
+        let mut messages = tempfile::tempfile().map_err(io_error("making a temporary file"))?;
+        let output = messages.try_clone().map_err(io_error("making a temporary file"))?;
+        cargo.arg("json-render-diagnostics").stdin(Stdio::null()).stdout(output);
+        prepare("building programs and tests", &mut cargo, BUILD_LIMIT)?;
+        let mut said = String::new();
+        let read = messages.rewind().and_then(|()| messages.read_to_string(&mut said));
+        read.map_err(io_error("reading what cargo says"))?;
+        Ok(Built { tests: said.lines().filter_map(test_program).collect() })
     }
 
     /// An empty directory for a run. Those of earlier runs of the same name are removed once their programs have ended.
@@ -143,6 +152,38 @@ impl Rig {
         std::fs::create_dir_all(&dir).map_err(io_error(format!("making {}", dir.display())))?;
         Ok(dir)
     }
+}
+
+/// The tests of the workspace, built.
+#[derive(Debug)]
+pub struct Built {
+    tests: Vec<TestProgram>,
+}
+
+/// A test program.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct TestProgram {
+    package: String,
+    name: String,
+    path: PathBuf,
+}
+
+/// The test program that a message of cargo's is about, if it is about one.
+fn test_program(message: &str) -> Option<TestProgram> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
+        return None;
+    }
+    // path+file:///…/tests#costandby-tests@0.1.0, or …/costandby-tests#0.1.0 where the directory is called so.
+    let id = message["package_id"].as_str()?;
+    let (directory, name) = id.rsplit_once('#')?;
+    let package =
+        name.split_once('@').map_or_else(|| directory.rsplit('/').next(), |(name, _)| Some(name))?;
+    Some(TestProgram {
+        package: package.to_owned(),
+        name: message["target"]["name"].as_str()?.to_owned(),
+        path: message["executable"].as_str()?.into(),
+    })
 }
 
 /// Runs a program that prepares something, with this one's output.
@@ -258,5 +299,21 @@ mod tests {
                 Command::new("sh").arg("-c").arg(format!("printf %s {}", quoted(text))).output().expect("sh");
             assert_eq!(String::from_utf8_lossy(&said.stdout), text);
         }
+    }
+
+    #[test]
+    fn a_test_program_is_found_in_what_cargo_says() {
+        let message = |id: &str, test: bool| {
+            let profile = serde_json::json!({ "test": test });
+            let target = serde_json::json!({ "name": "real_clients" });
+            serde_json::json!({ "reason": "compiler-artifact", "package_id": id, "profile": profile,
+                "target": target, "executable": "/t/deps/real_clients-1" })
+            .to_string()
+        };
+        let package = |id: &str| test_program(&message(id, true)).map(|found| found.package);
+        assert_eq!(package("path+file:///a/tests#costandby-tests@0.1.0").as_deref(), Some("costandby-tests"));
+        assert_eq!(package("path+file:///a/costandby-tests#0.1.0").as_deref(), Some("costandby-tests"));
+        assert_eq!(test_program(&message("path+file:///a#b@1", false)), None, "a library");
+        assert_eq!(test_program("not JSON"), None);
     }
 }

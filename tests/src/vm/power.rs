@@ -82,7 +82,8 @@ const ROUNDS: [(Cut, &str); 7] = [
 /// # Errors
 /// What does not hold; the round it happened in is marked as failed.
 pub fn run(rig: &Rig, run: &Path, link: &str, seed: u64, steps: &mut Steps) -> Result<(), VmError> {
-    let run = run.join("power");
+    // Each run has disks of its own.
+    let run = run.join(format!("power-{seed}"));
     let done = Rounds::new(rig, &run, link, seed).and_then(|mut rounds| rounds.run(steps));
     if done.is_err() {
         steps.failed(&format!("seed {seed}"));

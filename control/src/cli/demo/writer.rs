@@ -21,10 +21,10 @@ use std::time::{Duration, Instant};
 pub(super) const DEPTH: usize = 8;
 
 /// How long a single request or connect may take; a takeover is far quicker.
-pub(super) const REQUEST_MAX: Duration = Duration::from_secs(20);
+pub(super) const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 /// How long the writer looks for a server that lets it in.
-const RECONNECT_MAX: Duration = Duration::from_secs(30);
+const RECONNECT_MAX: Duration = Duration::from_secs(90);
 
 /// Between two attempts to connect: well below the takeover that is measured by it.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(2);
