@@ -1,5 +1,6 @@
 //! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and
-//! how long it gets, that no test ends early without saying so, and that the specification names tests which exist.
+//! how long it gets, that no test ends early without saying so, that nothing in a
+//! daemon prints, and that the specification names tests which exist.
 //!
 //! Reads the sources of the workspace this test was built from, and nothing else. Each rule is a function from text to
 //! complaints, so that the rule itself is tested on text that breaks it.
@@ -13,6 +14,13 @@ use std::process::Command;
 
 /// Lines after which a file needs splitting.
 const FILE_LINES_MAX: usize = 800;
+
+/// Macros that panic, and so end a daemon, where stdout or stderr cannot be written.
+const PRINTING: [&str; 4] = ["print", "println", "eprint", "eprintln"];
+
+/// Files of a daemon's crates that may have stdout or stderr in hand, beside the command line's: whoever writes to these waits for
+/// their readers.
+const STANDARD_OUTPUT: [&str; 1] = ["control/src/logging.rs"];
 
 /// Promises the specification makes.
 const PROMISES: usize = 12;
@@ -167,6 +175,9 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
             found.push(format!("{name}:{number}: unsafe outside ffi"));
         }
     }
+    if runs_in_a_daemon(name) {
+        found.extend(printing_complaints(name, &code));
+    }
     let is_root = ["/src/lib.rs", "/src/main.rs"].iter().any(|root| name.ends_with(root));
     if is_root && !name.starts_with("ffi/") && !code.contains("#![forbid(unsafe_code)]") {
         found.push(format!("{name}: the crate does not forbid unsafe_code"));
@@ -254,6 +265,35 @@ fn early_ends(name: &str, text: &str) -> Vec<String> {
                 found.push(format!(
                     "{name}:{line}: {test} ends early: call skip() of costandby-ffi's testing.rs, or say why it is \
                      \"{NOT_LEFT_OUT}\""
+                ));
+            }
+        }
+    }
+    found
+}
+
+/// Whether the file's code is part of a daemon or of the command line: no tests, no build scripts.
+fn runs_in_a_daemon(name: &str) -> bool {
+    let room = ["ffi/src/", "datapath/src/", "control/src/"].iter().any(|room| name.starts_with(room));
+    room && name != "ffi/src/testing.rs" && !name.ends_with("/tests.rs") && !name.contains("/tests/")
+}
+
+/// Macros that print, anywhere; stdout and stderr outside of the command line.
+fn printing_complaints(name: &str, code: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let may_write = name.starts_with("control/src/cli/") || STANDARD_OUTPUT.contains(&name);
+    for (number, line) in (1..).zip(code.lines()) {
+        for word in PRINTING {
+            if has_word(line, word) && line.contains(&format!("{word}!")) {
+                found.push(format!(
+                    "{name}:{number}: {word}! panics where nobody reads it: log, or use cli::print"
+                ));
+            }
+        }
+        for stream in ["stdout()", "stderr()"] {
+            if !may_write && line.contains(stream) {
+                found.push(format!(
+                    "{name}:{number}: {stream} outside of cli/ and logging.rs waits for its reader"
                 ));
             }
         }
@@ -413,9 +453,28 @@ fn each_broken_rule_is_found() {
     assert_eq!(broken("ffi/src/x.rs", "//! x\nfn f() { unsafe { g() } }\n"), 0, "ffi may");
     assert_eq!(broken("datapath/src/x.rs", "//! x\nfn f() { todo!() }\n"), 1, "unfinished");
     let by_itself = "//! x\nfn f() { println!(\"SKIPPED: f\") }\n";
-    assert_eq!(broken("datapath/src/x.rs", by_itself), 1, "a test left out by hand");
+    assert_eq!(broken("datapath/tests/x.rs", by_itself), 1, "a test left out by hand");
     assert_eq!(broken("ffi/src/testing.rs", by_itself), 0, "skip() itself");
     assert_eq!(broken("datapath/src/lib.rs", "//! x\n"), 1, "root without forbid");
+    for printing in
+        ["println!(\"x\")", "eprintln!()", "print!(\"x\")", "std::eprint!(\"x\")", "io::stderr().lock()"]
+    {
+        let text = format!("//! x\nfn f() {{ {printing}; }}\n");
+        for daemon in ["datapath/src/x.rs", "ffi/src/x.rs", "control/src/x.rs", "control/src/node/x.rs"] {
+            assert_eq!(broken(daemon, &text), 1, "{printing} in {daemon}");
+        }
+        for other in ["datapath/src/x/tests.rs", "control/build.rs", "bench/src/x.rs", "datapath/tests/x.rs"]
+        {
+            assert_eq!(broken(other, &text), 0, "{printing} in {other}");
+        }
+    }
+    assert_eq!(
+        broken("control/src/cli/x.rs", "//! x\nfn f() { io::stderr() }\n"),
+        0,
+        "the command line prints"
+    );
+    assert_eq!(broken("control/src/cli/x.rs", "//! x\nfn f() { println!() }\n"), 1, "but does not panic");
+    assert_eq!(broken("datapath/src/x.rs", "//! println!\nfn f() { writeln!(a, \"print!\") }\n"), 0);
     let long = "//! x\n".repeat(FILE_LINES_MAX + 1);
     assert_eq!(broken("datapath/src/x.rs", &long), 1, "too long");
 }
