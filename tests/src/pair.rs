@@ -187,16 +187,24 @@ impl Pair {
     /// # Panics
     /// When it runs already, ends at once or does not answer.
     pub fn up(&mut self, node: usize) {
-        assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
-        let log = File::options().append(true).create(true).open(self.log_path(node)).expect("a log");
-        let mut command = self.command(node);
-        command.arg("up").env("COSTANDBY_LOG", "info").stdout(log.try_clone().expect("a log")).stderr(log);
-        self.daemons[node] = Some(Guarded::spawn(&mut command));
+        self.up_unasked(node);
         wait_for(&format!("{} answers", NODES[node]), LIMIT, || {
             let ended = self.daemons[node].as_mut().and_then(Guarded::ended);
             assert!(ended.is_none(), "{} ended with {ended:?}: {}", NODES[node], self.log(node));
             self.ask(node).ok()
         });
+    }
+
+    /// Starts a daemon, and does not ask it anything.
+    ///
+    /// # Panics
+    /// When it runs already.
+    pub fn up_unasked(&mut self, node: usize) {
+        assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
+        let log = File::options().append(true).create(true).open(self.log_path(node)).expect("a log");
+        let mut command = self.command(node);
+        command.arg("up").env("COSTANDBY_LOG", "info").stdout(log.try_clone().expect("a log")).stderr(log);
+        self.daemons[node] = Some(Guarded::spawn(&mut command));
     }
 
     /// SIGKILL.
@@ -328,6 +336,15 @@ impl Pair {
     #[must_use]
     pub fn status(&self, node: usize, volume: &str) -> Option<VolumeStatus> {
         self.ask(node).ok()?.volumes.into_iter().find(|found| found.name == volume)
+    }
+
+    /// Addresses that a node cannot listen on.
+    ///
+    /// # Panics
+    /// When its daemon does not answer.
+    #[must_use]
+    pub fn not_listening(&self, node: usize) -> Vec<admin::NotListening> {
+        self.ask(node).unwrap_or_else(|error| panic!("{}: {error}", NODES[node])).not_listening
     }
 
     /// Waits until a node's view of a volume is as wanted.

@@ -32,6 +32,7 @@ fn db() -> VolumeStatus {
         connection: CONNECTED.into(),
         peer: "beta".into(),
         advice: None,
+        peer_says: None,
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -40,7 +41,7 @@ fn db() -> VolumeStatus {
 
 impl AdminBackend for Fake {
     fn status(&self) -> Answer<'_, Status> {
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![db()] } })
+        Box::pin(async { Status { node: "alpha".into(), volumes: vec![db()], not_listening: vec![] } })
     }
 
     fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>> {
@@ -110,7 +111,7 @@ async fn status_and_commands_make_the_round_trip() {
     let daemon = Daemon::start();
     let client = daemon.client();
     let status = client.status().await.expect("answered");
-    assert_eq!(status, Status { node: "alpha".into(), volumes: vec![db()] });
+    assert_eq!(status, Status { node: "alpha".into(), volumes: vec![db()], not_listening: vec![] });
     let commands = [
         Command::Promote { force: true },
         Command::Promote { force: false },

@@ -4,7 +4,7 @@
 //! peer broke the protocol, and the daemon's advice.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
-use crate::admin::{CONNECTED, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
+use crate::admin::{CONNECTED, NotListening, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
 use crate::admin_client::AdminClient;
 use crate::config::quantity::display_size;
 use std::io::{self, IsTerminal};
@@ -46,6 +46,10 @@ pub fn render(status: &Status, colours: bool) -> String {
         }
     }
     let mut out = format!("node {}\n", status.node);
+    for NotListening { address, reason } in &status.not_listening {
+        out.push_str(&Colour::Bad.paint(&format!("  not listening on {address}: {reason}"), colours));
+        out.push('\n');
+    }
     push_line(&mut out, &HEADER.map(|text| (text.to_owned(), Colour::Plain)), &widths, colours);
     for (row, volume) in rows.iter().zip(&status.volumes) {
         push_line(&mut out, row, &widths, colours);
@@ -62,6 +66,11 @@ pub fn render(status: &Status, colours: bool) -> String {
                 volume.peer, volume.violations
             );
             out.push_str(&Colour::Bad.paint(&line, colours));
+            out.push('\n');
+        }
+        if let Some(text) = &volume.peer_says {
+            let line = format!("  {} says: {text}", volume.peer);
+            out.push_str(&Colour::Attention.paint(&line, colours));
             out.push('\n');
         }
         if let Some(advice) = &volume.advice {

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::admin::{
-    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, SYNC_SOURCE, Status,
-    UP_TO_DATE, VolumeStatus,
+    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, NotListening, SYNC_SOURCE,
+    Status, UP_TO_DATE, VolumeStatus,
 };
 use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
@@ -112,6 +112,7 @@ fn db() -> VolumeStatus {
         connection: CONNECTED.into(),
         peer: "beta".into(),
         advice: None,
+        peer_says: None,
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -150,7 +151,8 @@ fn alone() -> VolumeStatus {
 
 #[test]
 fn status_is_a_table_read_at_a_glance() {
-    let status = Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()] };
+    let status =
+        Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()], not_listening: vec![] };
     let expected = "\
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
@@ -174,15 +176,28 @@ web      standby (frozen)  UpToDate  beta Unknown       tcp connecting   memory 
 }
 
 #[test]
+fn status_shows_addresses_that_are_not_bound_and_what_a_peer_says() {
+    let mut failed = db();
+    failed.peer_says = Some("beta cannot use its disk of volume db: it is missing".into());
+    let refused = NotListening { address: "tcp:10.9.0.1:10809".into(), reason: "taken".into() };
+    let status = Status { node: "alpha".into(), volumes: vec![failed], not_listening: vec![refused] };
+    let lines = status::render(&status, false);
+    let lines: Vec<_> = lines.lines().collect();
+    assert_eq!(lines[1], "  not listening on tcp:10.9.0.1:10809: taken");
+    assert_eq!(lines[4], "  beta says: beta cannot use its disk of volume db: it is missing");
+}
+
+#[test]
 fn status_without_volumes_says_so() {
-    let text = status::render(&Status { node: "alpha".into(), volumes: vec![] }, true);
+    let text = status::render(&Status { node: "alpha".into(), volumes: vec![], not_listening: vec![] }, true);
     assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
 }
 
 #[test]
 fn status_json_has_the_fixed_keys() {
     let value =
-        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()] }).expect("serializes");
+        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()], not_listening: vec![] })
+            .expect("serializes");
     assert_eq!(value["node"], "alpha");
     let volume = value["volumes"][0].as_object().expect("an object");
     for key in [
@@ -207,10 +222,11 @@ fn status_json_has_the_fixed_keys() {
         "violations",
         "resync_rate",
         "resync_eta_s",
+        "peer_says",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 21, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 22, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.
@@ -350,7 +366,7 @@ impl AdminBackend for CatchingUp {
     fn status(&self) -> Answer<'_, Status> {
         let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
         let volume = if done { db() } else { VolumeStatus { name: "db".into(), ..catching_up() } };
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume] } })
+        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume], not_listening: vec![] } })
     }
 
     fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {

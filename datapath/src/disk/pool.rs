@@ -15,7 +15,7 @@
 
 use super::image::DiskError;
 use super::job::{Job, JobDone, JobKind};
-use crate::limits::{DISK_WORKERS, DISK_WORKER_IDLE_S};
+use crate::limits::{DISK_WORKER_IDLE_S, DISK_WORKERS};
 use crate::waker::Waker;
 use crossbeam_channel::Sender;
 use std::collections::VecDeque;
