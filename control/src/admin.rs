@@ -56,6 +56,18 @@ pub struct Status {
     /// Lines of the daemon's log that could not be written since it began.
     #[serde(default)]
     pub log_lines_dropped: u64,
+    /// Addresses of its configuration that it cannot listen on, and tries again.
+    #[serde(default)]
+    pub not_listening: Vec<NotListening>,
+}
+
+/// An address that the daemon cannot listen on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NotListening {
+    /// As the configuration has it: `tcp:` with address and port, or `unix:` with a path.
+    pub address: String,
+    /// Why, and what to do.
+    pub reason: String,
 }
 
 /// One volume as its node sees it.
@@ -65,7 +77,7 @@ pub struct VolumeStatus {
     pub name: String,
     /// `primary` or `standby`.
     pub role: String,
-    /// `UpToDate`, `Inconsistent`, `Outdated`, `Failed` or `Diskless`.
+    /// `UpToDate`, `Inconsistent`, `Outdated`, `Failed` or `Diskless`; [`ATTACHING`] while the daemon opens it.
     pub disk_state: String,
     /// The same words for the peer's disk, `Unknown` while it is not connected.
     pub peer_state: String,
@@ -103,6 +115,9 @@ pub struct VolumeStatus {
     pub parted: bool,
     /// What to do, where something is to be done.
     pub advice: Option<String>,
+    /// Why the peer has no session with this node, in its own words.
+    #[serde(default)]
+    pub peer_says: Option<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
     /// The verification under way, or else the last one of this daemon.
@@ -149,6 +164,9 @@ pub const SYNC_TARGET: &str = "sync-target";
 
 /// [`VolumeStatus::disk_state`] and [`VolumeStatus::peer_state`] of a complete, current disk.
 pub const UP_TO_DATE: &str = "UpToDate";
+
+/// [`VolumeStatus::disk_state`] of a disk that is being opened.
+pub const ATTACHING: &str = "Attaching";
 
 impl VolumeStatus {
     /// Whether the two disks hold the same, connected and complete.
@@ -251,11 +269,18 @@ pub struct AdminServer {
     socket: SocketFile,
 }
 
-/// The socket's file, removed with its server and only if it still is this server's.
+/// A socket's file, removed with its server and only if it still is this server's.
 #[derive(Debug)]
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    /// The file of a socket that was just bound.
+    pub(crate) fn at(path: &Path) -> Self {
+        Self { path: path.to_owned(), identity: identity(path) }
+    }
 }
 
 impl Drop for SocketFile {
@@ -294,7 +319,7 @@ impl AdminServer {
             io::ErrorKind::AddrInUse => AdminError::AlreadyRuns { path: path.to_owned() },
             _ => io("making the admin socket")(source),
         })?;
-        let socket = SocketFile { path: path.to_owned(), identity: identity(path) };
+        let socket = SocketFile::at(path);
         listener.set_nonblocking(true).map_err(io("making the admin socket"))?;
         Ok(Self { listener, socket })
     }

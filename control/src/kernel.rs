@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
+use std::sync::OnceLock;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -17,9 +18,17 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// # Errors
 /// The system's, where it has no `/dev/urandom`.
 pub fn random_source() -> io::Result<crate::role::Random> {
-    let mut source = File::open("/dev/urandom")?;
+    // One descriptor for the whole process, where each volume has a source.
+    static SOURCE: OnceLock<File> = OnceLock::new();
+    let source = match SOURCE.get() {
+        Some(source) => source,
+        None => {
+            let opened = File::open("/dev/urandom")?;
+            SOURCE.get_or_init(|| opened)
+        }
+    };
     Ok(Box::new(move || {
-        let mut bytes = [0; 8];
+        let (mut bytes, mut source) = ([0; 8], source);
         source.read_exact(&mut bytes).expect("/dev/urandom never ends");
         u64::from_le_bytes(bytes)
     }))

@@ -80,8 +80,12 @@ pub const DIRTY_GRAIN_LEN: u64 = 64 << 10;
 /// Bytes of a hole sent as one trim step by the background copy: a whole TiB is then a thousand small frames.
 pub const RESYNC_HOLE_LEN_MAX: u64 = 1 << 30;
 
-/// Flusher threads a disk has: flushes merge, so a second thread only keeps a trim from delaying a flush.
+/// Calls on one disk's data at a time: flushes merge, so a second one only keeps a trim from delaying a flush.
 pub const DISK_WORKERS: usize = 2;
+
+/// Seconds a thread for calls on disks waits for another one before it ends: longer than the pauses of a steady load, whose
+/// flushes and checkpoints then start no threads.
+pub const DISK_WORKER_IDLE_S: u64 = 15;
 
 /// Microseconds the adaptive mode may spin before it sleeps: about twice a loopback round trip with a context
 /// switch in it; the spin shrinks to nothing when it keeps finding nothing.

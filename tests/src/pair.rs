@@ -188,10 +188,8 @@ impl Pair {
     /// # Panics
     /// When it runs already, ends at once or does not answer.
     pub fn up(&mut self, node: usize) {
-        let log = File::options().append(true).create(true).open(self.log_path(node)).expect("a log");
-        let mut command = self.command(node);
-        command.arg("up").env("COSTANDBY_LOG", "info").stdout(log.try_clone().expect("a log")).stderr(log);
-        self.up_by(node, &mut command);
+        self.up_unasked(node);
+        self.wait_answers(node);
     }
 
     /// Starts a daemon by a command of the caller's, whose process becomes the daemon, and waits until it answers.
@@ -201,11 +199,27 @@ impl Pair {
     pub fn up_by(&mut self, node: usize, command: &mut Command) {
         assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
         self.daemons[node] = Some(Guarded::spawn(command));
+        self.wait_answers(node);
+    }
+
+    fn wait_answers(&mut self, node: usize) {
         wait_for(&format!("{} answers", NODES[node]), LIMIT, || {
             let ended = self.daemons[node].as_mut().and_then(Guarded::ended);
             assert!(ended.is_none(), "{} ended with {ended:?}: {}", NODES[node], self.log(node));
             self.ask(node).ok()
         });
+    }
+
+    /// Starts a daemon, and does not ask it anything.
+    ///
+    /// # Panics
+    /// When it runs already.
+    pub fn up_unasked(&mut self, node: usize) {
+        assert!(self.daemons[node].is_none(), "{} runs already", NODES[node]);
+        let log = File::options().append(true).create(true).open(self.log_path(node)).expect("a log");
+        let mut command = self.command(node);
+        command.arg("up").env("COSTANDBY_LOG", "info").stdout(log.try_clone().expect("a log")).stderr(log);
+        self.daemons[node] = Some(Guarded::spawn(&mut command));
     }
 
     /// SIGKILL.
@@ -337,6 +351,15 @@ impl Pair {
     #[must_use]
     pub fn status(&self, node: usize, volume: &str) -> Option<VolumeStatus> {
         self.ask(node).ok()?.volumes.into_iter().find(|found| found.name == volume)
+    }
+
+    /// Addresses that a node cannot listen on.
+    ///
+    /// # Panics
+    /// When its daemon does not answer.
+    #[must_use]
+    pub fn not_listening(&self, node: usize) -> Vec<admin::NotListening> {
+        self.ask(node).unwrap_or_else(|error| panic!("{}: {error}", NODES[node])).not_listening
     }
 
     /// Waits until a node's view of a volume is as wanted.

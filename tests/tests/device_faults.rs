@@ -209,12 +209,14 @@ fn metadata_that_cannot_be_read_is_named() {
     device.fail_metadata();
     // The kernel may remember what it read before.
     let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
-    let ran = run(pair.command(ALPHA).arg("up"));
-    assert_eq!(ran.status.code(), Some(1), "{}{}", ran.stdout, ran.stderr);
-    let named = ["db", "metadata", "Input/output error"].iter().all(|word| ran.stderr.contains(word));
-    assert!(named, "{}", ran.stderr);
-    device.mend();
     pair.up(ALPHA);
+    let status = pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+    let advice = status.advice.expect("advice");
+    let named = ["metadata", "Input/output error"].iter().all(|word| advice.contains(word));
+    assert!(named, "{advice}");
+    device.mend();
+    let told = pair.tell(ALPHA, "db", Command::Connect { discard_my_data: false });
+    told.unwrap_or_else(|error| panic!("a good disk again: {error}"));
     pair.wait_in_sync("db");
 }
 

@@ -33,6 +33,7 @@ fn db() -> VolumeStatus {
         peer: "beta".into(),
         parted: false,
         advice: None,
+        peer_says: None,
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -41,7 +42,9 @@ fn db() -> VolumeStatus {
 
 impl AdminBackend for Fake {
     fn status(&self) -> Answer<'_, Status> {
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0 } })
+        Box::pin(async {
+            Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0, not_listening: vec![] }
+        })
     }
 
     fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>> {
@@ -111,7 +114,10 @@ async fn status_and_commands_make_the_round_trip() {
     let daemon = Daemon::start();
     let client = daemon.client();
     let status = client.status().await.expect("answered");
-    assert_eq!(status, Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0 });
+    assert_eq!(
+        status,
+        Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0, not_listening: vec![] }
+    );
     let commands = [
         Command::Promote { force: true },
         Command::Promote { force: false },

@@ -7,7 +7,7 @@
 //! and the epoch, give way. `--json` has them all.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
-use crate::admin::{CONNECTED, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
+use crate::admin::{CONNECTED, NotListening, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
 use crate::admin_client::AdminClient;
 use crate::config::quantity::display_size;
 use crate::link::short_note;
@@ -74,6 +74,10 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
     }
     let shown = columns_within(&widths, width);
     let mut out = format!("node {}\n", status.node);
+    for NotListening { address, reason } in &status.not_listening {
+        out.push_str(&Colour::Bad.paint(&format!("  not listening on {address}: {reason}"), colours));
+        out.push('\n');
+    }
     if status.log_lines_dropped > 0 {
         let line = format!(
             "  log: lines that could not be written: {}; is its reader stuck, its disk full?",
@@ -98,6 +102,11 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
                 volume.peer, volume.violations
             );
             out.push_str(&Colour::Bad.paint(&line, colours));
+            out.push('\n');
+        }
+        if let Some(text) = &volume.peer_says {
+            let line = format!("  {} says: {text}", volume.peer);
+            out.push_str(&Colour::Attention.paint(&line, colours));
             out.push('\n');
         }
         if let Some(advice) = &volume.advice {

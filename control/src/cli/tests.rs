@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::admin::{
-    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, SYNC_SOURCE, Status,
-    UP_TO_DATE, VolumeStatus,
+    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, NotListening, SYNC_SOURCE,
+    Status, UP_TO_DATE, VolumeStatus,
 };
 use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
@@ -113,6 +113,7 @@ fn db() -> VolumeStatus {
         peer: "beta".into(),
         parted: false,
         advice: None,
+        peer_says: None,
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -151,8 +152,12 @@ fn alone() -> VolumeStatus {
 
 #[test]
 fn status_is_a_table_read_at_a_glance() {
-    let status =
-        Status { node: "alpha".into(), volumes: vec![catching_up(), db(), alone()], log_lines_dropped: 0 };
+    let status = Status {
+        node: "alpha".into(),
+        volumes: vec![catching_up(), db(), alone()],
+        log_lines_dropped: 0,
+        not_listening: vec![],
+    };
     let expected = "\
 node alpha
 VOLUME   ROLE              DISK      PEER               LINK             ACK      EPOCH  SIZE    BEHIND
@@ -178,7 +183,10 @@ link of archive: no RDMA on alpha (no device); see `costandby doctor`
 #[test]
 fn the_table_fits_80_columns_in_any_state() {
     let table = |volumes: Vec<VolumeStatus>| {
-        let text = status::render(&Status { node: "alpha".into(), volumes, log_lines_dropped: 0 }, false);
+        let text = status::render(
+            &Status { node: "alpha".into(), volumes, log_lines_dropped: 0, not_listening: vec![] },
+            false,
+        );
         let lines: Vec<_> = text.lines().skip(1).map(str::to_owned).collect();
         let rows = lines.into_iter().filter(|line| !line.starts_with("  ") && !line.starts_with("link"));
         rows.collect::<Vec<_>>()
@@ -214,7 +222,12 @@ fn the_table_fits_80_columns_in_any_state() {
 fn what_the_peer_lacks_is_counted_or_not_known() {
     let behind = |volume: VolumeStatus| {
         let text = status::render(
-            &Status { node: "alpha".into(), volumes: vec![volume], log_lines_dropped: 0 },
+            &Status {
+                node: "alpha".into(),
+                volumes: vec![volume],
+                log_lines_dropped: 0,
+                not_listening: vec![],
+            },
             false,
         );
         text.lines().nth(2).and_then(|row| row.rsplit("  ").next()).map(str::to_owned)
@@ -232,8 +245,12 @@ fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
                 modprobe rdma_rxe && rdma link add rxe0 type rxe netdev NETDEV)";
     let note = format!("alpha has no RDMA: {none}; beta has no RDMA: {none}");
     let volume = |name: &str| VolumeStatus { name: name.into(), link_note: Some(note.clone()), ..db() };
-    let render =
-        |volumes| status::render(&Status { node: "alpha".into(), volumes, log_lines_dropped: 0 }, false);
+    let render = |volumes| {
+        status::render(
+            &Status { node: "alpha".into(), volumes, log_lines_dropped: 0, not_listening: vec![] },
+            false,
+        )
+    };
     let text = render(vec![volume("db"), volume("web")]);
     let lines: Vec<_> = text.lines().skip(4).collect();
     assert_eq!(lines, ["link: no RDMA on alpha and beta (no RDMA device); see `costandby doctor`"]);
@@ -248,16 +265,40 @@ fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
 }
 
 #[test]
+fn status_shows_addresses_that_are_not_bound_and_what_a_peer_says() {
+    let mut failed = db();
+    failed.peer_says = Some("beta cannot use its disk of volume db: it is missing".into());
+    let refused = NotListening { address: "tcp:10.9.0.1:10809".into(), reason: "taken".into() };
+    let status = Status {
+        node: "alpha".into(),
+        volumes: vec![failed],
+        not_listening: vec![refused],
+        log_lines_dropped: 0,
+    };
+    let lines = status::render(&status, false);
+    let lines: Vec<_> = lines.lines().collect();
+    assert_eq!(lines[1], "  not listening on tcp:10.9.0.1:10809: taken");
+    assert_eq!(lines[4], "  beta says: beta cannot use its disk of volume db: it is missing");
+}
+
+#[test]
 fn status_without_volumes_says_so() {
-    let text = status::render(&Status { node: "alpha".into(), volumes: vec![], log_lines_dropped: 0 }, true);
+    let text = status::render(
+        &Status { node: "alpha".into(), volumes: vec![], log_lines_dropped: 0, not_listening: vec![] },
+        true,
+    );
     assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
 }
 
 #[test]
 fn status_json_has_the_fixed_keys() {
-    let value =
-        serde_json::to_value(Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0 })
-            .expect("serializes");
+    let value = serde_json::to_value(Status {
+        node: "alpha".into(),
+        volumes: vec![db()],
+        log_lines_dropped: 0,
+        not_listening: vec![],
+    })
+    .expect("serializes");
     assert_eq!(value["node"], "alpha");
     let volume = value["volumes"][0].as_object().expect("an object");
     for key in [
@@ -283,6 +324,7 @@ fn status_json_has_the_fixed_keys() {
         "violations",
         "resync_rate",
         "resync_eta_s",
+        "peer_says",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
@@ -429,7 +471,14 @@ impl AdminBackend for CatchingUp {
     fn status(&self) -> Answer<'_, Status> {
         let done = self.looks.fetch_add(1, Ordering::Relaxed) + 1 >= self.after;
         let volume = if done { db() } else { self.before.clone() };
-        Box::pin(async { Status { node: "alpha".into(), volumes: vec![volume], log_lines_dropped: 0 } })
+        Box::pin(async {
+            Status {
+                node: "alpha".into(),
+                volumes: vec![volume],
+                log_lines_dropped: 0,
+                not_listening: vec![],
+            }
+        })
     }
 
     fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {

@@ -1,45 +1,51 @@
-//! The daemon: opens the disks, starts the reactor, and runs one controller task a volume.
+//! The daemon: starts the reactor, opens the disks, binds the addresses, and runs one task a volume.
 //!
-//! Control and datapath meet here. The reactor's thread moves data and knows no policy; each volume's task
-//! ([`volume`]) feeds its sans-IO controller with what happens and carries out what it decides; [`peers`] turns
-//! connections from other nodes into conversations of those tasks. A controller that breaks its own invariants ends the
-//! daemon: a restart is safe at any instant, serving on is not.
+//! Control and datapath meet here. The reactor's thread moves data and knows no policy; each volume's task has its disk
+//! opened ([`attach`]), then ([`volume`]) feeds its sans-IO controller with what happens and carries out what it decides;
+//! [`peers`] turns connections from other nodes into conversations of those tasks. One disk that cannot be opened, or one
+//! address that cannot be bound ([`addresses`]), keeps nothing else down. A controller that breaks its own invariants ends
+//! the daemon: a restart is safe at any instant, serving on is not.
 
-use crate::admin::{self, AdminBackend, AdminServer, Answer, CommandError};
-use crate::config::quantity::display_size;
-use crate::config::{Config, ConfigError, Disk, Endpoint, NodeName, Volume};
-use crate::kernel::{boot_id, random_number, random_source};
-use crate::link::Kind;
-use crate::progress::{Progress, percent_in_sync};
-use crate::role::{
-    Connection, Found, Status as ControllerStatus, Verification, VolumeController, VolumeSettings,
-};
-use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
-use costandby_datapath::disk::metadata::file::open_at;
-use costandby_datapath::disk::metadata::medium::FileMedium;
-use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
-use costandby_datapath::disk::record::Record;
-use costandby_datapath::disk::superblock::{DiskState, Location, Superblock, SuperblockError};
-use costandby_datapath::reactor::command::{Command, Event as ReactorEvent, VolumeCounters, VolumeSpec};
+use crate::admin::{self, AdminBackend, AdminError, AdminServer};
+use crate::config::{Config, ConfigError, Endpoint, Node};
+use crate::kernel::{boot_id, random_source};
+use crate::role::VolumeSettings;
+use addresses::Addresses;
+use attach::Attachment;
+use costandby_datapath::disk::superblock::DiskState;
+use costandby_datapath::reactor::command::{Command, Event as ReactorEvent};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
-use link::LinkStatus;
+use registry::{Phase, Registry, Shared};
+use status::Backend;
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use volume::{Input, Surroundings, VolumeTask};
+use volume::{Input, Surroundings};
 
+mod addresses;
+mod advice;
+mod attach;
 mod link;
 mod listeners;
 mod negotiate;
+mod open;
 mod peers;
 mod rdma;
+mod registry;
 mod signals;
+mod status;
 mod volume;
+
+/// Threads for blocking calls of the daemon itself: sockets that are bound, RDMA that is looked for.
+const BLOCKING_THREADS: usize = 64;
+
+/// Threads for blocking calls of one volume at a time: its disk being opened, or its metadata stored while a store before
+/// that hangs, and two RDMA connections in the making.
+const BLOCKING_THREADS_A_VOLUME: usize = 4;
 
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
@@ -58,33 +64,9 @@ pub enum NodeError {
         /// The configuration.
         file: PathBuf,
     },
-    /// A volume's metadata cannot be used.
-    #[error("volume {volume}: {source}")]
-    Metadata {
-        /// Which.
-        volume: String,
-        /// Why.
-        source: Box<MetadataError>,
-    },
-    /// A volume's disk cannot be used.
-    #[error("volume {volume}: {source}")]
-    Disk {
-        /// Which.
-        volume: String,
-        /// Why.
-        source: DiskError,
-    },
-    /// The admin socket cannot be had.
+    /// A daemon of this node runs already.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
-    /// A socket cannot be had.
-    #[error("cannot listen on {endpoint}: {source}")]
-    Listen {
-        /// Where.
-        endpoint: String,
-        /// The system's word.
-        source: io::Error,
-    },
     /// The system refuses something basic.
     #[error("cannot start: {doing}: {source}")]
     System {
@@ -93,25 +75,6 @@ pub enum NodeError {
         /// The system's word.
         source: io::Error,
     },
-}
-
-/// What other tasks see of a volume.
-struct Shared {
-    config: Volume,
-    peer: NodeName,
-    status: Mutex<ControllerStatus>,
-    /// `None` until the task runs.
-    link: Mutex<Option<LinkStatus>>,
-    /// Of the copy under way.
-    progress: Mutex<Progress>,
-    inbox: mpsc::UnboundedSender<Input>,
-}
-
-/// What all tasks share.
-struct Registry {
-    node: NodeName,
-    reactor: ReactorHandle,
-    volumes: Vec<Arc<Shared>>,
 }
 
 /// Runs a node's daemon until SIGTERM or SIGINT. Blocks.
@@ -123,21 +86,15 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     signals::ignore_those_that_ask_for_nothing();
     config.check_supported(node)?;
     let this = config.node(node)?.clone();
-    let admin = AdminServer::bind(&this.admin)?;
-    let (mut opened, mut records) = (Vec::new(), Vec::new());
-    for (volume, disk) in config.volumes_of(node) {
-        let (volume, record) = open_volume(volume, disk, node)?;
-        opened.push(volume);
-        records.push(record);
-    }
-    if opened.is_empty() {
+    let addresses = Arc::new(Addresses::default());
+    // Two daemons of a node would be at each other's throat; anything else that is wrong with the socket can wait.
+    let admin = match AdminServer::bind(&this.admin) {
+        Err(error @ AdminError::AlreadyRuns { .. }) => return Err(error.into()),
+        bound => addresses.attempt(&admin_address(&this), || bound.map_err(|error| error.to_string())),
+    };
+    if config.volumes_of(node).next().is_none() {
         return Err(NodeError::NoVolumes { node: node.into(), file: config.file.clone() });
     }
-    let mut nbd_listeners = Vec::new();
-    for endpoint in &this.nbd {
-        nbd_listeners.push(listeners::bind_nbd(endpoint)?);
-    }
-    let peer_listener = listeners::bind_peers(this.listen)?;
     if this.metrics.is_some() {
         tracing::warn!("`metrics` is set, but this release serves none");
     }
@@ -145,21 +102,10 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
 
     let system = |doing| move |source| NodeError::System { doing, source };
     let (event_sender, events) = crossbeam_channel::unbounded();
-    let specs = opened
-        .iter()
-        .zip(records)
-        .map(|(o, record)| VolumeSpec {
-            name: o.config.name.as_str().to_owned(),
-            disk: Arc::clone(&o.disk),
-            ack: o.config.ack,
-            on_peer_loss: o.config.on_peer_loss,
-            checksum_first: o.config.checksum_first,
-            record,
-        })
-        .collect();
-    let reactor_config = ReactorConfig { poll: this.poll, peer_timeout: config.peer_timeout, nbd_listeners };
+    let reactor_config =
+        ReactorConfig { poll: this.poll, peer_timeout: config.peer_timeout, nbd_listeners: Vec::new() };
     let (reactor, handle) =
-        Reactor::new(reactor_config, specs, event_sender).map_err(system("the reactor"))?;
+        Reactor::new(reactor_config, Vec::new(), event_sender).map_err(system("the reactor"))?;
     let reactor_thread = std::thread::Builder::new()
         .name("reactor".into())
         .spawn(move || reactor.run())
@@ -167,109 +113,19 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        // A disk that hangs holds the threads that open it and store its metadata, and no other volume's.
+        .max_blocking_threads(BLOCKING_THREADS + BLOCKING_THREADS_A_VOLUME * config.volumes_of(node).count())
         .build()
         .map_err(system("the control runtime"))?;
-    let served =
-        runtime.block_on(serve(config, &this.name, opened, handle.clone(), events, admin, peer_listener));
+    let start = Start { config, node: &this, reactor: handle.clone(), addresses };
+    let served = runtime.block_on(start.serve(events, admin));
     handle.send(Command::Shutdown);
     // A reactor that panicked has ended the process already.
     let _ = reactor_thread.join();
-    for endpoint in &this.nbd {
-        if let Endpoint::Unix(path) = endpoint {
-            // A socket that stays is replaced by the next start.
-            let _ = std::fs::remove_file(path);
-        }
-    }
+    // What still waits for a disk then is safe to break off.
+    runtime.shutdown_background();
     tracing::info!(node, "stopped");
     served
-}
-
-struct OpenVolume {
-    config: Volume,
-    disk: Arc<DiskImage>,
-    superblock: Superblock,
-    /// The map of what may differ was not empty.
-    dirty: bool,
-    store: Option<SuperblockStore<FileMedium>>,
-}
-
-fn open_volume(volume: &Volume, disk: &Disk, node: &str) -> Result<(OpenVolume, Record), NodeError> {
-    let name = volume.name.as_str();
-    let config = volume.clone();
-    let disk_error = |source| NodeError::Disk { volume: name.into(), source };
-    let Disk::Path(path) = disk else {
-        let disk = DiskImage::memory(name, volume.size).map_err(disk_error)?;
-        let record = Record::in_memory(volume.size);
-        let superblock = Superblock::fresh(name, node, volume.size, true);
-        return Ok((OpenVolume { config, disk, superblock, dirty: false, store: None }, record));
-    };
-    let meta_error = |source| NodeError::Metadata { volume: name.into(), source: Box::new(source) };
-    let disk = DiskImage::open(path, volume.size).map_err(disk_error)?;
-    let location = metadata_location(path, &disk).map_err(|error| meta_error(error.into()))?;
-    let area = random_number().map_err(|source| NodeError::System { doing: "/dev/urandom", source })?;
-    let mut opened = open_at(&location, name, node, volume.size, area).map_err(meta_error)?;
-    tell_report(name, &opened.report);
-    // Before anything is served: what a crash left in the log must be in the map, on record.
-    opened.recover().map_err(|error| meta_error(error.into()))?;
-    let dirty = opened.dirty.dirty_bytes();
-    if dirty > 0 {
-        tracing::info!(volume = name, "{} may differ from the peer's disk", display_size(dirty));
-    }
-    let superblock = opened.superblock.clone();
-    if !superblock.clean {
-        // A daemon that was killed left writes in the system's cache alone. The peer has them, too, until it is
-        // overwritten with this disk; from then on a loss of power here must not take them.
-        tracing::info!(volume = name, "flushing what the daemon before this one left; it answers after that");
-        disk.flush().map_err(disk_error)?;
-    }
-    let (record, store) = Record::of(opened);
-    Ok((OpenVolume { config, disk, superblock, dirty: dirty > 0, store: Some(store) }, record))
-}
-
-/// What an operator may want to know of how metadata was found.
-fn tell_report(volume: &str, report: &Report) {
-    let Report { damaged_copy, upgraded, hot_extents, torn_transaction, activity_damage, dirty_damage } =
-        report;
-    if let Some((copy, error)) = damaged_copy {
-        tracing::warn!(volume, copy, %error, "one copy of the metadata was damaged; the other serves");
-    }
-    if *upgraded {
-        tracing::info!(volume, "the metadata is of format 2 now; earlier releases refuse it");
-    }
-    if *hot_extents > 0 || *torn_transaction {
-        tracing::info!(
-            volume,
-            hot_extents,
-            torn_transaction,
-            "the daemon before this one ended while it served"
-        );
-    }
-    if let Some(error) = activity_damage {
-        tracing::error!(volume, %error, "the activity log is damaged: the whole disk counts as differing");
-    }
-    if dirty_damage.sectors > 0 {
-        tracing::error!(
-            volume,
-            sectors = dirty_damage.sectors,
-            "the dirty bitmap is damaged in places, which count as differing: check the medium"
-        );
-        for (range, fault) in &dirty_damage.first {
-            tracing::error!(volume, "bytes {range}: {fault}");
-        }
-    }
-}
-
-/// Where a disk's metadata is: beside a file, at the end of a device.
-fn metadata_location(path: &Path, disk: &DiskImage) -> Result<Location, SuperblockError> {
-    if disk.backing() != Backing::BlockDevice {
-        return Ok(Location::beside(path));
-    }
-    let io = |source| SuperblockError::Io { doing: "measuring", path: path.into(), source };
-    let device = std::fs::File::open(path).map_err(io)?;
-    let len = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0)).map_err(|e| io(e.into()))?;
-    Location::at_end_of(path, len)
-        .filter(|location| location.offset >= disk.size())
-        .ok_or(SuperblockError::Truncated { path: path.into(), found: 0 })
 }
 
 fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::SocketAddr) {
@@ -282,93 +138,142 @@ fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::Sock
     }
 }
 
-async fn serve(
-    config: &Config,
-    node: &NodeName,
-    opened: Vec<OpenVolume>,
-    reactor: ReactorHandle,
-    events: crossbeam_channel::Receiver<ReactorEvent>,
-    admin: AdminServer,
-    peer_listener: std::net::TcpListener,
-) -> Result<(), NodeError> {
-    let system = |doing| move |source| NodeError::System { doing, source };
-    let mut signals = signals::Signals::watch().map_err(system("signal handling"))?;
-    let (rdma_memory, machine, links) =
-        (config.node(node.as_str())?.rdma_memory, Machine::here(), opened.len());
-    let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
-    let mut shared = Vec::new();
-    let mut tasks = Vec::new();
-    for (index, open) in opened.into_iter().enumerate() {
-        let size = open.config.size;
-        let peer = open.config.peer_of(node.as_str()).expect("the configuration was checked").clone();
-        let settings = VolumeSettings {
-            volume: open.config.name.as_str().to_owned(),
-            node: node.as_str().to_owned(),
-            peer: peer.as_str().to_owned(),
-            configured_primary: open.config.primary == *node,
-            on_peer_loss: open.config.on_peer_loss,
-            ack: open.config.ack,
-        };
-        let controller = VolumeController::new(
-            settings,
-            Found { superblock: open.superblock, dirty: open.dirty, boot },
-            random_source().map_err(system("/dev/urandom"))?,
-        );
-        let (inbox, queue) = mpsc::unbounded_channel();
-        let entry = Arc::new(Shared {
-            status: Mutex::new(controller.status()),
-            link: Mutex::new(None),
-            progress: Mutex::default(),
-            config: open.config,
-            peer: peer.clone(),
-            inbox,
-        });
-        let surroundings = Surroundings {
-            peer_address: config.node(peer.as_str())?.listen,
-            node: node.as_str().to_owned(),
-            local: config.node(node.as_str())?.listen.ip(),
-            rdma: rdma::setup(disk_memory(rdma_memory, &machine, links, size)),
-        };
-        tasks.push(VolumeTask::new(
-            index,
-            Arc::clone(&entry),
-            controller,
-            open.store,
-            reactor.clone(),
-            queue,
-            surroundings,
-        ));
-        shared.push(entry);
-    }
-    let registry = Arc::new(Registry { node: node.clone(), reactor: reactor.clone(), volumes: shared });
-    forward_events(events, &registry).map_err(system("the event thread"))?;
-    let tasks: Vec<_> = tasks.into_iter().map(|task| tokio::spawn(task.run())).collect();
-    let listener = tokio::net::TcpListener::from_std(peer_listener).map_err(system("the peer listener"))?;
-    let acceptor = tokio::spawn(peers::accept(listener, Arc::clone(&registry)));
+/// How a node's admin socket is called in messages.
+fn admin_address(node: &Node) -> String {
+    format!("unix:{}", node.admin.display())
+}
 
-    let (stop_admin, admin_stopped) = oneshot::channel::<()>();
-    let backend = Arc::new(Backend { registry: Arc::clone(&registry) });
-    let admin = tokio::spawn(admin.serve(backend, async move {
-        let _ = admin_stopped.await;
-    }));
-    tracing::info!(node = node.as_str(), volumes = registry.volumes.len(), "up");
-    signals.stop().await;
-    tracing::info!("stopping: finishing what is under way");
-    acceptor.abort();
-    for volume in &registry.volumes {
-        let _ = volume.inbox.send(Input::Shutdown);
-    }
-    let all = async {
-        for task in tasks {
-            let _ = task.await;
+/// What a daemon starts with.
+struct Start<'a> {
+    config: &'a Config,
+    node: &'a Node,
+    reactor: ReactorHandle,
+    addresses: Arc<Addresses>,
+}
+
+impl Start<'_> {
+    async fn serve(
+        self,
+        events: crossbeam_channel::Receiver<ReactorEvent>,
+        admin: Option<AdminServer>,
+    ) -> Result<(), NodeError> {
+        let system = |doing| move |source| NodeError::System { doing, source };
+        let mut signals = signals::Signals::watch().map_err(system("signal handling"))?;
+        let (registry, attachments) = self.volumes()?;
+        forward_events(events, &registry).map_err(system("the event thread"))?;
+        let tasks: Vec<_> =
+            attachments.into_iter().map(|attachment| tokio::spawn(attachment.run())).collect();
+        let listening = listeners::Listening::start(self.node, &registry, &self.addresses);
+        let (stop_admin, admin_stopped) = oneshot::channel::<()>();
+        let backend = Arc::new(Backend::new(Arc::clone(&registry), Arc::clone(&self.addresses)));
+        let admin = tokio::spawn(serve_admin(
+            self.node.clone(),
+            admin,
+            Arc::clone(&self.addresses),
+            backend,
+            admin_stopped,
+        ));
+        tracing::info!(node = self.node.name.as_str(), volumes = registry.volumes.len(), "up");
+        signals.stop().await;
+        tracing::info!("stopping: finishing what is under way");
+        listening.stop_peers();
+        for volume in &registry.volumes {
+            let _ = volume.inbox.send(Input::Shutdown);
         }
-    };
-    if tokio::time::timeout(SHUTDOWN_MAX, all).await.is_err() {
-        tracing::warn!("gave up waiting: the next start treats this one as a crash, which is safe");
+        let all = async {
+            for task in tasks {
+                let _ = task.await;
+            }
+        };
+        if tokio::time::timeout(SHUTDOWN_MAX, all).await.is_err() {
+            tracing::warn!("gave up waiting: the next start treats this one as a crash, which is safe");
+        }
+        let _ = stop_admin.send(());
+        let _ = admin.await;
+        drop(listening);
+        Ok(())
     }
-    let _ = stop_admin.send(());
-    let _ = admin.await;
-    Ok(())
+
+    /// The volumes, none of them open yet.
+    fn volumes(&self) -> Result<(Arc<Registry>, Vec<Attachment>), NodeError> {
+        let system = |doing| move |source| NodeError::System { doing, source };
+        let node = &self.node.name;
+        let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
+        let configured: Vec<_> = self.config.volumes_of(node.as_str()).collect();
+        let (machine, links) = (Machine::here(), configured.len());
+        let mut shared = Vec::with_capacity(links);
+        let mut parts = Vec::with_capacity(links);
+        for (volume, disk) in configured {
+            let peer = volume.peer_of(node.as_str()).expect("the configuration was checked").clone();
+            let settings = VolumeSettings {
+                volume: volume.name.as_str().to_owned(),
+                node: node.as_str().to_owned(),
+                peer: peer.as_str().to_owned(),
+                configured_primary: volume.primary == *node,
+                on_peer_loss: volume.on_peer_loss,
+                ack: volume.ack,
+            };
+            let surroundings = Surroundings {
+                peer_address: self.config.node(peer.as_str())?.listen,
+                node: node.as_str().to_owned(),
+                local: self.node.listen.ip(),
+                rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size)),
+            };
+            let random = random_source().map_err(system("/dev/urandom"))?;
+            let (inbox, queue) = mpsc::unbounded_channel();
+            let status = attach::unopened(DiskState::Inconsistent, None, None);
+            let entry = Arc::new(Shared::new(volume.clone(), peer, status, Phase::Opening, inbox));
+            shared.push(Arc::clone(&entry));
+            parts.push((entry, disk.clone(), settings, random, queue, surroundings));
+        }
+        let registry = Arc::new(Registry::new(node.clone(), self.reactor.clone(), shared));
+        let attachments = parts.into_iter().map(|(shared, disk, settings, random, queue, surroundings)| {
+            let registry = Arc::clone(&registry);
+            Attachment { registry, shared, disk, settings, random, boot, queue, surroundings }
+        });
+        let attachments = attachments.collect();
+        Ok((registry, attachments))
+    }
+}
+
+/// Answers on the admin socket, as soon as there is one, until `stopped`.
+async fn serve_admin(
+    node: Node,
+    mut bound: Option<AdminServer>,
+    addresses: Arc<Addresses>,
+    backend: Arc<Backend>,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let address = admin_address(&node);
+    loop {
+        let server = match bound.take() {
+            Some(server) => server,
+            None => {
+                let path = node.admin.clone();
+                let bind = move || AdminServer::bind(&path).map_err(|error| error.to_string());
+                tokio::select! {
+                    server = addresses.insist(&address, bind) => server,
+                    _ = &mut stopped => return,
+                }
+            }
+        };
+        let backend = Arc::clone(&backend) as Arc<dyn AdminBackend>;
+        let (stop, until) = oneshot::channel::<()>();
+        let mut serving = Box::pin(server.serve(backend, async move {
+            let _ = until.await;
+        }));
+        let served = tokio::select! {
+            served = &mut serving => served,
+            _ = &mut stopped => {
+                let _ = stop.send(());
+                let _ = serving.await;
+                return;
+            }
+        };
+        // It is bound anew.
+        let ended = served.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string());
+        addresses.attempt(&address, || Err::<(), _>(ended));
+    }
 }
 
 /// Carries the reactor's events to the volumes' tasks.
@@ -376,7 +281,7 @@ fn forward_events(
     events: crossbeam_channel::Receiver<ReactorEvent>,
     registry: &Arc<Registry>,
 ) -> io::Result<()> {
-    let inboxes: Vec<_> = registry.volumes.iter().map(|v| v.inbox.clone()).collect();
+    let registry = Arc::clone(registry);
     std::thread::Builder::new().name("events".into()).spawn(move || {
         for event in events {
             let volume = match &event {
@@ -394,114 +299,10 @@ fn forward_events(
                 ReactorEvent::Stopped => return,
             };
             // A task that ended (shutdown) needs no more news.
-            let _ = inboxes[volume].send(Input::Reactor(event));
+            let _ = registry.inbox(volume).send(Input::Reactor(event));
         }
     })?;
     Ok(())
-}
-
-struct Backend {
-    registry: Arc<Registry>,
-}
-
-impl AdminBackend for Backend {
-    fn status(&self) -> Answer<'_, admin::Status> {
-        let volumes = self.registry.volumes.iter().enumerate();
-        let volumes = volumes.map(|(index, shared)| volume_status(&self.registry, index, shared)).collect();
-        let status = admin::Status {
-            node: self.registry.node.as_str().to_owned(),
-            volumes,
-            log_lines_dropped: crate::logging::lines_dropped(),
-        };
-        Box::pin(async move { status })
-    }
-
-    fn command(&self, volume: String, command: admin::Command) -> Answer<'_, Result<String, CommandError>> {
-        Box::pin(async move {
-            let node = || self.registry.node.as_str().to_owned();
-            let found = self.registry.volumes.iter().find(|v| v.config.name.as_str() == volume);
-            let Some(shared) = found else {
-                return Err(CommandError::NoSuchVolume { node: node(), volume });
-            };
-            let (reply, answer) = oneshot::channel();
-            let stopping = || CommandError::Refused(format!("node {} is stopping", node()));
-            shared.inbox.send(Input::Admin { command, reply }).map_err(|_| stopping())?;
-            answer.await.map_err(|_| stopping())?.map_err(CommandError::Refused)
-        })
-    }
-}
-
-fn volume_status(registry: &Registry, index: usize, shared: &Shared) -> admin::VolumeStatus {
-    let status = shared.status.lock().expect("nobody panics with it").clone();
-    let counters = registry.reactor.counters(index);
-    let resyncing = counters.resyncing.load(Ordering::Relaxed);
-    let progress = shared.progress.lock().expect("nobody panics with it").clone();
-    let copied_x100 = match status.connection {
-        Connection::SyncSource if resyncing => Some(counters.resync_percent_x100.load(Ordering::Relaxed)),
-        Connection::SyncTarget => progress.percent_x100(),
-        _ => None,
-    };
-    #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
-    let percent = copied_x100.map(|percent| percent as f64 / 100.0);
-    let link = shared.link.lock().expect("nobody panics with it").clone();
-    let (link, link_note) = link.map_or((Kind::Tcp, None), |link| (link.kind, link.note));
-    let in_flight = counters.in_flight.load(Ordering::Relaxed);
-    let dirty_bytes = counters.dirty_bytes.load(Ordering::Relaxed);
-    admin::VolumeStatus {
-        name: shared.config.name.as_str().to_owned(),
-        role: status.role.as_str().to_owned(),
-        disk_state: status.disk_state.as_str().to_owned(),
-        peer_state: status.peer_state.map_or("Unknown", |s| s.as_str()).to_owned(),
-        link: link.as_str().to_owned(),
-        link_note,
-        ack: shared.config.ack_str().to_owned(),
-        epoch: status.epoch.0,
-        generation: format!("{:016x}", status.generation.0),
-        size: shared.config.size,
-        dirty_bytes,
-        resync_percent: percent
-            .unwrap_or_else(|| percent_without_copy(&status, shared.config.size, dirty_bytes)),
-        resync_rate: progress.rate(),
-        resync_eta_s: progress.eta_s(),
-        connection: status.connection.as_str().to_owned(),
-        peer: shared.peer.as_str().to_owned(),
-        parted: status.parted,
-        advice: status.advice,
-        in_flight,
-        verify: verify_status(&status.verification, counters),
-        frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),
-        violations: counters.violations.load(Ordering::Relaxed),
-    }
-}
-
-/// The daemon's last verification, if there was any.
-fn verify_status(verification: &Verification, counters: &VolumeCounters) -> Option<admin::VerifyStatus> {
-    let Verification { id, running, repair, outcome } = verification;
-    #[expect(clippy::cast_precision_loss, reason = "at most 10000")]
-    let percent = counters.verify_percent_x100.load(Ordering::Relaxed) as f64 / 100.0;
-    let found = counters.verify_differing_bytes.load(Ordering::Relaxed);
-    (*id > 0).then(|| admin::VerifyStatus {
-        id: *id,
-        running: *running,
-        repair: *repair,
-        percent,
-        differing_bytes: if *running { found } else { outcome.findings.differing },
-        differing_ranges: outcome.findings.ranges,
-        ranges: outcome.findings.listed.iter().map(|range| [range.start, range.len]).collect(),
-        repaired: outcome.repaired,
-        unfinished: outcome.unfinished.clone(),
-    })
-}
-
-/// How much is in sync while no copy counts: a target does not count it itself, and a source may not have begun.
-fn percent_without_copy(status: &ControllerStatus, size: u64, dirty_bytes: u64) -> f64 {
-    let current = |state: DiskState| state == DiskState::UpToDate;
-    let whole = current(status.disk_state) && status.peer_state.is_none_or(current);
-    match status.connection {
-        Connection::SyncTarget | Connection::SyncSource => 0.0,
-        _ if !whole => 0.0,
-        _ => percent_in_sync(size, dirty_bytes),
-    }
 }
 
 /// Answers owed to operators, by the id the controller knows them by.

@@ -3,9 +3,15 @@
 
 use super::rdma::fake::{Fabric, FakeRdma, Script};
 use super::*;
+use crate::role::{Found, VolumeController};
+use costandby_datapath::disk::image::DiskImage;
+use costandby_datapath::disk::superblock::Superblock;
+use costandby_datapath::reactor::command::VolumeSpec;
 use costandby_datapath::units::{AckLevel, OnPeerLoss, PollMode};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Instant;
+use volume::VolumeTask;
 
 const SIZE: u64 = 1 << 20;
 
@@ -51,7 +57,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let (sender, events) = crossbeam_channel::unbounded();
     let reactor_config =
         ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(5), nbd_listeners: vec![] };
-    let (reactor, handle) = Reactor::new(reactor_config, vec![spec], sender).expect("starts");
+    let (reactor, handle) = Reactor::new(reactor_config, Vec::new(), sender).expect("starts");
     std::thread::spawn(move || reactor.run());
     let peer = volume.peer_of(node).expect("two nodes").clone();
     let settings = VolumeSettings {
@@ -66,14 +72,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let found = Found { superblock, dirty: false, boot: [1; 16] };
     let controller = VolumeController::new(settings, found, random_source().expect("numbers"));
     let (inbox, queue) = mpsc::unbounded_channel();
-    let shared = Arc::new(Shared {
-        status: Mutex::new(controller.status()),
-        link: Mutex::new(None),
-        progress: Mutex::default(),
-        peer: peer.clone(),
-        config: volume,
-        inbox,
-    });
+    let shared = Arc::new(Shared::new(volume, peer.clone(), controller.status(), Phase::Opening, inbox));
     let surroundings = Surroundings {
         peer_address: config.node(peer.as_str()).expect("there").listen,
         node: node.into(),
@@ -82,7 +81,9 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     };
     let task = VolumeTask::new(0, Arc::clone(&shared), controller, None, handle.clone(), queue, surroundings);
     let name = config.node(node).expect("there").name.clone();
-    let registry = Arc::new(Registry { node: name, reactor: handle, volumes: vec![shared] });
+    let registry = Arc::new(Registry::new(name, handle, vec![Arc::clone(&shared)]));
+    let index = registry.admit(&shared, spec);
+    *shared.phase.lock().expect("nobody panics with it") = Phase::Open(index);
     forward_events(events, &registry).expect("a thread");
     let address = listener.local_addr().expect("bound");
     tokio::spawn(task.run());
@@ -92,7 +93,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
 
 impl TestNode {
     fn status(&self) -> admin::VolumeStatus {
-        volume_status(&self.registry, 0, &self.registry.volumes[0])
+        status::volume_status(&self.registry, &self.registry.volumes[0])
     }
 
     fn send(&self, command: Command) {

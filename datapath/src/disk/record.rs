@@ -20,11 +20,11 @@
 
 use super::activity_log::{ActivityLog, Ticket, Touch, Transaction};
 use super::dirty_map::{DirtyBlock, DirtyMap};
+use super::job::JobKind;
 use super::metadata::layout::Geometry;
 use super::metadata::medium::Medium;
 use super::metadata::{AreaStore, Opened, SuperblockStore};
 use super::superblock::SuperblockError;
-use super::worker::JobKind;
 use crate::limits::{CHECKPOINT_MS, DIRTY_STORE_BLOCKS_MAX, LAGGING_STORE_MS, WINDOW_LEN};
 use crate::units::{ByteRange, Token};
 use std::collections::VecDeque;

@@ -1,7 +1,7 @@
 //! What control tells the reactor, and what the reactor tells control.
 //!
-//! Commands come by channel with a ring of the reactor's bell; events go back by channel. A volume is named by its index
-//! in the list the reactor was made with.
+//! Commands come by channel with a ring of the reactor's bell; events go back by channel. A volume is named by its index:
+//! those the reactor was made with come first, then those added since, in that order.
 
 use crate::disk::image::DiskImage;
 use crate::disk::record::Record;
@@ -9,6 +9,7 @@ use crate::front::queue::QueueServer;
 use crate::transport::Link;
 use crate::units::{AckLevel, Epoch, OnPeerLoss};
 use crate::volume::Verified;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -48,6 +49,27 @@ pub enum Direction {
 
 /// What control tells the reactor.
 pub enum Command {
+    /// One more volume, whose index is the next one. From [`ReactorHandle::add_volume`](super::ReactorHandle::add_volume)
+    /// only, which counts them.
+    AddVolume {
+        /// What it is.
+        spec: Box<VolumeSpec>,
+        /// What control reads of it.
+        counters: Arc<VolumeCounters>,
+    },
+    /// What NBD clients are told who ask for an export that is none of the reactor's volumes. A volume of that name that is
+    /// added takes its place.
+    Absent {
+        /// The export.
+        name: String,
+        /// Why it is not served.
+        text: String,
+    },
+    /// One more socket on which NBD clients come: bound, listening, non-blocking. It stays for good.
+    Listen {
+        /// The socket.
+        listener: OwnedFd,
+    },
     /// A session is agreed; the link is handed over.
     Session {
         /// Index of the volume.

@@ -7,6 +7,7 @@
 //! A turn looks at everything once; a turn that found nothing precedes each sleep. How long the loop turns without work
 //! before it sleeps is the [`PollMode`]'s matter.
 
+use crate::disk::pool::WorkerPool;
 use crate::disk::worker::{DiskWorkers, JobDone};
 use crate::front::nbd::connection::Connection;
 use crate::front::nbd::end::ConnectionEnd;
@@ -23,9 +24,10 @@ use queues::Queue;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::SocketFlags;
 use spin::SpinBudget;
+use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 pub mod command;
@@ -39,7 +41,7 @@ pub struct ReactorConfig {
     pub poll: PollMode,
     /// Silence after which a peer counts as gone.
     pub peer_timeout: Duration,
-    /// Bound, listening, non-blocking NBD sockets.
+    /// Bound, listening, non-blocking NBD sockets. [`Command::Listen`] adds some later.
     pub nbd_listeners: Vec<OwnedFd>,
 }
 
@@ -48,7 +50,8 @@ pub struct ReactorConfig {
 pub struct ReactorHandle {
     commands: Sender<Command>,
     waker: Waker,
-    counters: Vec<Arc<VolumeCounters>>,
+    /// Of each volume, by its index.
+    counters: Arc<Mutex<Vec<Arc<VolumeCounters>>>>,
 }
 
 impl ReactorHandle {
@@ -64,13 +67,27 @@ impl ReactorHandle {
         &self.waker
     }
 
+    /// Hands one more volume over, and gives its index, which other commands may name at once. Does not block.
+    pub fn add_volume(&self, spec: VolumeSpec) -> usize {
+        let counters = Arc::new(VolumeCounters::default());
+        // Locked until the command is queued, as the reactor counts in the order of the commands.
+        let mut known = self.known();
+        known.push(Arc::clone(&counters));
+        self.send(Command::AddVolume { spec: Box::new(spec), counters });
+        known.len() - 1
+    }
+
     /// The counters of a volume.
     ///
     /// # Panics
     /// When there is no such volume.
     #[must_use]
-    pub fn counters(&self, volume: usize) -> &VolumeCounters {
-        &self.counters[volume]
+    pub fn counters(&self, volume: usize) -> Arc<VolumeCounters> {
+        Arc::clone(&self.known()[volume])
+    }
+
+    fn known(&self) -> MutexGuard<'_, Vec<Arc<VolumeCounters>>> {
+        self.counters.lock().expect("nobody panics with it")
     }
 }
 
@@ -108,8 +125,12 @@ pub struct Reactor {
     commands: Receiver<Command>,
     events: Sender<Event>,
     jobs_done: Receiver<JobDone>,
+    /// Makes the calls of all disks. Behind the volumes, which wait for their last ones.
+    pool: WorkerPool,
     listeners: Vec<OwnedFd>,
     volumes: Vec<Volume>,
+    /// What is told of exports that are no volumes, by their names.
+    absent: HashMap<String, String>,
     /// Per volume: the poller said there is something, and no poll has come up empty since.
     link_ready: Vec<bool>,
     connections: Vec<Option<Connection>>,
@@ -137,19 +158,9 @@ impl Reactor {
         let (done, jobs_done) = crossbeam_channel::unbounded();
         let (command_sender, commands) = crossbeam_channel::unbounded();
         let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(&poller, &waker, key(KIND_WAKER, 0), EventFlags::IN)?;
-        for (index, listener) in config.nbd_listeners.iter().enumerate() {
-            epoll::add(&poller, listener, key(KIND_LISTENER, index), edge)?;
-        }
         let now = Instant::now();
-        let mut made = Vec::with_capacity(volumes.len());
-        for (index, spec) in volumes.into_iter().enumerate() {
-            let workers = DiskWorkers::start(index, &spec.disk, spec.record.store.as_ref(), &done, &waker)?;
-            made.push(Volume::new(index, spec, workers, now));
-        }
-        let counters = made.iter().map(Volume::counters).collect();
-        let reactor = Self {
+        let mut reactor = Self {
             poll_mode: config.poll,
             peer_timeout: config.peer_timeout,
             poller,
@@ -159,9 +170,11 @@ impl Reactor {
             commands,
             events,
             jobs_done,
-            listeners: config.nbd_listeners,
-            link_ready: vec![false; made.len()],
-            volumes: made,
+            pool: WorkerPool::new(&done, &waker),
+            listeners: Vec::new(),
+            link_ready: Vec::new(),
+            volumes: Vec::new(),
+            absent: HashMap::new(),
             connections: Vec::new(),
             connections_len: 0,
             connection_serial: 0,
@@ -171,7 +184,33 @@ impl Reactor {
             next_stall_check: now + STALL_CHECK,
             stopping: false,
         };
+        for listener in config.nbd_listeners {
+            reactor.listen(listener)?;
+        }
+        let mut known = Vec::with_capacity(volumes.len());
+        for spec in volumes {
+            let counters = Arc::new(VolumeCounters::default());
+            known.push(Arc::clone(&counters));
+            reactor.add_volume(spec, counters, now);
+        }
+        let counters = Arc::new(Mutex::new(known));
         Ok((reactor, ReactorHandle { commands: command_sender, waker, counters }))
+    }
+
+    fn add_volume(&mut self, spec: VolumeSpec, counters: Arc<VolumeCounters>, now: Instant) {
+        let index = self.volumes.len();
+        let workers = DiskWorkers::in_pool(&self.pool, index, &spec.disk, spec.record.store.as_ref());
+        self.absent.remove(&spec.name);
+        self.volumes.push(Volume::new(index, spec, workers, now).counted_by(counters));
+        self.link_ready.push(false);
+        self.next_deadline = now;
+    }
+
+    fn listen(&mut self, listener: OwnedFd) -> std::io::Result<()> {
+        let edge = EventFlags::IN | EventFlags::ET;
+        epoll::add(&self.poller, &listener, key(KIND_LISTENER, self.listeners.len()), edge)?;
+        self.listeners.push(listener);
+        Ok(())
     }
 
     /// Turns until told to shut down. Blocks.
@@ -436,7 +475,7 @@ impl Reactor {
 
     fn negotiate(&mut self, index: usize) -> Result<bool, ConnectionEnd> {
         let connection = self.connections[index].as_mut().expect("the caller looked");
-        let directory = Directory { volumes: &self.volumes };
+        let directory = Directory { volumes: &self.volumes, absent: &self.absent };
         let Some((name, negotiated)) = connection.negotiate(&directory)? else { return Ok(false) };
         let volume = self.volumes.iter().position(|v| v.name() == name).expect("the directory knew it");
         tracing::debug!(volume = %name, "NBD client opened");
@@ -522,6 +561,15 @@ impl Reactor {
 
     fn command(&mut self, command: Command, now: Instant) {
         match command {
+            Command::AddVolume { spec, counters } => self.add_volume(*spec, counters, now),
+            Command::Absent { name, text } => {
+                self.absent.insert(name, text);
+            }
+            Command::Listen { listener } => {
+                if let Err(error) = self.listen(listener) {
+                    tracing::error!(%error, "cannot watch an address for NBD clients, which are not served there");
+                }
+            }
             Command::Session { volume, mut link, direction, epoch } => {
                 self.watch(volume, link.as_mut());
                 self.volumes[volume].attach(link, direction, epoch, now);
@@ -604,11 +652,15 @@ fn live(connections: &mut [Option<Connection>], index: u32, serial: u32) -> Opti
 /// What NBD clients see of the volumes.
 struct Directory<'a> {
     volumes: &'a [Volume],
+    absent: &'a HashMap<String, String>,
 }
 
 impl ExportDirectory for Directory<'_> {
     fn lookup(&self, name: &str) -> Lookup {
-        let Some(volume) = self.volumes.iter().find(|v| v.name() == name) else { return Lookup::Unknown };
+        let Some(volume) = self.volumes.iter().find(|v| v.name() == name) else {
+            let absent = self.absent.get(name).cloned();
+            return absent.map_or(Lookup::Unknown, |message| Lookup::Refused { message });
+        };
         match volume.refusal() {
             Some(message) => Lookup::Refused { message: message.to_owned() },
             None => Lookup::Found(Export {

@@ -327,6 +327,13 @@ impl Volume {
         }
     }
 
+    /// The same with counters that control has already.
+    #[must_use]
+    pub fn counted_by(mut self, counters: Arc<VolumeCounters>) -> Self {
+        self.counters = counters;
+        self
+    }
+
     /// Export name.
     #[must_use]
     pub fn name(&self) -> &str {

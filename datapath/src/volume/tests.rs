@@ -2,6 +2,7 @@
 //! is left behind. Random runs are in `tests/random.rs`.
 
 use super::*;
+use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
 use crate::reactor::command::Direction;
@@ -50,7 +51,7 @@ impl Node {
     fn with_record(disk: Arc<DiskImage>, record: Record, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
         let bell = Waker::new().expect("bell");
-        let workers = DiskWorkers::start(0, &disk, record.store.as_ref(), &done, &bell).expect("threads");
+        let workers = DiskWorkers::in_pool(&WorkerPool::new(&done, &bell), 0, &disk, record.store.as_ref());
         let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }

@@ -187,6 +187,9 @@ impl World {
             Command::Detach { .. }
             | Command::SwitchLink { .. }
             | Command::Attach { .. }
+            | Command::AddVolume { .. }
+            | Command::Absent { .. }
+            | Command::Listen { .. }
             | Command::Shutdown => {
                 panic!("the simulator gives no such command")
             }

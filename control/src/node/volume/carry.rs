@@ -114,12 +114,15 @@ impl VolumeTask {
     }
 
     /// Remembers why there is no link where that is about links.
-    fn note_no_link(&mut self, error: &NoLink) {
+    pub(super) fn note_no_link(&mut self, error: &NoLink) {
         match error {
             NoLink::Rdma(why) => self.link.rdma_failed(self.began.elapsed(), why),
             NoLink::NothingInCommon(text) => self.link.tell(text),
             NoLink::Refused(refuse) if refuse.code == RefuseCode::Link => self.link.tell(&refuse.text),
-            NoLink::Refused(_) | NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
+            // In a moment it will not be so any more.
+            NoLink::Refused(refuse) if refuse.code == RefuseCode::Busy => {}
+            NoLink::Refused(refuse) => self.peer_refused(&refuse.text),
+            NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
         }
     }
 
@@ -224,6 +227,7 @@ impl VolumeTask {
     }
 
     pub(super) fn start_session(&mut self, side: SessionSide, serve: bool, epoch: Epoch) {
+        self.shared.peer_agreed();
         let conversation = self.conversation.take();
         self.epoch = epoch;
         self.link_up = true;

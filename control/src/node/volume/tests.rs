@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::config::Config;
+use crate::node::registry::Phase;
 use crate::role::{Found, VolumeSettings};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::disk::metadata::create;
@@ -13,7 +14,6 @@ use costandby_datapath::reactor::{Reactor, ReactorConfig};
 use costandby_datapath::units::{AckLevel, OnPeerLoss, PollMode};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 const SIZE: u64 = 1 << 20;
 const CONFIG: &str = r#"
@@ -81,14 +81,8 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         VolumeController::new(settings, Found { superblock, dirty: false, boot: [1; 16] }, random);
     let (inbox, queue) = mpsc::unbounded_channel();
     let volume = config.volume("db").expect("there").clone();
-    let shared = Arc::new(Shared {
-        peer: volume.peer_of("alpha").expect("two nodes").clone(),
-        config: volume,
-        status: Mutex::new(controller.status()),
-        link: Mutex::new(None),
-        progress: Mutex::default(),
-        inbox,
-    });
+    let peer = volume.peer_of("alpha").expect("two nodes").clone();
+    let shared = Arc::new(Shared::new(volume, peer, controller.status(), Phase::Open(0), inbox));
     let surroundings = Surroundings {
         peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
         node: "alpha".into(),

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::disk::image::DiskImage;
+use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::disk::worker::DiskWorkers;
 use crate::front::nbd::handshake::{ListedExport, Lookup};
@@ -39,7 +40,8 @@ fn connected(now: Instant) -> (UnixStream, Connection) {
 fn waiting_volume() -> Volume {
     let disk = DiskImage::memory("test", SIZE).expect("memory");
     let (done, _) = crossbeam_channel::unbounded();
-    let workers = DiskWorkers::start(0, &disk, None, &done, &Waker::new().expect("bell")).expect("threads");
+    let pool = WorkerPool::new(&done, &Waker::new().expect("bell"));
+    let workers = DiskWorkers::in_pool(&pool, 0, &disk, None);
     let (ack, on_peer_loss) = (AckLevel::Memory, OnPeerLoss::Continue);
     let spec = VolumeSpec {
         name: "v".into(),

@@ -1,0 +1,260 @@
+//! A volume's way into service: its disk is opened beside all others', then the reactor and a task of its own have it. A disk
+//! that cannot be opened keeps its own volume down and no other: the volume is `Failed`, says why to whoever asks, and an
+//! operator's `connect` has it tried again.
+//!
+//! Invariants: nothing of a volume is served, promised or changed before its disk is open; who asks meanwhile, operator,
+//! client or peer, gets an answer.
+//!
+//! Survives: a disk that takes for ever to open (only its own volume waits), a daemon that is told to end meanwhile (opening
+//! is safe to break off), tries without end.
+
+use super::advice::Case;
+use super::open::{self, OpenError, OpenVolume};
+use super::peers;
+use super::registry::{Phase, Registry, Shared};
+use super::volume::{Input, Surroundings, VolumeTask};
+use crate::admin;
+use crate::config::Disk;
+use crate::hello::{Refuse, RefuseCode, Unable};
+use crate::link::reason;
+use crate::role::{self, Connection, Found, Random, Role, Verification, VolumeController, VolumeSettings};
+use costandby_datapath::disk::superblock::{DiskState, Superblock};
+use costandby_datapath::reactor::command::{Command, VolumeSpec};
+use costandby_datapath::units::{Epoch, Generation};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// How long an operator's command waits for a disk that is being opened: most take milliseconds.
+const COMMAND_WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// How often a peer that waits to be dialled is told that this node cannot: seldom enough to cost nothing, often enough that
+/// what the peer shows is never older than three times this.
+const TELL_EVERY: Duration = Duration::from_secs(4);
+
+type Reply = oneshot::Sender<Result<String, String>>;
+
+/// A volume that is not in service yet.
+pub(super) struct Attachment {
+    pub(super) registry: Arc<Registry>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) disk: Disk,
+    pub(super) settings: VolumeSettings,
+    pub(super) random: Random,
+    /// The kernel's boot.
+    pub(super) boot: [u8; 16],
+    pub(super) queue: mpsc::UnboundedReceiver<Input>,
+    pub(super) surroundings: Surroundings,
+}
+
+/// How a try ended.
+enum Tried {
+    Open(Box<OpenVolume>),
+    Failed(Failure),
+    /// The daemon is to end.
+    Stopped,
+}
+
+/// Why a volume is not in service.
+struct Failure {
+    /// For this node's operator.
+    advice: String,
+    /// What is wrong, for others.
+    problem: String,
+    /// What its metadata says, where that can be read.
+    found: Option<Superblock>,
+    /// The disk lost writes, and that is not on record.
+    distrusted: bool,
+}
+
+/// What a volume without an open disk shows.
+pub(super) fn unopened(
+    disk_state: DiskState,
+    advice: Option<String>,
+    found: Option<&Superblock>,
+) -> role::Status {
+    role::Status {
+        role: Role::Standby,
+        disk_state,
+        peer_state: None,
+        peer_primary: None,
+        connection: Connection::Standalone,
+        epoch: found.map_or(Epoch::ZERO, |found| found.epoch),
+        generation: found.map_or(Generation::ZERO, |found| found.generations.current),
+        alone: false,
+        frozen: false,
+        verification: Verification::default(),
+        parted: disk_state == DiskState::Failed,
+        advice,
+    }
+}
+
+impl Attachment {
+    /// Runs until the volume is at rest after [`Input::Shutdown`].
+    pub(super) async fn run(mut self) {
+        let mut distrusted = false;
+        let mut asked: Option<Reply> = None;
+        loop {
+            match self.open(distrusted).await {
+                Tried::Stopped => return,
+                Tried::Open(opened) => {
+                    if let Some(reply) = asked.take() {
+                        let text = format!(
+                            "volume {}: its disk is open again; looking for {}",
+                            self.settings.volume, self.settings.peer
+                        );
+                        // An operator who hung up does not need the answer.
+                        let _ = reply.send(Ok(text));
+                    }
+                    return self.serve(*opened).await;
+                }
+                Tried::Failed(failure) => {
+                    distrusted |= failure.distrusted;
+                    self.publish(&failure);
+                    if let Some(reply) = asked.take() {
+                        let _ = reply.send(Err(self.refusal(&failure)));
+                    }
+                    asked = match self.wait_for_connect(&failure).await {
+                        Some(reply) => Some(reply),
+                        None => return,
+                    };
+                }
+            }
+        }
+    }
+
+    /// One try, with answers to whoever asks meanwhile.
+    async fn open(&mut self, distrusted: bool) -> Tried {
+        let (volume, node) = (self.settings.volume.clone(), self.settings.node.clone());
+        let advice = format!("{node} is opening its disk of volume {volume}");
+        self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(advice.clone()), None));
+        self.turn_clients_away(&format!("{advice}: try again in a moment"));
+        let (config, disk) = (self.shared.config.clone(), self.disk.clone());
+        let peer = self.settings.peer.clone();
+        let mut opening = tokio::task::spawn_blocking(move || {
+            open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
+                let found = open::look(&config, &disk, &node);
+                let (volume, size) = (config.name.as_str(), config.size);
+                let case =
+                    Case { volume, size, peer: &peer, disk: &disk, error: &error, found: found.as_ref() };
+                let distrusted = matches!(error, OpenError::Unflushed { on_record: false, .. });
+                Failure { advice: case.text(), problem: case.problem(), distrusted, found }
+            })
+        });
+        let began = Instant::now();
+        let mut waiting: Vec<Input> = Vec::new();
+        loop {
+            tokio::select! {
+                opened = &mut opening => {
+                    for input in waiting {
+                        // Whoever has the volume next answers them.
+                        let _ = self.shared.inbox.send(input);
+                    }
+                    return match opened.expect("a panic has ended the process") {
+                        Ok(opened) => Tried::Open(Box::new(opened)),
+                        Err(failure) => Tried::Failed(failure),
+                    };
+                }
+                input = self.queue.recv() => match input {
+                    None | Some(Input::Shutdown) => return Tried::Stopped,
+                    Some(Input::Admin { command, reply }) if began.elapsed() < COMMAND_WAIT_MAX => {
+                        waiting.push(Input::Admin { command, reply });
+                    }
+                    Some(input) => self.decline(input, &advice, &format!("volume {volume}: {advice}: try again later")),
+                },
+                () = tokio::time::sleep_until(began + COMMAND_WAIT_MAX), if !waiting.is_empty() => {
+                    for input in waiting.drain(..) {
+                        self.decline(input, &advice, &format!("volume {volume}: {advice}: try again later"));
+                    }
+                }
+            }
+        }
+    }
+
+    fn publish(&self, failure: &Failure) {
+        let Failure { advice, found, .. } = failure;
+        let volume = self.settings.volume.as_str();
+        tracing::error!(volume, "Failed: {advice}");
+        let status = unopened(DiskState::Failed, Some(advice.clone()), found.as_ref());
+        self.shared.enter(Phase::Failed, status);
+        self.turn_clients_away(&format!("volume {volume} cannot be served here: {}", failure.problem));
+    }
+
+    /// The answer to every command but the one that has it tried again.
+    fn refusal(&self, failure: &Failure) -> String {
+        format!("volume {}: {}", self.settings.volume, failure.advice)
+    }
+
+    /// Answers everybody with the reason, until an operator has the disk tried again. `None`: the daemon is to end.
+    async fn wait_for_connect(&mut self, failure: &Failure) -> Option<Reply> {
+        let VolumeSettings { node, volume, peer, .. } = &self.settings;
+        let problem = reason(&format!("{node} cannot use its disk of volume {volume}: {}", failure.problem));
+        let refusal = self.refusal(failure);
+        let unable = Unable { node: node.clone(), volume: volume.clone(), text: problem.clone() };
+        // The other one waits to be dialled, and would hear nothing.
+        let dials = node < peer;
+        let mut tell = tokio::time::interval(TELL_EVERY);
+        tell.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                input = self.queue.recv() => match input {
+                    None | Some(Input::Shutdown) => return None,
+                    Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
+                        return Some(reply);
+                    }
+                    Some(input) => self.decline(input, &problem, &refusal),
+                },
+                _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.peer_address, unable.clone()),
+            }
+        }
+    }
+
+    /// Answers what came for a volume that is not in service.
+    fn decline(&self, input: Input, to_peer: &str, to_operator: &str) {
+        match input {
+            Input::Admin { reply, .. } => {
+                let _ = reply.send(Err(to_operator.to_owned()));
+            }
+            Input::Accepted { stream, .. } | Input::UpgradeAsked { stream, .. } => {
+                peers::part(stream, Refuse { code: RefuseCode::Disks, text: to_peer.to_owned() });
+            }
+            Input::PeerUnable { text } => {
+                self.shared.peer_said(&text);
+            }
+            // Of sessions and conversations, which there are none of.
+            Input::Reactor(_)
+            | Input::Dialled { .. }
+            | Input::Met { .. }
+            | Input::Upgraded { .. }
+            | Input::Heard { .. }
+            | Input::Probed { .. }
+            | Input::Shutdown => {}
+        }
+    }
+
+    fn turn_clients_away(&self, text: &str) {
+        let (name, text) = (self.settings.volume.clone(), text.to_owned());
+        self.registry.reactor.send(Command::Absent { name, text });
+    }
+
+    /// The volume's life in service.
+    async fn serve(self, opened: OpenVolume) {
+        let Self { registry, shared, settings, random, boot, queue, surroundings, .. } = self;
+        let OpenVolume { disk, superblock, dirty, store, record } = opened;
+        let config = &shared.config;
+        let spec = VolumeSpec {
+            name: config.name.as_str().to_owned(),
+            disk,
+            ack: config.ack,
+            on_peer_loss: config.on_peer_loss,
+            checksum_first: config.checksum_first,
+            record,
+        };
+        let controller = VolumeController::new(settings, Found { superblock, dirty, boot }, random);
+        let index = registry.admit(&shared, spec);
+        shared.enter(Phase::Open(index), controller.status());
+        let reactor = registry.reactor.clone();
+        VolumeTask::new(index, shared, controller, store, reactor, queue, surroundings).run().await;
+    }
+}

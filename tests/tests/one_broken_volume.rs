@@ -1,0 +1,124 @@
+//! One disk that cannot be opened, or one address that cannot be bound, keeps nothing else of a node down: the volume is
+//! `Failed` and says why to operators, clients and the peer; the address is tried again.
+
+use costandby_control::admin::Command;
+use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
+use costandby_tests::wait_for;
+use std::fs;
+use std::net::TcpListener;
+
+fn two_volumes() -> Settings {
+    Settings::new(&[VolumeSettings::new("db", 8), VolumeSettings::new("web", 8)])
+}
+
+fn rename(from: &std::path::Path, to: &str) -> std::path::PathBuf {
+    let hidden = from.with_extension(to);
+    fs::rename(from, &hidden).expect("a disk is moved");
+    hidden
+}
+
+#[test]
+fn a_missing_disk_keeps_its_own_volume_down_and_says_why_to_everyone() {
+    let mut pair = Pair::start(two_volumes());
+    // Once the node that dials, once the one that is dialled.
+    for node in [ALPHA, BETA] {
+        pair.stop(node);
+        let disk = pair.disk(node, "db");
+        let hidden = rename(&disk, "hidden");
+        pair.up(node);
+        pair.wait_in_sync("web");
+        let name = NODES[node];
+        let why = format!("disk {} is missing", disk.display());
+        let status = pair.wait_status(node, "db", "failed", |status| status.disk_state == "Failed");
+        let advice = status.advice.expect("advice");
+        assert!(advice.contains(&why) && advice.contains("`costandby connect db`"), "{advice}");
+        assert_ne!(status.generation, format!("{:016x}", 0), "what its metadata says is shown");
+        let commands = [
+            Command::Promote { force: true },
+            Command::Demote,
+            Command::Disconnect,
+            Command::Invalidate,
+            Command::Connect { discard_my_data: false },
+            Command::Connect { discard_my_data: true },
+        ];
+        for command in commands {
+            let told = pair.tell(node, "db", command).expect_err("refused").to_string();
+            assert!(told.contains(&why), "{command:?}: {told}");
+        }
+        let told = pair.connect(node, "db").err().expect("a client is refused").to_string();
+        assert!(told.contains(&why), "{told}");
+        let word = format!("{name} cannot use its disk of volume db: {why}");
+        pair.wait_status(1 - node, "db", "the peer says it", |status| {
+            status.peer_says.as_ref().is_some_and(|said| said.contains(&word))
+        });
+        pair.assert_alive(node);
+        fs::rename(&hidden, &disk).expect("a disk is put back");
+        let told = pair.cli_ok(node, &["connect", "db"]);
+        assert!(told.contains("open again"), "{told}");
+        pair.wait_in_sync("db");
+        let status = pair.status(1 - node, "db").expect("a status");
+        assert_eq!(status.peer_says, None, "it is over");
+    }
+    pair.settle_and_compare("db");
+    pair.settle_and_compare("web");
+}
+
+#[test]
+fn a_daemon_whose_disks_are_all_missing_stays_up_and_ends_well() {
+    let mut pair = Pair::create(two_volumes());
+    for volume in ["db", "web"] {
+        rename(&pair.disk(ALPHA, volume), "hidden");
+    }
+    pair.up(ALPHA);
+    for volume in ["db", "web"] {
+        pair.wait_status(ALPHA, volume, "failed", |status| status.disk_state == "Failed");
+    }
+    pair.stop(ALPHA);
+}
+
+#[test]
+fn addresses_that_are_taken_are_tried_again_and_keep_nothing_down() {
+    let mut pair = Pair::create(two_volumes());
+    let taken = TcpListener::bind(pair.peer_address(BETA)).expect("beta's port is taken");
+    let in_the_way = pair.nbd_socket(BETA);
+    fs::write(&in_the_way, "precious").expect("a file at the socket's path");
+    pair.up(ALPHA);
+    pair.up(BETA);
+    let listening = |pair: &Pair| pair.not_listening(BETA);
+    let refused = listening(&pair);
+    let addresses: Vec<_> = refused.iter().map(|refused| refused.address.clone()).collect();
+    let (port, socket) =
+        (format!("tcp:{}", pair.peer_address(BETA)), format!("unix:{}", in_the_way.display()));
+    assert_eq!(addresses, [port, socket], "{refused:?}");
+    assert!(refused[0].reason.contains("another program listens there"), "{refused:?}");
+    assert!(refused[1].reason.contains("no socket"), "{refused:?}");
+    assert!(pair.cli_ok(BETA, &["status"]).contains("not listening on"));
+    drop(taken);
+    pair.wait_in_sync("db");
+    assert_eq!(fs::read_to_string(&in_the_way).expect("the file"), "precious", "what is no socket stays");
+    // It is not the daemon's to remove at its end either.
+    pair.stop(BETA);
+    assert_eq!(fs::read_to_string(&in_the_way).expect("the file"), "precious", "what is no socket stays");
+    pair.up(BETA);
+    fs::remove_file(&in_the_way).expect("the file is moved away");
+    wait_for("beta listens everywhere", LIMIT, || listening(&pair).is_empty().then_some(()));
+    pair.wait_log(BETA, &["listening now", &in_the_way.display().to_string()]);
+    pair.wait_in_sync("db");
+    pair.hand_over("db", ALPHA);
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn an_admin_socket_that_cannot_be_made_keeps_no_client_out() {
+    let mut pair = Pair::start(two_volumes());
+    pair.stop(ALPHA);
+    let path = pair.path("alpha.sock");
+    fs::write(&path, "precious").expect("a file at the socket's path");
+    pair.up_unasked(ALPHA);
+    wait_for("a client is served", LIMIT, || pair.connect(ALPHA, "db").ok());
+    pair.wait_log(ALPHA, &["cannot listen", "not a socket"]);
+    assert_eq!(fs::read_to_string(&path).expect("the file"), "precious");
+    fs::remove_file(&path).expect("the file is moved away");
+    pair.wait_in_sync("db");
+    pair.stop(ALPHA);
+}
