@@ -2,6 +2,7 @@
 
 use super::NodeError;
 use crate::config::Endpoint;
+use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -32,13 +33,21 @@ fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
         std::fs::create_dir_all(parent)?;
     }
     // A socket nobody answers on is what a killed daemon left behind.
-    if path.exists() && UnixStream::connect(path).is_err() {
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
         use std::os::unix::fs::FileTypeExt;
-        if std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        if !metadata.file_type().is_socket() {
+            return Err(io::Error::other(
+                "there is a file that is no socket: move it away, or choose another path",
+            ));
+        }
+        if UnixStream::connect(path).is_err() {
             std::fs::remove_file(path)?;
         }
     }
     let socket = stream_socket(AddressFamily::UNIX)?;
+    // Before the bind, so that there is no instant with a wider one: never for all users, and for the daemon's group only where
+    // its umask says so. Whoever may open it reads and writes the volumes.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
