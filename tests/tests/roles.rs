@@ -106,6 +106,8 @@ fn continue_counts_what_the_peer_lacks() {
     let status = pair.wait_status(ALPHA, "db", "going on alone", |status| status.dirty_bytes >= 3 << 20);
     assert_eq!((status.role.as_str(), status.peer_state.as_str()), ("primary", "Unknown"));
     assert!(status.dirty_bytes <= SIZE_MIB << 20, "{} bytes dirty", status.dirty_bytes);
+    let same = ((SIZE_MIB << 20) - status.dirty_bytes) as f64 * 100.0 / (SIZE_MIB << 20) as f64;
+    assert!((status.resync_percent - same).abs() < 0.02, "{}% in sync, not {same}%", status.resync_percent);
     pair.up(BETA);
     pair.wait_in_sync("db");
     pair.wait_status(ALPHA, "db", "nothing dirty", |status| status.dirty_bytes == 0);

@@ -67,7 +67,11 @@ fn what_changed_on_the_standby_is_found_and_repaired_under_load() {
     assert_eq!(status, Some(0));
     let told: VerifyStatus = serde_json::from_str(&out).expect("JSON");
     assert!(
-        told.id == 4 && !told.running && told.differing_bytes == 0 && told.unfinished.is_none(),
+        told.id == 4
+            && !told.running
+            && told.differing_bytes == 0
+            && told.unfinished.is_none()
+            && told.percent >= 100.0,
         "{told:?}"
     );
     assert!(writing.acked() > 0, "the client was at work");

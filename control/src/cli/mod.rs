@@ -211,7 +211,7 @@ pub struct CreateArgs {
     /// Reserve no space: writes fail when the file system is full.
     #[arg(long)]
     pub sparse: bool,
-    /// Take over a disk that is there: its content stays, its metadata starts anew.
+    /// Take over a disk that is there: its content stays, but counts as a new disk's, which the peer's overwrites.
     #[arg(long)]
     pub force: bool,
 }
@@ -365,6 +365,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => cli,
         // Nothing is left to be done where wrong usage cannot be told.
         Err(error) if error.use_stderr() => {
+            let error = without_opposite(error);
             let _ = error.print();
             return ExitCode::from(2);
         }
@@ -395,6 +396,24 @@ fn failed(error: &CliError, daemon: bool) -> ExitCode {
         CliError::Environment(_) => ExitCode::from(2),
         _ => ExitCode::FAILURE,
     }
+}
+
+/// Suggests no subcommand that means the opposite: `invalidate` gives up a disk's data, and is no misspelling of `validate`.
+fn without_opposite(mut error: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue};
+    let asked = match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(asked)) => asked.clone(),
+        _ => return error,
+    };
+    let suggested = match error.get(ContextKind::SuggestedSubcommand) {
+        Some(ContextValue::String(word)) => vec![word.clone()],
+        Some(ContextValue::Strings(words)) => words.clone(),
+        _ => return error,
+    };
+    if suggested.iter().any(|word| word.ends_with(&asked) || asked.ends_with(word.as_str())) {
+        error.remove(ContextKind::SuggestedSubcommand);
+    }
+    error
 }
 
 fn run(cli: Cli) -> Result<(), CliError> {

@@ -76,6 +76,15 @@ fn wrong_usage_is_told_from_help() {
 }
 
 #[test]
+fn no_subcommand_is_suggested_that_means_the_opposite() {
+    let said = |word: &str| without_opposite(parse(&[word, "db"]).expect_err("no subcommand")).to_string();
+    for word in ["validate", "reconnect", "undemote"] {
+        assert!(!said(word).contains("similar"), "{}", said(word));
+    }
+    assert!(said("promte").contains("'promote'"), "{}", said("promte"));
+}
+
+#[test]
 fn every_subcommand_shows_an_example() {
     for subcommand in Cli::command().get_subcommands() {
         let help = subcommand.get_after_help().map(ToString::to_string).unwrap_or_default();
@@ -384,6 +393,7 @@ fn create_makes_a_reserved_disk_and_its_metadata() {
     use std::os::unix::fs::MetadataExt;
     assert_eq!((metadata.len(), metadata.mode() & 0o777), (1 << 20, 0o600));
     assert!(metadata.blocks() * 512 >= 1 << 20, "space is not reserved");
+    assert_eq!(std::fs::metadata(bench.path("a.img.meta")).expect("there").mode() & 0o777, 0o600);
     let superblock = bench.superblock();
     assert_eq!((superblock.volume.as_str(), superblock.node.as_str()), ("db", "alpha"));
     assert_eq!((superblock.size, superblock.zeroed, superblock.is_fresh()), (1 << 20, true, true));

@@ -6,6 +6,7 @@ use super::registry::Registry;
 use crate::admin::SocketFile;
 use crate::config::{Endpoint, Node};
 use costandby_datapath::reactor::command::Command;
+use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -100,7 +101,7 @@ fn bind_nbd(endpoint: &Endpoint) -> Result<NbdListener, String> {
     match endpoint {
         Endpoint::Unix(path) => bind_unix(path),
         Endpoint::Tcp(address) => {
-            let socket = bind_tcp(*address, NBD_BACKLOG).map_err(|error| explain_tcp(&error))?;
+            let socket = bind_tcp(*address, NBD_BACKLOG, Present::Later).map_err(|error| explain_tcp(&error))?;
             Ok(NbdListener { socket, file: None })
         }
     }
@@ -108,7 +109,7 @@ fn bind_nbd(endpoint: &Endpoint) -> Result<NbdListener, String> {
 
 /// Binds the address for peers, non-blocking.
 fn bind_peers(address: SocketAddr) -> Result<TcpListener, String> {
-    bind_tcp(address, PEERS_BACKLOG).map(TcpListener::from).map_err(|error| explain_tcp(&error))
+    bind_tcp(address, PEERS_BACKLOG, Present::Now).map(TcpListener::from).map_err(|error| explain_tcp(&error))
 }
 
 fn explain_tcp(error: &io::Error) -> String {
@@ -139,6 +140,9 @@ fn bind_unix(path: &Path) -> Result<NbdListener, String> {
     remove_stale(path)?;
     let bind = || {
         let socket = stream_socket(AddressFamily::UNIX)?;
+        // Before the bind, so that there is no instant with a wider one: never for all users, and for the daemon's group only
+        // where its umask says so. Whoever may open it reads and writes the volumes.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
         rustix::net::listen(&socket, NBD_BACKLOG)?;
         Ok(socket)
@@ -167,10 +171,25 @@ fn remove_stale(path: &Path) -> Result<(), String> {
     }
 }
 
-fn bind_tcp(address: SocketAddr, backlog: i32) -> io::Result<OwnedFd> {
+/// Whether an interface has to have the address already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Present {
+    Now,
+    /// It may come later, and go and come again: an address that moves between the nodes with the service.
+    Later,
+}
+
+fn bind_tcp(address: SocketAddr, backlog: i32, present: Present) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = stream_socket(family)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
+    if present == Present::Later {
+        // `IP_FREEBIND`. Where the system refuses it, `bind` says what is missing.
+        let _ = match address {
+            SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true),
+            SocketAddr::V6(_) => sockopt::set_ipv6_freebind(&socket, true),
+        };
+    }
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, backlog)?;
     Ok(socket)
@@ -179,4 +198,20 @@ fn bind_tcp(address: SocketAddr, backlog: i32) -> io::Result<OwnedFd> {
 fn stream_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_for_clients_need_not_be_here_yet() {
+        // Of the blocks for documentation: no interface has them.
+        for address in ["198.51.100.7:10809", "[2001:db8::7]:10809"] {
+            let address: SocketAddr = address.parse().expect("an address");
+            bind_tcp(address, 1, Present::Later).unwrap_or_else(|error| panic!("{address}: {error}"));
+            let error = bind_tcp(address, 1, Present::Now).expect_err("no interface has it");
+            assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable, "{address}");
+        }
+    }
 }

@@ -70,7 +70,7 @@ impl Obstacle {
                 format!("{peer} has no session now, and is asked again: {text}")
             }
             Self::Refused(Refuse { text, .. }) => format!("{peer} refuses a session: {text}"),
-            Self::Failed { text } => format!("no session with {peer}: {text}"),
+            Self::Failed { text } => format!("no session with {peer}: {text} (its log may say more)"),
         }
     }
 }

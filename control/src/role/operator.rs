@@ -387,7 +387,7 @@ impl VolumeController {
         if self.medium_failed && self.connection == Connection::Standalone {
             return;
         }
-        let text = format!("the disk of {} failed ({text}): {}", self.settings.node, self.who_has_the_data());
+        let text = format!("the disk failed on {} ({text}): {}", self.settings.node, self.who_has_the_data());
         self.log(Level::Error, &text, actions);
         if matches!(self.role, Role::Primary | Role::Demoting) {
             actions.push(Action::StopServing);

@@ -95,7 +95,10 @@ impl World {
     fn look_after(&mut self, at: usize, status: &Status, other: &Option<Status>) -> Verdict {
         let apart = self.operator.apart_since.map_or(0, |since| self.now() - since);
         let patience = if self.calm { 2 * S } else { 3 * S };
-        let failed = status.advice.as_ref().is_some_and(|a| a.contains("the disk failed"));
+        // What it quotes of its peer is the peer's to be acted upon.
+        let advice = status.advice.as_deref().filter(|advice| !advice.contains("refuses a session"));
+        let says = |words: &str| advice.is_some_and(|advice| advice.contains(words));
+        let failed = says("the disk failed");
         if failed && (self.calm || self.rng.below(4) == 0) {
             self.tell(at, format_args!("operator: repairs the disk"));
             self.end_process(at);
@@ -103,12 +106,11 @@ impl World {
             self.agenda.at(due, Event::Boot { at });
             return Ok(());
         }
-        let split =
-            status.advice.as_ref().is_some_and(|a| a.contains("split brain") || a.contains("no common past"));
+        let split = says("split brain") || says("no common past");
         if split && apart > patience && other.is_some() {
             let other_serves = other.as_ref().is_some_and(|other| other.role == Role::Primary);
             let wanted = status.role == Role::Primary && (!other_serves || at == 0);
-            let told = status.advice.as_ref().is_some_and(|a| a.contains("split brain"));
+            let told = says("split brain");
             if !wanted && told && self.rng.below(4) > 0 {
                 let command = if status.role == Role::Standby {
                     Command::Connect { discard_my_data: true }
@@ -126,7 +128,7 @@ impl World {
         if status.connection == Connection::Standalone && (self.calm || self.rng.below(6) == 0) {
             self.order(at, Command::Connect { discard_my_data: false });
         }
-        let stuck = status.advice.as_ref().is_some_and(|a| a.contains("neither disk can be copied from"));
+        let stuck = says("neither disk can be copied from");
         if stuck && apart > patience && status.role == Role::Standby && self.rng.below(3) == 0 {
             self.order(at, Command::Promote { force: true });
         }
