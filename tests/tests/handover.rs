@@ -54,7 +54,9 @@ impl Floating {
             "driver=nbd,node-name=db,server.type=unix,server.path={},export=db,reconnect-delay=60,open-timeout=60",
             path.display()
         ));
-        command.arg("--nbd-server").arg(format!("addr.type=unix,addr.path={},max-connections=0", front.display()));
+        command
+            .arg("--nbd-server")
+            .arg(format!("addr.type=unix,addr.path={},max-connections=0", front.display()));
         command.args(["--export", "type=nbd,id=db,node-name=db,name=db,writable=on"]);
         let qemu = Guarded::spawn(command.stdin(Stdio::null()));
         let floating = Self { pair, path, front, serves: ALPHA, _qemu: qemu, _dir: dir };

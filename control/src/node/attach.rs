@@ -51,7 +51,7 @@ pub(super) struct Attachment {
 /// How a try ended.
 enum Tried {
     Open(Box<OpenVolume>),
-    Failed(Failure),
+    Failed(Box<Failure>),
     /// The daemon is to end.
     Stopped,
 }
@@ -139,7 +139,7 @@ impl Attachment {
                 let case =
                     Case { volume, size, peer: &peer, disk: &disk, error: &error, found: found.as_ref() };
                 let distrusted = matches!(error, OpenError::Unflushed { on_record: false, .. });
-                Failure { advice: case.text(), problem: case.problem(), distrusted, found }
+                Box::new(Failure { advice: case.text(), problem: case.problem(), distrusted, found })
             })
         });
         let began = Instant::now();

@@ -101,7 +101,8 @@ fn bind_nbd(endpoint: &Endpoint) -> Result<NbdListener, String> {
     match endpoint {
         Endpoint::Unix(path) => bind_unix(path),
         Endpoint::Tcp(address) => {
-            let socket = bind_tcp(*address, NBD_BACKLOG, Present::Later).map_err(|error| explain_tcp(&error))?;
+            let socket =
+                bind_tcp(*address, NBD_BACKLOG, Present::Later).map_err(|error| explain_tcp(&error))?;
             Ok(NbdListener { socket, file: None })
         }
     }
