@@ -6,7 +6,7 @@
 //!
 //! Invariants: whoever logs never waits for the log and never learns that it failed; the queue is bounded in lines and in
 //! bytes; a line that could not be queued or written is counted ([`lines_dropped`]) and its loss is said in the log, in
-//! place, as soon as the log can be written again; the process ends within [`END_MAX`] of a panic.
+//! place, as soon as the log can be written again; a panic waits for stderr for [`END_MAX`] at most, then the process ends.
 //!
 //! Survives: a stderr that is closed, full, or a pipe whose reader is gone, stuck or slow.
 //!

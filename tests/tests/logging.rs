@@ -264,6 +264,10 @@ fn a_word_that_sets_no_log_is_refused_with_those_that_do() {
             assert!(stderr.contains(&format!("did you mean `{suggested}`")), "{word:?}: {stderr}");
         }
     }
+    // The demo's daemons would refuse it.
+    let ran =
+        run(Command::new(costandby_binary()).args(["demo", "--seconds", "1"]).env("COSTANDBY_LOG", "inf"));
+    assert!(ran.status.code() == Some(2) && ran.stderr.contains("did you mean `info`"), "{}", ran.stderr);
     let stderr = refused(&pair, &[("COSTANDBY_LOG_FORMAT", "xml")]).stderr;
     assert!(stderr.contains("COSTANDBY_LOG_FORMAT") && stderr.contains("text or json"), "{stderr}");
 }
