@@ -1,3 +1,5 @@
+//! Advice for each way in which a disk cannot be opened.
+
 use super::*;
 use costandby_datapath::units::Generation;
 use std::path::PathBuf;

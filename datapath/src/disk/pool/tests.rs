@@ -1,3 +1,5 @@
+//! The pool of threads: bounds, order, and disks that hang.
+
 use super::*;
 use crate::disk::activity_log::{ActivityLog, Touch};
 use crate::disk::metadata::layout::Geometry;
