@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Args, Parser, Subcommand};
-use costandby_tests::vm::guest::{Guest, Settings};
+use costandby_tests::vm::guest::{Guest, Kernel, Settings};
 use costandby_tests::vm::{
     LINK, Rig, Steps, VmError, agent, auto, failover, fast, lost_host, power, survivor,
 };
@@ -39,6 +39,9 @@ enum Task {
         /// lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
+        /// What the guests run: debian (what this system's Debian has) or 6.12.
+        #[arg(long, default_value = Kernel::default().name())]
+        kernel: Kernel,
         /// Leave the logs there when all is well, too.
         #[arg(long)]
         keep: bool,
@@ -55,6 +58,9 @@ enum Task {
         /// MiB of memory.
         #[arg(long, default_value_t = 2048, value_name = "MIB")]
         memory: u64,
+        /// What it runs: debian (what this system's Debian has) or 6.12.
+        #[arg(long, default_value = Kernel::default().name())]
+        kernel: Kernel,
     },
     /// Inside a guest: outlive the other one. Used by `test`.
     #[command(hide = true)]
@@ -102,6 +108,12 @@ struct RunArgs {
     /// Virtual processors.
     #[arg(long, default_value_t = 2, value_name = "N")]
     cpus: u32,
+    /// What it runs: debian (what this system's Debian has) or 6.12.
+    #[arg(long, default_value = Kernel::default().name())]
+    kernel: Kernel,
+    /// Bytes of the largest packet on the device's network.
+    #[arg(long, default_value_t = 9000, value_name = "BYTES")]
+    mtu: u32,
     /// Seconds, boot included, after which the guest is ended.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     limit: u64,
@@ -115,9 +127,9 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Task::Test { link, only, keep } => test(&link, &only, keep),
+        Task::Test { link, only, kernel, keep } => test(&link, &only, kernel, keep),
         Task::Run(args) => run(&args),
-        Task::Shell { memory } => shell(memory),
+        Task::Shell { memory, kernel } => shell(memory, kernel),
         Task::Survivor { link, admin, nbd } => {
             survivor::run(&admin, &nbd, &link).map(|()| 0).map_err(VmError::Failed)
         }
@@ -139,8 +151,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn test(link: &str, only: &[String], keep: bool) -> Result<u8, VmError> {
-    let rig = Rig::prepare()?;
+fn test(link: &str, only: &[String], kernel: Kernel, keep: bool) -> Result<u8, VmError> {
+    let rig = Rig::prepare(kernel)?;
     let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_TWO).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
@@ -187,11 +199,12 @@ fn run(args: &RunArgs) -> Result<u8, VmError> {
         [command] => command.clone(),
         words => words.iter().map(|word| format!("'{}' ", word.replace('\'', r"'\''"))).collect(),
     };
-    let rig = Rig::prepare()?;
+    let rig = Rig::prepare(args.kernel)?;
     let directory = rig.run_directory("run")?;
     let mut settings = Settings::new("guest", &command);
     settings.memory_mib = args.memory;
     settings.cpus = args.cpus;
+    settings.mtu = args.mtu;
     let mut guest = Guest::boot(&rig, &directory, &settings)?;
     if args.verbose {
         println!("/share is {}", guest.share().display());
@@ -210,7 +223,7 @@ fn run(args: &RunArgs) -> Result<u8, VmError> {
     Ok(u8::try_from(status).unwrap_or(1))
 }
 
-fn shell(memory: u64) -> Result<u8, VmError> {
+fn shell(memory: u64, kernel: Kernel) -> Result<u8, VmError> {
     let mut stdin = std::io::stdin();
     if !stdin.is_terminal() {
         let mut script = String::new();
@@ -222,9 +235,10 @@ fn shell(memory: u64) -> Result<u8, VmError> {
             println!("no terminal and no commands on standard input: nothing to do in a guest");
             return Ok(0);
         }
-        return run(&RunArgs { memory, cpus: 2, limit: 3600, verbose: false, command: vec![script] });
+        let (cpus, mtu, limit, command) = (2, 9000, 3600, vec![script]);
+        return run(&RunArgs { memory, cpus, kernel, mtu, limit, verbose: false, command });
     }
-    let rig = Rig::prepare()?;
+    let rig = Rig::prepare(kernel)?;
     let directory = rig.run_directory("shell")?;
     println!("booting a guest with the device rxe0 on 10.9.0.1; `exit` or Ctrl-D ends it");
     println!("/share there is {} here", directory.join("guest/share").display());

@@ -20,6 +20,7 @@ pub mod power;
 pub mod survivor;
 
 use crate::process::Guarded;
+use guest::Kernel;
 use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -83,23 +84,33 @@ pub struct Rig {
     root: PathBuf,
     profile: PathBuf,
     vm: PathBuf,
+    kernel: Kernel,
 }
 
 impl Rig {
-    /// Makes what guests boot from, where that is missing.
+    /// Makes what guests with that kernel boot from, where that is missing.
     ///
     /// # Errors
     /// Without a network where a kernel is still to be fetched, or without the programs that `tests/tools/need.sh vm`
     /// installs.
-    pub fn prepare() -> Result<Self, VmError> {
+    pub fn prepare(kernel: Kernel) -> Result<Self, VmError> {
         let root =
             Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace is above").to_path_buf();
         let own = std::env::current_exe().map_err(io_error("finding this program's own path"))?;
         let profile = own.parent().expect("programs are in target/PROFILE").to_path_buf();
         let vm = profile.parent().expect("a profile is in a target directory").join("vm");
-        let mut image = Command::new(root.join("tests/vm/image.sh"));
-        prepare("making what a guest boots from", image.arg(&vm), IMAGE_LIMIT)?;
-        Ok(Self { root, profile, vm })
+        let rig = Self { root, profile, vm, kernel };
+        let mut image = Command::new(rig.root.join("tests/vm/image.sh"));
+        prepare("making what a guest boots from", image.arg(&rig.vm).arg(kernel.name()), IMAGE_LIMIT)?;
+        Ok(rig)
+    }
+
+    /// Where what its guests boot from lies: `image` and `kernel`, as `tests/vm/image.sh` makes them.
+    fn boots_from(&self) -> PathBuf {
+        match self.kernel {
+            Kernel::Debian => self.vm.clone(),
+            other => self.vm.join(other.name()),
+        }
     }
 
     /// A program of the workspace, of the profile that this one was built with.
