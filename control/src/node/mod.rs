@@ -305,6 +305,7 @@ async fn serve(
     let (rdma_memory, machine, links) =
         (config.node(node.as_str())?.rdma_memory, Machine::here(), opened.len());
     let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
+    let makers = rdma::Makers::default();
     let mut shared = Vec::new();
     let mut tasks = Vec::new();
     for (index, open) in opened.into_iter().enumerate() {
@@ -336,7 +337,7 @@ async fn serve(
             peer_address: config.node(peer.as_str())?.listen,
             node: node.as_str().to_owned(),
             local: config.node(node.as_str())?.listen.ip(),
-            rdma: rdma::setup(disk_memory(rdma_memory, &machine, links, size)),
+            rdma: rdma::setup(disk_memory(rdma_memory, &machine, links, size), &makers),
         };
         tasks.push(VolumeTask::new(
             index,

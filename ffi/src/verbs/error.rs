@@ -119,7 +119,9 @@ pub enum VerbsError {
         needed: u64,
     },
     /// Memory is registered with another device than the one that the connection goes over.
-    #[error("the address is not on the RDMA device {device} any more: it is tried again with the device that has it")]
+    #[error(
+        "the address is not on the RDMA device {device} any more: it is tried again with the device that has it"
+    )]
     OtherDevice {
         /// Which one has the memory.
         device: String,

@@ -486,10 +486,7 @@ impl QueuePair {
 
 /// A queue pair with a number that none of the domain had lately: what is still on its way to a former one, from a peer
 /// that has not noticed its end, then finds nobody.
-fn create(
-    domain: &Domain,
-    attributes: &mut sys::ibv_qp_init_attr,
-) -> Result<*mut sys::ibv_qp, VerbsError> {
+fn create(domain: &Domain, attributes: &mut sys::ibv_qp_init_attr) -> Result<*mut sys::ibv_qp, VerbsError> {
     let mut used = Vec::new();
     let created = loop {
         // SAFETY: domain and completion queue live longer than the queue pair: `Drop` destroys it first.
