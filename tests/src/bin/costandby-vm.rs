@@ -4,10 +4,10 @@
 use clap::{Args, Parser, Subcommand};
 use costandby_tests::vm::guest::{Guest, Kernel, Settings};
 use costandby_tests::vm::{
-    LINK, Rig, Steps, VmError, agent, auto, failover, fast, lost_host, power, survivor,
+    LINK, Rig, Steps, VmError, agent, auto, failover, fast, first_link, lost_host, power, survivor,
 };
 use std::io::{IsTerminal as _, Read as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,10 +36,10 @@ enum Task {
         #[arg(long, default_value = LINK)]
         link: String,
         /// Only these steps: device, ffi, removed, unplugged, datapath, control, clients, devices, demo, auto,
-        /// lost-host, two-guests, power.
+        /// linux-6.12, lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
-        /// What the guests run: debian (what this system's Debian has) or 6.12.
+        /// What the guests run: debian (what this system's Debian has) or 6.12. The step linux-6.12 has its own.
         #[arg(long, default_value = Kernel::default().name())]
         kernel: Kernel,
         /// Leave the logs there when all is well, too.
@@ -95,10 +95,16 @@ enum Task {
         /// The interface that the device is to be on.
         netdev: String,
     },
+    /// Inside a guest: measure how soon the RDMA link is there. Used by `test`.
+    #[command(hide = true)]
+    FirstLink,
 }
 
-/// Steps with two guests.
-const WITH_TWO: [&str; 3] = ["lost-host", "two-guests", "power"];
+/// Steps with guests of their own.
+const WITH_OWN: [&str; 4] = [NEWER, "lost-host", "two-guests", "power"];
+
+/// The one with a newer kernel.
+const NEWER: &str = "linux-6.12";
 
 #[derive(Args)]
 struct RunArgs {
@@ -141,6 +147,10 @@ fn main() -> ExitCode {
             auto::run(&netdev);
             Ok(0)
         }
+        Task::FirstLink => {
+            first_link::inside();
+            Ok(0)
+        }
     };
     match done {
         Ok(status) => ExitCode::from(status),
@@ -153,7 +163,7 @@ fn main() -> ExitCode {
 
 fn test(link: &str, only: &[String], kernel: Kernel, keep: bool) -> Result<u8, VmError> {
     let rig = Rig::prepare(kernel)?;
-    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_TWO).collect();
+    let known: Vec<_> = fast::steps(&rig, link).iter().map(|step| step.id).chain(WITH_OWN).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
     }
@@ -162,8 +172,12 @@ fn test(link: &str, only: &[String], kernel: Kernel, keep: bool) -> Result<u8, V
     let mut steps = Steps::default();
     steps.run("building the programs", || rig.build_programs())?;
     let mut outcomes = Vec::new();
-    if known.iter().any(|id| !WITH_TWO.contains(id) && wanted(id)) {
+    if known.iter().any(|id| !WITH_OWN.contains(id) && wanted(id)) {
         outcomes.push(fast::run(&rig, &directory, link, wanted, &mut steps));
+    }
+    // Copies by RDMA are what it is about.
+    if wanted(NEWER) && (link == LINK || only.iter().any(|name| name == NEWER)) {
+        outcomes.push(newer_kernel(&rig, &directory, &mut steps));
     }
     if wanted("lost-host") {
         outcomes.push(lost_host::run(&rig, &directory, &mut steps));
@@ -191,6 +205,11 @@ fn test(link: &str, only: &[String], kernel: Kernel, keep: bool) -> Result<u8, V
     println!("{seconds:7.1} s  in all, copies by {link}; FAILED: {}", steps.failures().join("; "));
     println!("logs: {}", directory.display());
     Ok(1)
+}
+
+fn newer_kernel(rig: &Rig, directory: &Path, steps: &mut Steps) -> Result<(), VmError> {
+    let newer = steps.run("Linux 6.12 for a guest", || rig.with(Kernel::Linux6_12))?;
+    first_link::run(&newer, directory, steps)
 }
 
 fn run(args: &RunArgs) -> Result<u8, VmError> {

@@ -4,7 +4,8 @@
 //! software device, `rxe0`. [`guest`] boots and ends one, [`fast`] runs the tests and clients that fit into one guest,
 //! [`failover`] pulls the cable and the plug on one of two, with [`survivor`] inside the other, and [`power`] the plug on
 //! either or both in every state, with [`agent`] in each; [`lost_host`] shows what a bare queue pair notices of a lost host,
-//! and [`auto`] is the part inside a guest whose device comes late. What a guest boots from is made by
+//! [`auto`] is the part inside a guest whose device comes late, and [`first_link`] measures how soon the link is there with a
+//! newer kernel. What a guest boots from is made by
 //! `tests/vm/image.sh`; `tests/vm/init` and `tests/vm/guest.sh` bring it up.
 //!
 //! Invariants: a guest never outlives the program that started it; every wait is bounded; nothing a guest does reaches
@@ -14,6 +15,7 @@ pub mod agent;
 pub mod auto;
 pub mod failover;
 pub mod fast;
+pub mod first_link;
 pub mod guest;
 pub mod lost_host;
 pub mod power;
@@ -103,6 +105,14 @@ impl Rig {
         let mut image = Command::new(rig.root.join("tests/vm/image.sh"));
         prepare("making what a guest boots from", image.arg(&rig.vm).arg(kernel.name()), IMAGE_LIMIT)?;
         Ok(rig)
+    }
+
+    /// The same rig for guests with another kernel.
+    ///
+    /// # Errors
+    /// As [`Rig::prepare`].
+    pub fn with(&self, kernel: Kernel) -> Result<Self, VmError> {
+        if kernel == self.kernel { Ok(self.clone()) } else { Self::prepare(kernel) }
     }
 
     /// Where what its guests boot from lies: `image` and `kernel`, as `tests/vm/image.sh` makes them.
