@@ -10,6 +10,8 @@
 //! no call makes a ring or waits until one is made. A connection is handed on as [`Prepared`],
 //! to become the volume's link once both nodes are ready; one that is dropped before is closed.
 
+#![cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "what only the real one makes"))]
+
 use costandby_datapath::transport::Link;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -130,8 +132,6 @@ const RINGS_MADE_AT_ONCE: usize = 2;
 /// What the volumes of a node share: the right to make rings.
 #[derive(Clone)]
 pub(super) struct Makers {
-    /// Unused in a build without RDMA.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
     places: Arc<tokio::sync::Semaphore>,
 }
 
