@@ -9,8 +9,7 @@ use crate::Outcome;
 use crate::histogram::{Recorder, Summary};
 use costandby_datapath::limits::RDMA_RING_LEN;
 use costandby_datapath::transport::Link;
-use costandby_datapath::transport::rdma::private::Secret;
-use costandby_datapath::transport::rdma::setup::{self, Connected, Listening};
+use costandby_datapath::transport::rdma::setup::{self, Connected};
 use costandby_datapath::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::mapping::{Mapping, Span};
 use costandby_ffi::verbs::{
@@ -188,15 +187,7 @@ impl End {
 
 /// Two joined ends of the mirror's own link, over the device that has `address`.
 pub(crate) fn links(address: IpAddr) -> Outcome<[Box<dyn Link>; 2]> {
-    let secret = Secret([0x5a; 16]);
-    let ring_len = usize::try_from(RDMA_RING_LEN)?;
-    let listening = Listening::bind(address, secret)?;
-    let peer = listening.address();
-    let far = std::thread::Builder::new()
-        .name("accept".into())
-        .spawn(move || listening.accept(ring_len, soon()))?;
-    let near = setup::dial(address, peer, secret, ring_len, soon())?;
-    let far = far.join().expect("the accepting thread does not panic")?;
+    let [near, far] = setup::both_ends(address, usize::try_from(RDMA_RING_LEN)?, CONNECT_TIMEOUT)?;
     Ok([link(near)?, link(far)?])
 }
 

@@ -168,8 +168,8 @@ pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
 /// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.
 pub const RDMA_MEMORY_SHARE: u64 = 4;
 
-/// Bytes one RDMA link locks whatever its disk: two laps of its ring (128 MiB), the stage, headers and messages.
-pub const RDMA_LINK_LOCKED_LEN: u64 = 136 << 20;
+/// Bytes one RDMA link locks whatever its disk: its ring (44 MiB), the stage, headers and messages.
+pub const RDMA_LINK_LOCKED_LEN: u64 = 52 << 20;
 
 /// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
 /// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
@@ -182,9 +182,14 @@ pub const RDMA_STAGE_PIECE_LEN_MAX: usize = RDMA_STAGE_LEN / 4;
 /// Pieces in the stage at a time: one for each frame that may be open, and some more for long ones.
 pub const RDMA_STAGE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
 
-/// Bytes of our RDMA ring: twice the largest frame and a bit, and half of what a byte stream gets, as it is locked
-/// memory; a power of two and a multiple of 2 MiB, so that huge pages can back it.
-pub const RDMA_RING_LEN: u64 = 64 << 20;
+/// Bytes of our RDMA ring: the smallest that a change of 32 MiB can stand in whole while a quarter of it is released and
+/// untold, as one has to until its checksum is known; it is locked memory, and bringing it in is what a first connection
+/// waits for. More made nothing faster (docs/decisions/0018). A multiple of 2 MiB, so that huge pages can back it.
+pub const RDMA_RING_LEN: u64 = 44 << 20;
+
+/// Bytes of the ring brought into memory in one call while it is made: ten milliseconds in an emulated machine, after
+/// which it can be given up and told how far it is.
+pub const RDMA_RING_STEP_LEN: usize = 1 << 20;
 
 /// Receives we keep posted: a whole window of changes with their acks or flushes, and as much again, so that they never
 /// bind before the window does; 128 KiB of buffers.

@@ -168,8 +168,7 @@ fn rdma_write_allocates_nothing_for_its_record() {
 mod rdma_device {
     use super::*;
     use costandby_datapath::transport::rdma::Joined;
-    use costandby_datapath::transport::rdma::private::Secret;
-    use costandby_datapath::transport::rdma::setup::{Connected, Listening, dial};
+    use costandby_datapath::transport::rdma::setup::{Connected, both_ends};
     use costandby_datapath::transport::rdma::verbs::VerbsEndpoint;
     use costandby_ffi::testing::{skip, skip_outside_rig};
     use std::collections::BTreeMap;
@@ -205,22 +204,18 @@ mod rdma_device {
 
     /// A primary whose standby has a thread of its own.
     fn with_primary<T>(address: IpAddr, work: impl FnOnce(&mut Primary<VerbsEndpoint>) -> T) -> T {
-        let (secret, deadline) = (Secret([3; 16]), Instant::now() + PATIENCE);
-        let listening = Listening::bind(address, secret).expect("listening");
-        let peer = listening.address();
+        let [here, there] = both_ends(address, RING_LEN, PATIENCE).expect("connected");
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let stop = &stop;
             scope.spawn(move || {
-                let connected = listening.accept(RING_LEN, deadline).expect("the primary comes");
-                let mut standby = Standby::new(link(connected));
+                let mut standby = Standby::new(link(there));
                 while !stop.load(Ordering::Relaxed) && standby.turn() {
                     // Not a yield: a system call that nobody is watching for slows all the others down.
                     std::hint::spin_loop();
                 }
             });
-            let connected = dial(address, peer, secret, RING_LEN, deadline).expect("the standby is there");
-            let mut primary = Primary::new(link(connected));
+            let mut primary = Primary::new(link(here));
             let result = work(&mut primary);
             stop.store(true, Ordering::Relaxed);
             result

@@ -109,8 +109,7 @@ fn rdma_wakes_each_sleeper_in_memory() {
 #[cfg(feature = "rdma")]
 #[test]
 fn rdma_wakes_each_sleeper_on_a_device() {
-    use costandby_datapath::transport::rdma::private::Secret;
-    use costandby_datapath::transport::rdma::setup::{Connected, Listening, dial};
+    use costandby_datapath::transport::rdma::setup::{Connected, both_ends};
     use costandby_datapath::transport::rdma::{Joined, RdmaLink};
     use costandby_ffi::testing::skip_outside_rig;
 
@@ -128,12 +127,7 @@ fn rdma_wakes_each_sleeper_on_a_device() {
     };
     let address = address.parse().expect("COSTANDBY_RDMA_ADDRESS is an IP address");
     for poll in MODES {
-        let (secret, deadline) = (Secret([5; 16]), Instant::now() + PATIENCE);
-        let listening = Listening::bind(address, secret).expect("listening");
-        let peer = listening.address();
-        let there = std::thread::spawn(move || listening.accept(RING_LEN, deadline));
-        let here = dial(address, peer, secret, RING_LEN, deadline).expect("connected");
-        let there = there.join().expect("accepting").expect("connected");
+        let [here, there] = both_ends(address, RING_LEN, PATIENCE).expect("connected");
         writes_are_answered(poll, (link(here), link(there)));
     }
 }

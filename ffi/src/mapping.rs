@@ -315,6 +315,25 @@ impl Span {
         unsafe { copy::copy(bytes.as_ptr(), self.as_ptr(), self.len) }
     }
 
+    /// Brings its pages into memory and into the process's table of pages, writable; bytes that are there stay as they
+    /// are. Blocks for as long as that takes: the pages of a memory file are cleared.
+    ///
+    /// # Errors
+    /// `OutOfMemory` and whatever else madvise(2) says. A kernel that does not know how (before 5.14) does nothing, and
+    /// pages come when they are first touched.
+    pub fn make_resident(&self) -> io::Result<()> {
+        let page_len = self.mapping.page_len();
+        let start = self.as_ptr().map_addr(|address| address & !(page_len - 1));
+        let len = self.as_ptr().addr() + self.len - start.addr();
+        // SAFETY: the pages are mapped for as long as `self` lives. The advice changes no byte of them.
+        let code = unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) };
+        match (code, io::Error::last_os_error()) {
+            (0, _) => Ok(()),
+            (_, error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            (_, error) => Err(error),
+        }
+    }
+
     /// Writes zeroes. Pages stay allocated: a registered range must not lose its pages.
     pub fn fill_zero(&self) {
         // SAFETY: the span keeps its bytes mapped and no reference to them exists.

@@ -2,8 +2,8 @@
 # its exit status to /share/status and powers off.
 #
 # /share/settings says NODE, ADDRESS, WIRE (1: the network is a virtio card with another guest behind it; 0: a veth pair,
-# both ends of a connection in this guest), INNER_ADDRESS (on a second card, by which the host is let in; empty: there is
-# none) and SHELL_ON_CONSOLE. rxe0 sits on that network; MTU 9000 gives it 4096.
+# both ends of a connection in this guest), MTU (of that network), INNER_ADDRESS (on a second card, by which the host is let in; empty: there is
+# none) and SHELL_ON_CONSOLE. rxe0 sits on that network; an MTU of 9000 gives it 4096.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp/home LC_ALL=C
 . /share/settings
 
@@ -63,9 +63,9 @@ if [ "$WIRE" = 1 ]; then
         ip link set host0 up && ip address add "$INNER_ADDRESS/24" dev host0 || fail "no network to the host"
     fi
 else
-    modprobe veth && ip link add wire0 type veth peer name wire1 && ip link set wire1 mtu 9000 up || fail "no veth"
+    modprobe veth && ip link add wire0 type veth peer name wire1 && ip link set wire1 mtu "$MTU" up || fail "no veth"
 fi
-ip link set wire0 mtu 9000 up && ip address add "$ADDRESS/24" dev wire0 || fail "no network"
+ip link set wire0 mtu "$MTU" up && ip address add "$ADDRESS/24" dev wire0 || fail "no network"
 
 # crc32_generic: rxe asks the kernel's crypto layer for it, which would look for it under an alias.
 for module in crc32_generic ib_uverbs rdma_ucm rdma_rxe; do

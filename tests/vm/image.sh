@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
 # Makes what a guest boots from, in DIR/image: `vmlinuz`, `initramfs.gz` and `lib/modules/VERSION`.
 #
-#   tests/vm/image.sh DIR
+#   tests/vm/image.sh DIR [KERNEL]
 #
-# The kernel is the one that Debian's meta package (`linux-image-amd64`, or COSTANDBY_VM_KERNEL) depends on today. It is
-# downloaded with lists and cache of our own below DIR, so that neither root nor the system's own lists are needed, and
-# unpacked; nothing is installed. It stays until DIR is removed: without a network, what is there is used. The initramfs
-# is made anew whenever this script, `init` or busybox changes, which takes a second.
+# KERNEL is `debian` (the default): the kernel that the system's Debian has today, by its meta package (`linux-image-amd64`,
+# or COSTANDBY_VM_KERNEL). Or it is `6.12`: that of bookworm-backports, whatever the system is.
+#
+# The kernel is downloaded with lists and cache of our own below DIR, so that neither root nor the system's own lists are
+# needed, and unpacked; nothing is installed. It stays until DIR is removed: without a network, what is there is used. The
+# initramfs is made anew whenever this script, `init` or busybox changes, which takes a second.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
-package=${COSTANDBY_VM_KERNEL:-linux-image-amd64}
+kernel=${2:-debian}
+package=linux-image-amd64
+if [ "$kernel" = debian ]; then package=${COSTANDBY_VM_KERNEL:-$package}; fi
 
 # What the initramfs loads before it can see the host's files, and for the port that carries a guest's output.
 modules="virtio_pci 9pnet_virtio 9p overlay virtio_console"
@@ -26,27 +30,55 @@ fail() {
     exit 1
 }
 
+# Where packages come from: the system's own sources, or backports alone, from the mirror that the system uses.
+sources=()
+read_backports() {
+    local found mirror=http://deb.debian.org/debian keyring=/usr/share/keyrings/debian-archive-keyring.gpg options=
+    found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
+        sed -nE 's,^(deb( +\[[^]]*\])?|URIs:) +(https?://[^ ]*/debian)/?( .*)?$,\3,p' | head -n 1) || true
+    [ -f "$keyring" ] && options="[signed-by=$keyring] "
+    mkdir -p "$dir/apt/sources"
+    echo "deb ${options}${found:-$mirror} bookworm-backports main" >"$dir/apt/sources/backports.list"
+    # Installed packages play no part: an empty status, or the system's kernel might count as newer.
+    : >"$dir/apt/status"
+    sources=(-o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$dir/apt/sources" -o "Dir::State::status=$dir/apt/status")
+}
+
 private_apt() {
     local command=$1
     shift
     "$command" -q -o "Dir::State::Lists=$dir/apt/lists" -o "Dir::Cache=$dir/apt/cache" \
         -o Dir::State::status=/var/lib/dpkg/status -o APT::Update::Post-Invoke-Success= \
-        -o APT::Sandbox::User="$(id -un)" -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
+        -o APT::Sandbox::User="$(id -un)" -o Acquire::Languages=none -o Acquire::Retries=3 "${sources[@]}" "$@"
 }
+
+case $kernel in
+debian | 6.12) ;;
+*) fail "there is no kernel $kernel for guests: debian or 6.12" ;;
+esac
 
 fetch_kernel() {
     local new=$dir/kernel.new started=$SECONDS
     rm -rf "$new" "$dir/apt"
     mkdir -p "$new" "$dir/apt/lists/partial" "$dir/apt/cache/archives/partial"
-    echo "fetching the guest's kernel ($package; some 70 MB, once)"
+    local from=$package advice="is there a network, and a Debian mirror in /etc/apt?"
+    if [ "$kernel" = 6.12 ]; then
+        read_backports
+        from="$package of bookworm-backports"
+        advice="the guest with Linux 6.12 needs $(cut -d' ' -f2- "$dir/apt/sources/backports.list"): is there a network, and can this machine reach that?"
+    fi
+    echo "fetching the guest's kernel ($from; some 70 to 100 MB, once)"
     private_apt apt-get update >"$dir/apt/log" 2>&1 || true
     # A meta package names the real one; a real one has its files itself.
     local real
     real=$(private_apt apt-cache depends --important "$package" 2>>"$dir/apt/log" |
         sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1) || real=
+    if [ "$kernel" = 6.12 ] && [ -n "$real" ] && [[ $real != linux-image-6.12.* ]]; then
+        fail "bookworm-backports has $real today and no Linux 6.12: tests/vm/image.sh has to look for it elsewhere"
+    fi
     (cd "$new" && private_apt apt-get download "${real:-$package}" >>"$dir/apt/log" 2>&1) || {
         tail -n 5 "$dir/apt/log" >&2
-        fail "the package ${real:-$package} cannot be downloaded: is there a network, and a Debian mirror in /etc/apt?"
+        fail "the package ${real:-$package} cannot be downloaded: $advice"
     }
     dpkg-deb -x "$new"/*.deb "$new/root"
     rm -f "$new"/*.deb
@@ -106,6 +138,11 @@ make_initramfs() {
     mv "$dir/image/initramfs.new" "$dir/image/initramfs.gz"
 }
 
+# Each other kernel has a directory of its own, with the same things in it.
+if [ "$kernel" != debian ]; then
+    dir=$dir/$kernel
+    mkdir -p "$dir"
+fi
 [ -s "$dir/kernel/version" ] || fetch_kernel
 version=$(cat "$dir/kernel/version")
 tree=$dir/kernel/lib/modules/$version

@@ -200,7 +200,7 @@ impl Start<'_> {
         let node = &self.node.name;
         let boot = boot_id().map_err(system("/proc/sys/kernel/random/boot_id"))?;
         let configured: Vec<_> = self.config.volumes_of(node.as_str()).collect();
-        let (machine, links) = (Machine::here(), configured.len());
+        let (machine, links, makers) = (Machine::here(), configured.len(), rdma::Makers::default());
         let mut shared = Vec::with_capacity(links);
         let mut parts = Vec::with_capacity(links);
         for (volume, disk) in configured {
@@ -217,7 +217,7 @@ impl Start<'_> {
                 peer_address: self.config.node(peer.as_str())?.listen,
                 node: node.as_str().to_owned(),
                 local: self.node.listen.ip(),
-                rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size)),
+                rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
             };
             let random = random_source().map_err(system("/dev/urandom"))?;
             let (inbox, queue) = mpsc::unbounded_channel();

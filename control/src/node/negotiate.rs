@@ -9,15 +9,17 @@
 //! companion; that conversation ends without harm to the session wherever it fails.
 //!
 //! Invariants: both sides end with the same kind, or the conversation ends. A secret is used for one offer. Every wait
-//! has a limit; what blocks runs on the runtime's blocking threads.
+//! has a limit; what blocks runs on the runtime's blocking threads. RDMA is promised only with a ring that is registered
+//! and free: one that is still being made is waited for before the hello ([`RING_WAIT_AUTO`], [`RING_WAIT_RDMA`]), goes on
+//! being made whatever becomes of the conversation, and is never made again for the next one.
 //!
-//! A listener and its thread are held until the connection comes or [`ACCEPT_MAX`] is over, whatever becomes of the
-//! conversation: so a volume has room for [`LISTENERS_MAX`], and who comes when both are taken is offered no RDMA.
+//! A listener and its thread are held until the connection comes, [`COME_MAX`] is over or the conversation ends: so a
+//! volume has room for [`LISTENERS_MAX`], and who comes when both are taken is offered no RDMA.
 //!
 //! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
 
-use super::peers::{connect_to, listen, say};
-use super::rdma::{Prepared, RdmaListener, RdmaSetup};
+use super::peers::{MESSAGE_MAX, connect_to, listen, listen_for, say};
+use super::rdma::{Prepared, RdmaListener, RdmaSetup, RingState, Wanted};
 use crate::config::LinkKind;
 use crate::hello::{
     Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, SECRET_LEN, Secret, Settled, Upgrade,
@@ -30,14 +32,32 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
 
-/// How long the dialer may take to connect by RDMA, over a network on which a round trip has just been made. Nearly all
-/// of it is registering two rings, one after the other: tens of milliseconds each, and up to a second in an emulated
-/// machine. It is also what a network that swallows RDMA packets costs before the nodes fall back to TCP.
-const DIAL_MAX: Duration = Duration::from_secs(3);
+/// How long each step of connecting by RDMA may take, over a network on which a round trip has just been made: finding the
+/// way, being accepted. A few milliseconds each, and a tenth of a second in an emulated machine; no ring is made meanwhile.
+/// It is also what a network that swallows RDMA packets costs before the nodes fall back to TCP.
+const STEP_MAX: Duration = Duration::from_secs(3);
 
-/// How long the acceptor waits for that connection: the dialer's time, and some for the first hello to get there.
-const ACCEPT_MAX: Duration = Duration::from_secs(4);
+/// How long the acceptor waits for that connection: the dialer's steps, and some for its own hello to get there.
+const COME_MAX: Duration = Duration::from_secs(7);
+
+/// How long it waits to be told what came of it.
+const SETTLE_MAX: Duration = Duration::from_secs(8);
+const _: () =
+    assert!(2 * STEP_MAX.as_secs() < COME_MAX.as_secs() && COME_MAX.as_secs() < SETTLE_MAX.as_secs());
+
+/// How long a hello waits for the volume's ring where TCP would do: at a daemon's start the ring takes half a second even in
+/// an emulated machine, and a session that begins over TCP costs a change of link later.
+const RING_WAIT_AUTO: Duration = Duration::from_secs(2);
+
+/// The same where there is nothing but RDMA: nearly as long as the peer waits for a message. What is not ready by then is
+/// further in the next conversation.
+const RING_WAIT_RDMA: Duration = Duration::from_secs(4);
+const _: () = assert!(RING_WAIT_RDMA.as_millis() < MESSAGE_MAX.as_millis());
+
+/// Between two looks at a ring that is waited for.
+const RING_LOOK: Duration = Duration::from_millis(5);
 
 /// RDMA listeners of a volume at one time: one for the peer, and one for a conversation it began before that and gave up.
 /// Each takes a thread, and memory for a ring once somebody connects, and a hello is all that it takes to have one.
@@ -147,7 +167,7 @@ pub(super) fn out_of_turn(message: Message, wanted: &'static str) -> NoLink {
 
 /// The dialer's part: says our hello, hears theirs, settles the link.
 pub(super) async fn greet(stream: &mut TcpStream, mut ours: Hello, terms: &Terms) -> Result<Met, NoLink> {
-    let voice = terms.voice().await;
+    let voice = terms.voice(true).await;
     ours.set_voice(voice.clone());
     say(stream, &Message::Hello(Box::new(ours))).await?;
     let hello = match listen(stream).await? {
@@ -202,7 +222,7 @@ pub(super) async fn answer(
     terms: &Terms,
 ) -> Result<Met, NoLink> {
     let their_voice = theirs.voice();
-    let mut voice = terms.voice().await;
+    let mut voice = terms.voice(their_voice.has(Kind::Rdma)).await;
     let mut listener = None;
     if terms.choose(&voice, &their_voice) == Choice::Rdma {
         match terms.listen().await {
@@ -226,7 +246,7 @@ pub(super) async fn answer(
     };
     let accepting = accept(listener);
     say(stream, &Message::Hello(Box::new(ours))).await?;
-    let carrier = match listen(stream).await? {
+    let carrier = match listen_for(stream, SETTLE_MAX).await? {
         Message::Link(Settled { kind: Kind::Rdma, .. }) => Carrier::Rdma(accepted(accepting, terms).await?),
         Message::Link(Settled { kind: Kind::Tcp, why }) if tcp => Carrier::Tcp { why, tried: true },
         Message::Link(_) => {
@@ -245,7 +265,7 @@ pub(super) async fn ask_upgrade(
     terms: &Terms,
 ) -> Result<(TcpStream, Prepared), NoLink> {
     // Mostly it fails here, and costs the peer nothing.
-    terms.able().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
+    terms.ready().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
     let mut stream = connect_to(peer).await.map_err(HelloError::from)?;
     say(&mut stream, &Message::Upgrade(upgrade)).await?;
     let offer = match listen(&mut stream).await? {
@@ -264,13 +284,17 @@ pub(super) async fn ask_upgrade(
 
 /// The acceptor's part in that, once the volume's task has found the session that is meant.
 pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Result<Prepared, NoLink> {
-    let (listener, offer) = match terms.listen().await {
+    let opened = match terms.ready().await {
+        Ok(()) => terms.listen().await,
+        Err(why) => Err(why),
+    };
+    let (listener, offer) = match opened {
         Ok(opened) => opened,
         Err(why) => return Err(refuse(stream, format!("{} has no RDMA: {why}", terms.node)).await),
     };
     let accepting = accept(listener);
     say(stream, &Message::Offer(offer)).await?;
-    match listen(stream).await? {
+    match listen_for(stream, SETTLE_MAX).await? {
         Message::Link(Settled { kind: Kind::Rdma, .. }) => {
             let prepared = accepted(accepting, terms).await?;
             say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
@@ -281,22 +305,34 @@ pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Resu
     }
 }
 
+/// The wait for a connection that was asked for by an offer. Dropped, it ends.
+pub(super) struct Accepting {
+    connection: JoinHandle<Result<Prepared, String>>,
+    wanted: Wanted,
+}
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        self.wanted.cancel();
+    }
+}
+
 /// Begins to take the connection that an offer asked for.
-pub(super) fn accept(offered: Offered) -> JoinHandle<Result<Prepared, String>> {
+pub(super) fn accept(offered: Offered) -> Accepting {
     let Offered { listener, place } = offered;
-    spawn_blocking(move || {
-        let accepted = listener.accept(ACCEPT_MAX);
+    let wanted = Wanted::default();
+    let asked = wanted.clone();
+    let connection = spawn_blocking(move || {
+        let accepted = listener.accept(COME_MAX, STEP_MAX, &asked);
         drop(place);
         accepted
-    })
+    });
+    Accepting { connection, wanted }
 }
 
 /// The connection that the peer says it made.
-pub(super) async fn accepted(
-    accepting: JoinHandle<Result<Prepared, String>>,
-    terms: &Terms,
-) -> Result<Prepared, NoLink> {
-    let prepared = accepting.await.expect("a panic has ended the process");
+pub(super) async fn accepted(mut accepting: Accepting, terms: &Terms) -> Result<Prepared, NoLink> {
+    let prepared = (&mut accepting.connection).await.expect("a panic has ended the process");
     prepared.map_err(|why| NoLink::Rdma(format!("{} was not connected by RDMA: {why}", terms.node)))
 }
 
@@ -313,11 +349,12 @@ impl Terms {
         choose((&self.node, ours), (&self.peer, theirs))
     }
 
-    /// What this node can do at this moment.
-    async fn voice(&self) -> Voice {
+    /// What this node can do at this moment. `ring`: the peer may have RDMA too, so the volume's ring has to be there.
+    async fn voice(&self, ring: bool) -> Voice {
         let rdma = match (&self.paused, self.wanted) {
             (_, LinkKind::Tcp) => Ok(()),
             (Some(why), _) => Err(why.clone()),
+            (None, _) if ring => self.ready().await,
             (None, _) => self.able().await,
         };
         Voice::new(self.wanted, rdma)
@@ -327,6 +364,21 @@ impl Terms {
     pub(super) async fn able(&self) -> Result<(), String> {
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
         blocking(move || rdma.able(local)).await
+    }
+
+    /// Whether RDMA is possible here and the volume's ring is there to be promised, waiting a while for one that is being
+    /// made.
+    pub(super) async fn ready(&self) -> Result<(), String> {
+        self.able().await?;
+        let patience = if self.wanted == LinkKind::Rdma { RING_WAIT_RDMA } else { RING_WAIT_AUTO };
+        let until = Instant::now() + patience;
+        loop {
+            match self.rdma.ring(self.local)? {
+                RingState::Ready => return Ok(()),
+                state if Instant::now() >= until => return Err(state.to_string()),
+                _ => tokio::time::sleep(RING_LOOK).await,
+            }
+        }
     }
 
     /// A listener with a secret of its own.
@@ -348,7 +400,7 @@ impl Terms {
     /// A connection to an offer.
     pub(super) async fn dial(&self, offer: RdmaOffer) -> Result<Prepared, String> {
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
-        blocking(move || rdma.dial(local, &offer, DIAL_MAX)).await
+        blocking(move || rdma.dial(local, &offer, STEP_MAX)).await
     }
 }
 

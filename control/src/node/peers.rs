@@ -15,8 +15,9 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 
-/// How long a peer may take for each message of a conversation: covers a durable store of its metadata.
-const MESSAGE_MAX: Duration = Duration::from_secs(5);
+/// How long a peer may take for each message of a conversation: covers a durable store of its metadata, and the wait for its
+/// RDMA ring.
+pub(super) const MESSAGE_MAX: Duration = Duration::from_secs(5);
 
 /// How long a dial may take; the next one follows soon.
 const DIAL_MAX: Duration = Duration::from_secs(1);
@@ -287,16 +288,24 @@ async fn say_and_close(mut stream: TcpStream, message: Message) {
 }
 
 pub(super) async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
-    timed(hello::write(stream, message)).await
+    timed(MESSAGE_MAX, hello::write(stream, message)).await
 }
 
 pub(super) async fn listen(stream: &mut TcpStream) -> Heard {
-    timed(hello::read(stream)).await
+    listen_for(stream, MESSAGE_MAX).await
 }
 
-async fn timed<T>(work: impl Future<Output = Result<T, HelloError>>) -> Result<T, HelloError> {
+/// The same, for a message that may take longer than most.
+pub(super) async fn listen_for(stream: &mut TcpStream, limit: Duration) -> Heard {
+    timed(limit, hello::read(stream)).await
+}
+
+async fn timed<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, HelloError>>,
+) -> Result<T, HelloError> {
     let late = || HelloError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
-    tokio::time::timeout(MESSAGE_MAX, work).await.unwrap_or_else(|_| Err(late()))
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late()))
 }
 
 #[cfg(test)]

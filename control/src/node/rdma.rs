@@ -1,16 +1,22 @@
-//! What a conversation asks of RDMA: whether there is any, a place to be connected at, a connection.
+//! What a conversation asks of RDMA: whether there is any, whether the volume's ring is ready, a place to be connected
+//! at, a connection.
 //!
 //! Stands between the conversations ([`super::peers`]) and the datapath's verbs, so that choosing and falling back are
 //! tested on machines without a device. The real one is [`real`], which is not in a build without the feature `rdma`;
 //! then this node simply has none.
 //!
-//! Every call blocks for a bounded time and is made from a thread that may. A connection is handed on as [`Prepared`],
+//! Each volume has one of these, and with it one ring ([`RdmaSetup::ring`]), which is made in the background and then
+//! serves one session after another. But for that every call blocks for a bounded time and is made from a thread that may;
+//! no call makes a ring or waits until one is made. A connection is handed on as [`Prepared`],
 //! to become the volume's link once both nodes are ready; one that is dropped before is closed.
+
+#![cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "what only the real one makes"))]
 
 use costandby_datapath::transport::Link;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::hello::{RdmaOffer, Secret};
@@ -43,16 +49,65 @@ impl Drop for Prepared {
     }
 }
 
-/// RDMA on this node. Errors are sentences for an operator: what was wrong, and what to do.
+/// How far a volume's ring is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RingState {
+    /// It is registered, and no link uses it.
+    Ready,
+    /// Its memory is being brought in and registered.
+    Making {
+        /// How much of it is there.
+        percent: u64,
+    },
+    /// By the link before, of which something is left.
+    InUse,
+}
+
+impl std::fmt::Display for RingState {
+    /// As the end of a sentence that says why there is no RDMA.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ready => f.write_str("its ring is ready"),
+            Self::Making { percent } => {
+                write!(f, "its ring is still being made ({percent} %), and it is tried again")
+            }
+            Self::InUse => f.write_str("its ring is still in use by the link before, and it is tried again"),
+        }
+    }
+}
+
+/// Whether something that takes time is still wanted. Clones say the same.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Wanted {
+    no_more: Arc<AtomicBool>,
+}
+
+impl Wanted {
+    /// It is not wanted any more.
+    pub(super) fn cancel(&self) {
+        self.no_more.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is.
+    pub(super) fn still(&self) -> bool {
+        !self.no_more.load(Ordering::Relaxed)
+    }
+}
+
+/// RDMA on this node, for one volume. Errors are sentences for an operator: what was wrong, and what to do.
 pub(super) trait RdmaSetup: Send + Sync {
     /// Whether connections from and to this address of the node are possible now.
     fn able(&self, local: IpAddr) -> Result<(), String>;
 
+    /// How far the volume's ring is. Where there is none it begins to be made, in the background. Does not block. An error
+    /// says why it could not be made, once; asked again, it is tried again.
+    fn ring(&self, local: IpAddr) -> Result<RingState, String>;
+
     /// Begins to listen for one connection that shows `secret`.
     fn listen(&self, local: IpAddr, secret: &Secret) -> Result<Box<dyn RdmaListener>, String>;
 
-    /// Connects to a peer's offer within `limit`.
-    fn dial(&self, local: IpAddr, offer: &RdmaOffer, limit: Duration) -> Result<Prepared, String>;
+    /// Connects to a peer's offer with the volume's ring; each step of it may take `step_max`.
+    fn dial(&self, local: IpAddr, offer: &RdmaOffer, step_max: Duration) -> Result<Prepared, String>;
 }
 
 /// A listener for one connection.
@@ -60,19 +115,41 @@ pub(super) trait RdmaListener: Send {
     /// Where it listens.
     fn address(&self) -> SocketAddr;
 
-    /// The connection that showed the secret; any other is turned away. Ends within `limit`.
-    fn accept(self: Box<Self>, limit: Duration) -> Result<Prepared, String>;
+    /// The connection that showed the secret, with the volume's ring; any other is turned away. It may take `come_max` to
+    /// come, and each step from there `step_max`. Ends soon after it is no longer `wanted`.
+    fn accept(
+        self: Box<Self>,
+        come_max: Duration,
+        step_max: Duration,
+        wanted: &Wanted,
+    ) -> Result<Prepared, String>;
 }
 
-/// This machine's RDMA, with so many bytes of a disk registered at most.
+/// Rings of a node that are made at the same time: bringing memory in keeps a processor busy, and with more at once the
+/// first ones would only be ready later.
+const RINGS_MADE_AT_ONCE: usize = 2;
+
+/// What the volumes of a node share: the right to make rings.
+#[derive(Clone)]
+pub(super) struct Makers {
+    places: Arc<tokio::sync::Semaphore>,
+}
+
+impl Default for Makers {
+    fn default() -> Self {
+        Self { places: Arc::new(tokio::sync::Semaphore::new(RINGS_MADE_AT_ONCE)) }
+    }
+}
+
+/// This machine's RDMA for a volume, with so many bytes of its disk registered at most.
 #[cfg(feature = "rdma")]
-pub(super) fn setup(windows_limit_bytes: u64) -> Arc<dyn RdmaSetup> {
-    Arc::new(real::Verbs { windows_limit_bytes })
+pub(super) fn setup(windows_limit_bytes: u64, makers: &Makers) -> Arc<dyn RdmaSetup> {
+    Arc::new(real::Verbs::new(windows_limit_bytes, makers.clone()))
 }
 
 /// A build without it has none.
 #[cfg(not(feature = "rdma"))]
-pub(super) fn setup(_: u64) -> Arc<dyn RdmaSetup> {
+pub(super) fn setup(_: u64, _: &Makers) -> Arc<dyn RdmaSetup> {
     Arc::new(NotBuiltIn)
 }
 
@@ -88,6 +165,10 @@ impl NotBuiltIn {
 #[cfg(not(feature = "rdma"))]
 impl RdmaSetup for NotBuiltIn {
     fn able(&self, _: IpAddr) -> Result<(), String> {
+        Err(Self::WHY.to_owned())
+    }
+
+    fn ring(&self, _: IpAddr) -> Result<RingState, String> {
         Err(Self::WHY.to_owned())
     }
 

@@ -36,6 +36,36 @@ fn bytes_go_in_and_out() {
     assert!(!mapping.is_poisoned());
 }
 
+/// How many pages of the span are in memory and in this process's table: what the system's own account says.
+fn resident(span: &Span) -> usize {
+    let mut pages = vec![0_u8; span.len() / PAGE];
+    // SAFETY: the span's pages are mapped, and there is a byte for each.
+    let code = unsafe { libc::mincore(span.as_ptr().cast(), span.len(), pages.as_mut_ptr()) };
+    assert_eq!(code, 0);
+    pages.iter().filter(|&&page| page & 1 != 0).count()
+}
+
+#[test]
+fn pages_are_made_resident_and_keep_their_bytes() {
+    const PAGES: usize = 64;
+    let ring = Mapping::ring(PAGES * PAGE).expect("memory");
+    if ring.page_len() > PAGE {
+        return;
+    }
+    let lap = ring.span(0, PAGES * PAGE);
+    let (part, bytes) = (lap.sub(5 * PAGE + 7, 20), [7; 20]);
+    part.write_from(&bytes);
+    assert_eq!(resident(&lap), 1);
+    // A part of two pages counts as both.
+    lap.sub(PAGE - 1, 2).make_resident().expect("resident");
+    assert_eq!(resident(&lap), 3);
+    lap.make_resident().expect("resident");
+    assert_eq!(resident(&lap), PAGES);
+    let mut read = [0; 20];
+    part.read_into(&mut read);
+    assert_eq!(read, bytes);
+}
+
 #[test]
 fn a_file_holds_what_its_mapping_was_given() {
     let mut file = tempfile::tempfile().expect("temporary file");

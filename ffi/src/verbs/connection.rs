@@ -1,8 +1,9 @@
 //! Making connections: who listens, who connects, and what they tell each other meanwhile.
 //!
 //! One end binds a [`Listener`], takes a [`Request`] and accepts or rejects it; the other resolves the way
-//! ([`Resolved`]) and connects. Both register their ring in the connection's own [`Domain`] before, since its address and
-//! key travel in the private data. Nothing here is on the way of a write.
+//! ([`Resolved`]) and connects. Both have a ring registered in the connection's [`Domain`] before, since its address and
+//! key travel in the private data: in one made for the connection, or in one of an earlier day that is free. Nothing here
+//! is on the way of a write.
 //!
 //! Every step that waits has a deadline, and every way to fail an error of its own. The queue pair is created on a device
 //! context of our own and not by the connection manager's library, which would put every connection of the process on
@@ -129,6 +130,12 @@ impl Listener {
         Ok(Self { identifier, address })
     }
 
+    /// Whether its address is on the device of `domain`; of every address, all devices are.
+    #[must_use]
+    pub fn is_on(&self, domain: &Domain) -> bool {
+        self.identifier.device().is_none_or(|device| domain.is_on(device))
+    }
+
     /// Where it listens, port included.
     #[must_use]
     pub fn local_address(&self) -> SocketAddr {
@@ -191,8 +198,13 @@ struct Half {
 }
 
 impl Half {
-    fn new(identifier: Identifier, peer: SocketAddr) -> Result<Self, VerbsError> {
-        let open = |device| Domain::new(Context::open(device)?);
+    /// `within`: a domain that is there already, or one for this connection alone.
+    fn new(identifier: Identifier, peer: SocketAddr, within: Option<&Domain>) -> Result<Self, VerbsError> {
+        let open = |device| match within {
+            None => Domain::new(Context::open(device)?),
+            Some(domain) if domain.is_on(device) => Ok(domain.clone()),
+            Some(domain) => Err(VerbsError::OtherDevice { device: domain.device_name() }),
+        };
         let domain = match identifier.device().ok_or(VerbsError::NoDevice).and_then(open) {
             Ok(domain) => domain,
             Err(error) => {
@@ -350,10 +362,22 @@ impl Request {
     ///
     /// # Errors
     /// The device cannot be opened; the peer is told no.
-    pub fn open(mut self) -> Result<Opened, VerbsError> {
+    pub fn open(self) -> Result<Opened, VerbsError> {
+        self.opened(None)
+    }
+
+    /// The same with a domain that is there already.
+    ///
+    /// # Errors
+    /// [`VerbsError::OtherDevice`]; the peer is told no.
+    pub fn open_within(self, domain: &Domain) -> Result<Opened, VerbsError> {
+        self.opened(Some(domain))
+    }
+
+    fn opened(mut self, within: Option<&Domain>) -> Result<Opened, VerbsError> {
         let identifier = self.identifier.take().expect("taken here only");
         let private = std::mem::take(&mut self.private);
-        Ok(Opened { private, half: Some(Half::new(identifier, self.peer)?) })
+        Ok(Opened { private, half: Some(Half::new(identifier, self.peer, within)?) })
     }
 }
 
@@ -436,6 +460,28 @@ impl Resolved {
     /// [`VerbsError::NoDeviceAt`] for a local address without RDMA, [`VerbsError::Unreachable`],
     /// [`VerbsError::Timeout`], or what is missing on this machine.
     pub fn new(local: Option<IpAddr>, peer: SocketAddr, deadline: Instant) -> Result<Self, VerbsError> {
+        Self::find(local, peer, None, deadline)
+    }
+
+    /// The same with a domain that is there already. Blocks.
+    ///
+    /// # Errors
+    /// As [`Resolved::new`], and [`VerbsError::OtherDevice`] where another device leads to the peer.
+    pub fn within(
+        domain: &Domain,
+        local: Option<IpAddr>,
+        peer: SocketAddr,
+        deadline: Instant,
+    ) -> Result<Self, VerbsError> {
+        Self::find(local, peer, Some(domain), deadline)
+    }
+
+    fn find(
+        local: Option<IpAddr>,
+        peer: SocketAddr,
+        within: Option<&Domain>,
+        deadline: Instant,
+    ) -> Result<Self, VerbsError> {
         const STEP: &str = "finding a way to the peer";
         let identifier = Identifier::new()?;
         let mut to = to_storage(peer);
@@ -454,7 +500,7 @@ impl Resolved {
             return Err(unresolved(local, peer, STEP));
         }
         wait(identifier.channel(), &[sys::RDMA_CM_EVENT_ROUTE_RESOLVED], peer, deadline, STEP)?;
-        Ok(Self { half: Half::new(identifier, peer)? })
+        Ok(Self { half: Half::new(identifier, peer, within)? })
     }
 
     /// Where to register what the peer shall write into.

@@ -1,15 +1,23 @@
 //! An open device and a protection domain on it.
 //!
-//! Every connection opens the device for itself. So its asynchronous events (queue pair in trouble, port down, device
-//! gone) arrive on a descriptor of its own and need no sorting out among connections and threads, and closing the
-//! context is the last of many steps that give back what the connection had. A protection domain holds one
-//! connection's regions and its queue pair and nothing else: a key of one is void on every other.
+//! Every domain opens the device for itself. So the asynchronous events of its connection (queue pair in trouble, port
+//! down, device gone) arrive on a descriptor of their own and need no sorting out among connections and threads, and
+//! closing the context is the last of many steps that give back what the connection had. A protection domain holds one
+//! peer's regions and one queue pair at a time and nothing else: a key of one is void on every other.
+//!
+//! A domain may outlive its queue pair and serve another one with the same regions ([`Domain::state`]). Then nothing that
+//! was sent to the former queue pair may reach the next: no number of a queue pair comes again in the domain before
+//! [`NUMBERS_KEPT`] others have, and a packet names its queue pair by number.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::channel::{Identifier, no_device_at, to_storage};
 use super::device::{Limits, name_of};
 use super::error::VerbsError;
 use super::sys;
@@ -17,10 +25,16 @@ use super::sys;
 /// Addresses of a device that are looked at: more than any port table shows in use at a time.
 const GIDS_MAX: usize = 256;
 
+/// Numbers of destroyed queue pairs that a domain remembers. A packet is repeated for two seconds at most; a domain that
+/// makes and destroys this many queue pairs takes far longer.
+const NUMBERS_KEPT: usize = 64;
+
 /// An open device.
 pub(super) struct Context {
     raw: *mut sys::ibv_context,
     verbs: &'static sys::Verbs,
+    /// An event told that the device is gone.
+    gone: AtomicBool,
 }
 
 // SAFETY: the library's calls on a context may come from any thread at any time (ibv_open_device(3), libibverbs is
@@ -46,7 +60,7 @@ impl Context {
                 _ => VerbsError::of("ibv_open_device", error),
             });
         }
-        let context = Self { raw, verbs };
+        let context = Self { raw, verbs, gone: AtomicBool::new(false) };
         let events = context.events();
         // Events are looked for, never waited for.
         let flags = rustix::fs::fcntl_getfl(events).map_err(|e| VerbsError::of("fcntl", e.into()))?;
@@ -145,7 +159,10 @@ impl Context {
                 sys::IBV_EVENT_QP_FATAL => Some("the queue pair failed"),
                 sys::IBV_EVENT_QP_REQ_ERR => Some("the queue pair got an invalid request"),
                 sys::IBV_EVENT_QP_ACCESS_ERR => Some("the peer asked for what it has no access to"),
-                sys::IBV_EVENT_DEVICE_FATAL => Some("the device failed or was removed"),
+                sys::IBV_EVENT_DEVICE_FATAL => {
+                    self.gone.store(true, Ordering::Release);
+                    Some("the device failed or was removed")
+                }
                 sys::IBV_EVENT_PORT_ERR if event.port_num == i32::from(port) => Some("the port went down"),
                 _ => None,
             };
@@ -176,7 +193,8 @@ impl fmt::Debug for Context {
     }
 }
 
-/// A protection domain: what is registered in it only a queue pair of the same domain can reach. Cheap to clone.
+/// A protection domain: what is registered in it only a queue pair of the same domain can reach. It has one at a time.
+/// Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Domain {
     inner: Arc<Inner>,
@@ -185,6 +203,23 @@ pub struct Domain {
 struct Inner {
     raw: *mut sys::ibv_pd,
     context: Context,
+    /// Queue pairs that were created and not destroyed.
+    queue_pairs: AtomicUsize,
+    /// The device did not let go of one.
+    stuck: AtomicBool,
+    /// Numbers of the latest that were destroyed.
+    numbers: Mutex<VecDeque<u32>>,
+}
+
+/// Whether a domain can have a (further) queue pair.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DomainState {
+    /// It has none: no peer reaches what is registered in it.
+    Free,
+    /// It has one.
+    Taken,
+    /// The device is gone, or did not destroy a queue pair: nothing that is registered in it can be used again.
+    Lost,
 }
 
 // SAFETY: as for `Context`; the domain's pointer is only handed to calls that may come from any thread.
@@ -199,7 +234,78 @@ impl Domain {
         if raw.is_null() {
             return Err(VerbsError::last("ibv_alloc_pd"));
         }
-        Ok(Self { inner: Arc::new(Inner { raw, context }) })
+        let inner = Inner {
+            raw,
+            context,
+            queue_pairs: AtomicUsize::new(0),
+            stuck: AtomicBool::new(false),
+            numbers: Mutex::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// A domain on the device that has `address`, for regions that are there before a connection is.
+    ///
+    /// # Errors
+    /// [`VerbsError::NoDeviceAt`], or what is missing on this machine.
+    pub fn at(address: IpAddr) -> Result<Self, VerbsError> {
+        let identifier = Identifier::new()?;
+        let mut storage = to_storage(SocketAddr::new(address, 0));
+        // SAFETY: the identifier is alive; the call only reads the address.
+        if unsafe { identifier.manager().rdma_bind_addr(identifier.as_ptr(), (&raw mut storage).cast()) } != 0
+        {
+            return Err(no_device_at("rdma_bind_addr", address));
+        }
+        // The identifier keeps its device valid while it is opened.
+        Self::new(Context::open(identifier.device().ok_or(VerbsError::NoDeviceAt { address })?)?)
+    }
+
+    /// Whether another queue pair may be made in it. Does not block. While it is [`DomainState::Free`], events that a
+    /// former queue pair left behind are taken and forgotten.
+    #[must_use]
+    pub fn state(&self) -> DomainState {
+        let Inner { context, queue_pairs, stuck, .. } = &*self.inner;
+        if stuck.load(Ordering::Acquire) {
+            return DomainState::Lost;
+        }
+        // Acquire: what the last one wrote into the regions is seen by who goes on with them.
+        if queue_pairs.load(Ordering::Acquire) > 0 {
+            return DomainState::Taken;
+        }
+        // Of no port: only that the device is gone matters to who comes next.
+        while context.next_event(0).is_some() {}
+        if context.gone.load(Ordering::Acquire) { DomainState::Lost } else { DomainState::Free }
+    }
+
+    /// Whether it is on this device.
+    pub(super) fn is_on(&self, device: *mut sys::ibv_device) -> bool {
+        // SAFETY: a context's device is set when it is opened and constant.
+        std::ptr::eq(unsafe { (*self.inner.context.raw).device }, device)
+    }
+
+    /// A queue pair was created in it.
+    pub(super) fn created(&self) {
+        self.inner.queue_pairs.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The queue pair of this number was destroyed, or the device did not let go of it.
+    pub(super) fn destroyed(&self, number: u32, stuck: bool) {
+        if stuck {
+            self.inner.stuck.store(true, Ordering::Release);
+            return;
+        }
+        let mut numbers = self.inner.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        if numbers.len() == NUMBERS_KEPT {
+            numbers.pop_front();
+        }
+        numbers.push_back(number);
+        drop(numbers);
+        self.inner.queue_pairs.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether a queue pair of it had this number not long ago.
+    pub(super) fn had(&self, number: u32) -> bool {
+        self.inner.numbers.lock().unwrap_or_else(PoisonError::into_inner).contains(&number)
     }
 
     pub(super) fn as_ptr(&self) -> *mut sys::ibv_pd {

@@ -134,6 +134,14 @@ pub enum VerbsError {
         /// As asked.
         needed: u64,
     },
+    /// Memory is registered with another device than the one that the connection goes over.
+    #[error(
+        "the address is not on the RDMA device {device} any more: it is tried again with the device that has it"
+    )]
+    OtherDevice {
+        /// Which one has the memory.
+        device: String,
+    },
     /// The device was taken away.
     #[error("the RDMA device was removed")]
     Removed,
@@ -197,7 +205,7 @@ impl VerbsError {
             Self::Refused { .. } | Self::Rejected { .. } => io::ErrorKind::ConnectionRefused,
             Self::Unreachable { .. } => io::ErrorKind::HostUnreachable,
             Self::Timeout { .. } => io::ErrorKind::TimedOut,
-            Self::Closed { .. } | Self::Removed => io::ErrorKind::ConnectionReset,
+            Self::Closed { .. } | Self::OtherDevice { .. } | Self::Removed => io::ErrorKind::ConnectionReset,
             Self::Limit { .. } => io::ErrorKind::InvalidInput,
             Self::Call { source, .. } => source.kind(),
         }

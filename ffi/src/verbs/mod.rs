@@ -15,8 +15,9 @@
 //! - Receives land in an arena of the queue pair's own, which is dropped after the queue pair is destroyed.
 //! - Things are taken apart in this order: queue pair, completion queue, regions (last clone), mappings, domain, context.
 //!   Each holds the ones after it.
-//! - The peer can reach only what [`Region::ring`] registered in the same [`Domain`], and a domain has one queue pair.
-//!   [`QueuePair::cut`] destroys it, and with it every key of the domain, whoever still holds the region.
+//! - The peer can reach only what [`Region::ring`] registered in the same [`Domain`], and a domain has one queue pair at a
+//!   time. [`QueuePair::cut`] destroys it, and from then on no key of the domain opens anything, whoever still holds the
+//!   region. A domain that is [`Free`](DomainState::Free) may have another queue pair, with another number.
 //! - Inline messages are copied by the device driver's library before the doorbell call returns.
 //!
 //! No fork duplicates a queue pair or region: child processes of this program are spawned, never forked off to run on.
@@ -42,7 +43,7 @@ mod send;
 mod sys;
 
 pub use connection::{Established, Listener, Opened, Request, Resolved};
-pub use context::Domain;
+pub use context::{Domain, DomainState};
 pub use device::{Device, Gid, GidKind, Limits, LinkLayer, Port, PortState, Transport, devices};
 pub use error::{Memlock, VerbsError, memlock};
 pub use queue_pair::{Completion, Failure, Piece, QueuePair, Settings, Target, status_text};

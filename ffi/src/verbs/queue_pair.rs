@@ -204,11 +204,8 @@ impl QueuePair {
             qp_type: sys::IBV_QPT_RC,
             sq_sig_all: 0,
         };
-        // SAFETY: domain and completion queue live longer than the queue pair: `Drop` destroys it first.
-        let raw = unsafe { domain.context().verbs().ibv_create_qp(domain.as_ptr(), &raw mut attributes) };
-        if raw.is_null() {
-            return Err(VerbsError::last("ibv_create_qp"));
-        }
+        let raw = create(domain, &mut attributes)?;
+        domain.created();
         Ok(Self {
             raw,
             connection: None,
@@ -434,6 +431,7 @@ impl QueuePair {
         }
         self.stop();
         self.drain();
+        let number = self.number();
         // SAFETY: created once, destroyed once, and not used after: `raw` becomes null. When the call returns the device
         // neither reads nor writes for this queue pair any more.
         let code = unsafe { self.domain.context().verbs().ibv_destroy_qp(self.raw) };
@@ -446,6 +444,7 @@ impl QueuePair {
         } else {
             self.send.release();
         }
+        self.domain.destroyed(number, self.stuck);
         self.fail(Failure::Closed);
         if let Some(connection) = self.connection.take() {
             connection.close();
@@ -482,6 +481,30 @@ impl QueuePair {
             self.left.extend(good);
         }
     }
+}
+
+/// A queue pair with a number that none of the domain had lately: what is still on its way to a former one, from a peer
+/// that has not noticed its end, then finds nobody.
+fn create(domain: &Domain, attributes: &mut sys::ibv_qp_init_attr) -> Result<*mut sys::ibv_qp, VerbsError> {
+    let mut used = Vec::new();
+    let created = loop {
+        // SAFETY: domain and completion queue live longer than the queue pair: `Drop` destroys it first.
+        let raw = unsafe { domain.context().verbs().ibv_create_qp(domain.as_ptr(), attributes) };
+        if raw.is_null() {
+            break Err(VerbsError::last("ibv_create_qp"));
+        }
+        // SAFETY: just created; the number is constant.
+        if !domain.had(unsafe { (*raw).qp_num }) {
+            break Ok(raw);
+        }
+        // Kept until there is another: numbers in use are not given out, so the loop ends when all remembered ones are.
+        used.push(raw);
+    };
+    for raw in used {
+        // SAFETY: created here, in the state RESET, and never used.
+        unsafe { domain.context().verbs().ibv_destroy_qp(raw) };
+    }
+    created
 }
 
 /// What a completion queue's entry means.

@@ -3,12 +3,12 @@
 
 use clap::{Args, Parser, Subcommand};
 use costandby_tests::patience::Limits;
-use costandby_tests::vm::guest::{Guest, Settings};
+use costandby_tests::vm::guest::{Guest, Kernel, Settings};
 use costandby_tests::vm::{
-    LINK, Rig, Steps, VmError, agent, auto, failover, fast, lost_host, power, survivor,
+    LINK, Rig, Steps, VmError, agent, auto, failover, fast, first_link, lost_host, power, survivor,
 };
 use std::io::{IsTerminal as _, Read as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -37,12 +37,15 @@ enum Task {
         #[arg(long, default_value = LINK)]
         link: String,
         /// Only these steps: device, modules, ffi, removed, unplugged, datapath, control, clients, devices, demo,
-        /// auto, lost-host, two-guests, power.
+        /// auto, linux-6.12, lost-host, two-guests, power.
         #[arg(long, value_delimiter = ',', value_name = "STEP")]
         only: Vec<String>,
         /// Also what takes long and finds little: all tests with RDMA in their names, and the power cuts three times.
         #[arg(long)]
         long: bool,
+        /// What the guests run: debian (what this system's Debian has) or 6.12. The step linux-6.12 has its own.
+        #[arg(long, default_value = Kernel::default().name())]
+        kernel: Kernel,
         /// Leave the logs there when all is well, too.
         #[arg(long)]
         keep: bool,
@@ -59,6 +62,9 @@ enum Task {
         /// MiB of memory.
         #[arg(long, default_value_t = 2048, value_name = "MIB")]
         memory: u64,
+        /// What it runs: debian (what this system's Debian has) or 6.12.
+        #[arg(long, default_value = Kernel::default().name())]
+        kernel: Kernel,
     },
     /// Inside a guest: outlive the other one. Used by `test`.
     #[command(hide = true)]
@@ -93,13 +99,19 @@ enum Task {
         /// The interface that the device is to be on.
         netdev: String,
     },
+    /// Inside a guest: measure how soon the RDMA link is there. Used by `test`.
+    #[command(hide = true)]
+    FirstLink,
 }
 
 /// Times that all power cuts are run in the long run, each time with another seed.
 const LONG_ROUNDS: u64 = 3;
 
-/// Steps with two guests.
-const WITH_TWO: [&str; 3] = ["lost-host", "two-guests", "power"];
+/// Steps with guests of their own.
+const WITH_OWN: [&str; 4] = [NEWER, "lost-host", "two-guests", "power"];
+
+/// The one with a newer kernel.
+const NEWER: &str = "linux-6.12";
 
 #[derive(Args)]
 struct RunArgs {
@@ -109,6 +121,12 @@ struct RunArgs {
     /// Virtual processors.
     #[arg(long, default_value_t = 2, value_name = "N")]
     cpus: u32,
+    /// What it runs: debian (what this system's Debian has) or 6.12.
+    #[arg(long, default_value = Kernel::default().name())]
+    kernel: Kernel,
+    /// Bytes of the largest packet on the device's network.
+    #[arg(long, default_value_t = 9000, value_name = "BYTES")]
+    mtu: u32,
     /// Seconds, boot included, after which the guest is ended.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     limit: u64,
@@ -122,9 +140,9 @@ struct RunArgs {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Task::Test { link, only, long, keep } => test(&link, &only, long, keep),
+        Task::Test { link, only, long, kernel, keep } => test(&link, &only, long, kernel, keep),
         Task::Run(args) => run(&args),
-        Task::Shell { memory } => shell(memory),
+        Task::Shell { memory, kernel } => shell(memory, kernel),
         Task::Survivor { link, admin, nbd } => {
             survivor::run(&admin, &nbd, &link).map(|()| 0).map_err(VmError::Failed)
         }
@@ -134,6 +152,10 @@ fn main() -> ExitCode {
         Task::Watch { admin } => survivor::watch(&admin).map(|()| 0).map_err(VmError::Failed),
         Task::Auto { netdev } => {
             auto::run(&netdev);
+            Ok(0)
+        }
+        Task::FirstLink => {
+            first_link::inside();
             Ok(0)
         }
     };
@@ -146,10 +168,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn test(link: &str, only: &[String], long: bool, keep: bool) -> Result<u8, VmError> {
-    let rig = Rig::prepare()?;
+fn test(link: &str, only: &[String], long: bool, kernel: Kernel, keep: bool) -> Result<u8, VmError> {
+    let rig = Rig::prepare(kernel)?;
     let one = fast::steps(&rig, link);
-    let known: Vec<_> = one.iter().map(|step| step.id).chain(WITH_TWO).collect();
+    let known: Vec<_> = one.iter().map(|step| step.id).chain(WITH_OWN).collect();
     if let Some(unknown) = only.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(VmError::Failed(format!("there is no step {unknown:?}; there are {}", known.join(", "))));
     }
@@ -161,6 +183,10 @@ fn test(link: &str, only: &[String], long: bool, keep: bool) -> Result<u8, VmErr
     let wanted_step = |step: &fast::Step| wanted(step.id) && (long || !step.long || !only.is_empty());
     if one.iter().any(wanted_step) {
         outcomes.push(fast::run(&rig, &built, &directory, link, long, wanted_step, &mut steps));
+    }
+    // Copies by RDMA are what it is about.
+    if wanted(NEWER) && (link == LINK || only.iter().any(|name| name == NEWER)) {
+        outcomes.push(newer_kernel(&rig, &directory, &mut steps));
     }
     if wanted("lost-host") {
         outcomes.push(lost_host::run(&rig, &built, &directory, &mut steps));
@@ -193,17 +219,23 @@ fn test(link: &str, only: &[String], long: bool, keep: bool) -> Result<u8, VmErr
     Ok(1)
 }
 
+fn newer_kernel(rig: &Rig, directory: &Path, steps: &mut Steps) -> Result<(), VmError> {
+    let newer = steps.run("Linux 6.12 for a guest", || rig.with(Kernel::Linux6_12))?;
+    first_link::run(&newer, directory, steps)
+}
+
 fn run(args: &RunArgs) -> Result<u8, VmError> {
     // One word is a shell command; more are a program with arguments that no shell shall take apart.
     let command = match args.command.as_slice() {
         [command] => command.clone(),
         words => words.iter().map(|word| format!("'{}' ", word.replace('\'', r"'\''"))).collect(),
     };
-    let rig = Rig::prepare()?;
+    let rig = Rig::prepare(args.kernel)?;
     let directory = rig.run_directory("run")?;
     let mut settings = Settings::new("guest", &command);
     settings.memory_mib = args.memory;
     settings.cpus = args.cpus;
+    settings.mtu = args.mtu;
     let mut guest = Guest::boot(&rig, &directory, &settings)?;
     if args.verbose {
         println!("/share is {}", guest.share().display());
@@ -225,7 +257,7 @@ fn run(args: &RunArgs) -> Result<u8, VmError> {
     Ok(u8::try_from(status).unwrap_or(1))
 }
 
-fn shell(memory: u64) -> Result<u8, VmError> {
+fn shell(memory: u64, kernel: Kernel) -> Result<u8, VmError> {
     let mut stdin = std::io::stdin();
     if !stdin.is_terminal() {
         let mut script = String::new();
@@ -237,9 +269,10 @@ fn shell(memory: u64) -> Result<u8, VmError> {
             println!("no terminal and no commands on standard input: nothing to do in a guest");
             return Ok(0);
         }
-        return run(&RunArgs { memory, cpus: 2, limit: 3600, verbose: false, command: vec![script] });
+        let (cpus, mtu, limit, command) = (2, 9000, 3600, vec![script]);
+        return run(&RunArgs { memory, cpus, kernel, mtu, limit, verbose: false, command });
     }
-    let rig = Rig::prepare()?;
+    let rig = Rig::prepare(kernel)?;
     let directory = rig.run_directory("shell")?;
     println!("booting a guest with the device rxe0 on 10.9.0.1; `exit` or Ctrl-D ends it");
     println!("/share there is {} here", directory.join("guest/share").display());

@@ -50,6 +50,39 @@ const PASSED_ON: [&str; 6] =
 /// The guest's port that [`Settings::forward`] leads to.
 pub const FORWARDED_PORT: u16 = 10809;
 
+/// What a guest runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Kernel {
+    /// What the system's own Debian has: 6.1 in Debian 12.
+    #[default]
+    Debian,
+    /// 6.12, from bookworm-backports where the system's Debian is older.
+    Linux6_12,
+}
+
+impl Kernel {
+    /// As `tests/vm/image.sh` and the command line call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debian => "debian",
+            Self::Linux6_12 => "6.12",
+        }
+    }
+}
+
+impl std::str::FromStr for Kernel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = [Self::Debian, Self::Linux6_12];
+        known
+            .into_iter()
+            .find(|kernel| kernel.name() == name)
+            .ok_or_else(|| format!("there is no kernel {name:?}: {}", known.map(Self::name).join(" or ")))
+    }
+}
+
 /// The wire between two guests: the socket of this end and that of the other.
 #[derive(Clone, Debug)]
 pub struct Wire {
@@ -70,6 +103,8 @@ pub struct Settings {
     pub memory_mib: u64,
     /// Virtual processors.
     pub cpus: u32,
+    /// Bytes of the largest packet on the RDMA device's network: 9000 gives it a path MTU of 4096, 1500 one of 1024.
+    pub mtu: u32,
     /// A wire to another guest; without one both ends of a connection are in this guest.
     pub wire: Option<Wire>,
     /// Where the host is let in to the guest's [`FORWARDED_PORT`], through a second network card.
@@ -91,6 +126,7 @@ impl Settings {
             node: 1,
             memory_mib: 2048,
             cpus: 2,
+            mtu: 9000,
             wire: None,
             forward: None,
             disks: Vec::new(),
@@ -343,20 +379,21 @@ fn write_share(rig: &Rig, share: &Path, settings: &Settings) -> Result<(), VmErr
         let path = share.join(name);
         std::fs::write(&path, text).map_err(io_error(format!("writing {}", path.display())))
     };
-    let image = rig.vm.join("kernel/lib/modules");
+    let modules = rig.boots_from().join("kernel/lib/modules");
     let real = |path: &Path| path.canonicalize().map_err(io_error(format!("finding {}", path.display())));
     let (rows, columns) = terminal_size();
     write("guest.sh", include_str!("../../vm/guest.sh"))?;
-    write("modules", &format!("{}\n", real(&image)?.display()))?;
+    write("modules", &format!("{}\n", real(&modules)?.display()))?;
     write("keep", &kept(&[real(&rig.root)?, real(&rig.vm)?, real(&rig.profile)?]))?;
     write(
         "settings",
         &format!(
-            "NODE={}\nADDRESS={}\nINNER_ADDRESS={}\nWIRE={}\nSHELL_ON_CONSOLE={}\nHEIGHT={rows}\nWIDTH={columns}\n",
+            "NODE={}\nADDRESS={}\nINNER_ADDRESS={}\nWIRE={}\nMTU={}\nSHELL_ON_CONSOLE={}\nHEIGHT={rows}\nWIDTH={columns}\n",
             settings.node,
             settings.address(),
             settings.forward.map(|_| settings.inner_address()).unwrap_or_default(),
             u8::from(settings.wire.is_some()),
+            settings.mtu,
             u8::from(settings.command.is_none()),
         ),
     )?;
@@ -424,9 +461,9 @@ fn qemu(rig: &Rig, logs: &Path, share: &Path, settings: &Settings) -> Command {
     qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,sse4.2=off", "-display", "none"]);
     qemu.arg("-smp").arg(settings.cpus.to_string()).arg("-m").arg(settings.memory_mib.to_string());
     qemu.arg("-kernel")
-        .arg(rig.vm.join("image/vmlinuz"))
+        .arg(rig.boots_from().join("image/vmlinuz"))
         .arg("-initrd")
-        .arg(rig.vm.join("image/initramfs.gz"));
+        .arg(rig.boots_from().join("image/initramfs.gz"));
     // mitigations=off: they cost much under emulation and protect nobody here. panic=-1: the end, rather than a hang.
     // tsc: the emulated processors count alike, and any other clock is a device to be asked by a system call.
     let options =

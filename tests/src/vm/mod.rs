@@ -4,7 +4,8 @@
 //! software device, `rxe0`. [`guest`] boots and ends one, [`fast`] runs the tests and clients that fit into one guest,
 //! [`failover`] pulls the cable and the plug on one of two, with [`survivor`] inside the other, and [`power`] the plug on
 //! either or both in every state, with [`agent`] in each; [`lost_host`] shows what a bare queue pair notices of a lost host,
-//! and [`auto`] is the part inside a guest whose device comes late. What a guest boots from is made by
+//! [`auto`] is the part inside a guest whose device comes late, and [`first_link`] measures how soon the link is there with a
+//! newer kernel. What a guest boots from is made by
 //! `tests/vm/image.sh`; `tests/vm/init` and `tests/vm/guest.sh` bring it up.
 //!
 //! Invariants: a guest never outlives the program that started it; every wait is bounded; nothing a guest does reaches
@@ -14,12 +15,14 @@ pub mod agent;
 pub mod auto;
 pub mod failover;
 pub mod fast;
+pub mod first_link;
 pub mod guest;
 pub mod lost_host;
 pub mod power;
 pub mod survivor;
 
 use crate::process::Guarded;
+use guest::Kernel;
 use std::io::{self, IsTerminal, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -83,23 +86,41 @@ pub struct Rig {
     root: PathBuf,
     profile: PathBuf,
     vm: PathBuf,
+    kernel: Kernel,
 }
 
 impl Rig {
-    /// Makes what guests boot from, where that is missing.
+    /// Makes what guests with that kernel boot from, where that is missing.
     ///
     /// # Errors
     /// Without a network where a kernel is still to be fetched, or without the programs that `tests/tools/need.sh vm`
     /// installs.
-    pub fn prepare() -> Result<Self, VmError> {
+    pub fn prepare(kernel: Kernel) -> Result<Self, VmError> {
         let root =
             Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace is above").to_path_buf();
         let own = std::env::current_exe().map_err(io_error("finding this program's own path"))?;
         let profile = own.parent().expect("programs are in target/PROFILE").to_path_buf();
         let vm = profile.parent().expect("a profile is in a target directory").join("vm");
-        let mut image = Command::new(root.join("tests/vm/image.sh"));
-        prepare("making what a guest boots from", image.arg(&vm), IMAGE_LIMIT)?;
-        Ok(Self { root, profile, vm })
+        let rig = Self { root, profile, vm, kernel };
+        let mut image = Command::new(rig.root.join("tests/vm/image.sh"));
+        prepare("making what a guest boots from", image.arg(&rig.vm).arg(kernel.name()), IMAGE_LIMIT)?;
+        Ok(rig)
+    }
+
+    /// The same rig for guests with another kernel.
+    ///
+    /// # Errors
+    /// As [`Rig::prepare`].
+    pub fn with(&self, kernel: Kernel) -> Result<Self, VmError> {
+        if kernel == self.kernel { Ok(self.clone()) } else { Self::prepare(kernel) }
+    }
+
+    /// Where what its guests boot from lies: `image` and `kernel`, as `tests/vm/image.sh` makes them.
+    fn boots_from(&self) -> PathBuf {
+        match self.kernel {
+            Kernel::Debian => self.vm.clone(),
+            other => self.vm.join(other.name()),
+        }
     }
 
     /// A program of the workspace, of the profile that this one was built with.

@@ -17,9 +17,9 @@ use costandby_ffi::verbs::{
 };
 use std::net::IpAddr;
 
-/// Bytes that each volume's link locks in any case: its ring, seen twice, and its stage.
+/// Bytes that each volume locks in any case: its ring, and the stage of its link.
 #[cfg(feature = "rdma")]
-const LINK_LOCKED_LEN: u64 = 2 * RDMA_RING_LEN + RDMA_STAGE_LEN as u64;
+const LINK_LOCKED_LEN: u64 = RDMA_RING_LEN + RDMA_STAGE_LEN as u64;
 
 /// Smallest path MTU that is worth no word: below it each 4 KiB write takes several packets more than it has to.
 #[cfg(feature = "rdma")]

@@ -1,7 +1,7 @@
 //! Two nodes settle their link over a real connection, with RDMA that can be made to fail at each step.
 
 use super::*;
-use crate::node::rdma::fake::{Fabric, FakeRdma, Script};
+use crate::node::rdma::fake::{Fabric, FakeRdma, RingScript, Script};
 use crate::role::{Found, VolumeController, VolumeSettings};
 use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::units::{AckLevel, OnPeerLoss};
@@ -218,36 +218,105 @@ async fn an_acceptor_that_has_rdma_and_offers_no_place_is_named() {
     assert!(outcome(met).1.contains("where its RDMA listens"));
 }
 
+/// Waits until so many are listening.
+async fn listening(fabric: &Fabric, count: usize) {
+    let patience = Instant::now() + Duration::from_secs(2);
+    while fabric.listening() != count {
+        assert!(Instant::now() < patience, "{} listen", fabric.listening());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
-async fn strangers_hellos_hold_two_listeners_and_the_next_conversation_goes_over_tcp() {
+async fn strangers_hellos_hold_two_listeners_as_long_as_they_stay() {
     let fabric = Fabric::default();
     let alpha = terms("alpha", LinkKind::Auto, fabric.node(Script::default()));
     let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
-    // They say hello, get an offer, and are gone.
+    // They say hello, get an offer, and say nothing more.
+    let mut strangers = Vec::new();
     for _ in 0..LISTENERS_MAX {
         let (mut dialled, mut accepted) = connection().await;
         let mut theirs = hello("alpha");
         theirs.set_voice(Voice::new(LinkKind::Auto, Ok(())));
-        let stranger = async {
-            assert!(matches!(listen(&mut dialled).await, Ok(Message::Hello(hello)) if hello.rdma.is_some()));
-            drop(dialled);
-        };
-        let (met, ()) = tokio::join!(answer(&mut accepted, hello("beta"), Box::new(theirs), &beta), stranger);
-        assert_eq!(outcome(met).0, "none");
+        let terms = beta.clone();
+        let answering = tokio::spawn(async move {
+            outcome(answer(&mut accepted, hello("beta"), Box::new(theirs), &terms).await)
+        });
+        assert!(matches!(listen(&mut dialled).await, Ok(Message::Hello(hello)) if hello.rdma.is_some()));
+        strangers.push((dialled, answering));
     }
     assert_eq!(fabric.listening(), LISTENERS_MAX);
     let [here, there] = meet(&alpha, &beta).await;
     assert_eq!(here.0, "tcp");
     assert!(here.1.contains("all 2 RDMA listeners of the volume"), "{}", here.1);
     assert_eq!(there, here);
-    assert_eq!(fabric.listening(), LISTENERS_MAX);
-    let patience = tokio::time::Instant::now() + 3 * ACCEPT_MAX;
-    while fabric.listening() > 0 && tokio::time::Instant::now() < patience {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    // The places are given back after the listeners.
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    // One that goes takes its listener along at once, and the peer comes in.
+    let (stranger, answering) = strangers.pop().expect("two");
+    drop(stranger);
+    assert_eq!(answering.await.expect("answered").0, "none");
+    listening(&fabric, LISTENERS_MAX - 1).await;
     assert_eq!(meet(&alpha, &beta).await.map(|(kind, _)| kind), ["rdma"; 2]);
+}
+
+#[tokio::test]
+async fn a_conversation_that_ends_ends_its_listener() {
+    let fabric = Fabric::default();
+    let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
+    let mut theirs = hello("alpha");
+    theirs.set_voice(Voice::new(LinkKind::Auto, Ok(())));
+    // The dialer could not connect, says so, and both go on over TCP.
+    let (mut dialled, mut accepted) = connection().await;
+    let hand = async {
+        listen(&mut dialled).await.expect("a hello");
+        say(&mut dialled, &Message::Link(Settled { kind: Kind::Tcp, why: None })).await.expect("said");
+    };
+    let answered = answer(&mut accepted, hello("beta"), Box::new(theirs), &beta);
+    let (met, ()) = tokio::join!(answered, hand);
+    assert_eq!(outcome(met).0, "fallback");
+    listening(&fabric, 0).await;
+    assert_eq!(beta.listeners.available_permits(), LISTENERS_MAX);
+}
+
+#[tokio::test]
+async fn a_ring_that_is_being_made_is_waited_for_on_either_side() {
+    use LinkKind::{Auto, Rdma};
+    for (wanted, looks) in [([Auto; 2], [50, 0]), ([Rdma; 2], [0, 50]), ([Auto, Rdma], [20, 80])] {
+        let [alpha, beta] = looks.map(|looks| Script { ring: RingScript::After(looks), ..Script::default() });
+        let outcomes = with_scripts(wanted, alpha, beta).await;
+        assert_eq!(outcomes.map(|(kind, _)| kind), ["rdma"; 2]);
+    }
+}
+
+#[tokio::test]
+async fn a_ring_that_takes_too_long_is_promised_to_nobody() {
+    use LinkKind::{Auto, Rdma};
+    let never = || Script { ring: RingScript::Never, ..Script::default() };
+    let began = Instant::now();
+    let [here, there] = with_scripts([Auto; 2], Script::default(), never()).await;
+    let text = "beta has no RDMA: its ring is still being made (61 %), and it is tried again";
+    assert_eq!([here, there], [("tcp", text.to_owned()), ("tcp", text.to_owned())]);
+    assert!((RING_WAIT_AUTO..RING_WAIT_RDMA).contains(&began.elapsed()), "{:?}", began.elapsed());
+    // Within the time that the peer waits for each message.
+    let [here, there] = with_scripts([Rdma; 2], never(), Script::default()).await;
+    let text = "beta has link = \"rdma\" and nothing else, and alpha has no RDMA: its ring is still being made (61 %), and \
+                it is tried again";
+    assert_eq!([here, there], [("none", text.to_owned()), ("none", text.to_owned())]);
+}
+
+#[tokio::test]
+async fn a_ring_that_cannot_be_made_is_a_reason_for_tcp() {
+    let script = Script { ring: RingScript::Fails("no memory for a ring"), ..Script::default() };
+    let outcomes = with_scripts([LinkKind::Auto; 2], script, Script::default()).await;
+    assert_eq!(outcomes, [(); 2].map(|()| ("tcp", "alpha has no RDMA: no memory for a ring".to_owned())));
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_ring_that_the_peer_has_no_use_for() {
+    let began = Instant::now();
+    let never = Script { ring: RingScript::Never, ..Script::default() };
+    let outcomes = with_scripts([LinkKind::Tcp, LinkKind::Auto], Script::default(), never).await;
+    assert_eq!(outcomes.map(|(kind, _)| kind), ["tcp"; 2]);
+    assert!(began.elapsed() < RING_WAIT_AUTO / 2, "{:?}", began.elapsed());
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! Fakes that came from one [`Fabric`] reach each other. What is prepared is a TCP link over the companion, which any
 //! reactor can drive.
 
-use super::{Prepared, RdmaListener, RdmaSetup};
+use super::{Prepared, RdmaListener, RdmaSetup, RingState, Wanted};
 use crate::hello::{RdmaOffer, Secret};
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::transport::Link;
@@ -11,9 +11,12 @@ use costandby_datapath::transport::tcp::TcpLink;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// Between two looks at whether a connection is still wanted.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Where listeners are found, by port.
 type Listeners = Arc<Mutex<HashMap<u16, (Secret, Sender<()>)>>>;
@@ -24,10 +27,25 @@ pub(in crate::node) struct Fabric {
     listeners: Listeners,
 }
 
+/// How the ring comes about.
+#[derive(Clone, Copy, Default)]
+pub(in crate::node) enum RingScript {
+    /// It is there.
+    #[default]
+    Ready,
+    /// It is there when it has been looked at so many times.
+    After(u64),
+    /// It is being made, for good.
+    Never,
+    /// It cannot be made.
+    Fails(&'static str),
+}
+
 /// Which steps fail, and with which words.
 #[derive(Clone, Default)]
 pub(in crate::node) struct Script {
     pub(in crate::node) able: Option<&'static str>,
+    pub(in crate::node) ring: RingScript,
     pub(in crate::node) listen: Option<&'static str>,
     pub(in crate::node) dial: Option<&'static str>,
     pub(in crate::node) accept: Option<&'static str>,
@@ -74,6 +92,19 @@ impl RdmaSetup for FakeRdma {
         self.step(|script| script.able)
     }
 
+    fn ring(&self, _: IpAddr) -> Result<RingState, String> {
+        let mut script = self.script.lock().expect("no panics");
+        match &mut script.ring {
+            RingScript::Ready | RingScript::After(0) => Ok(RingState::Ready),
+            RingScript::After(looks) => {
+                *looks -= 1;
+                Ok(RingState::Making { percent: 0 })
+            }
+            RingScript::Never => Ok(RingState::Making { percent: 61 }),
+            RingScript::Fails(why) => Err((*why).to_owned()),
+        }
+    }
+
     fn listen(&self, local: IpAddr, secret: &Secret) -> Result<Box<dyn RdmaListener>, String> {
         self.step(|script| script.listen)?;
         let (sender, met) = channel();
@@ -86,6 +117,9 @@ impl RdmaSetup for FakeRdma {
 
     fn dial(&self, _: IpAddr, offer: &RdmaOffer, _: Duration) -> Result<Prepared, String> {
         self.step(|script| script.dial)?;
+        let ready =
+            matches!(self.script.lock().expect("no panics").ring, RingScript::Ready | RingScript::After(0));
+        assert!(ready, "connected without a ring");
         let listeners = self.listeners.lock().expect("no panics");
         match listeners.get(&offer.address.port()) {
             Some((secret, met)) if *secret == offer.secret => {
@@ -108,8 +142,14 @@ impl RdmaListener for FakeListener {
         self.address
     }
 
-    fn accept(self: Box<Self>, limit: Duration) -> Result<Prepared, String> {
-        self.met.recv_timeout(limit).map_err(|_| "nobody connected".to_owned())?;
+    fn accept(self: Box<Self>, come_max: Duration, _: Duration, wanted: &Wanted) -> Result<Prepared, String> {
+        let until = Instant::now() + come_max;
+        while let Err(error) = self.met.recv_timeout(LOOK) {
+            let late = !wanted.still() || Instant::now() >= until;
+            if late || error == RecvTimeoutError::Disconnected {
+                return Err("nobody connected".to_owned());
+            }
+        }
         self.fake.step(|script| script.accept)?;
         Ok(prepared())
     }

@@ -53,12 +53,13 @@ fn companion(stream: TcpStream) -> io::Result<std::net::TcpStream> {
 }
 
 impl Surroundings {
-    /// Whether RDMA is possible here, for a volume that would have it. Blocks briefly.
+    /// Whether RDMA is possible here, for a volume that would have it; then its ring begins to be made. Blocks briefly.
     pub(super) fn able(&self, wanted: LinkKind) -> Result<(), String> {
         if wanted == LinkKind::Tcp {
             return Ok(());
         }
-        self.rdma.able(self.local).map_err(|why| format!("{} has no RDMA: {why}", self.node))
+        let able = self.rdma.able(self.local).and_then(|()| self.rdma.ring(self.local));
+        able.map(drop).map_err(|why| format!("{} has no RDMA: {why}", self.node))
     }
 }
 

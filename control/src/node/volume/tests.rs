@@ -87,7 +87,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
-        rdma: crate::node::rdma::setup(0),
+        rdma: crate::node::rdma::setup(0, &crate::node::rdma::Makers::default()),
     };
     (VolumeTask::new(0, shared, controller, Some(store), handle, queue, surroundings), reactor)
 }

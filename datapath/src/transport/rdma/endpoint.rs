@@ -106,6 +106,13 @@ pub trait Endpoint: Send {
     /// What registers memory for this endpoint.
     fn registrar(&self) -> Self::Registrar;
 
+    /// Memory to send from that is registered and that nobody else uses, for the link's stage. Once an endpoint. It may
+    /// have been another link's before, so what stands in it means nothing.
+    ///
+    /// # Errors
+    /// Where it is made now: what the registrar or the system says.
+    fn stage(&self) -> io::Result<(Span, Self::Region)>;
+
     /// Queues an RDMA write of the pieces, one behind the other, to `ring_offset` in the peer's ring; with an
     /// `immediate` the peer is told ([`Completion::Placed`]). Goes out with [`Endpoint::ring_doorbell`] at the latest.
     /// Allocates nothing.
@@ -159,11 +166,7 @@ pub trait Endpoint: Send {
     /// What to sleep on: readable when a notified completion or an event is there. At most four.
     fn descriptors(&self) -> Vec<BorrowedFd<'_>>;
 
-    /// Cuts the connection: from the moment this returns nothing more of the peer's lands in our ring, and nothing of
-    /// ours leaves. Receives that completed before can still be polled, until `poll` returns an error. Idempotent.
+    /// Cuts the connection: from the moment this returns nothing more of the peer's lands in our ring, which goes back to
+    /// whom it came from, and nothing of ours leaves. Receives that completed before can still be polled, until `poll` returns an error. Idempotent.
     fn cut(&mut self);
-
-    /// The registration of our ring, once, after the cut; `None` where it is ended already. Nothing can be done through it
-    /// any more. Who drops it waits while its pages are unpinned.
-    fn take_ring(&mut self) -> Option<Self::Region>;
 }

@@ -1,7 +1,7 @@
 //! A pair of RDMA endpoints in memory, for tests: it plays what a reliable connection promises, and nothing kinder.
 //!
 //! Strict where a device is: a request too many panics, a message or immediate that finds no receive posted ends the
-//! connection (so do errors of credit accounting), a write outside of the ring is refused. Sources are read when a
+//! connection (so do errors of credit accounting), a write that ends beyond the ring is refused. Sources are read when a
 //! request is carried out, which by seeded dice is long after it was posted; completions come late, in heaps and
 //! interleaved. What a peer or a device may do wrong is done by calls of the test: [`FakeEndpoint::fail_at`],
 //! [`FakeEndpoint::fail_before_arrivals`], [`FakeEndpoint::device_event`], or simply by driving a bare end against a link.
@@ -9,7 +9,7 @@
 //! Invariants: requests are carried out in order, once, or never; nothing moves but in a call of one of the two ends.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
-use super::{Joined, RdmaLink};
+use super::{Joined, RdmaLink, stage};
 use crate::transport::laws::Dice;
 use costandby_ffi::mapping::{Mapping, Span};
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,9 +17,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::ThreadId;
 
 /// What a whole message counts as.
 const HEADER_BYTES: u32 = 64;
@@ -77,15 +75,10 @@ impl FakeRegistrar {
 struct Registration {
     span: Span,
     bytes: Arc<AtomicU64>,
-    ended_by: Option<Sender<ThreadId>>,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        if let Some(ended_by) = &self.ended_by {
-            // A test that does not look any more.
-            let _ = ended_by.send(std::thread::current().id());
-        }
         self.bytes.fetch_sub(self.span.len() as u64, Ordering::SeqCst);
     }
 }
@@ -104,7 +97,7 @@ impl Registrar for FakeRegistrar {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         let (span, bytes) = (span.clone(), Arc::clone(&self.bytes));
-        Ok(FakeRegion(Arc::new(Registration { span, bytes, ended_by: None })))
+        Ok(FakeRegion(Arc::new(Registration { span, bytes })))
     }
 }
 
@@ -124,7 +117,7 @@ struct Request {
 /// One end, as the wire between them sees it.
 #[derive(Debug)]
 struct Side {
-    /// Both laps, while registered.
+    /// What a peer can write: one lap, until the cut.
     ring: Option<Span>,
     /// Receives posted now.
     receives: u32,
@@ -151,7 +144,7 @@ struct Side {
 impl Side {
     fn new(ring: &Arc<Mapping>, receives: u32) -> io::Result<Self> {
         Ok(Self {
-            ring: Some(ring.span(0, ring.len())),
+            ring: Some(ring.span(0, ring.len() / 2)),
             receives,
             rung: VecDeque::with_capacity(1024),
             open: 0,
@@ -275,7 +268,6 @@ pub struct FakeEndpoint {
     registrar: FakeRegistrar,
     /// A clone of what the wire rings.
     bell: OwnedFd,
-    ring: Option<FakeRegion>,
 }
 
 /// Two joined endpoints, each for the ring given.
@@ -294,7 +286,6 @@ pub fn endpoints(rings: [&Arc<Mapping>; 2], manner: Manner) -> io::Result<[FakeE
         manner,
         registrar: FakeRegistrar { bytes: Arc::default(), max: manner.registered_max },
         bell,
-        ring: None,
     }))
 }
 
@@ -351,16 +342,6 @@ impl FakeEndpoint {
         self.wire().sides[me].fails_first = true;
     }
 
-    /// Gives this end's ring a registration, and tells the thread that ends it.
-    pub fn watch_ring(&mut self) -> Receiver<ThreadId> {
-        let (ended_by, told) = channel();
-        let span = self.wire().sides[self.me].ring.clone().expect("before the cut");
-        let bytes = Arc::clone(&self.registrar.bytes);
-        bytes.fetch_add(span.len() as u64, Ordering::SeqCst);
-        self.ring = Some(FakeRegion(Arc::new(Registration { span, bytes, ended_by: Some(ended_by) })));
-        told
-    }
-
     /// This end's device reports that it is no good any more.
     pub fn device_event(&mut self, what: &'static str) {
         let me = self.me;
@@ -409,6 +390,10 @@ impl Endpoint for FakeEndpoint {
 
     fn registrar(&self) -> FakeRegistrar {
         self.registrar.clone()
+    }
+
+    fn stage(&self) -> io::Result<(Span, FakeRegion)> {
+        stage::make(&self.registrar)
     }
 
     fn write(
@@ -522,11 +507,6 @@ impl Endpoint for FakeEndpoint {
             peer.closed = true;
             peer.ring_bell();
         }
-    }
-
-    fn take_ring(&mut self) -> Option<FakeRegion> {
-        assert!(self.wire().sides[self.me].ring.is_none(), "the peer can still reach the ring");
-        self.ring.take()
     }
 }
 

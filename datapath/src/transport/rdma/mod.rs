@@ -53,8 +53,11 @@ pub mod endpoint;
 pub mod fake;
 #[doc(hidden)]
 pub mod hostile;
+pub mod keeper;
 mod placement;
 pub mod private;
+#[cfg(feature = "rdma")]
+pub mod ring;
 #[cfg(feature = "rdma")]
 pub mod setup;
 mod stage;
@@ -65,7 +68,7 @@ pub mod windows;
 /// What a connection was made with, beside its endpoint.
 #[derive(Debug)]
 pub struct Joined {
-    /// Our ring, mapped twice ([`Mapping::ring`]) and registered for the peer in this order.
+    /// Our ring, mapped twice ([`Mapping::ring`]); its first lap is registered for the peer.
     pub ring: Arc<Mapping>,
     /// Receives the endpoint keeps posted, as the peer was told.
     pub receives: u32,
@@ -160,7 +163,7 @@ pub struct RdmaLink<E: Endpoint> {
 }
 
 impl<E: Endpoint> RdmaLink<E> {
-    /// Makes a link of a connected endpoint. Registers memory for headers and the stage, so blocks for milliseconds.
+    /// Makes a link of a connected endpoint. Registers memory for headers, so blocks for a millisecond.
     /// Whether the peer's ring takes the payloads this volume needs is the caller's to check with [`super::ring_takes`].
     ///
     /// # Errors
@@ -180,7 +183,7 @@ impl<E: Endpoint> RdmaLink<E> {
         let registrar = endpoint.registrar();
         let headers = Mapping::anonymous(sends_len * HEADER_LEN)?.span(0, sends_len * HEADER_LEN);
         let headers_region = registrar.register(&headers)?;
-        let windows = Windows::new(&registrar, windows_limit_bytes)?;
+        let windows = Windows::with_stage(&registrar, endpoint.stage()?, windows_limit_bytes)?;
         let sleep_on = sleep_on(&endpoint, companion.as_ref())?;
         let nothing = Completion::Placed { immediate: 0 };
         Ok(Self {
@@ -250,10 +253,6 @@ impl<E: Endpoint> RdmaLink<E> {
 
     fn cut(&mut self) {
         self.endpoint.cut();
-        if let Some(region) = self.endpoint.take_ring() {
-            // What the peer could write into is out of its reach; to unpin it takes long.
-            self.windows.retire(region, self.ring.clone());
-        }
         if let Some(companion) = &self.companion {
             // Fails only when the connection is gone already.
             let _ = companion.shutdown(Shutdown::Both);
@@ -390,7 +389,8 @@ impl<E: Endpoint> RdmaLink<E> {
         self.outbox.advance(HEADER_LEN, |_| ());
     }
 
-    /// Posts the next work request of the front frame, a change: all that is left of it, or what is in one piece.
+    /// Posts the next work request of the front frame, a change: all that is left of it, or what is in one piece here
+    /// and stands in one piece there.
     fn step_change(&mut self) -> Result<bool, DownReason> {
         let follows = self.more_follows();
         let Self { endpoint, outbox, windows, requests, headers, headers_region, .. } = self;
@@ -398,12 +398,21 @@ impl<E: Endpoint> RdmaLink<E> {
         let (entry, progress) = front.expect("the caller saw it");
         let (header, frame_len) = (&entry.header, entry.header.frame_len());
         let (id, out) = (requests.posted + 1, progress.saturating_sub(HEADER_LEN));
+        if progress == 0 {
+            self.place = self.peer_places.next(self.peer.is_empty());
+        }
+        // What crosses the end of the ring goes on at its beginning, by another request.
+        let (at, room) = self.peer_places.part(self.place, progress);
+        let len_max = endpoint.write_len_max().min(room);
         let mut staged = false;
         let payload = match &entry.span {
             None => None,
+            // A header alone takes all that is left of the ring.
+            Some(_) if progress == 0 && len_max == HEADER_LEN => None,
             Some(span) => {
                 let resync = header.flags & flags::RESYNC != 0;
-                match windows.source(span, out, endpoint.write_len_max() - HEADER_LEN, resync, id) {
+                let len_max = if progress == 0 { len_max - HEADER_LEN } else { len_max };
+                match windows.source(span, out, len_max, resync, id) {
                     Source::Direct(piece) => Some(piece),
                     Source::Staged(piece) => {
                         staged = true;
@@ -417,17 +426,14 @@ impl<E: Endpoint> RdmaLink<E> {
         let payload_len = payload.as_ref().map_or(0, |piece| piece.len);
         let whole = out + payload_len == header.payload_len();
         let signalled = staged || requests.signal_due() || (whole && !follows);
-        if progress == 0 {
-            self.place = self.peer_places.next(frame_len, self.peer.is_empty());
-        }
         let immediate = whole.then(|| PeerPlaces::immediate(self.place));
-        let at = self.place + progress as u64;
         let bytes = if progress == 0 {
             let slots = (headers.len() / HEADER_LEN) as u64;
             let slot = usize::try_from(self.headers_used % slots).expect("64-bit") * HEADER_LEN;
             self.headers_used += 1;
             headers.sub(slot, HEADER_LEN).write_from(&entry.wire);
             let header = Piece { region: &*headers_region, offset: slot, len: HEADER_LEN };
+            self.peer_places.begin(self.place, frame_len);
             match payload {
                 Some(payload) => endpoint.write(&[header, payload], at, immediate, id, signalled),
                 None => endpoint.write(&[header], at, immediate, id, signalled),

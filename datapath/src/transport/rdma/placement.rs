@@ -1,11 +1,13 @@
 //! Where in the ring a change stands, as its sender chooses it and its receiver expects it.
 //!
 //! Both ends count alike, so a place need not be agreed on: the immediate of a write says where the sender put it, and
-//! the receiver takes it from no other place than the one that was due. A change stands behind the one before it, in
-//! one piece (the ring is registered twice, back to back); when nothing stands in the ring any more, the sender starts
+//! the receiver takes it from no other place than the one that was due. A change stands behind the one before it; what
+//! crosses the ring's end goes on at its beginning, so its sender writes it in two parts ([`PeerPlaces::part`]), and its
+//! receiver, who has the ring mapped twice, reads one. When nothing stands in the ring any more, the sender starts
 //! over at its beginning, so that a link with little in flight stays in the same few pages.
 //!
-//! Invariants: places are multiples of 64 and below the ring's length. A sender starts over only when everything it sent
+//! Invariants: places are multiples of 64 and below the ring's length, so a header is never parted; no part ends beyond
+//! the ring. A sender starts over only when everything it sent
 //! was returned, and its receiver accepts the beginning only when it has told so. The receiver never accepts a place in a change that it still holds, whatever the peer says.
 //!
 //! Failures survived: numbers that name no place, or another; frames repeated or lost on the way.
@@ -45,14 +47,22 @@ impl PeerPlaces {
         Self(Cursor::new(ring_len))
     }
 
-    /// Where the next change goes. `empty`: all that was sent was returned.
-    pub(super) fn next(&mut self, frame_len: usize, empty: bool) -> u64 {
-        if empty {
-            self.0.place = 0;
-        }
-        let place = self.0.place;
+    /// Where the next change goes, if it goes now. `empty`: all that was sent was returned.
+    pub(super) fn next(&self, empty: bool) -> u64 {
+        if empty { 0 } else { self.0.place }
+    }
+
+    /// A change of `frame_len` bytes goes to `place`, which was the next.
+    pub(super) fn begin(&mut self, place: u64, frame_len: usize) {
+        self.0.place = place;
         self.0.advance(frame_len);
-        place
+    }
+
+    /// Where in the ring the rest of a change at `place` goes, of which `progress` bytes are out, and how many bytes there
+    /// are from there to the ring's end.
+    pub(super) fn part(&self, place: u64, progress: usize) -> (u64, usize) {
+        let at = (place + progress as u64) % self.0.ring_len;
+        (at, usize::try_from(self.0.ring_len - at).expect("64-bit"))
     }
 
     /// What the peer is told of a place.
@@ -99,12 +109,24 @@ mod tests {
         for (frame_len, empty, place) in
             [(960, true, 0), (128, false, 960), (64, false, 64), (64, true, 0), (192, false, 64)]
         {
-            let chosen = peer.next(frame_len, empty);
-            assert_eq!(chosen, place);
+            let chosen = peer.next(empty);
+            assert_eq!((chosen, peer.next(empty)), (place, place), "nothing has gone out yet");
+            peer.begin(chosen, frame_len);
             let located = own.locate(PeerPlaces::immediate(chosen), empty).expect("was due");
             assert_eq!(located as u64, place);
             own.arrive(located, frame_len);
         }
+    }
+
+    #[test]
+    fn no_part_ends_beyond_the_ring() {
+        let peer = PeerPlaces::new(RING);
+        assert_eq!(peer.part(0, 0), (0, RING));
+        assert_eq!(peer.part(960, 0), (960, 64), "room for a header");
+        assert_eq!(peer.part(960, 64), (0, RING));
+        assert_eq!(peer.part(896, 101), (997, 27));
+        assert_eq!(peer.part(896, 128), (0, RING));
+        assert_eq!(peer.part(896, 200), (72, RING - 72));
     }
 
     #[test]

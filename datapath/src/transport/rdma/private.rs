@@ -25,7 +25,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const MAGIC: [u8; 4] = *b"cSrd";
 
 /// Version of the format; changes of frames and of their order on the wire raise it too.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// Bytes of an [`Introduction`].
 pub const LEN: usize = 52;
@@ -58,7 +58,7 @@ impl fmt::Debug for Secret {
 pub struct Introduction {
     /// From the hello.
     pub secret: Secret,
-    /// Where the sender's ring begins, as its device counts. The ring is registered twice over, back to back.
+    /// Where the sender's ring begins, as its device counts.
     pub ring_address: u64,
     /// The key to it.
     pub ring_rkey: u32,
@@ -221,7 +221,7 @@ impl RawIntroduction {
         if len > RDMA_RING_LEN_MAX || !len.is_multiple_of(HEADER_LEN as u64) || !holds(len) {
             return Err(PrivateError::RingLength { found: len });
         }
-        if !address.is_multiple_of(HEADER_LEN as u64) || address.checked_add(2 * len).is_none() {
+        if !address.is_multiple_of(HEADER_LEN as u64) || address.checked_add(len).is_none() {
             return Err(PrivateError::RingAddress { address, len });
         }
         let (ring_rkey, receives) = (self.ring_rkey.get(), self.receives.get());
@@ -337,7 +337,7 @@ mod tests {
             assert_eq!(refused, PrivateError::RingLength { found: len });
             assert!(refused.to_string().contains(&len.to_string()), "{refused}");
         }
-        for address in [1, u64::MAX - 63, 0_u64.wrapping_sub(2 * RING_LEN - 64)] {
+        for address in [1, u64::MAX - 63, 0_u64.wrapping_sub(RING_LEN - 64)] {
             let refused = refusal(&Introduction { ring_address: address, ..good });
             assert_eq!(refused, PrivateError::RingAddress { address, len: RING_LEN });
         }
@@ -357,16 +357,19 @@ mod tests {
             Introduction::decode(&with_crc(bytes)).expect_err("of another format")
         };
         assert_eq!(changed(0, b'x'), PrivateError::Magic { found: *b"xSrd" });
-        assert_eq!(changed(4, 2), PrivateError::Version { found: 2 });
+        for version in [1, VERSION + 1] {
+            assert_eq!(changed(4, version), PrivateError::Version { found: version });
+        }
         assert_eq!(changed(6, 1), PrivateError::Reserved);
         assert_eq!(changed(5, 3), PrivateError::Length { announced: 3, found: LEN });
         assert_eq!(changed(5, 53), PrivateError::Length { announced: 53, found: LEN });
         // A longer version of a later release, as long as it says: it is the version that is named.
         let mut later = [&good[..LEN - CRC_LEN], &[9; 4]].concat();
-        (later[4], later[5]) = (2, LEN_ON_WIRE + 4);
+        (later[4], later[5]) = (VERSION + 1, LEN_ON_WIRE + 4);
         let crc = crc32c::crc32c(&later);
         later.extend_from_slice(&crc.to_le_bytes());
-        assert_eq!(Introduction::decode(&later).expect_err("later"), PrivateError::Version { found: 2 });
+        let refused = PrivateError::Version { found: VERSION + 1 };
+        assert_eq!(Introduction::decode(&later).expect_err("later"), refused);
         // Our version at another length.
         later[4] = VERSION;
         let crc = crc32c::crc32c(&later[..LEN]);

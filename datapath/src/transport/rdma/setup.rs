@@ -1,28 +1,33 @@
 //! Making the connection that a link over RDMA stands on.
 //!
 //! After the hellos: one node listens for one connection, on a port of the system's choice, and tells the peer where and
-//! with which secret; the other dials. Each makes a ring and registers it before it introduces itself
-//! ([`super::private`]), since address and key go along. What comes out is for [`super::RdmaLink`].
+//! with which secret; the other dials. Each brings a ring that is registered already ([`super::ring`]) and introduces
+//! itself with its address and key ([`super::private`]). What comes out is for [`super::RdmaLink`].
 //!
-//! Invariants: nobody is connected without the secret, and nothing is registered or opened for who does not show it; a
-//! listener serves one connection; a connection that is not wanted after all is closed by dropping what was made.
+//! Invariants: nobody is connected without the secret, and nothing is opened for who does not show it; a listener serves
+//! one connection; a connection that is not wanted after all is closed by dropping what was made, and its ring is given
+//! back once its queue pair is gone.
 //!
 //! Failures survived: strangers on the port (turned away, counted), peers that say nonsense, that vanish half way, or
-//! that never come (a deadline), a machine without RDMA (an error that says what is missing).
+//! that never come (a deadline), a device that was replaced by another, a machine without RDMA (an error that says what is
+//! missing).
 //!
-//! Everything here blocks, until its deadline at most and for registering the ring (tens of milliseconds).
+//! Everything here blocks, but each step only as long as its caller says: steps that are done are progress, and what
+//! comes next has its time anew. Nothing here brings memory in or registers any.
 
 use super::private::{Introduction, PrivateError, Secret};
+use super::ring::{Ring, RingLease};
 use super::verbs::VerbsEndpoint;
 use crate::limits::{RDMA_ACK_TIMEOUT, RDMA_RECEIVES_LEN, RDMA_REFUSED_MAX, RDMA_SENDS_LEN};
 use costandby_ffi::mapping::Mapping;
-use costandby_ffi::verbs::{
-    Domain, Established, Listener, Opened, Region, Resolved, Settings, Target, VerbsError,
-};
+use costandby_ffi::verbs::{Domain, Established, Listener, Request, Resolved, Settings, Target, VerbsError};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often somebody who waits for a connection looks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +69,12 @@ pub enum SetupError {
         /// What the system said.
         source: io::Error,
     },
+    /// The ring is another link's still.
+    #[error("the volume's ring is still in use by the link before this one")]
+    RingInUse,
+    /// Whoever wanted it does not any more.
+    #[error("it is not wanted any more")]
+    GivenUp,
 }
 
 /// The end of a sentence.
@@ -98,8 +109,15 @@ pub struct Connected {
 /// # Errors
 /// What is missing.
 pub fn able(local: IpAddr) -> Result<(), SetupError> {
-    Listener::bind(SocketAddr::new(local, 0))?;
-    Ok(())
+    listener(local).map(drop)
+}
+
+/// The same, by a listener that also tells which device has the address ([`Ring::is_of`]).
+///
+/// # Errors
+/// What is missing.
+pub fn listener(local: IpAddr) -> Result<Listener, SetupError> {
+    Ok(Listener::bind(SocketAddr::new(local, 0))?)
 }
 
 /// Sizes of a queue pair. Devices that offer less than we would like get what they offer.
@@ -113,45 +131,54 @@ fn settings(domain: &Domain) -> Result<Settings, VerbsError> {
     })
 }
 
-/// This node's half: a ring, registered, and the words that tell of it.
+/// This node's half: a ring, and the words that tell of it.
 struct Own {
-    ring: Arc<Mapping>,
-    region: Region,
+    ring: RingLease,
     settings: Settings,
     secret: Secret,
 }
 
 impl Own {
-    fn new(domain: &Domain, secret: Secret, ring_len: usize) -> Result<Self, SetupError> {
-        let ring = Mapping::ring(ring_len).map_err(|source| SetupError::Ring { len: ring_len, source })?;
-        let region = Region::ring(domain, &ring.span(0, ring.len()))?;
-        Ok(Self { ring, region, settings: settings(domain)?, secret })
+    fn new(ring: RingLease, secret: Secret) -> Result<Self, SetupError> {
+        let settings = settings(ring.ring().domain())?;
+        Ok(Self { ring, settings, secret })
     }
 
     fn introduction(&self) -> Introduction {
+        let region = self.ring.ring().region();
         Introduction {
             secret: self.secret,
-            ring_address: self.region.address(),
-            ring_rkey: self.region.remote_key(),
-            ring_len: (self.ring.len() / 2) as u64,
+            ring_address: region.address(),
+            ring_rkey: region.remote_key(),
+            ring_len: self.ring.ring().len() as u64,
             receives: self.settings.receive_len,
         }
     }
 
     fn connected(self, established: Established, peer: &Introduction) -> Result<Connected, SetupError> {
         let peer_ring = Target { address: peer.ring_address, key: peer.ring_rkey };
-        let endpoint = VerbsEndpoint::new(established.queue_pair, self.region, peer_ring)?;
+        let ring = Arc::clone(self.ring.ring().mapping());
+        let endpoint = VerbsEndpoint::new(established.queue_pair, self.ring, peer_ring)?;
         Ok(Connected {
             endpoint,
-            ring: self.ring,
+            ring,
             receives: self.settings.receive_len,
             peer_ring_len: usize::try_from(peer.ring_len).expect("bounded by RDMA_RING_LEN_MAX"),
             peer_receives: peer.receives,
         })
     }
+
+    /// Gives the ring up where it is of no use for the connection, and hands the error on.
+    fn fail(self, error: VerbsError) -> SetupError {
+        if matches!(error, VerbsError::OtherDevice { .. }) {
+            self.ring.discard();
+        }
+        error.into()
+    }
 }
 
-/// Connects to `peer`, from `local`, with a ring of `ring_len` bytes of our own.
+/// Connects to `peer`, from `local`, with this ring of our own. Finding the way and being accepted may take `step_max`
+/// each.
 ///
 /// # Errors
 /// See [`SetupError`]; [`VerbsError::Rejected`] where the peer does not know the secret.
@@ -159,12 +186,17 @@ pub fn dial(
     local: IpAddr,
     peer: SocketAddr,
     secret: Secret,
-    ring_len: usize,
-    deadline: Instant,
+    ring: RingLease,
+    step_max: Duration,
 ) -> Result<Connected, SetupError> {
     let local = Some(local).filter(|local| !local.is_unspecified());
-    let resolved = Resolved::new(local, peer, deadline)?;
-    let own = Own::new(resolved.domain(), secret, ring_len)?;
+    let own = Own::new(ring, secret)?;
+    let found = Resolved::within(own.ring.ring().domain(), local, peer, Instant::now() + step_max);
+    let resolved = match found {
+        Ok(resolved) => resolved,
+        Err(error) => return Err(own.fail(error)),
+    };
+    let deadline = Instant::now() + step_max;
     let established = resolved.connect(&own.settings, &own.introduction().encode(), deadline)?;
     let introduction = Introduction::decode(&established.private);
     let introduction = introduction.map_err(|source| SetupError::Introduction { peer, source })?;
@@ -187,8 +219,7 @@ impl Listening {
     /// # Errors
     /// What is missing: [`VerbsError::NoDeviceAt`] and the like.
     pub fn bind(local: IpAddr, secret: Secret) -> Result<Self, SetupError> {
-        let listener = Listener::bind(SocketAddr::new(local, 0))?;
-        Ok(Self { listener, secret })
+        Ok(Self { listener: listener(local)?, secret })
     }
 
     /// Where.
@@ -197,39 +228,80 @@ impl Listening {
         self.listener.local_address()
     }
 
-    /// Accepts who shows the secret, with a ring of `ring_len` bytes of our own, and turns all others away.
+    /// Waits for who shows the secret, turns all others away, and accepts it with the ring that `lend` gives then. It may
+    /// take `come_max` to come, and accepting it `step_max`. Ends soon after `wanted` says no.
     ///
     /// # Errors
     /// See [`SetupError`].
-    pub fn accept(self, ring_len: usize, deadline: Instant) -> Result<Connected, SetupError> {
-        for refused in 0..RDMA_REFUSED_MAX {
-            let Some(request) = self.listener.request(deadline)? else {
-                return Err(SetupError::NobodyCame { refused });
+    pub fn accept(
+        self,
+        come_max: Duration,
+        step_max: Duration,
+        wanted: impl Fn() -> bool,
+        lend: impl FnOnce() -> Option<RingLease>,
+    ) -> Result<Connected, SetupError> {
+        let until = Instant::now() + come_max;
+        let mut refused = 0;
+        while refused < RDMA_REFUSED_MAX {
+            let Some(request) = self.listener.request(until.min(Instant::now() + LOOK))? else {
+                match (wanted(), Instant::now() >= until) {
+                    (false, _) => return Err(SetupError::GivenUp),
+                    (true, true) => return Err(SetupError::NobodyCame { refused }),
+                    (true, false) => continue,
+                }
             };
             let why = match Introduction::decode(request.private()) {
                 Ok(introduction) if introduction.secret.matches(&self.secret) => {
-                    return self.welcome(request.open()?, &introduction, ring_len, deadline);
+                    let ring = lend().ok_or(SetupError::RingInUse)?;
+                    return self.welcome(request, &introduction, ring, Instant::now() + step_max);
                 }
                 Ok(_) => "it does not show the secret".to_owned(),
                 Err(error) => error.to_string(),
             };
             tracing::warn!(peer = %request.peer(), why, "RDMA connection turned away");
             request.reject();
+            refused += 1;
         }
-        Err(SetupError::TooManyStrangers { refused: RDMA_REFUSED_MAX })
+        Err(SetupError::TooManyStrangers { refused })
     }
 
     fn welcome(
         &self,
-        request: Opened,
+        request: Request,
         peer: &Introduction,
-        ring_len: usize,
+        ring: RingLease,
         deadline: Instant,
     ) -> Result<Connected, SetupError> {
-        let own = Own::new(request.domain(), self.secret, ring_len)?;
-        let established = request.accept(&own.settings, &own.introduction().encode(), deadline)?;
+        let own = Own::new(ring, self.secret)?;
+        let opened = match request.open_within(own.ring.ring().domain()) {
+            Ok(opened) => opened,
+            Err(error) => return Err(own.fail(error)),
+        };
+        let established = opened.accept(&own.settings, &own.introduction().encode(), deadline)?;
         own.connected(established, peer)
     }
+}
+
+/// Both ends of a connection of this process with itself, each with a ring of its own: for tests and measurements.
+///
+/// # Errors
+/// See [`SetupError`].
+///
+/// # Panics
+/// When the thread of one end does.
+#[doc(hidden)]
+pub fn both_ends(address: IpAddr, ring_len: usize, step_max: Duration) -> Result<[Connected; 2], SetupError> {
+    let secret = Secret([0x5a; 16]);
+    let ring = || Ring::new(address, ring_len, |_| true).map(RingLease::of);
+    let (ours, theirs) = (ring()?, ring()?);
+    let listening = Listening::bind(address, secret)?;
+    let peer = listening.address();
+    std::thread::scope(|scope| {
+        let accept = || listening.accept(step_max, step_max, || true, || Some(theirs));
+        let far = scope.spawn(accept);
+        let near = dial(address, peer, secret, ours, step_max);
+        Ok([near?, far.join().expect("it does not panic")?])
+    })
 }
 
 #[cfg(test)]

@@ -82,15 +82,21 @@ pub(super) struct Stage<Region> {
     staged_bytes: u64,
 }
 
+/// Makes and registers the memory of a stage. Blocks while it is brought in.
+///
+/// # Errors
+/// What the registrar or the system says.
+pub(super) fn make<R: Registrar>(registrar: &R) -> io::Result<(Span, R::Region)> {
+    let span = Mapping::anonymous(RDMA_STAGE_LEN)?.span(0, RDMA_STAGE_LEN);
+    let region = registrar.register(&span)?;
+    Ok((span, region))
+}
+
 impl<Region> Stage<Region> {
-    /// Makes and registers the memory. Blocks while it is brought in.
-    ///
-    /// # Errors
-    /// What the registrar or the system says.
-    pub(super) fn new<R: Registrar<Region = Region>>(registrar: &R) -> io::Result<Self> {
-        let span = Mapping::anonymous(RDMA_STAGE_LEN)?.span(0, RDMA_STAGE_LEN);
-        let region = registrar.register(&span)?;
-        Ok(Self { span, region, places: Places::new(RDMA_STAGE_LEN), staged_bytes: 0 })
+    /// A stage in memory that is registered already and that nobody else uses: a link's before it may have.
+    pub(super) fn new((span, region): (Span, Region)) -> Self {
+        let places = Places::new(span.len());
+        Self { span, region, places, staged_bytes: 0 }
     }
 
     /// Copies the beginning of `source`, as much as one piece takes, for work request `id`. `None` while the stage has

@@ -5,7 +5,7 @@ use super::fake::{self, FakeEndpoint, FakeRegion, Manner};
 use super::{DownReason, Joined, RdmaLink};
 use crate::error::Violation;
 use crate::limits::{LINK_EVENTS_MAX, RING_LEN_MIN, RING_SLACK};
-use crate::transport::laws::{End, Source, plain, until};
+use crate::transport::laws::{Dice, End, Source, plain, until};
 use crate::transport::{Link, LinkEvent};
 use crate::units::{ByteRange, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
@@ -13,10 +13,6 @@ use costandby_ffi::mapping::{Mapping, Span};
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How long a thread may take for what it does at once.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 mod at_once {
     use super::{Manner, fake};
@@ -456,25 +452,36 @@ fn what_arrived_behind_a_failure_is_told() {
     here.assert_each_token_once();
 }
 
-/// The ring is large, and to unpin it takes long: longer than clients may wait on the thread that drives the link.
+/// Every place of a small ring, with frames of every length round its end: none is written beyond it, and each arrives
+/// whole. (The endpoint refuses a write that ends beyond the ring.)
 #[test]
-fn the_ring_is_deregistered_by_another_thread() {
-    for close in [true, false] {
-        let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-        let [mut endpoint, _peer] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
-        let (ended_by, registrar) = (endpoint.watch_ring(), endpoint.registrar());
-        let [ring, _] = rings;
-        let mut link = fake::link(endpoint, ring, RING_LEN_MIN).expect("link");
-        if close {
-            // While the link is still here: fenced, its memory goes back at once.
-            link.close(DownReason::Local("fenced"));
-            assert_ne!(ended_by.recv_timeout(PATIENCE).expect("ended"), std::thread::current().id());
+fn what_crosses_the_ring_s_end_goes_in_two_parts() {
+    for seed in [None, Some(1), Some(2)] {
+        let manner = Manner { seed, windows_max: 0, ..Manner::default() };
+        let (here, there) = fake::pair(RING_LEN_MIN, manner).expect("memory");
+        let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
+        let source = Source::new(8192);
+        let mut seq = 0;
+        let mut dice = Dice::new(seed.unwrap_or(7));
+        // Two dozen laps, with something left in the ring each time, so that its sender never starts over.
+        for _ in 0..24 * RING_LEN_MIN / 4096 {
+            let (header, span) = source.write(seq, 0, 1 + dice.below(8191));
+            until("room", || {
+                here.turn(&source);
+                there.turn(&source);
+                while there.held.len() > 1 {
+                    there.release(&source);
+                }
+                here.post(header, Some(span.clone()))
+            });
+            seq += 1;
         }
-        drop(link);
-        if !close {
-            assert_ne!(ended_by.recv_timeout(PATIENCE).expect("ended"), std::thread::current().id());
-        }
-        until("deregistered", || registrar.registered_bytes() == 0);
+        until("all is through", || {
+            here.turn(&source);
+            there.turn(&source);
+            there.heard.len() as u64 == seq
+        });
+        assert!(here.down.is_none() && there.down.is_none(), "{:?} {:?}", here.down, there.down);
     }
 }
 

@@ -1,9 +1,10 @@
 //! The endpoint over a real device: [`Endpoint`] in terms of the verbs of `ffi`.
 //!
-//! Nothing is decided here. What a write reads from is held by the queue pair until it is done; the ring is registered
-//! until somebody takes the registration after the cut, which is what keeps the peer out.
+//! Nothing is decided here. What a write reads from is held by the queue pair until it is done. The ring is given back
+//! after the cut, in which the queue pair is destroyed: that is what keeps the peer out of it from then on.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
+use super::ring::RingLease;
 use crate::limits::RDMA_COMPLETIONS_MAX;
 use costandby_ffi::mapping::Span;
 use costandby_ffi::verbs::{self, Domain, Failure, QueuePair, Region, Target, VerbsError};
@@ -28,11 +29,12 @@ impl Registrar for VerbsRegistrar {
 
 /// A connected queue pair, the ring the peer writes into, and where the peer's ring is.
 pub struct VerbsEndpoint {
+    /// Before the ring, as fields are dropped in this order.
     queue_pair: QueuePair,
+    /// Until the cut.
+    ring: Option<RingLease>,
     peer_ring: Target,
     write_len_max: usize,
-    /// Registered for the peer; `None` once taken after the cut.
-    ring: Option<Region>,
     /// Room for completions, so that polling clears none.
     room: [verbs::Completion; RDMA_COMPLETIONS_MAX],
 }
@@ -42,10 +44,11 @@ impl VerbsEndpoint {
     ///
     /// # Errors
     /// The device does not answer.
-    pub(super) fn new(queue_pair: QueuePair, ring: Region, peer_ring: Target) -> Result<Self, VerbsError> {
-        let write_len_max = queue_pair.write_len_max()?;
+    pub(super) fn new(queue_pair: QueuePair, ring: RingLease, peer_ring: Target) -> Result<Self, VerbsError> {
         let room = [verbs::Completion::Done { id: 0 }; RDMA_COMPLETIONS_MAX];
-        Ok(Self { queue_pair, peer_ring, write_len_max, ring: Some(ring), room })
+        let mut endpoint = Self { queue_pair, ring: Some(ring), peer_ring, write_len_max: 0, room };
+        endpoint.write_len_max = endpoint.queue_pair.write_len_max()?;
+        Ok(endpoint)
     }
 }
 
@@ -89,6 +92,11 @@ impl Endpoint for VerbsEndpoint {
 
     fn registrar(&self) -> VerbsRegistrar {
         VerbsRegistrar { domain: self.queue_pair.domain().clone() }
+    }
+
+    fn stage(&self) -> io::Result<(Span, Region)> {
+        // Kept with the ring: bringing its pages in would take as long as those of a tenth of the ring.
+        Ok(self.ring.as_ref().ok_or(io::ErrorKind::NotConnected)?.ring().stage())
     }
 
     fn write(
@@ -148,16 +156,10 @@ impl Endpoint for VerbsEndpoint {
     }
 
     fn cut(&mut self) {
-        // The queue pair first: from then on the key opens nothing, whoever else holds the region.
+        // The queue pair first: from then on the key opens nothing. Should the device not let go of it, the ring is lost,
+        // and deregistered at once, whatever that takes.
         self.queue_pair.cut();
-        if self.queue_pair.is_stuck() {
-            // Then the key has to go at once, whatever that takes.
-            self.ring = None;
-        }
-    }
-
-    fn take_ring(&mut self) -> Option<Region> {
-        self.ring.take()
+        self.ring = None;
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Stands between the link, which posts, and the registrar, which takes milliseconds for a window. Nothing waits for
 //! it: what is not registered (yet, or any more, or cannot be) is copied through the stage ([`super::stage`]), which was
-//! registered when the link was made. Which windows are worth their registration is decided in [`cache`], and carried
+//! registered before the link was made. Which windows are worth their registration is decided in [`cache`], and carried
 //! out by a thread of its own in [`registry`]; how much may be registered is worked out in [`memory`].
 //!
 //! Invariants:
@@ -17,7 +17,7 @@
 //! them: the window is staged and tried again much later, and want of memory lowers the limit.
 
 use super::endpoint::{Piece, Registrar};
-use super::stage::Stage;
+use super::stage::{self, Stage};
 use costandby_ffi::mapping::{Mapping, Span};
 use std::io;
 use std::sync::Arc;
@@ -80,15 +80,22 @@ struct Disk<Region> {
 }
 
 impl<R: Registrar> Windows<R> {
-    /// Registers the stage, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks for
-    /// a few milliseconds.
+    /// Registers a stage, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks while
+    /// the stage's memory is brought in.
     ///
     /// # Errors
     /// When the stage cannot be registered, or the system gives no thread.
     pub fn new(registrar: &R, limit_bytes: u64) -> io::Result<Self> {
-        let stage = Stage::new(registrar)?;
+        Self::with_stage(registrar, stage::make(registrar)?, limit_bytes)
+    }
+
+    /// The same over memory for the stage that is registered already. Does not block.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub(super) fn with_stage(registrar: &R, stage: (Span, R::Region), limit_bytes: u64) -> io::Result<Self> {
         let registry = Registry::start(registrar.clone())?;
-        Ok(Self { stage, registry, limit_bytes, disk: None })
+        Ok(Self { stage: Stage::new(stage), registry, limit_bytes, disk: None })
     }
 
     /// Where to send `span`'s bytes from `from` on, at most `len_max` of them and perhaps fewer, with the work request
@@ -167,11 +174,6 @@ impl<R: Registrar> Windows<R> {
         if let Some(disk) = &mut self.disk {
             disk.cache.done_up_to(id);
         }
-    }
-
-    /// Has the thread end a registration, and give up the memory behind it. Once a link, when it ends.
-    pub(super) fn retire(&self, region: R::Region, memory: Span) {
-        self.registry.retire(region, memory);
     }
 
     /// What was done so far.

@@ -107,6 +107,39 @@ impl End {
     }
 }
 
+/// A ring that outlives connections: registered in a domain made before them.
+struct Kept {
+    domain: Domain,
+    ring: Span,
+    region: Region,
+    private: Vec<u8>,
+}
+
+impl Kept {
+    fn new(address: IpAddr) -> Self {
+        let domain = Domain::at(address).unwrap();
+        let (region, ring, private) = register_ring(&domain);
+        Self { domain, ring, region, private }
+    }
+
+    /// An end whose ring this is, which takes the connection of another that has its own.
+    fn accept(&self, address: IpAddr) -> (End, End) {
+        let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
+        assert!(listener.is_on(&self.domain));
+        let peer = listener.local_address();
+        let active = thread::spawn(move || {
+            let resolved = Resolved::new(None, peer, soon()).unwrap();
+            let (region, ring, private) = register_ring(resolved.domain());
+            End::new(resolved.connect(&SETTINGS, &private, soon()).unwrap(), region, ring)
+        });
+        let request = listener.request(soon()).unwrap().expect("somebody connects");
+        let request = request.open_within(&self.domain).unwrap();
+        let established = request.accept(&SETTINGS, &self.private, soon()).unwrap();
+        let end = End::new(established, self.region.clone(), self.ring.clone());
+        (end, active.join().unwrap())
+    }
+}
+
 /// Two connected ends; the first one connected to the second.
 fn pair(address: IpAddr) -> (End, End) {
     let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
@@ -415,6 +448,63 @@ fn a_request_nobody_answers_ends_with_the_deadline() {
     let error = resolved.connect(&SETTINGS, &[], start + Duration::from_millis(300)).unwrap_err();
     assert!(matches!(error, VerbsError::Timeout { .. }), "{error}");
     assert_within(start, Duration::from_secs(2));
+}
+
+#[test]
+fn a_ring_serves_one_connection_after_another_and_each_peer_reaches_it_only_over_its_own() {
+    let Some((address, _alone)) = device() else { return };
+    let kept = Kept::new(address);
+    assert_eq!(kept.domain.state(), DomainState::Free);
+    let mut numbers = Vec::new();
+    let mut former: Option<End> = None;
+    for round in 1..=4 {
+        let (mut end, mut peer) = kept.accept(address);
+        assert_eq!(kept.domain.state(), DomainState::Taken);
+        assert_eq!(peer.peer_ring.key, kept.region.remote_key(), "the key is the same each time");
+        numbers.push(end.queue_pair.number());
+        peer.fill(round);
+        peer.write(0, 4096, Some(1), 1, true);
+        peer.queue_pair.ring_doorbell().unwrap();
+        end.expect(1);
+        assert_eq!(end.ring_bytes(0, 4096), vec![round; 4096]);
+        if let Some(mut former) = former.take() {
+            // The peer of the connection before has its queue pair still, the address and the key.
+            former.fill(0xee);
+            for id in 0..8 {
+                former.write(0, 4096, Some(2), id, true);
+            }
+            // Nobody is told of it, whether or not the device takes it.
+            let _ = former.queue_pair.ring_doorbell();
+            former.failure();
+            assert_eq!(end.ring_bytes(0, 4096), vec![round; 4096], "a late write landed");
+            let mut room = [Completion::Done { id: 0 }; 4];
+            assert_eq!(end.queue_pair.poll(&mut room).unwrap(), 0, "a late write was told");
+        }
+        end.queue_pair.cut();
+        assert_eq!(kept.domain.state(), DomainState::Free);
+        former = Some(peer);
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 4, "a queue pair's number came again");
+}
+
+#[test]
+fn a_queue_pair_gets_no_number_that_its_domain_had_lately() {
+    let Some((address, _alone)) = device() else { return };
+    let kept = Kept::new(address);
+    let (mut end, _peer) = kept.accept(address);
+    let number = end.queue_pair.number();
+    assert!(!kept.domain.had(number));
+    // The device goes on counting; whichever numbers it has in mind next are said to have been used.
+    (number..number + 40).for_each(|used| {
+        kept.domain.created();
+        kept.domain.destroyed(used, false);
+    });
+    end.queue_pair.cut();
+    let (end, _peer) = kept.accept(address);
+    let next = end.queue_pair.number();
+    assert!(!kept.domain.had(next), "{next} came again after {number}");
 }
 
 #[test]

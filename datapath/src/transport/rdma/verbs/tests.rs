@@ -5,8 +5,8 @@ use super::*;
 use crate::transport::Link;
 use crate::transport::fault::{FaultLink, Plan, tests as faults};
 use crate::transport::laws::Ends;
+use crate::transport::rdma::ring::Ring;
 use crate::transport::rdma::{Joined, RdmaLink};
-use costandby_ffi::mapping::Mapping;
 use costandby_ffi::testing::{scaled, skip_outside_rig};
 use costandby_ffi::verbs::{Established, Listener, Resolved, Settings};
 use std::net::{IpAddr, SocketAddr};
@@ -22,53 +22,41 @@ fn soon() -> Instant {
     Instant::now() + scaled(Duration::from_secs(20))
 }
 
-/// A ring of any length, as two of our own introduce themselves only with larger ones.
-struct Ring {
-    mapping: Arc<Mapping>,
-    region: Region,
+/// What the other end is told of a ring of any length: two of our own introduce themselves only with larger ones.
+fn private(ring: &RingLease) -> Vec<u8> {
+    let region = ring.ring().region();
+    [&region.address().to_le_bytes()[..], &region.remote_key().to_le_bytes()].concat()
 }
 
-impl Ring {
-    fn new(domain: &Domain, len: usize) -> Self {
-        let mapping = Mapping::ring(len).unwrap();
-        let region = Region::ring(domain, &mapping.span(0, mapping.len())).unwrap();
-        Self { mapping, region }
-    }
-
-    fn private(&self) -> Vec<u8> {
-        [&self.region.address().to_le_bytes()[..], &self.region.remote_key().to_le_bytes()].concat()
-    }
-
-    fn link(self, established: Established) -> RdmaLink<VerbsEndpoint> {
-        let Established { queue_pair, private } = established;
-        let address = u64::from_le_bytes(private[..8].try_into().unwrap());
-        let key = u32::from_le_bytes(private[8..12].try_into().unwrap());
-        let joined = Joined {
-            peer_ring_len: self.mapping.len() / 2,
-            ring: self.mapping,
-            receives: SETTINGS.receive_len,
-            peer_receives: SETTINGS.receive_len,
-            companion: None,
-            windows_limit_bytes: 1 << 30,
-        };
-        let endpoint = VerbsEndpoint::new(queue_pair, self.region, Target { address, key }).unwrap();
-        RdmaLink::new(endpoint, joined).unwrap()
-    }
+fn link(ring: RingLease, established: Established) -> RdmaLink<VerbsEndpoint> {
+    let Established { queue_pair, private } = established;
+    let address = u64::from_le_bytes(private[..8].try_into().unwrap());
+    let key = u32::from_le_bytes(private[8..12].try_into().unwrap());
+    let joined = Joined {
+        peer_ring_len: ring.ring().len(),
+        ring: Arc::clone(ring.ring().mapping()),
+        receives: SETTINGS.receive_len,
+        peer_receives: SETTINGS.receive_len,
+        companion: None,
+        windows_limit_bytes: 1 << 30,
+    };
+    let endpoint = VerbsEndpoint::new(queue_pair, ring, Target { address, key }).unwrap();
+    RdmaLink::new(endpoint, joined).unwrap()
 }
 
 fn pair(address: IpAddr, ring_len: usize, plan: Option<Plan>) -> Ends {
+    let [ours, theirs] = [(); 2].map(|()| RingLease::of(Ring::new(address, ring_len, |_| true).unwrap()));
     let listener = Listener::bind(SocketAddr::new(address, 0)).unwrap();
     let peer = listener.local_address();
     let passive = std::thread::spawn(move || {
-        let request = listener.request(soon()).unwrap().unwrap().open().unwrap();
-        let ring = Ring::new(request.domain(), ring_len);
-        let private = ring.private();
-        ring.link(request.accept(&SETTINGS, &private, soon()).unwrap())
+        let request = listener.request(soon()).unwrap().unwrap();
+        let request = request.open_within(theirs.ring().domain()).unwrap();
+        let established = request.accept(&SETTINGS, &private(&theirs), soon()).unwrap();
+        link(theirs, established)
     });
-    let resolved = Resolved::new(None, peer, soon()).unwrap();
-    let ring = Ring::new(resolved.domain(), ring_len);
-    let private = ring.private();
-    let active = ring.link(resolved.connect(&SETTINGS, &private, soon()).unwrap());
+    let resolved = Resolved::within(ours.ring().domain(), None, peer, soon()).unwrap();
+    let established = resolved.connect(&SETTINGS, &private(&ours), soon()).unwrap();
+    let active = link(ours, established);
     let ends = [active, passive.join().unwrap()];
     let [here, there] = ends.map(|link| match plan {
         None => Box::new(link) as Box<dyn Link>,

@@ -10,14 +10,12 @@ use costandby_ffi::mapping::Span;
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use std::io;
 
-/// Jobs queued: a registration, the ring's end, and the last.
-const QUEUE_LEN: usize = 3;
+/// Jobs queued: a registration, and the last.
+const QUEUE_LEN: usize = 2;
 
 /// What is done in one go: first the ends, then the registration.
 struct Job<Region> {
     end: Vec<Region>,
-    /// Memory that goes with them.
-    unmap: Option<Span>,
     register: Option<Span>,
 }
 
@@ -39,7 +37,6 @@ impl<Region: Send + 'static> Registry<Region> {
         let work = move || {
             for job in queue {
                 drop(job.end);
-                drop(job.unmap);
                 let Some(span) = job.register else { continue };
                 if done.send(registrar.register(&span)).is_err() {
                     return;
@@ -52,20 +49,14 @@ impl<Region: Send + 'static> Registry<Region> {
 
     /// Ends these registrations, then makes one of `span`. Only after the result of the one before was taken.
     pub(super) fn register(&self, end: Vec<Region>, span: Span) {
-        let sent = self.jobs.try_send(Job { end, unmap: None, register: Some(span) });
+        let sent = self.jobs.try_send(Job { end, register: Some(span) });
         assert!(sent.is_ok(), "the registrar has one job at a time, until the link ends");
-    }
-
-    /// Ends one registration, and gives up the memory. Once.
-    pub(super) fn retire(&self, region: Region, memory: Span) {
-        // A thread that is gone ended it by dropping it.
-        let _ = self.jobs.try_send(Job { end: vec![region], unmap: Some(memory), register: None });
     }
 
     /// Ends these registrations. The last job.
     pub(super) fn end(&self, end: Vec<Region>) {
         // A thread that is gone ended them by dropping them.
-        let _ = self.jobs.try_send(Job { end, unmap: None, register: None });
+        let _ = self.jobs.try_send(Job { end, register: None });
     }
 
     /// The result, if it is there. Does not block, takes no lock.

@@ -4,16 +4,17 @@
 use super::*;
 use crate::disk::image::Extent;
 use crate::transport::rdma::endpoint::{Completion, Endpoint};
-use crate::transport::rdma::private::Secret;
-use crate::transport::rdma::setup::{Connected, Listening, dial};
+use crate::transport::rdma::setup::{Connected, both_ends};
 use costandby_ffi::testing::{scaled, skip_outside_rig};
 
 const RING_LEN: usize = 64 << 20;
 const LEN: usize = 64 << 10;
 const SIZE: u64 = 1 << 20;
 
+const STEP_MAX: Duration = Duration::from_secs(30);
+
 fn soon() -> Instant {
-    Instant::now() + scaled(Duration::from_secs(30))
+    Instant::now() + scaled(STEP_MAX)
 }
 
 /// A disk at one end, and what arrives at the other.
@@ -25,12 +26,7 @@ struct Device {
 
 impl Device {
     fn new(address: std::net::IpAddr) -> Self {
-        let secret = Secret([7; 16]);
-        let listening = Listening::bind(address, secret).expect("listens");
-        let peer = listening.address();
-        let passive = std::thread::spawn(move || listening.accept(RING_LEN, soon()));
-        let here = dial(address, peer, secret, RING_LEN, soon()).expect("connects");
-        let there = passive.join().expect("joins").expect("accepts");
+        let [here, there] = both_ends(address, RING_LEN, STEP_MAX).expect("connects");
         Self { here, there, id: 0 }
     }
 
