@@ -32,13 +32,15 @@ fail() {
 
 # Where packages come from: the system's own sources, or backports alone, from the mirror that the system uses.
 sources=()
+mirror=
 read_backports() {
-    local found mirror=http://deb.debian.org/debian keyring=/usr/share/keyrings/debian-archive-keyring.gpg options=
+    local found keyring=/usr/share/keyrings/debian-archive-keyring.gpg options=
     found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
         sed -nE 's,^(deb( +\[[^]]*\])?|URIs:) +(https?://[^ ]*/debian)/?( .*)?$,\3,p' | head -n 1) || true
-    [ -f "$keyring" ] && options="[signed-by=$keyring] "
+    mirror=${found:-http://deb.debian.org/debian}
+    if [ -f "$keyring" ]; then options="[signed-by=$keyring] "; fi
     mkdir -p "$dir/apt/sources"
-    echo "deb ${options}${found:-$mirror} bookworm-backports main" >"$dir/apt/sources/backports.list"
+    echo "deb $options$mirror bookworm-backports main" >"$dir/apt/sources/backports.list"
     # Installed packages play no part: an empty status, or the system's kernel might count as newer.
     : >"$dir/apt/status"
     sources=(-o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$dir/apt/sources" -o "Dir::State::status=$dir/apt/status")
@@ -65,7 +67,7 @@ fetch_kernel() {
     if [ "$kernel" = 6.12 ]; then
         read_backports
         from="$package of bookworm-backports"
-        advice="the guest with Linux 6.12 needs $(cut -d' ' -f2- "$dir/apt/sources/backports.list"): is there a network, and can this machine reach that?"
+        advice="the guest with Linux 6.12 needs bookworm-backports of $mirror: is there a network, and can this machine reach that mirror?"
     fi
     echo "fetching the guest's kernel ($from; some 70 to 100 MB, once)"
     private_apt apt-get update >"$dir/apt/log" 2>&1 || true
