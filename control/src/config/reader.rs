@@ -215,8 +215,7 @@ impl<'a> Table<'a> {
     /// A table where a string belongs: a name with dots, most likely.
     fn dotted_string(&self, key: &str, at: At, inner: &DeTable<'_>) -> ConfigError {
         let (mut name, mut table) = (key.to_owned(), inner);
-        loop {
-            let Some((key, value)) = table.iter().next() else { break };
+        while let Some((key, value)) = table.iter().next() {
             name = format!("{name}.{}", key.get_ref());
             match value.get_ref() {
                 DeValue::Table(inner) => table = inner,
@@ -297,7 +296,7 @@ fn near<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str
         .filter(|word| !opposite(&word.to_lowercase()))
         .map(|word| (distance(&word.to_lowercase()), word))
         .min_by_key(|(distance, _)| *distance)
-        .filter(|(distance, word)| *distance <= word.len().div_ceil(3).max(2) - 1)
+        .filter(|(distance, word)| *distance < word.len().div_ceil(3).max(2))
         .map(|(_, word)| word)
 }
 

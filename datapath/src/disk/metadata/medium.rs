@@ -137,11 +137,11 @@ impl FileMedium {
         let path = self.path.display();
         match self.file.set_permissions(std::fs::Permissions::from_mode(mode & FILE_MODE)) {
             Ok(()) => {
-                tracing::info!("metadata {path} had mode {mode:04o}, and has {:04o} now", mode & FILE_MODE)
+                tracing::info!("metadata {path} had mode {mode:04o}, and has {:04o} now", mode & FILE_MODE);
             }
             // It is another user's. The daemon works all the same.
             Err(error) => {
-                tracing::warn!("metadata {path} has mode {mode:04o}, which should be 0600: {error}")
+                tracing::warn!("metadata {path} has mode {mode:04o}, which should be 0600: {error}");
             }
         }
     }
