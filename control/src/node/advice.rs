@@ -94,7 +94,7 @@ impl Case<'_> {
                 (
                     format!("disk {shown} is missing, and so is its metadata"),
                     self.again(&format!(
-                        "mount its file system; if this disk was never made, `costandby create {}`",
+                        "mount its file system; if this disk was never made, `costandby create {}` with this daemon's --config and --node",
                         self.volume
                     )),
                 )

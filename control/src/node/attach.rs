@@ -161,11 +161,11 @@ impl Attachment {
                     Some(Input::Admin { command, reply }) if began.elapsed() < COMMAND_WAIT_MAX => {
                         waiting.push(Input::Admin { command, reply });
                     }
-                    Some(input) => self.decline(input, &advice, &format!("volume {volume}: {advice}: try again later")),
+                    Some(input) => self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later")),
                 },
                 () = tokio::time::sleep_until(began + COMMAND_WAIT_MAX), if !waiting.is_empty() => {
                     for input in waiting.drain(..) {
-                        self.decline(input, &advice, &format!("volume {volume}: {advice}: try again later"));
+                        self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later"));
                     }
                 }
             }
@@ -203,7 +203,7 @@ impl Attachment {
                     Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
                         return Some(reply);
                     }
-                    Some(input) => self.decline(input, &problem, &refusal),
+                    Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
                 },
                 _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.peer_address, unable.clone()),
             }
@@ -211,13 +211,13 @@ impl Attachment {
     }
 
     /// Answers what came for a volume that is not in service.
-    fn decline(&self, input: Input, to_peer: &str, to_operator: &str) {
+    fn decline(&self, input: Input, code: RefuseCode, to_peer: &str, to_operator: &str) {
         match input {
             Input::Admin { reply, .. } => {
                 let _ = reply.send(Err(to_operator.to_owned()));
             }
             Input::Accepted { stream, .. } | Input::UpgradeAsked { stream, .. } => {
-                peers::part(stream, Refuse { code: RefuseCode::Disks, text: to_peer.to_owned() });
+                peers::part(stream, Refuse { code, text: to_peer.to_owned() });
             }
             Input::PeerUnable { text } => {
                 self.shared.peer_said(&text);

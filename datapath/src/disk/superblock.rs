@@ -413,7 +413,7 @@ pub enum CopyError {
 }
 
 /// What new metadata costs. Said wherever it is named as a way out: what this disk holds may be the newest data.
-pub(super) const GIVE_UP: &str = "`costandby create VOLUME --force` makes new metadata and gives up what the disk holds, to \
+pub(super) const GIVE_UP: &str = "`costandby create --force VOLUME` makes new metadata and gives up what the disk holds, to \
      be overwritten from the peer: do that only if the peer has all of the data, and save the disk first where that is not known";
 
 /// Why metadata cannot be created, read or stored.

@@ -534,7 +534,7 @@ fn new_metadata_is_never_named_without_its_price_nor_an_old_copy_as_a_way_out() 
     ];
     for error in errors {
         let text = error.to_string();
-        assert!(text.contains("create VOLUME --force"), "{text}");
+        assert!(text.contains("costandby create --force VOLUME"), "{text}");
         assert!(text.contains("only if the peer has all of the data"), "{text}");
         assert!(!text.contains("restore"), "{text}");
     }
