@@ -214,7 +214,7 @@ fn one_damaged_copy_is_reported_and_two_are_an_error_that_says_what_to_do() {
     };
     assert!(matches!(first, CopyError::Checksum { .. }), "{first}");
     assert!(matches!(second, CopyError::Magic { .. }), "{second}");
-    assert!(error.to_string().contains("create VOLUME --force"), "{error}");
+    assert!(error.to_string().contains("create --force VOLUME"), "{error}");
 }
 
 #[test]
