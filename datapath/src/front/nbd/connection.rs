@@ -347,6 +347,8 @@ impl Connection {
         self.open -= 1;
         match result {
             Ok(()) => self.reply_ok(cookie),
+            // A write whose payload is still arriving holds its range: the close gives that back.
+            Err(IoError::NotPrimary) if matches!(self.input, Input::Payload { .. }) => {}
             Err(IoError::NotPrimary) => self.input = Input::Ended,
             Err(error) => self.reply_error(cookie, error.into(), &error.to_string()),
         }

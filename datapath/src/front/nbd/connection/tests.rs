@@ -209,3 +209,40 @@ fn what_cannot_be_finished_any_more_is_not_answered_either() {
     end(connection, &mut volume);
     assert_eq!(replies(&mut client), []);
 }
+
+#[test]
+fn a_half_received_write_gives_its_range_back_when_the_node_stops_serving_at_once() {
+    let (mut client, mut connection) = connected(Instant::now());
+    let mut volume = waiting_volume();
+    connection.open(0, OPENED);
+    client.write_all(&write_request(1, 0)).expect("sends");
+    let late = write_request(2, 4096);
+    client.write_all(&late[..late.len() - 1]).expect("sends");
+    serve(&mut connection, &mut volume);
+    assert_eq!(connection.open, 2, "one waits for the peer, one for its payload");
+    assert!(connection.in_payload());
+    // As when a peer that serves deposes this node: no quiesce comes before.
+    volume.stop_serving();
+    for notice in std::mem::take(&mut volume.notices) {
+        if let Notice::Done { origin: Origin::Nbd { cookie, .. }, result } = notice {
+            connection.done(cookie, result);
+        }
+    }
+    let _ = connection.service(&mut volume, Instant::now());
+    connection.close(Some(&mut volume));
+    assert_eq!(replies(&mut client), []);
+
+    volume.serve();
+    volume.go_alone();
+    let (mut client, mut connection) = connected(Instant::now());
+    connection.open(0, OPENED);
+    client.write_all(&write_request(3, 4096)).expect("sends");
+    serve(&mut connection, &mut volume);
+    for notice in std::mem::take(&mut volume.notices) {
+        if let Notice::Done { origin: Origin::Nbd { cookie, .. }, result } = notice {
+            connection.done(cookie, result);
+        }
+    }
+    assert!(!matches!(connection.input, Input::AwaitsLock { .. }), "the range is still locked");
+    assert_eq!(connection.open, 0, "the range is free again: the write is answered");
+}
