@@ -17,6 +17,7 @@ use crate::pair::{ALPHA, BETA, NODES, Pair, Settings as PairSettings, VolumeSett
 use crate::patience::Limits;
 use crate::process::{Ran, run as run_program, system_command};
 use crate::wait_for;
+use std::cell::Cell;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -33,8 +34,13 @@ const PROBES: u32 = 4;
 /// two attempts.
 const WIRE_DOWN: Duration = Duration::from_secs(2);
 
+const NODES_OF_PAIR: [usize; 2] = [ALPHA, BETA];
+
 const VOLUME: &str = "db";
 const SIZE_MIB: u64 = 16;
+
+/// How often each time is taken, until one is short enough: the host may have been busy with something else for a second.
+const TRIES: usize = 3;
 
 /// Between two writes.
 const WRITE_PAUSE: Duration = Duration::from_millis(20);
@@ -116,35 +122,47 @@ pub fn inside() {
     };
     let mut pair = Pair::create(settings);
     let mut sessions = Sessions { seen: [0; 2], slower: slower(&pair) };
-    pair.up(ALPHA);
-
-    let began = Instant::now();
-    pair.up(BETA);
-    sessions.next(&pair, "#started", began);
+    let run_already = Cell::new(false);
+    sessions.next(&mut pair, "#started", |pair| {
+        if run_already.replace(true) {
+            NODES_OF_PAIR.into_iter().for_each(|node| pair.kill(node));
+        }
+        pair.up(ALPHA);
+        let began = Instant::now();
+        pair.up(BETA);
+        began
+    });
     let writing = Ledger::new(SIZE_MIB << 20).write_slowly(&pair.uri(ALPHA, VOLUME), 1, WRITE_PAUSE);
     some_writes(&writing);
 
     // The connection beside the link ends, by which each node notices the end of the other.
-    let began = Instant::now();
-    pair.proxy().cut();
-    sessions.next(&pair, "#again", began);
+    sessions.next(&mut pair, "#again", |pair| {
+        some_writes(&writing);
+        let began = Instant::now();
+        pair.proxy().cut();
+        began
+    });
     some_writes(&writing);
 
     // The device has no wire for a while.
-    set_wire("down");
-    for node in [ALPHA, BETA] {
-        pair.wait_status(node, VOLUME, "without its peer", |status| status.connection != "connected");
-    }
-    std::thread::sleep(WIRE_DOWN);
-    let began = Instant::now();
-    set_wire("up");
-    sessions.next(&pair, "#plugged", began);
+    sessions.next(&mut pair, "#plugged", |pair| {
+        set_wire("down");
+        for node in NODES_OF_PAIR {
+            pair.wait_status(node, VOLUME, "without its peer", |status| status.connection != "connected");
+        }
+        std::thread::sleep(WIRE_DOWN);
+        let began = Instant::now();
+        set_wire("up");
+        began
+    });
     some_writes(&writing);
 
-    pair.kill(BETA);
-    let began = Instant::now();
-    pair.up(BETA);
-    sessions.next(&pair, "#restarted", began);
+    sessions.next(&mut pair, "#restarted", |pair| {
+        pair.kill(BETA);
+        let began = Instant::now();
+        pair.up(BETA);
+        began
+    });
     some_writes(&writing);
 
     let mut ledger = writing.finish_ok();
@@ -162,23 +180,39 @@ struct Sessions {
 }
 
 impl Sessions {
-    /// Waits for the next session, and holds the time against what it may take.
-    fn next(&mut self, pair: &Pair, line: &str, began: Instant) {
-        for node in [ALPHA, BETA] {
+    /// Has a session begin anew, waits for it, and holds the time since the instant that `begin` gives against what it may
+    /// take.
+    fn next(&mut self, pair: &mut Pair, line: &str, begin: impl Fn(&mut Pair) -> Instant) {
+        let most = LINK_MAX.mul_f64(self.slower);
+        let (mut notes, mut in_time) = (Vec::new(), false);
+        while !in_time && notes.len() < TRIES {
+            let began = begin(pair);
+            let took = self.wait(pair, began);
+            let status = pair.status(ALPHA, VOLUME).expect("a daemon answers");
+            assert_eq!(status.link, "rdma", "{status:?}");
+            notes.push(format!("{:.2} s", took.as_secs_f64()));
+            in_time = took <= most;
+        }
+        let most_s = most.as_secs_f64();
+        let note = format!(
+            "{}, of {most_s:.2} s (a guest {:.1} × as slow as usual)",
+            notes.join(", then "),
+            self.slower
+        );
+        assert!(in_time, "{}: the link was there after {note}", &line[1..]);
+        println!("{line} {note}");
+    }
+
+    /// How long both daemons took from `began` to their next session.
+    fn wait(&mut self, pair: &Pair, began: Instant) -> Duration {
+        for node in NODES_OF_PAIR {
             let what = format!("{} has a session", NODES[node]);
             self.seen[node] = wait_for(&what, LIMIT, || {
                 let count = pair.log(node).lines().filter(|line| line.contains(": connected")).count();
                 (count > self.seen[node]).then_some(count)
             });
         }
-        let took = began.elapsed();
-        let status = pair.status(ALPHA, VOLUME).expect("a daemon answers");
-        assert_eq!(status.link, "rdma", "{status:?}");
-        let most = LINK_MAX.mul_f64(self.slower);
-        let [took_s, most_s] = [took, most].map(|time| time.as_secs_f64());
-        let note = format!("{took_s:.2} s, of {most_s:.2} s (a guest {:.1} × as slow as usual)", self.slower);
-        assert!(took <= most, "{}: the link was there after {note}", &line[1..]);
-        println!("{line} {note}");
+        began.elapsed()
     }
 }
 
