@@ -135,6 +135,11 @@ pub struct Reactor {
     link_ready: Vec<bool>,
     connections: Vec<Option<Connection>>,
     connections_len: usize,
+    connections_max: usize,
+    /// Clients turned away since the last one was let in.
+    turned_away: u64,
+    /// The system refused to give the last one's socket.
+    accept_refused: bool,
     connection_serial: u32,
     queues: Vec<Queue>,
     /// When the last turn in full began.
@@ -177,6 +182,9 @@ impl Reactor {
             absent: HashMap::new(),
             connections: Vec::new(),
             connections_len: 0,
+            connections_max: CONNECTIONS_MAX,
+            turned_away: 0,
+            accept_refused: false,
             connection_serial: 0,
             queues: Vec::new(),
             turned: now,
@@ -195,6 +203,14 @@ impl Reactor {
         }
         let counters = Arc::new(Mutex::new(known));
         Ok((reactor, ReactorHandle { commands: command_sender, waker, counters }))
+    }
+
+    /// The same, which serves at most this many NBD connections at a time, where that is less than [`CONNECTIONS_MAX`]: what
+    /// its owner has descriptors for.
+    #[must_use]
+    pub fn with_connections_max(mut self, connections_max: usize) -> Self {
+        self.connections_max = connections_max.min(CONNECTIONS_MAX);
+        self
     }
 
     fn add_volume(&mut self, spec: VolumeSpec, counters: Arc<VolumeCounters>, now: Instant) {
@@ -418,12 +434,17 @@ impl Reactor {
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => continue,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept an NBD client");
+                    // Looked at again once a second ([`Reactor::keep_time`]), so said once.
+                    if !std::mem::replace(&mut self.accept_refused, true) {
+                        tracing::warn!(%error, "cannot accept NBD clients, which is tried again every second");
+                    }
                     return;
                 }
             };
-            if self.connections_len >= CONNECTIONS_MAX {
-                tracing::warn!("an NBD client was turned away: {CONNECTIONS_MAX} are connected");
+            if std::mem::take(&mut self.accept_refused) {
+                tracing::info!("NBD clients are accepted again");
+            }
+            if !self.has_place() {
                 continue;
             }
             // Not a TCP socket: then there is nothing to set. A client whose host is gone is noticed in about two minutes.
@@ -446,6 +467,27 @@ impl Reactor {
             self.connections[index] = Some(Connection::new(socket, number, self.connection_serial, now));
             self.connections_len += 1;
         }
+    }
+
+    /// Whether one more NBD connection may be served. Who is turned away is told of once, and counted until there is a place.
+    fn has_place(&mut self) -> bool {
+        let max = self.connections_max;
+        if self.connections_len >= max {
+            if self.turned_away == 0 {
+                tracing::warn!(
+                    "an NBD client was turned away, as others are until one leaves: {max} are connected"
+                );
+            }
+            self.turned_away += 1;
+            return false;
+        }
+        if self.turned_away > 0 {
+            tracing::info!(
+                "NBD clients are let in again: {} were turned away",
+                std::mem::take(&mut self.turned_away)
+            );
+        }
+        true
     }
 
     fn serve_connections(&mut self, now: Instant) -> bool {
