@@ -6,6 +6,7 @@ pub mod admin_client;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+mod descriptors;
 pub mod generation;
 pub mod hello;
 pub mod kernel;

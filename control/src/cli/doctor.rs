@@ -8,6 +8,7 @@
 use super::{CONFIG_DEFAULT, CliError, Colour, Place, colours_wanted, print};
 use crate::config::quantity::display_size;
 use crate::config::{Config, Disk, Endpoint, Node, Volume};
+use crate::descriptors::{self, Judged, Need};
 use costandby_datapath::disk::metadata::MetadataError;
 use costandby_datapath::disk::metadata::inspect::{Inspection, inspect};
 use costandby_datapath::disk::metadata::medium::FileMedium;
@@ -126,10 +127,26 @@ fn configuration(place: &Place, checks: &mut Vec<Check>) {
     if !running {
         addresses(node, checks);
     }
+    checks.push(descriptors_check(Need::here(&config, node), node.name.as_str(), descriptors::limit()));
     let command_line = config.command_line(node.name.as_str());
     for (volume, disk) in config.volumes_of(node.name.as_str()) {
         checks.extend(disk_checks(&command_line, node, volume, disk, running));
         checks.push(rdma::volume_check(node, volume));
+    }
+}
+
+/// Whether a daemon that is started from here could have the descriptors that its volumes need.
+fn descriptors_check(need: Need, node: &str, limit: u64) -> Check {
+    match need.judge(limit) {
+        Judged::Enough(clients) => Check::ok(
+            "descriptors",
+            format!("{} at least; {limit} leave {clients} for NBD connections", need.sum()),
+        ),
+        Judged::FewClients(clients) => {
+            let text = format!("{limit} leave only {clients} for NBD connections: {}", need.remedy());
+            Check::warn("descriptors", text)
+        }
+        Judged::TooFew => Check::fail("descriptors", need.refusal(node, limit)),
     }
 }
 

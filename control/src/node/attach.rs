@@ -9,6 +9,7 @@
 //! is safe to break off), tries without end.
 
 use super::advice::Case;
+use super::blocking::blocking;
 use super::open::{self, OpenError, OpenVolume};
 use super::peers;
 use super::registry::{Phase, Registry, Shared};
@@ -132,7 +133,7 @@ impl Attachment {
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
         let peer = self.settings.peer.clone();
-        let mut opening = tokio::task::spawn_blocking(move || {
+        let opening = blocking(move || {
             open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
                 let (volume, size) = (config.name.as_str(), config.size);
@@ -142,6 +143,7 @@ impl Attachment {
                 Box::new(Failure { advice: case.text(), problem: case.problem(), distrusted, found })
             })
         });
+        tokio::pin!(opening);
         let began = Instant::now();
         let mut waiting: Vec<Input> = Vec::new();
         loop {
@@ -151,7 +153,7 @@ impl Attachment {
                         // Whoever has the volume next answers them.
                         let _ = self.shared.inbox.send(input);
                     }
-                    return match opened.expect("a panic has ended the process") {
+                    return match opened {
                         Ok(opened) => Tried::Open(Box::new(opened)),
                         Err(failure) => Tried::Failed(failure),
                     };

@@ -8,6 +8,7 @@
 
 use crate::admin::{self, AdminBackend, AdminError, AdminServer};
 use crate::config::{Config, ConfigError, Endpoint, Node};
+use crate::descriptors::{self, Judged, Need};
 use crate::kernel::{boot_id, random_source};
 use crate::role::VolumeSettings;
 use addresses::Addresses;
@@ -29,6 +30,7 @@ use volume::{Input, Surroundings};
 mod addresses;
 mod advice;
 mod attach;
+mod blocking;
 mod link;
 mod listeners;
 mod negotiate;
@@ -64,6 +66,12 @@ pub enum NodeError {
         /// The configuration.
         file: PathBuf,
     },
+    /// The system gives fewer descriptors than the volumes need.
+    #[error("{text}")]
+    Descriptors {
+        /// How many are needed, how many there are, what to do.
+        text: String,
+    },
     /// A daemon of this node runs already.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
@@ -86,6 +94,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     signals::ignore_those_that_ask_for_nothing();
     config.check_supported(node)?;
     let this = config.node(node)?.clone();
+    let connections_max = descriptors_for_clients(config, &this)?;
     let addresses = Arc::new(Addresses::default());
     // Two daemons of a node would be at each other's throat; anything else that is wrong with the socket can wait.
     let admin = match AdminServer::bind(&this.admin) {
@@ -106,6 +115,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
         ReactorConfig { poll: this.poll, peer_timeout: config.peer_timeout, nbd_listeners: Vec::new() };
     let (reactor, handle) =
         Reactor::new(reactor_config, Vec::new(), event_sender).map_err(system("the reactor"))?;
+    let reactor = reactor.with_connections_max(connections_max);
     let reactor_thread = std::thread::Builder::new()
         .name("reactor".into())
         .spawn(move || reactor.run())
@@ -126,6 +136,29 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     runtime.shutdown_background();
     tracing::info!(node, "stopped");
     served
+}
+
+/// Has the system give all the descriptors it may, and gives how many NBD connections they are enough for.
+fn descriptors_for_clients(config: &Config, node: &Node) -> Result<usize, NodeError> {
+    let (limit, need) = (descriptors::raise_limit(), Need::here(config, node));
+    let clients = match need.judge(limit) {
+        Judged::TooFew => {
+            return Err(NodeError::Descriptors { text: need.refusal(node.name.as_str(), limit) });
+        }
+        Judged::FewClients(clients) => {
+            tracing::warn!(
+                "of the {limit} descriptors that the system gives this process {clients} are left for NBD connections, and more \
+                 are turned away: {}",
+                need.remedy()
+            );
+            clients
+        }
+        Judged::Enough(clients) => {
+            tracing::debug!(limit, clients, "descriptors needed: {}", need.sum());
+            clients
+        }
+    };
+    Ok(usize::try_from(clients).unwrap_or(usize::MAX))
 }
 
 fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::SocketAddr) {

@@ -57,10 +57,14 @@ pub(super) type Heard = Result<Message, HelloError>;
 pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     let refusals = Arc::new(Refusals::default());
+    let mut refused = false;
     loop {
         let permit = Arc::clone(&strangers).acquire_owned().await.expect("never closed");
         match listener.accept().await {
             Ok((stream, from)) => {
+                if std::mem::take(&mut refused) {
+                    tracing::info!("peers' connections are accepted again");
+                }
                 let (registry, refusals) = (Arc::clone(&registry), Arc::clone(&refusals));
                 tokio::spawn(async move {
                     meet(stream, from, &registry, &refusals).await;
@@ -68,8 +72,10 @@ pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
                 });
             }
             Err(error) => {
-                // Out of descriptors, most likely: give way instead of spinning.
-                tracing::warn!(%error, "cannot accept a peer's connection");
+                // Out of descriptors, most likely: give way instead of spinning, and say so once.
+                if !std::mem::replace(&mut refused, true) {
+                    tracing::warn!(%error, "cannot accept peers' connections, which is tried again until it can be done");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }

@@ -4,6 +4,7 @@
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
 
 use super::Replies;
+use super::blocking::blocking;
 use super::link::LinkKeeper;
 use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
@@ -544,8 +545,7 @@ impl VolumeTask {
         let Some(store) = self.store.clone() else { return Ok(()) };
         // One that nobody waits for any more ends before this one begins.
         let mut store = store.lock_owned().await;
-        let stored = tokio::task::spawn_blocking(move || store.store(&superblock));
-        stored.await.expect("a panic has ended the process").map_err(|error| {
+        blocking(move || store.store(&superblock)).await.map_err(|error| {
             tracing::error!(volume = self.shared.config.name.as_str(), %error, "the metadata cannot be stored");
             error.to_string()
         })

@@ -4,8 +4,9 @@
 //! ring, and order needs no argument. The price is that whatever blocks must be elsewhere: flushes and hole punching are
 //! on the disks' worker threads, handshakes with peers and every decision about roles in control.
 //!
-//! A turn looks at everything once; a turn that found nothing precedes each sleep. How long the loop turns without work
-//! before it sleeps is the [`PollMode`]'s matter.
+//! A turn looks once at everything that is awake ([`awake`]): a volume of which nothing was heard for a moment rests, so that
+//! a node of a thousand volumes turns as fast as one of those that are in use. A turn that found nothing precedes each sleep.
+//! How long the loop turns without work before it sleeps is the [`PollMode`]'s matter.
 
 use crate::disk::pool::WorkerPool;
 use crate::disk::worker::{DiskWorkers, JobDone};
@@ -18,6 +19,7 @@ use crate::transport::{DownReason, Link};
 use crate::units::PollMode;
 use crate::volume::{Notice, Origin, Volume};
 use crate::waker::Waker;
+use awake::Awake;
 use command::{Command, Event, VolumeCounters, VolumeSpec};
 use crossbeam_channel::{Receiver, Sender};
 use queues::Queue;
@@ -30,6 +32,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+mod awake;
 pub mod command;
 mod queues;
 pub mod spin;
@@ -101,8 +104,12 @@ const POLLER_TURNS: u32 = 16;
 /// an answer is seen that much sooner; what else a turn looks at waits for about the time of two turns more.
 const GLANCES: u32 = 16;
 
-/// Events taken from the poller at a time; more wait for the next look.
-const POLLER_EVENTS_MAX: usize = 64;
+/// Events taken from the poller at a time; more wait for the next look. 3 KiB, and a thousand links that all have something are
+/// heard in four looks.
+const POLLER_EVENTS_MAX: usize = 256;
+
+/// Volumes awake beyond which links are not asked one by one: asking the poller once costs as much as asking a few of them.
+const LINKS_ASKED_MAX: usize = 8;
 
 const KIND_WAKER: u64 = 0;
 const KIND_LISTENER: u64 = 1;
@@ -129,12 +136,21 @@ pub struct Reactor {
     pool: WorkerPool,
     listeners: Vec<OwnedFd>,
     volumes: Vec<Volume>,
+    /// Which of them are looked at.
+    awake: Awake,
     /// What is told of exports that are no volumes, by their names.
     absent: HashMap<String, String>,
     /// Per volume: the poller said there is something, and no poll has come up empty since.
     link_ready: Vec<bool>,
+    /// The volumes whose links had something in this turn. Empty between turns.
+    polled: Vec<usize>,
     connections: Vec<Option<Connection>>,
     connections_len: usize,
+    connections_max: usize,
+    /// Clients turned away since the last one was let in.
+    turned_away: u64,
+    /// The system refused to give the last one's socket.
+    accept_refused: bool,
     connection_serial: u32,
     queues: Vec<Queue>,
     /// When the last turn in full began.
@@ -173,10 +189,15 @@ impl Reactor {
             pool: WorkerPool::new(&done, &waker),
             listeners: Vec::new(),
             link_ready: Vec::new(),
+            polled: Vec::new(),
             volumes: Vec::new(),
+            awake: Awake::default(),
             absent: HashMap::new(),
             connections: Vec::new(),
             connections_len: 0,
+            connections_max: CONNECTIONS_MAX,
+            turned_away: 0,
+            accept_refused: false,
             connection_serial: 0,
             queues: Vec::new(),
             turned: now,
@@ -197,13 +218,30 @@ impl Reactor {
         Ok((reactor, ReactorHandle { commands: command_sender, waker, counters }))
     }
 
+    /// The same, which serves at most this many NBD connections at a time, where that is less than [`CONNECTIONS_MAX`]: what
+    /// its owner has descriptors for.
+    #[must_use]
+    pub fn with_connections_max(mut self, connections_max: usize) -> Self {
+        self.connections_max = connections_max.min(CONNECTIONS_MAX);
+        self
+    }
+
     fn add_volume(&mut self, spec: VolumeSpec, counters: Arc<VolumeCounters>, now: Instant) {
         let index = self.volumes.len();
         let workers = DiskWorkers::in_pool(&self.pool, index, &spec.disk, spec.record.store.as_ref());
         self.absent.remove(&spec.name);
         self.volumes.push(Volume::new(index, spec, workers, now).counted_by(counters));
         self.link_ready.push(false);
-        self.next_deadline = now;
+        self.awake.add(now);
+    }
+
+    /// Whoever changes something about a volume, or hears of it, wakes it first.
+    fn wake(&mut self, volume: usize) -> &mut Volume {
+        let (now, volumes) = (self.turned, &mut self.volumes);
+        if self.awake.wake(volume, now) {
+            volumes[volume].woke(now);
+        }
+        &mut volumes[volume]
     }
 
     fn listen(&mut self, listener: OwnedFd) -> std::io::Result<()> {
@@ -262,30 +300,30 @@ impl Reactor {
     fn turn_in_full(&mut self) -> bool {
         let now = Instant::now();
         self.turned = now;
-        for volume in &mut self.volumes {
-            volume.woke(now);
+        for &volume in self.awake.all() {
+            self.volumes[volume].woke(now);
         }
         let mut any = self.take_commands(now);
         // Queues come before the links: a client that drives the reactor submits and turns at once, and what it submitted
         // is to be on its way before anything is waited for. Their depth bounds how long a turn stays here.
         if self.serve_queues() {
             any = true;
-            for volume in &mut self.volumes {
-                volume.pump(now);
-            }
+            self.pump(now);
         }
         self.turns_since_poller += 1;
-        let looked = self.connections_len > 0 || self.turns_since_poller >= POLLER_TURNS;
+        let looked = self.connections_len > 0
+            || self.turns_since_poller >= POLLER_TURNS
+            || self.awake.all().len() > LINKS_ASKED_MAX;
         if looked {
             any |= self.look_at_poller(Some(Duration::ZERO), now);
         }
         while let Ok(done) = self.jobs_done.try_recv() {
             // A change that waited for the disk gives ring space back, and what the socket holds by then has no edge left.
             self.link_ready[done.volume] = true;
-            self.volumes[done.volume].job_done(done);
+            self.wake(done.volume).job_done(done);
             any = true;
         }
-        for volume in 0..self.volumes.len() {
+        for &volume in self.awake.all() {
             // Busy turns look at every link, which the poller does not watch for them. Otherwise a link that is about to
             // answer is asked directly, unless the poller has just spoken for it.
             if self.poll_mode == PollMode::Busy
@@ -296,26 +334,66 @@ impl Reactor {
             {
                 let busy = self.volumes[volume].poll(now);
                 self.link_ready[volume] = busy;
-                any |= busy;
+                if busy {
+                    self.polled.push(volume);
+                }
             }
+        }
+        for volume in self.polled.drain(..) {
+            any = true;
+            self.awake.wake(volume, now);
         }
         any |= self.deliver_notices();
         any |= self.serve_connections(now);
-        for volume in &mut self.volumes {
-            volume.pump(now);
+        let timed = now >= self.next_deadline;
+        if timed {
+            self.pump_resting(now);
         }
+        self.pump(now);
         any |= self.deliver_notices();
         any |= self.report();
-        if now >= self.next_deadline {
+        if timed {
             any |= self.keep_time(now);
         }
+        self.let_rest(now);
         any
+    }
+
+    fn pump(&mut self, now: Instant) {
+        for &volume in self.awake.all() {
+            self.volumes[volume].pump(now);
+        }
+    }
+
+    /// What time alone makes due in volumes that rest.
+    fn pump_resting(&mut self, now: Instant) {
+        for at in 0..self.volumes.len() {
+            if self.awake.is_awake(at) {
+                continue;
+            }
+            let volume = &mut self.volumes[at];
+            volume.woke(now);
+            volume.pump(now);
+            if !is_quiet(volume) {
+                self.awake.wake(at, now);
+            }
+        }
+    }
+
+    /// Volumes of which nothing was heard in this turn, nor for a moment before, are not looked at any more.
+    fn let_rest(&mut self, now: Instant) {
+        if self.poll_mode == PollMode::Busy {
+            // Nothing else would tell of their links.
+            return;
+        }
+        let (volumes, ready) = (&mut self.volumes, &self.link_ready);
+        self.awake.let_rest(now, |at| !ready[at] && is_quiet(&volumes[at]) && may_sleep(&mut volumes[at]));
     }
 
     fn report(&mut self) -> bool {
         let mut any = false;
-        for volume in &mut self.volumes {
-            for event in volume.events.drain(..) {
+        for &at in self.awake.all() {
+            for event in self.volumes[at].events.drain(..) {
                 any = true;
                 // Control that is gone takes the whole process with it; nobody is left to tell.
                 let _ = self.events.send(event);
@@ -328,12 +406,15 @@ impl Reactor {
     fn keep_time(&mut self, now: Instant) -> bool {
         let mut any = false;
         let mut next = now + STALL_CHECK;
-        for volume in &mut self.volumes {
+        for (index, volume) in self.volumes.iter_mut().enumerate() {
             if let Some(at) = volume.keep_alive(now, self.peer_timeout) {
                 next = next.min(at);
                 // A link closed for silence reports its end at the next poll.
                 if at <= now {
                     any |= volume.poll(now);
+                }
+                if !is_quiet(volume) {
+                    self.awake.wake(index, now);
                 }
             }
         }
@@ -361,9 +442,9 @@ impl Reactor {
     fn sleep(&mut self) {
         self.waker.prepare_sleep();
         let mut queued = false;
-        for (volume, ready) in self.volumes.iter_mut().zip(&mut self.link_ready) {
-            if !volume.prepare_sleep() {
-                *ready = true;
+        for &volume in self.awake.all() {
+            if !self.volumes[volume].prepare_sleep() {
+                self.link_ready[volume] = true;
                 queued = true;
             }
         }
@@ -371,9 +452,9 @@ impl Reactor {
             || !self.commands.is_empty()
             || !self.jobs_done.is_empty()
             || self.queues.iter().any(Queue::has_operations)
-            || self.volumes.iter().any(|v| !v.notices.is_empty());
+            || self.awake.all().iter().any(|&volume| !self.volumes[volume].notices.is_empty());
         if !queued {
-            let paced = self.volumes.iter().filter_map(Volume::due).min();
+            let paced = self.awake.all().iter().filter_map(|&volume| self.volumes[volume].due()).min();
             let due = paced.map_or(self.next_deadline, |at| at.min(self.next_deadline));
             let timeout = due.saturating_duration_since(Instant::now());
             self.look_at_poller(Some(timeout), Instant::now());
@@ -403,7 +484,10 @@ impl Reactor {
                         );
                     }
                 }
-                KIND_LINK => self.link_ready[index] = true,
+                KIND_LINK => {
+                    self.link_ready[index] = true;
+                    self.wake(index);
+                }
                 _ => {}
             }
         }
@@ -418,12 +502,17 @@ impl Reactor {
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => continue,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept an NBD client");
+                    // Looked at again once a second ([`Reactor::keep_time`]), so said once.
+                    if !std::mem::replace(&mut self.accept_refused, true) {
+                        tracing::warn!(%error, "cannot accept NBD clients, which is tried again every second");
+                    }
                     return;
                 }
             };
-            if self.connections_len >= CONNECTIONS_MAX {
-                tracing::warn!("an NBD client was turned away: {CONNECTIONS_MAX} are connected");
+            if std::mem::take(&mut self.accept_refused) {
+                tracing::info!("NBD clients are accepted again");
+            }
+            if !self.has_place() {
                 continue;
             }
             // Not a TCP socket: then there is nothing to set. A client whose host is gone is noticed in about two minutes.
@@ -448,6 +537,27 @@ impl Reactor {
         }
     }
 
+    /// Whether one more NBD connection may be served. Who is turned away is told of once, and counted until there is a place.
+    fn has_place(&mut self) -> bool {
+        let max = self.connections_max;
+        if self.connections_len >= max {
+            if self.turned_away == 0 {
+                tracing::warn!(
+                    "an NBD client was turned away, as others are until one leaves: {max} are connected"
+                );
+            }
+            self.turned_away += 1;
+            return false;
+        }
+        if self.turned_away > 0 {
+            tracing::info!(
+                "NBD clients are let in again: {} were turned away",
+                std::mem::take(&mut self.turned_away)
+            );
+        }
+        true
+    }
+
     fn serve_connections(&mut self, now: Instant) -> bool {
         let mut any = false;
         if self.connections_len == 0 {
@@ -459,7 +569,12 @@ impl Reactor {
                 continue;
             }
             let served = match connection.volume() {
-                Some(volume) => connection.service(&mut self.volumes[volume], now),
+                Some(volume) => {
+                    if self.awake.wake(volume, now) {
+                        self.volumes[volume].woke(now);
+                    }
+                    connection.service(&mut self.volumes[volume], now)
+                }
                 None => self.negotiate(index),
             };
             match served {
@@ -491,17 +606,20 @@ impl Reactor {
             ConnectionEnd::Protocol(_) => tracing::info!(%end, "NBD client disconnected"),
         }
         let volume = connection.volume();
-        connection.close(volume.map(|v| &mut self.volumes[v]));
+        connection.close(volume.map(|volume| self.wake(volume)));
     }
 
     /// Tells front ends what their volumes have for them.
     fn deliver_notices(&mut self) -> bool {
         let mut any = false;
-        for at in 0..self.volumes.len() {
+        // Some may wake while others hear.
+        for place in 0..self.awake.all().len() {
+            let at = self.awake.all()[place];
             if self.volumes[at].notices.is_empty() {
                 continue;
             }
             any = true;
+            self.wake(at);
             let mut notices = std::mem::take(&mut self.volumes[at].notices);
             for notice in notices.drain(..) {
                 self.deliver(at, notice);
@@ -545,6 +663,13 @@ impl Reactor {
     fn serve_queues(&mut self) -> bool {
         let mut any = false;
         for queue in &mut self.queues {
+            if !queue.wants_service() {
+                continue;
+            }
+            let (now, volume) = (self.turned, queue.volume());
+            if self.awake.wake(volume, now) {
+                self.volumes[volume].woke(now);
+            }
             any |= queue.serve(&mut self.volumes);
         }
         any
@@ -572,42 +697,44 @@ impl Reactor {
             }
             Command::Session { volume, mut link, direction, epoch } => {
                 self.watch(volume, link.as_mut());
-                self.volumes[volume].attach(link, direction, epoch, now);
+                self.wake(volume).attach(link, direction, epoch, now);
                 self.link_ready[volume] = true;
-                self.next_deadline = now;
+                // When its first sign of life is due.
+                self.next_deadline = self.next_deadline.min(now + self.peer_timeout / 4);
             }
             Command::SwitchLink { volume, mut link, serial } => {
                 self.watch(volume, link.as_mut());
-                self.volumes[volume].switch_link(link, serial, now);
+                self.wake(volume).switch_link(link, serial, now);
                 self.link_ready[volume] = true;
                 self.next_deadline = now;
             }
-            Command::Direct { volume, direction, epoch } => self.volumes[volume].direct(direction, epoch),
+            Command::Direct { volume, direction, epoch } => self.wake(volume).direct(direction, epoch),
             Command::CloseLink { volume, reason } => {
-                self.volumes[volume].close_link(DownReason::Local(reason));
+                self.wake(volume).close_link(DownReason::Local(reason));
                 self.link_ready[volume] = true;
             }
-            Command::Serve { volume } => self.volumes[volume].serve(),
-            Command::Refusal { volume, text } => self.volumes[volume].set_refusal(text),
+            Command::Serve { volume } => self.wake(volume).serve(),
+            Command::Refusal { volume, text } => self.wake(volume).set_refusal(text),
             Command::StopServing { volume } => {
-                self.volumes[volume].stop_serving();
+                self.wake(volume).stop_serving();
                 self.deliver_notices();
                 self.end_clients(volume, now);
             }
-            Command::GoAlone { volume } => self.volumes[volume].go_alone(),
-            Command::MarkAll { volume, done } => self.volumes[volume].mark_all(done),
-            Command::Verify { volume, repair } => self.volumes[volume].verify(repair),
-            Command::StopVerify { volume } => self.volumes[volume].stop_verify(),
-            Command::PeerInSync { volume } => self.volumes[volume].peer_in_sync(),
-            Command::Detach { volume } => self.volumes[volume].detach(),
-            Command::SendPeer { volume, code, arg } => self.volumes[volume].send_peer(code, arg),
+            Command::GoAlone { volume } => self.wake(volume).go_alone(),
+            Command::MarkAll { volume, done } => self.wake(volume).mark_all(done),
+            Command::Verify { volume, repair } => self.wake(volume).verify(repair),
+            Command::StopVerify { volume } => self.wake(volume).stop_verify(),
+            Command::PeerInSync { volume } => self.wake(volume).peer_in_sync(),
+            Command::Detach { volume } => self.wake(volume).detach(),
+            Command::SendPeer { volume, code, arg } => self.wake(volume).send_peer(code, arg),
             Command::Quiesce { volume } => {
+                self.wake(volume);
                 for connection in self.connections.iter_mut().flatten() {
                     if connection.volume() == Some(volume) && connection.in_payload() {
                         connection.leave(&mut self.volumes[volume]);
                     }
                 }
-                self.volumes[volume].quiesce();
+                self.wake(volume).quiesce();
             }
             Command::Attach { volume, queue } => self.attach_queue(volume, queue),
             Command::Shutdown => self.stopping = true,
@@ -637,12 +764,26 @@ impl Reactor {
         for index in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[index] else { continue };
             if connection.volume() == Some(volume) {
-                // An error here ends it a line later anyway.
+                // The caller has woken the volume. An error here ends it a line later anyway.
                 let _ = connection.service(&mut self.volumes[volume], now);
                 self.end_connection(index, &ConnectionEnd::Gone);
             }
         }
     }
+}
+
+/// Whether a volume has nothing to tell, and nothing to do that no event will announce.
+fn is_quiet(volume: &Volume) -> bool {
+    volume.notices.is_empty()
+        && volume.events.is_empty()
+        && volume.due().is_none()
+        && !volume.has_backlog()
+        && !volume.link_polls_for_free()
+}
+
+/// Whether its link tells by its descriptor what comes next.
+fn may_sleep(volume: &mut Volume) -> bool {
+    volume.prepare_sleep()
 }
 
 fn live(connections: &mut [Option<Connection>], index: u32, serial: u32) -> Option<&mut Connection> {

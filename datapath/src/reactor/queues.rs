@@ -35,6 +35,15 @@ impl Queue {
         !self.server.operations.is_empty()
     }
 
+    /// Whether [`Queue::serve`] could do something.
+    pub(super) fn wants_service(&self) -> bool {
+        self.refused.is_some() || self.has_operations()
+    }
+
+    pub(super) fn volume(&self) -> usize {
+        self.volume
+    }
+
     pub(super) fn serve(&mut self, volumes: &mut [Volume]) -> bool {
         let mut any = false;
         while let Some(operation) = self.refused.take().or_else(|| self.server.operations.pop()) {

@@ -278,6 +278,10 @@ impl Link for LoopbackLink {
         }
     }
 
+    fn polls_for_free(&self) -> bool {
+        true
+    }
+
     fn received_bytes(&self) -> u64 {
         self.received
     }

@@ -159,7 +159,7 @@ pub trait Link: Send {
     }
 
     /// Whether `poll` costs no system call when there is nothing. Then look each turn: the descriptor tells only what
-    /// [`Link::prepare_sleep`] asked for.
+    /// [`Link::prepare_sleep`] asked for, and a link without one tells nothing.
     fn polls_for_free(&self) -> bool {
         false
     }

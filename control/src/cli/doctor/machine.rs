@@ -4,16 +4,19 @@
 
 use super::Check;
 use crate::config::quantity::display_size;
-use rustix::process::{Resource, getrlimit};
+use crate::descriptors::{self, RECOMMENDED};
 use std::path::Path;
 
 /// Memory a node wants for itself besides its disks' pages: one ring a volume, and the process.
 const MEMORY_LEN_MIN: u64 = 512 << 20;
 
+/// Descriptors that a hundred volumes are served well with.
+const OPEN_FILES_MIN: u64 = 4096;
+
 pub(super) fn checks() -> Vec<Check> {
     let release = read("/proc/sys/kernel/osrelease");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let open_files = getrlimit(Resource::Nofile).current;
+    let open_files = descriptors::limit();
     vec![
         kernel(&release),
         cores_check(cores),
@@ -121,17 +124,19 @@ pub(super) fn crc32c(has: bool) -> Check {
     }
 }
 
-pub(super) fn open_files_check(limit: Option<u64>) -> Check {
-    match limit {
-        Some(limit) if limit < 4096 => {
-            let text = format!(
-                "{limit}: one for each NBD connection and some for each volume; use `ulimit -n 65536` or LimitNOFILE=65536"
-            );
-            Check::warn("open files", text)
-        }
-        Some(limit) => Check::ok("open files", limit.to_string()),
-        None => Check::ok("open files", "unlimited"),
+pub(super) fn open_files_check(limit: u64) -> Check {
+    let shell = "a daemon that is started from here may have";
+    if limit < OPEN_FILES_MIN {
+        let text = format!(
+            "{limit} descriptors, which {shell}: five for each volume, twelve with RDMA, and one for each NBD connection; \
+             use `ulimit -n {RECOMMENDED}` as root, or LimitNOFILE={RECOMMENDED} in the unit"
+        );
+        return Check::warn("open files", text);
     }
+    Check::ok(
+        "open files",
+        format!("{limit} descriptors, which {shell}; a unit has its own limit, LimitNOFILE"),
+    )
 }
 
 pub(super) fn hugepages(count: Option<u64>) -> Check {

@@ -20,8 +20,8 @@ fn each_judgement_has_two_sides() {
         (machine::memory(None, None), Verdict::Warn),
         (machine::crc32c(true), Verdict::Ok),
         (machine::crc32c(false), Verdict::Warn),
-        (machine::open_files_check(Some(1024)), Verdict::Warn),
-        (machine::open_files_check(Some(65536)), Verdict::Ok),
+        (machine::open_files_check(1024), Verdict::Warn),
+        (machine::open_files_check(65536), Verdict::Ok),
         (machine::somaxconn(Some(16)), Verdict::Warn),
         (machine::somaxconn(Some(4096)), Verdict::Ok),
     ];
