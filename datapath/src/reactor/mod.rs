@@ -12,6 +12,7 @@ use crate::disk::worker::{DiskWorkers, JobDone};
 use crate::front::nbd::connection::Connection;
 use crate::front::nbd::end::ConnectionEnd;
 use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
+use crate::front::nbd::linger::Lingering;
 use crate::front::queue::QueueServer;
 use crate::limits::CONNECTIONS_MAX;
 use crate::transport::{DownReason, Link};
@@ -136,6 +137,8 @@ pub struct Reactor {
     connections: Vec<Option<Connection>>,
     connections_len: usize,
     connection_serial: u32,
+    /// What is left of connections that are over.
+    lingering: Lingering,
     queues: Vec<Queue>,
     /// When the last turn in full began.
     turned: Instant,
@@ -178,6 +181,7 @@ impl Reactor {
             connections: Vec::new(),
             connections_len: 0,
             connection_serial: 0,
+            lingering: Lingering::default(),
             queues: Vec::new(),
             turned: now,
             next_deadline: now,
@@ -236,6 +240,7 @@ impl Reactor {
             }
         }
         let _ = self.events.send(Event::Stopped);
+        self.lingering.finish();
     }
 
     /// Looks at everything once, without blocking. Returns whether anything happened. For programs that drive the
@@ -344,6 +349,7 @@ impl Reactor {
                     self.end_connection(
                         index,
                         &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
+                        now,
                     );
                     any = true;
                 }
@@ -352,6 +358,9 @@ impl Reactor {
             for listener in 0..self.listeners.len() {
                 self.accept(listener, now);
             }
+        }
+        if let Some(at) = self.lingering.tend(now) {
+            next = next.min(at);
         }
         self.next_deadline = next;
         any
@@ -465,7 +474,7 @@ impl Reactor {
             match served {
                 Ok(busy) => any |= busy,
                 Err(end) => {
-                    self.end_connection(index, &end);
+                    self.end_connection(index, &end, now);
                     any = true;
                 }
             }
@@ -483,7 +492,7 @@ impl Reactor {
         Ok(true)
     }
 
-    fn end_connection(&mut self, index: usize, end: &ConnectionEnd) {
+    fn end_connection(&mut self, index: usize, end: &ConnectionEnd, now: Instant) {
         let Some(connection) = self.connections[index].take() else { return };
         self.connections_len -= 1;
         match end {
@@ -491,7 +500,11 @@ impl Reactor {
             ConnectionEnd::Protocol(_) => tracing::info!(%end, "NBD client disconnected"),
         }
         let volume = connection.volume();
-        connection.close(volume.map(|v| &mut self.volumes[v]));
+        let socket = connection.close(volume.map(|v| &mut self.volumes[v]));
+        // Its index may name another connection from here on.
+        let _ = epoll::delete(&self.poller, &socket);
+        self.lingering.add(socket, now);
+        self.next_deadline = now;
     }
 
     /// Tells front ends what their volumes have for them.
@@ -637,9 +650,11 @@ impl Reactor {
         for index in 0..self.connections.len() {
             let Some(connection) = &mut self.connections[index] else { continue };
             if connection.volume() == Some(volume) {
+                // First, so that nothing that stands in the socket is taken.
+                connection.leave(&mut self.volumes[volume]);
                 // An error here ends it a line later anyway.
                 let _ = connection.service(&mut self.volumes[volume], now);
-                self.end_connection(index, &ConnectionEnd::Gone);
+                self.end_connection(index, &ConnectionEnd::Gone, now);
             }
         }
     }
