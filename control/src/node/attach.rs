@@ -15,7 +15,7 @@ use super::registry::{Phase, Registry, Shared};
 use super::volume::{Input, Surroundings, VolumeTask};
 use crate::admin;
 use crate::config::Disk;
-use crate::hello::{Refuse, RefuseCode, Unable};
+use crate::hello::{Refuse, RefuseCode};
 use crate::link::reason;
 use crate::role::{self, Connection, Found, Random, Role, Verification, VolumeController, VolumeSettings};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
@@ -28,10 +28,6 @@ use tokio::time::Instant;
 
 /// How long an operator's command waits for a disk that is being opened: most take milliseconds.
 const COMMAND_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// How often a peer that waits to be dialled is told that this node cannot: seldom enough to cost nothing, often enough that
-/// what the peer shows is never older than three times this.
-const TELL_EVERY: Duration = Duration::from_secs(4);
 
 type Reply = oneshot::Sender<Result<String, String>>;
 
@@ -188,24 +184,17 @@ impl Attachment {
 
     /// Answers everybody with the reason, until an operator has the disk tried again. `None`: the daemon is to end.
     async fn wait_for_connect(&mut self, failure: &Failure) -> Option<Reply> {
-        let VolumeSettings { node, volume, peer, .. } = &self.settings;
+        let VolumeSettings { node, volume, .. } = &self.settings;
         let problem = reason(&format!("{node} cannot use its disk of volume {volume}: {}", failure.problem));
         let refusal = self.refusal(failure);
-        let unable = Unable { node: node.clone(), volume: volume.clone(), text: problem.clone() };
-        // The other one waits to be dialled, and would hear nothing.
-        let dials = node < peer;
-        let mut tell = tokio::time::interval(TELL_EVERY);
-        tell.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                input = self.queue.recv() => match input {
-                    None | Some(Input::Shutdown) => return None,
-                    Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
-                        return Some(reply);
-                    }
-                    Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
-                },
-                _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.peer_address, unable.clone()),
+            match self.queue.recv().await {
+                None | Some(Input::Shutdown) => return None,
+                Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
+                    return Some(reply);
+                }
+                // The peer dials, or asks why it is not dialled.
+                Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
             }
         }
     }
@@ -218,9 +207,6 @@ impl Attachment {
             }
             Input::Accepted { stream, .. } | Input::UpgradeAsked { stream, .. } => {
                 peers::part(stream, Refuse { code, text: to_peer.to_owned() });
-            }
-            Input::PeerUnable { text } => {
-                self.shared.peer_said(&text);
             }
             // Of sessions and conversations, which there are none of.
             Input::Reactor(_)

@@ -56,8 +56,6 @@ pub(super) enum Input {
     Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
     /// A peer connected and wants to take the session on to RDMA.
     UpgradeAsked { stream: TcpStream, upgrade: Upgrade },
-    /// A peer connected to say that it cannot use its disk of the volume.
-    PeerUnable { text: String },
     /// What came of taking that session on, in this attempt.
     Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(TcpStream, Prepared), NoLink> },
     /// The peer said something in the conversation of this serial.
@@ -215,7 +213,6 @@ impl VolumeTask {
                 }
             }
             Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, &upgrade),
-            Input::PeerUnable { text } => self.peer_refused(&text),
             Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
@@ -256,17 +253,6 @@ impl VolumeTask {
             ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
-    }
-
-    /// The peer will have no session, and says why.
-    pub(super) fn peer_refused(&self, text: &str) {
-        if self.shared.peer_said(text) {
-            tracing::warn!(
-                volume = self.shared.config.name.as_str(),
-                "{} has no session with this node: {text}",
-                self.shared.peer
-            );
-        }
     }
 
     fn begin_conversation(&mut self, dialled: bool) -> Hello {
