@@ -3,6 +3,7 @@
 
 use costandby_control::admin::Command;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
+use costandby_tests::process::{costandby_binary, run};
 use costandby_tests::wait_for;
 use std::fs;
 use std::net::TcpListener;
@@ -88,6 +89,24 @@ fn a_daemon_whose_disks_are_all_missing_stays_up_and_ends_well() {
         pair.wait_status(ALPHA, volume, "failed", |status| status.disk_state == "Failed");
     }
     pair.stop(ALPHA);
+}
+
+#[test]
+fn up_before_create_names_the_command_that_makes_the_disk() {
+    let mut pair = Pair::create(two_volumes());
+    for made in [pair.disk(ALPHA, "db"), pair.metadata(ALPHA, "db")] {
+        fs::remove_file(made).expect("a file that create made");
+    }
+    pair.up(ALPHA);
+    pair.up(BETA);
+    let status = pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+    let advice = status.advice.expect("advice");
+    let command = advice.split('`').find(|quoted| quoted.contains(" create ")).expect("a command");
+    let mut words = command.split_whitespace();
+    assert_eq!(words.next(), Some("costandby"), "{advice}");
+    run(std::process::Command::new(costandby_binary()).args(words)).ok();
+    pair.cli_ok(ALPHA, &["connect", "db"]);
+    pair.wait_in_sync("db");
 }
 
 #[test]

@@ -127,13 +127,20 @@ impl Attachment {
         self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(advice.clone()), None));
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
-        let peer = self.settings.peer.clone();
+        let (peer, command_line) = (self.settings.peer.clone(), self.surroundings.command_line.clone());
         let mut opening = tokio::task::spawn_blocking(move || {
             open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
                 let (volume, size) = (config.name.as_str(), config.size);
-                let case =
-                    Case { volume, size, peer: &peer, disk: &disk, error: &error, found: found.as_ref() };
+                let case = Case {
+                    volume,
+                    size,
+                    peer: &peer,
+                    command_line: &command_line,
+                    disk: &disk,
+                    error: &error,
+                    found: found.as_ref(),
+                };
                 let distrusted = matches!(error, OpenError::Unflushed { on_record: false, .. });
                 Box::new(Failure { advice: case.text(), problem: case.problem(), distrusted, found })
             })

@@ -121,6 +121,8 @@ pub(super) struct Surroundings {
     pub(super) peer_address: SocketAddr,
     /// This node's name.
     pub(super) node: String,
+    /// How a command line begins that means this daemon's configuration and node.
+    pub(super) command_line: String,
     /// This node's address towards its peers.
     pub(super) local: IpAddr,
     /// This node's RDMA.
