@@ -7,7 +7,7 @@ use crate::pair::{ALPHA, Pair};
 use crate::process::Guarded;
 use crate::wait_for;
 use costandby_control::nbd_client::{Endpoint, NbdClient, NbdError, NbdUri, Options};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -43,16 +43,8 @@ impl Floating {
         let dir = tempfile::Builder::new().prefix("costandby-").tempdir().expect("a temporary directory");
         let (path, front) = (dir.path().join("floating"), dir.path().join("front"));
         std::os::unix::fs::symlink(socket(&pair, ALPHA), &path).expect("a link");
-        let mut command = Command::new("qemu-storage-daemon");
-        command.arg("--blockdev").arg(format!(
-            "driver=nbd,node-name=db,server.type=unix,server.path={},export=db,reconnect-delay=60,open-timeout=60",
-            path.display()
-        ));
-        command
-            .arg("--nbd-server")
-            .arg(format!("addr.type=unix,addr.path={},max-connections=0", front.display()));
-        command.args(["--export", "type=nbd,id=db,node-name=db,name=db,writable=on"]);
-        let qemu = Guarded::spawn(command.stdin(Stdio::null()));
+        let server = format!("server.type=unix,server.path={}", path.display());
+        let qemu = qemu(&mut Command::new("qemu-storage-daemon"), &server, &front);
         let floating = Self { pair, path, front, serves: ALPHA, _qemu: qemu, _dir: dir };
         wait_for("qemu serves", PATIENCE, || connect(&floating.uri()).ok());
         floating
@@ -61,7 +53,7 @@ impl Floating {
     /// Where qemu serves the volume.
     #[must_use]
     pub fn uri(&self) -> NbdUri {
-        NbdUri { endpoint: Endpoint::Unix(self.front.clone()), export: "db".to_owned() }
+        front_uri(&self.front)
     }
 
     /// The address goes to the other node.
@@ -80,6 +72,25 @@ impl Floating {
         self.pair.hand_over("db", self.serves);
         self.float();
     }
+}
+
+/// Starts qemu as a client of `db` at `server`, in qemu's words, that reconnects, and as the server of the same at `front`.
+/// `command` begins qemu's command line.
+pub fn qemu(command: &mut Command, server: &str, front: &Path) -> Guarded {
+    command
+        .arg("--blockdev")
+        .arg(format!("driver=nbd,node-name=db,{server},export=db,reconnect-delay=60,open-timeout=60"));
+    command
+        .arg("--nbd-server")
+        .arg(format!("addr.type=unix,addr.path={},max-connections=0", front.display()));
+    command.args(["--export", "type=nbd,id=db,node-name=db,name=db,writable=on"]);
+    Guarded::spawn(command.stdin(Stdio::null()))
+}
+
+/// The volume `db` at a unix socket.
+#[must_use]
+pub fn front_uri(front: &Path) -> NbdUri {
+    NbdUri { endpoint: Endpoint::Unix(front.to_owned()), export: "db".to_owned() }
 }
 
 /// A client that waits as long as qemu does.
