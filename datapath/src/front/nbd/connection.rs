@@ -348,8 +348,8 @@ impl Connection {
         match result {
             Ok(()) => self.reply_ok(cookie),
             // A write whose payload is still arriving holds its range: the close gives that back.
-            Err(IoError::NotPrimary) if matches!(self.input, Input::Payload { .. }) => {}
-            Err(IoError::NotPrimary) => self.input = Input::Ended,
+            Err(error) if error.ends_connection() && matches!(self.input, Input::Payload { .. }) => {}
+            Err(error) if error.ends_connection() => self.input = Input::Ended,
             Err(error) => self.reply_error(cookie, error.into(), &error.to_string()),
         }
     }
@@ -712,7 +712,7 @@ impl Connection {
                 }
             }
             Begin::Full => self.input = Input::Refused { new, cookie },
-            Begin::Failed(IoError::NotPrimary) => self.input = Input::Ended,
+            Begin::Failed(error) if error.ends_connection() => self.input = Input::Ended,
             Begin::Failed(error) => {
                 self.reply_error(cookie, error.into(), &error.to_string());
                 if is_write {
