@@ -115,9 +115,6 @@ pub struct VolumeStatus {
     pub parted: bool,
     /// What to do, where something is to be done.
     pub advice: Option<String>,
-    /// Why the peer has no session with this node, in its own words.
-    #[serde(default)]
-    pub peer_says: Option<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
     /// The verification under way, or else the last one of this daemon.

@@ -20,8 +20,8 @@
 //!        ◀── Link ──                  the acceptor has the RDMA connection too: both switch
 //! ```
 //!
-//! A node whose disk cannot be opened has no hello. If it is the one that dials it says `Unable`, and nothing follows; the
-//! other one refuses.
+//! A node whose disk cannot be opened has no hello, and dials nobody: it refuses whoever begins with a `Hello`, or with the
+//! `Upgrade` by which a peer that waits to be dialled asks why it is not.
 //!
 //! An envelope is `magic[8] version[1] len[4] crc32c[4]`, little-endian, then `len` bytes of JSON, which the CRC-32C
 //! covers. Unknown keys are ignored, so a later release may add some. Decoding never panics, and never allocates more
@@ -192,18 +192,6 @@ pub struct Refuse {
     pub text: String,
 }
 
-/// A node has nothing to speak of a volume with: its disk cannot be opened. From the one that dials, to a peer that waits
-/// for its hello and would hear nothing; the connection ends with it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Unable {
-    /// Who speaks.
-    pub node: String,
-    /// The volume.
-    pub volume: String,
-    /// Why, for the operator of the other node; at most [`REASON_LEN_MAX`] bytes.
-    pub text: String,
-}
-
 /// What an envelope holds.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -220,8 +208,6 @@ pub enum Message {
     Ready(Ready),
     /// The last message of all.
     Refuse(Refuse),
-    /// The only message of its connection.
-    Unable(Unable),
 }
 
 /// What was wrong with what a peer sent. The connection is closed; nothing else is hurt.
@@ -327,9 +313,6 @@ fn checked(message: Message) -> Result<Message, serde_json::Error> {
         }
         Message::Upgrade(upgrade) => long(&[&upgrade.node, &upgrade.volume]),
         Message::Link(settled) => wordy(&settled.why),
-        Message::Unable(unable) => {
-            long(&[&unable.node, &unable.volume]) || unable.text.len() > REASON_LEN_MAX
-        }
         Message::Offer(_) | Message::Ready(_) | Message::Refuse(_) => false,
     };
     if bad {

@@ -57,6 +57,10 @@ pub const GRANT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the requests in flight may take to finish before a demotion is given up: over the slowest disk's timeout.
 pub const QUIESCE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The same for the end of a daemon whose writes wait for the peer under `freeze`, and will until the peer is in sync: enough
+/// for everything else in flight, and for the flush where none waits.
+pub const FROZEN_QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Numbers of the messages between two controllers, in the frame's `aux`.
 pub mod code {
     /// May I become primary under this epoch?

@@ -182,3 +182,12 @@ pub enum IoError {
     #[error("no space left on the disk")]
     NoSpace,
 }
+
+impl IoError {
+    /// Whether the client's connection is to end instead of an answer: nothing is wrong with the request or the disk, only the
+    /// place, so a client that reconnects repeats the request where the volume is served. To a file system an error is final.
+    #[must_use]
+    pub fn ends_connection(self) -> bool {
+        matches!(self, Self::NotPrimary)
+    }
+}

@@ -35,6 +35,24 @@ pub const CONNECTION_REQUESTS_MAX: usize = 256;
 /// NBD connections one node serves: enough for 64 clients of 16 connections; each costs about 1 KiB when idle.
 pub const CONNECTIONS_MAX: usize = 1024;
 
+/// Milliseconds for which the socket of an ended NBD connection is kept for a client that does not close: several round trips
+/// around the world, and no long wait at a daemon's end.
+pub const LINGER_MS_MAX: u64 = 1000;
+
+/// Bytes discarded from such a socket before it is closed all the same: two of the largest writes, which a client may have
+/// begun to send before it saw the end.
+pub const LINGER_LEN_MAX: usize = 2 * PAYLOAD_LEN_MAX as usize;
+
+/// Bytes discarded from such a socket in one look: a tenth of a millisecond of the reactor's time.
+pub const LINGER_LOOK_LEN: usize = 512 << 10;
+
+/// Milliseconds between two looks at such sockets: with [`LINGER_LOOK_LEN`] about what a gigabit link brings.
+pub const LINGER_LOOK_MS: u64 = 4;
+
+/// Sockets that linger at a time, beyond which the oldest closes: the clients of a few volumes that stop at once, and a
+/// quarter of what is connected.
+pub const LINGERING_MAX: usize = CONNECTIONS_MAX / 4;
+
 /// Bytes of one NBD option a client may send: the longest legitimate one is an export name (4 KiB) with a list of
 /// info or context requests.
 pub const NBD_OPTION_LEN_MAX: u32 = 16 << 10;

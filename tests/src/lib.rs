@@ -1,5 +1,5 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
+//! ([`ledger`]), a pair behind an address that moves ([`floating`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
 //! end what hangs and not what is slow ([`patience`]), two nodes in virtual time ([`sim`]), and virtual machines with an
 //! RDMA device ([`vm`]).
 //!
@@ -7,6 +7,7 @@
 //! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
 #![forbid(unsafe_code)]
 
+pub mod floating;
 pub mod ledger;
 pub mod pair;
 pub mod patience;

@@ -103,6 +103,8 @@ pub struct Settings {
     pub sparse: bool,
     /// Network name space and address of each node, where it is not to be this one's loopback.
     pub namespaces: Option<[(String, SocketAddr); 2]>,
+    /// Another TCP address for clients, the same on both nodes.
+    pub floating: Option<SocketAddr>,
     /// `link`; with `rdma`, `device_address` too.
     pub link: &'static str,
     /// Where the nodes listen for each other, where that is not to be loopback.
@@ -120,6 +122,7 @@ impl Settings {
             proxied: false,
             sparse: false,
             namespaces: None,
+            floating: None,
             link,
             device_address,
         }
@@ -560,10 +563,9 @@ impl Pair {
             let listen = proxied.map_or(self.listen[node], Proxy::address);
             let dir = self.dir.path().display();
             let name = NODES[node];
-            let nbd_tcp = match &self.settings.namespaces {
-                None => format!(", \"tcp:{}\"", self.nbd_tcp[node]),
-                Some(_) => String::new(),
-            };
+            let own = self.settings.namespaces.is_none().then_some(self.nbd_tcp[node]);
+            let nbd_tcp = own.into_iter().chain(self.settings.floating);
+            let nbd_tcp: String = nbd_tcp.map(|address| format!(", \"tcp:{address}\"")).collect();
             let _ = write!(
                 text,
                 "\n[nodes.{name}]\nlisten = \"{listen}\"\nadmin = \"{dir}/{name}.sock\"\n\

@@ -1,11 +1,13 @@
 //! A real file system on a mirrored volume: made, filled and checked on the primary, then checked again on the standby;
-//! and with nodes killed at random moments, after which every file that was synced is there.
+//! with nodes killed at random moments, after which every file that was synced is there; and mounted through planned
+//! handovers, which no program may notice but as a pause.
 //!
 //! nbdfuse shows the export as a file, a loop device makes a disk of it, and the kernel's ext4 does the rest. Skipped,
 //! aloud, where a machine has no FUSE or no loop devices, as in most containers.
 
 use costandby_control::admin::Command as Operator;
 use costandby_control::nbd_client::NbdUri;
+use costandby_tests::floating::Floating;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{Guarded, run, system_command};
 use costandby_tests::{Rng, seed, skip, wait_for};
@@ -369,4 +371,40 @@ fn ext4_keeps_every_synced_file_through_10_kills() {
         rounds.pair.settle_and_compare("db");
     }
     assert!(total > KILLS, "files were written: {total}");
+}
+
+#[test]
+fn ext4_stays_mounted_and_writable_through_planned_handovers() {
+    if let Some(reason) = lacking() {
+        skip(reason);
+        return;
+    }
+    let mut floating = Floating::before(Pair::start(Settings::new(&[VolumeSettings::new("db", 64)])));
+    let (fuse, mount) = (floating.pair.path("fuse"), floating.pair.path("mount"));
+    let mut stack = Stack::new(&floating.uri(), &fuse);
+    run(system_command("mkfs.ext4").args(["-q", "-F"]).arg(stack.attach())).ok();
+    stack.mount(&mount, "noatime,errors=remount-ro");
+    let synced = Synced { versions: vec![(0, 0); usize::try_from(FILES).expect("small")] };
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = keep_writing(&mount, synced, Rng::new(seed()), &stop);
+    for round in 0..2 {
+        std::thread::sleep(Duration::from_millis(300));
+        floating.hand_over();
+        // Waits as long as qemu does.
+        let own = replace(&mount, FILES + round, b"after a handover");
+        own.unwrap_or_else(|error| panic!("round {round}: a file after the handover: {error}"));
+        assert!(!writer.is_finished(), "round {round}: the writer was told of an error");
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut synced, count) = writer.join().expect("the writer does not panic");
+    assert!(count > 2 * FILES, "files were written: {count}");
+    synced.check(&mount);
+    stack.detach();
+    stack.fsck();
+    stack.attach();
+    stack.mount(&mount, "ro");
+    synced.check(&mount);
+    stack.take_down();
+    floating.pair.wait_in_sync("db");
+    floating.pair.settle_and_compare("db");
 }

@@ -1,21 +1,20 @@
 //! What a planned handover, a restart and a crash are to a client that reconnects: a pause. qemu's NBD client
-//! (`reconnect-delay`) stands between many writers and a pair; the path that it connects to leads to whoever serves, as a
-//! floating address does.
+//! (`reconnect-delay`) stands between many writers, or fio, and a pair; the path that it connects to leads to whoever serves,
+//! as a floating address does. A file system in the writers' place: tests/ext4.rs.
 //!
 //! No writer may see an error, for a file system would act on it, and everything that was acknowledged is there at the
 //! end.
 
-use costandby_control::nbd_client::{Endpoint, NbdClient, NbdUri, Options};
+use costandby_tests::floating::{Floating, PATIENCE, connect};
 use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
-use costandby_tests::process::Guarded;
+use costandby_tests::process::{Guarded, PROGRAM_LIMIT};
 use costandby_tests::wait_for;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Writes under way at one time, each on a connection and in a range of its own.
-const WRITERS: u64 = 16;
+const WRITERS: u64 = 32;
 
 /// Bytes of a write.
 const LEN: usize = 4096;
@@ -23,63 +22,8 @@ const LEN: usize = 4096;
 /// Places that a writer goes round.
 const PLACES: u64 = 64;
 
-/// Longest that qemu's pauses between two tries leave a writer waiting: they double up to 16 s.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A pair, qemu in front of it, and the path that leads to whoever serves.
-struct Floating {
-    pair: Pair,
-    path: PathBuf,
-    front: PathBuf,
-    serves: usize,
-    _qemu: Guarded,
-    _dir: tempfile::TempDir,
-}
-
-fn socket(pair: &Pair, node: usize) -> PathBuf {
-    match pair.uri(node, "db").endpoint {
-        Endpoint::Unix(path) => path,
-        other => panic!("{other:?} is no unix socket"),
-    }
-}
-
-impl Floating {
-    fn start() -> Self {
-        let pair = Pair::start(Settings::new(&[VolumeSettings::new("db", 16)]));
-        let dir = tempfile::Builder::new().prefix("costandby-").tempdir().expect("a temporary directory");
-        let (path, front) = (dir.path().join("floating"), dir.path().join("front"));
-        std::os::unix::fs::symlink(socket(&pair, ALPHA), &path).expect("a link");
-        let mut command = Command::new("qemu-storage-daemon");
-        command.arg("--blockdev").arg(format!(
-            "driver=nbd,node-name=db,server.type=unix,server.path={},export=db,reconnect-delay=60,open-timeout=60",
-            path.display()
-        ));
-        command
-            .arg("--nbd-server")
-            .arg(format!("addr.type=unix,addr.path={},max-connections=0", front.display()));
-        command.args(["--export", "type=nbd,id=db,node-name=db,name=db,writable=on"]);
-        let qemu = Guarded::spawn(command.stdin(Stdio::null()));
-        let floating = Self { pair, path, front, serves: ALPHA, _qemu: qemu, _dir: dir };
-        wait_for("qemu serves", PATIENCE, || floating.connect().ok());
-        floating
-    }
-
-    fn connect(&self) -> Result<NbdClient, costandby_control::nbd_client::NbdError> {
-        connect(&self.front)
-    }
-
-    /// The address goes to the other node.
-    fn float(&mut self) {
-        self.serves = 1 - self.serves;
-        let next = self.path.with_extension("next");
-        std::os::unix::fs::symlink(socket(&self.pair, self.serves), &next).expect("a link");
-        std::fs::rename(&next, &self.path).expect("the link moves");
-    }
-}
-
-fn connect(front: &Path) -> Result<NbdClient, costandby_control::nbd_client::NbdError> {
-    let uri = NbdUri { endpoint: Endpoint::Unix(front.to_owned()), export: "db".to_owned() };
-    NbdClient::connect(&uri, &Options { timeout: PATIENCE, ..Options::default() })
+fn start() -> Floating {
+    Floating::before(Pair::start(Settings::new(&[VolumeSettings::new("db", 16)])))
 }
 
 fn place(writer: u64, round: u64) -> u64 {
@@ -94,13 +38,13 @@ fn payload(writer: u64, round: u64) -> Vec<u8> {
 /// Has `work` happen under writers, and checks what they were told.
 fn under_writers(floating: &mut Floating, work: impl FnOnce(&mut Floating, &dyn Fn())) {
     let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
-    let front = floating.front.clone();
+    let uri = floating.uri();
     let rounds: Vec<u64> = std::thread::scope(|scope| {
         let writers: Vec<_> = (0..WRITERS)
             .map(|writer| {
-                let (front, stop, written) = (&front, &stop, &written);
+                let (uri, stop, written) = (&uri, &stop, &written);
                 scope.spawn(move || {
-                    let mut client = connect(front).expect("a connection to qemu");
+                    let mut client = connect(uri).expect("a connection to qemu");
                     let mut round = 0;
                     while !stop.load(Ordering::Relaxed) {
                         round += 1;
@@ -126,7 +70,7 @@ fn under_writers(floating: &mut Floating, work: impl FnOnce(&mut Floating, &dyn 
         stop.store(true, Ordering::Relaxed);
         writers.into_iter().map(|writer| writer.join().expect("no writer was told of an error")).collect()
     });
-    let mut reader = floating.connect().expect("a connection to qemu");
+    let mut reader = connect(&floating.uri()).expect("a connection to qemu");
     reader.flush().expect("a flush");
     for (writer, last) in (0..WRITERS).zip(rounds) {
         for round in last.saturating_sub(PLACES - 1).max(1)..=last {
@@ -142,11 +86,9 @@ fn under_writers(floating: &mut Floating, work: impl FnOnce(&mut Floating, &dyn 
 
 #[test]
 fn a_planned_handover_is_a_pause_to_a_client_that_reconnects() {
-    under_writers(&mut Floating::start(), |floating, flows| {
+    under_writers(&mut start(), |floating, flows| {
         for _ in 0..5 {
-            let from = floating.serves;
-            floating.pair.hand_over("db", from);
-            floating.float();
+            floating.hand_over();
             flows();
         }
     });
@@ -154,7 +96,7 @@ fn a_planned_handover_is_a_pause_to_a_client_that_reconnects() {
 
 #[test]
 fn a_restart_is_a_pause_to_a_client_that_reconnects() {
-    under_writers(&mut Floating::start(), |floating, flows| {
+    under_writers(&mut start(), |floating, flows| {
         for _ in 0..5 {
             floating.pair.stop(ALPHA);
             floating.pair.up(ALPHA);
@@ -166,7 +108,7 @@ fn a_restart_is_a_pause_to_a_client_that_reconnects() {
 
 #[test]
 fn a_crash_is_a_pause_to_a_client_that_reconnects() {
-    under_writers(&mut Floating::start(), |floating, flows| {
+    under_writers(&mut start(), |floating, flows| {
         floating.pair.kill(ALPHA);
         wait_for("beta may be promoted", PATIENCE, || {
             let promote = costandby_control::admin::Command::Promote { force: false };
@@ -177,4 +119,24 @@ fn a_crash_is_a_pause_to_a_client_that_reconnects() {
         floating.pair.up(ALPHA);
         floating.pair.wait_in_sync("db");
     });
+}
+
+#[test]
+fn fio_sees_no_error_and_reads_back_what_it_wrote_over_two_planned_handovers() {
+    let mut floating = start();
+    let mut fio = Command::new("fio");
+    fio.current_dir(floating.pair.path("."));
+    fio.args(["--name=handover", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--thread"]);
+    fio.args(["--size=16M", "--verify=crc32c", "--verify_fatal=1", "--rate_iops=1000"]);
+    fio.arg(format!("--uri={}", floating.uri()));
+    let mut fio = Guarded::spawn(fio.stdin(Stdio::null()).stdout(Stdio::null()));
+    for round in 1..=2 {
+        // A fifth of the time that fio takes at that rate.
+        std::thread::sleep(Duration::from_millis(800));
+        assert_eq!(fio.ended(), None, "before handover {round}");
+        floating.hand_over();
+    }
+    let ended = fio.wait(PROGRAM_LIMIT).expect("fio ends");
+    assert!(ended.success(), "fio: {ended}");
+    floating.pair.settle_and_compare("db");
 }

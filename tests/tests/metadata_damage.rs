@@ -171,7 +171,7 @@ fn with_both_superblock_copies_damaged_a_disk_starts_anew_from_its_peer() {
         failed_up(
             &mut pair,
             damaged,
-            &["db", &path, "unreadable", "copy 0", "copy 1", "`costandby create db --force` gives up"],
+            &["db", &path, "unreadable", "copy 0", "copy 1", "create db --force` gives up"],
         );
         if damaged == ALPHA {
             wait_for("the survivor may be promoted", LIMIT, || {

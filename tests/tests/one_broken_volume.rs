@@ -3,9 +3,14 @@
 
 use costandby_control::admin::Command;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
+use costandby_tests::process::{costandby_binary, run};
 use costandby_tests::wait_for;
 use std::fs;
 use std::net::TcpListener;
+use std::time::Duration;
+
+/// Long enough for a peer to ask or dial again.
+const LATER: Duration = Duration::from_secs(4);
 
 fn two_volumes() -> Settings {
     Settings::new(&[VolumeSettings::new("db", 8), VolumeSettings::new("web", 8)])
@@ -47,17 +52,27 @@ fn a_missing_disk_keeps_its_own_volume_down_and_says_why_to_everyone() {
         }
         let told = pair.connect(node, "db").map(|_| ()).expect_err("a client is refused").to_string();
         assert!(told.contains(&why), "{told}");
-        let word = format!("{name} cannot use its disk of volume db: {why}");
-        pair.wait_status(1 - node, "db", "the peer says it", |status| {
-            status.peer_says.as_ref().is_some_and(|said| said.contains(&word))
+        // The peer's operator hears why, and what it means there: one line in `status`, and one in the log.
+        let word = format!("{name} refuses a session: {name} cannot use its disk of volume db: {why}");
+        let status = pair.wait_status(1 - node, "db", "told why", |status| {
+            status.advice.as_ref().is_some_and(|advice| advice.contains(&word))
         });
+        assert!(status.parted, "it waits for an operator");
+        let advice = status.advice.expect("advice");
+        let meanwhile = if node == ALPHA { "waiting for alpha" } else { "serving without beta" };
+        assert!(advice.contains(meanwhile), "{advice}");
+        let shown = pair.cli_ok(1 - node, &["status"]);
+        assert_eq!(shown.matches("cannot use its disk").count(), 1, "{shown}");
+        pair.wait_log(1 - node, &[&word]);
+        std::thread::sleep(LATER);
+        let log = pair.log(1 - node);
+        assert_eq!(log.matches("cannot use its disk").count(), 1, "said once, whenever it is asked: {log}");
         pair.assert_alive(node);
         fs::rename(&hidden, &disk).expect("a disk is put back");
         let told = pair.cli_ok(node, &["connect", "db"]);
         assert!(told.contains("open again"), "{told}");
         pair.wait_in_sync("db");
-        let status = pair.status(1 - node, "db").expect("a status");
-        assert_eq!(status.peer_says, None, "it is over");
+        assert_eq!(pair.status(1 - node, "db").expect("a status").advice, None, "it is over");
     }
     pair.settle_and_compare("db");
     pair.settle_and_compare("web");
@@ -74,6 +89,24 @@ fn a_daemon_whose_disks_are_all_missing_stays_up_and_ends_well() {
         pair.wait_status(ALPHA, volume, "failed", |status| status.disk_state == "Failed");
     }
     pair.stop(ALPHA);
+}
+
+#[test]
+fn up_before_create_names_the_command_that_makes_the_disk() {
+    let mut pair = Pair::create(two_volumes());
+    for made in [pair.disk(ALPHA, "db"), pair.metadata(ALPHA, "db")] {
+        fs::remove_file(made).expect("a file that create made");
+    }
+    pair.up(ALPHA);
+    pair.up(BETA);
+    let status = pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
+    let advice = status.advice.expect("advice");
+    let command = advice.split('`').find(|quoted| quoted.contains(" create ")).expect("a command");
+    let mut words = command.split_whitespace();
+    assert_eq!(words.next(), Some("costandby"), "{advice}");
+    run(std::process::Command::new(costandby_binary()).args(words)).ok();
+    pair.cli_ok(ALPHA, &["connect", "db"]);
+    pair.wait_in_sync("db");
 }
 
 #[test]

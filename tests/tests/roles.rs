@@ -10,6 +10,7 @@ use costandby_tests::pair::{ALPHA, BETA, Pair, Settings, VolumeSettings};
 use costandby_tests::{Rng, scaled};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const SIZE_MIB: u64 = 8;
@@ -91,6 +92,58 @@ fn freeze_holds_writes_until_the_peer_is_back() {
     let mut found = [0; 8192];
     client.read(0, &mut found).expect("a read");
     assert!(found[..4096] == [1; 4096] && found[4096..] == [2; 4096]);
+    pair.settle_and_compare("db");
+}
+
+/// A primary that freezes, with a write that waits, and what its client is told.
+fn frozen() -> (Pair, JoinHandle<Result<(), NbdError>>) {
+    let mut settings = settings();
+    settings.volumes[0].on_peer_loss = "freeze";
+    let mut pair = Pair::start(settings);
+    let mut client = pair.client(ALPHA, "db");
+    client.write(0, &[1; 8192], false).expect("a write");
+    pair.kill(BETA);
+    let writer = std::thread::spawn(move || client.write(4096, &[2; 4096], false));
+    pair.wait_status(ALPHA, "db", "frozen", |status| status.frozen && status.in_flight == 1);
+    (pair, writer)
+}
+
+#[test]
+fn a_frozen_primary_answers_reads_but_those_of_a_write_that_waits() {
+    let (mut pair, writer) = frozen();
+    let mut found = [0; 4096];
+    let mut elsewhere = pair.client(ALPHA, "db");
+    elsewhere.read(0, &mut found).expect("a read beside the write");
+    assert_eq!(found, [1; 4096]);
+    let (done, outcome) = mpsc::channel();
+    let mut reader = pair.client(ALPHA, "db");
+    let reading = std::thread::spawn(move || {
+        let result = reader.read(4096, &mut found).map(|()| found);
+        done.send(result.map_err(|error| error.to_string())).expect("the test listens");
+    });
+    let early = outcome.recv_timeout(Duration::from_secs(2));
+    assert!(early.is_err(), "it would show what may be lost, or what was overwritten: {early:?}");
+    elsewhere.read(0, &mut [0; 4096]).expect("reads elsewhere go on");
+    pair.up(BETA);
+    let read = outcome.recv_timeout(scaled(Duration::from_secs(8))).expect("an answer").expect("a read");
+    assert_eq!(read, [2; 4096]);
+    reading.join().expect("a reader");
+    writer.join().expect("a writer").expect("a write that was held");
+    pair.wait_in_sync("db");
+    pair.settle_and_compare("db");
+}
+
+#[test]
+fn a_frozen_primary_ends_soon_and_answers_no_write_that_waits() {
+    let (mut pair, writer) = frozen();
+    let began = Instant::now();
+    pair.stop(ALPHA);
+    assert!(began.elapsed() < scaled(Duration::from_secs(5)), "it took {:?}", began.elapsed());
+    let told = writer.join().expect("a writer").expect_err("only a node that is down has the write");
+    assert_eq!(told.errno(), None, "closed, not answered: {told}");
+    pair.up(ALPHA);
+    pair.up(BETA);
+    pair.wait_in_sync("db");
     pair.settle_and_compare("db");
 }
 

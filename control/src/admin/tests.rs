@@ -33,7 +33,6 @@ fn db() -> VolumeStatus {
         peer: "beta".into(),
         parted: false,
         advice: None,
-        peer_says: None,
         in_flight: 0,
         frozen: false,
         violations: 0,

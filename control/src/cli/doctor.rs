@@ -150,9 +150,12 @@ fn descriptors_check(need: Need, node: &str, limit: u64) -> Check {
     }
 }
 
+/// How addresses for clients are called.
+const NBD: &str = "nbd";
+
 fn addresses(node: &Node, checks: &mut Vec<Check>) {
     let nbd = node.nbd.iter().filter_map(|endpoint| match endpoint {
-        Endpoint::Tcp(address) => Some(("nbd", *address)),
+        Endpoint::Tcp(address) => Some((NBD, *address)),
         Endpoint::Unix(_) => None,
     });
     let metrics = node.metrics.map(|address| ("metrics", address));
@@ -174,6 +177,14 @@ fn address_check(key: &str, address: SocketAddr) -> Check {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             Check::fail(key, format!("{address} is taken: `ss -ltnp` says by whom"))
         }
+        // The daemon listens on those for clients before any interface has them.
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && key == NBD => Check::warn(
+            key,
+            format!(
+                "{address} is no address of this machine now: the daemon waits for clients there all the same, which is right for \
+                 an address that moves with the service; is it one? see `ip addr`"
+            ),
+        ),
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Check::fail(
             key,
             format!("{address} is no address of this machine: is --node right? see `ip addr`"),

@@ -104,11 +104,6 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
             out.push_str(&Colour::Bad.paint(&line, colours));
             out.push('\n');
         }
-        if let Some(text) = &volume.peer_says {
-            let line = format!("  {} says: {text}", volume.peer);
-            out.push_str(&Colour::Attention.paint(&line, colours));
-            out.push('\n');
-        }
         if let Some(advice) = &volume.advice {
             let line = format!("  -> {advice}");
             out.push_str(&Colour::Attention.paint(&line, colours));

@@ -19,6 +19,8 @@ pub(super) struct Case<'a> {
     pub(super) volume: &'a str,
     pub(super) size: u64,
     pub(super) peer: &'a str,
+    /// How the command line begins that means this daemon's configuration and node.
+    pub(super) command_line: &'a str,
     pub(super) disk: &'a Disk,
     pub(super) error: &'a OpenError,
     /// What its metadata says, where it can be read all the same.
@@ -94,8 +96,8 @@ impl Case<'_> {
                 (
                     format!("disk {shown} is missing, and so is its metadata"),
                     self.again(&format!(
-                        "mount its file system; if this disk was never made, `costandby create {}` with this daemon's --config and --node",
-                        self.volume
+                        "mount its file system; if this disk was never made, `{} create {}`",
+                        self.command_line, self.volume
                     )),
                 )
             }
@@ -240,7 +242,8 @@ impl Case<'_> {
             ),
         };
         format!(
-            "`costandby create {volume} --force` gives up what this disk holds, to be copied from {peer} ({worth}); then {}",
+            "`{} create {volume} --force` gives up what this disk holds, to be copied from {peer} ({worth}); then {}",
+            self.command_line,
             self.opens_it()
         )
     }

@@ -16,7 +16,7 @@ use super::registry::{Phase, Registry, Shared};
 use super::volume::{Input, Surroundings, VolumeTask};
 use crate::admin;
 use crate::config::Disk;
-use crate::hello::{Refuse, RefuseCode, Unable};
+use crate::hello::{Refuse, RefuseCode};
 use crate::link::reason;
 use crate::role::{self, Connection, Found, Random, Role, Verification, VolumeController, VolumeSettings};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
@@ -29,10 +29,6 @@ use tokio::time::Instant;
 
 /// How long an operator's command waits for a disk that is being opened: most take milliseconds.
 const COMMAND_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// How often a peer that waits to be dialled is told that this node cannot: seldom enough to cost nothing, often enough that
-/// what the peer shows is never older than three times this.
-const TELL_EVERY: Duration = Duration::from_secs(4);
 
 type Reply = oneshot::Sender<Result<String, String>>;
 
@@ -132,13 +128,20 @@ impl Attachment {
         self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(advice.clone()), None));
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
-        let peer = self.settings.peer.clone();
+        let (peer, command_line) = (self.settings.peer.clone(), self.surroundings.command_line.clone());
         let opening = blocking(move || {
             open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
                 let (volume, size) = (config.name.as_str(), config.size);
-                let case =
-                    Case { volume, size, peer: &peer, disk: &disk, error: &error, found: found.as_ref() };
+                let case = Case {
+                    volume,
+                    size,
+                    peer: &peer,
+                    command_line: &command_line,
+                    disk: &disk,
+                    error: &error,
+                    found: found.as_ref(),
+                };
                 let distrusted = matches!(error, OpenError::Unflushed { on_record: false, .. });
                 Box::new(Failure { advice: case.text(), problem: case.problem(), distrusted, found })
             })
@@ -190,24 +193,17 @@ impl Attachment {
 
     /// Answers everybody with the reason, until an operator has the disk tried again. `None`: the daemon is to end.
     async fn wait_for_connect(&mut self, failure: &Failure) -> Option<Reply> {
-        let VolumeSettings { node, volume, peer, .. } = &self.settings;
+        let VolumeSettings { node, volume, .. } = &self.settings;
         let problem = reason(&format!("{node} cannot use its disk of volume {volume}: {}", failure.problem));
         let refusal = self.refusal(failure);
-        let unable = Unable { node: node.clone(), volume: volume.clone(), text: problem.clone() };
-        // The other one waits to be dialled, and would hear nothing.
-        let dials = node < peer;
-        let mut tell = tokio::time::interval(TELL_EVERY);
-        tell.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                input = self.queue.recv() => match input {
-                    None | Some(Input::Shutdown) => return None,
-                    Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
-                        return Some(reply);
-                    }
-                    Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
-                },
-                _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.peer_address, unable.clone()),
+            match self.queue.recv().await {
+                None | Some(Input::Shutdown) => return None,
+                Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
+                    return Some(reply);
+                }
+                // The peer dials, or asks why it is not dialled.
+                Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
             }
         }
     }
@@ -220,9 +216,6 @@ impl Attachment {
             }
             Input::Accepted { stream, .. } | Input::UpgradeAsked { stream, .. } => {
                 peers::part(stream, Refuse { code, text: to_peer.to_owned() });
-            }
-            Input::PeerUnable { text } => {
-                self.shared.peer_said(&text);
             }
             // Of sessions and conversations, which there are none of.
             Input::Reactor(_)

@@ -249,6 +249,7 @@ impl Start<'_> {
             let surroundings = Surroundings {
                 peer_address: self.config.node(peer.as_str())?.listen,
                 node: node.as_str().to_owned(),
+                command_line: self.config.command_line(node.as_str()),
                 local: self.node.listen.ip(),
                 rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
             };

@@ -153,7 +153,6 @@ fn name(message: &Message) -> &'static str {
         Message::Offer(_) => "an offer",
         Message::Ready(_) => "that it is ready",
         Message::Refuse(_) => "no",
-        Message::Unable(_) => "that its disk cannot be opened",
     }
 }
 

@@ -6,7 +6,7 @@
 use super::negotiate::{self, Terms};
 use super::registry::Registry;
 use super::volume::Input;
-use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Unable, Upgrade};
+use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Upgrade};
 use crate::role::{Obstacle, Reach};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -86,7 +86,6 @@ pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
 enum First {
     Hello(Box<Hello>),
     Upgrade(Upgrade),
-    Unable(Unable),
 }
 
 async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refusals: &Refusals) {
@@ -95,7 +94,6 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refu
         Ok(Message::Upgrade(upgrade)) => {
             (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade))
         }
-        Ok(Message::Unable(unable)) => (unable.volume.clone(), unable.node.clone(), First::Unable(unable)),
         Ok(_) => {
             tracing::warn!(%from, "a connection to the peers' port began with something else than a hello");
             return;
@@ -113,7 +111,6 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refu
             let _ = shared.inbox.send(match first {
                 First::Hello(hello) => Input::Accepted { stream, hello },
                 First::Upgrade(upgrade) => Input::UpgradeAsked { stream, upgrade },
-                First::Unable(unable) => Input::PeerUnable { text: unable.text },
             });
             return;
         }
@@ -191,15 +188,6 @@ async fn ask(stream: &mut TcpStream, question: Upgrade) -> Result<(), Obstacle> 
         Ok(other) => Err(Obstacle::Failed { text: negotiate::out_of_turn(other, "a refusal").to_string() }),
         Err(error) => Err(Obstacle::Failed { text: error.to_string() }),
     }
-}
-
-/// Tells a peer that it will not be dialled for a volume, and why. Where it cannot be reached nothing is lost.
-pub(super) fn tell_unable(address: SocketAddr, unable: Unable) {
-    tokio::spawn(async move {
-        if let Ok(stream) = connect_to(address).await {
-            say_and_close(stream, Message::Unable(unable)).await;
-        }
-    });
 }
 
 /// A connection to a peer's port.

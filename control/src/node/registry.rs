@@ -3,17 +3,12 @@
 use super::link::LinkStatus;
 use super::volume::Input;
 use crate::config::{NodeName, Volume};
-use crate::link::reason;
 use crate::progress::Progress;
 use crate::role::Status as ControllerStatus;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::VolumeSpec;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-
-/// How long what the peer said of itself is shown: it is said again every few seconds for as long as it holds.
-const PEER_WORD_MAX: Duration = Duration::from_secs(15);
 
 /// Where a volume's disk is on its way into service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,8 +31,6 @@ pub(super) struct Shared {
     pub(super) link: Mutex<Option<LinkStatus>>,
     /// Of the copy under way.
     pub(super) progress: Mutex<Progress>,
-    /// Why the peer has no session with us, in its words, and when it last said so.
-    pub(super) peer_word: Mutex<Option<(String, Instant)>>,
     pub(super) inbox: mpsc::UnboundedSender<Input>,
 }
 
@@ -56,7 +49,6 @@ impl Shared {
             phase: Mutex::new(phase),
             link: Mutex::new(None),
             progress: Mutex::default(),
-            peer_word: Mutex::new(None),
             inbox,
         }
     }
@@ -68,24 +60,6 @@ impl Shared {
     pub(super) fn enter(&self, phase: Phase, status: ControllerStatus) {
         *self.status.lock().expect("nobody panics with it") = status;
         *self.phase.lock().expect("nobody panics with it") = phase;
-    }
-
-    /// The peer refused a session for a reason that an operator should know. Whether it is news.
-    pub(super) fn peer_said(&self, text: &str) -> bool {
-        let (text, now) = (reason(text), Instant::now());
-        let before = self.peer_word.lock().expect("nobody panics with it").replace((text.clone(), now));
-        before.is_none_or(|(before, _)| before != text)
-    }
-
-    /// There is a session: whatever it said before is over.
-    pub(super) fn peer_agreed(&self) {
-        *self.peer_word.lock().expect("nobody panics with it") = None;
-    }
-
-    /// Why the peer has no session with us, in its words.
-    pub(super) fn peer_says(&self) -> Option<String> {
-        let word = self.peer_word.lock().expect("nobody panics with it").clone();
-        word.filter(|(_, at)| at.elapsed() < PEER_WORD_MAX).map(|(text, _)| text)
     }
 }
 

@@ -110,7 +110,6 @@ pub(super) fn volume_status(registry: &Registry, shared: &Shared) -> admin::Volu
         peer: shared.peer.as_str().to_owned(),
         parted: status.parted,
         advice: status.advice,
-        peer_says: shared.peer_says(),
         in_flight,
         verify: verify_status(&status.verification, &counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),

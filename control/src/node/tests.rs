@@ -75,6 +75,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let shared = Arc::new(Shared::new(volume, peer.clone(), controller.status(), Phase::Opening, inbox));
     let surroundings = Surroundings {
         peer_address: config.node(peer.as_str()).expect("there").listen,
+        command_line: "costandby --config f --node alpha".into(),
         node: node.into(),
         local: [127, 0, 0, 1].into(),
         rdma: Arc::clone(&rdma) as Arc<dyn rdma::RdmaSetup>,

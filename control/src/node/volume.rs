@@ -57,8 +57,6 @@ pub(super) enum Input {
     Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
     /// A peer connected and wants to take the session on to RDMA.
     UpgradeAsked { stream: TcpStream, upgrade: Upgrade },
-    /// A peer connected to say that it cannot use its disk of the volume.
-    PeerUnable { text: String },
     /// What came of taking that session on, in this attempt.
     Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(TcpStream, Prepared), NoLink> },
     /// The peer said something in the conversation of this serial.
@@ -124,6 +122,8 @@ pub(super) struct Surroundings {
     pub(super) peer_address: SocketAddr,
     /// This node's name.
     pub(super) node: String,
+    /// How a command line begins that means this daemon's configuration and node.
+    pub(super) command_line: String,
     /// This node's address towards its peers.
     pub(super) local: IpAddr,
     /// This node's RDMA.
@@ -216,7 +216,6 @@ impl VolumeTask {
                 }
             }
             Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, &upgrade),
-            Input::PeerUnable { text } => self.peer_refused(&text),
             Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
@@ -257,17 +256,6 @@ impl VolumeTask {
             ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
-    }
-
-    /// The peer will have no session, and says why.
-    pub(super) fn peer_refused(&self, text: &str) {
-        if self.shared.peer_said(text) {
-            tracing::warn!(
-                volume = self.shared.config.name.as_str(),
-                "{} has no session with this node: {text}",
-                self.shared.peer
-            );
-        }
     }
 
     fn begin_conversation(&mut self, dialled: bool) -> Hello {

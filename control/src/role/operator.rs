@@ -1,8 +1,8 @@
 //! The part of the controller that deals with its own node: operator's commands, time limits, a failing disk, the end.
 
 use super::{
-    Action, Command, Connection, Demotion, GRANT_TIMEOUT, Level, Promotion, QUIESCE_TIMEOUT, ReplyId, Role,
-    VolumeController, VolumeSettings, code,
+    Action, Command, Connection, Demotion, FROZEN_QUIESCE_TIMEOUT, GRANT_TIMEOUT, Level, Promotion,
+    QUIESCE_TIMEOUT, ReplyId, Role, VolumeController, VolumeSettings, code,
 };
 use costandby_datapath::disk::superblock::{DiskState, Generations};
 use costandby_datapath::units::{AckLevel, Generation};
@@ -411,7 +411,9 @@ impl VolumeController {
         if self.shutdown_deadline.is_some() {
             return;
         }
-        self.shutdown_deadline = Some(now + QUIESCE_TIMEOUT);
+        // Writes that wait for the peer are never answered now, nor is anything lost with them: their clients were told nothing.
+        let patience = if self.holds_writes() { FROZEN_QUIESCE_TIMEOUT } else { QUIESCE_TIMEOUT };
+        self.shutdown_deadline = Some(now + patience);
         actions.push(Action::StopDialing);
         self.abandon_handshake(actions);
         for id in self.take_waiting() {
@@ -461,12 +463,20 @@ impl VolumeController {
         if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {
             self.set_role(Role::Primary);
             actions.push(Action::Serve { epoch: self.superblock.epoch });
+            let super::VolumeSettings { volume, node, peer, .. } = &self.settings;
+            let what = if self.holds_writes() {
+                format!(
+                    "writes wait for {peer} to be in sync (on_peer_loss = \"freeze\"): have {peer} return and let a copy end \
+                     (`costandby wait-sync {volume}`)"
+                )
+            } else {
+                format!(
+                    "let a copy end first (`costandby wait-sync {volume}`), see to slow disks and the link"
+                )
+            };
             let text = format!(
-                "the requests in flight did not finish within {} s, so {} is still primary: let a copy end first (`costandby \
-                 wait-sync {}`), see to slow disks and the link, then try again",
-                QUIESCE_TIMEOUT.as_secs(),
-                self.settings.node,
-                self.settings.volume
+                "the requests in flight did not finish within {} s, so {node} is still primary: {what}, then try again",
+                QUIESCE_TIMEOUT.as_secs()
             );
             self.reply(demotion.id, Err(text), actions);
         }

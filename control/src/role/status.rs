@@ -63,10 +63,7 @@ impl VolumeController {
     /// The volume now.
     #[must_use]
     pub fn status(&self) -> Status {
-        let frozen = self.role == Role::Primary
-            && !self.in_session()
-            && !self.alone
-            && self.settings.on_peer_loss == OnPeerLoss::Freeze;
+        let frozen = self.role == Role::Primary && !self.in_session() && self.holds_writes();
         let session = self.peer.as_ref().filter(|_| self.in_session());
         Status {
             role: self.role,
@@ -86,6 +83,12 @@ impl VolumeController {
             parted: self.is_parted(),
             advice: self.advice(frozen),
         }
+    }
+
+    /// Whether a write that comes to this node as primary waits until the peer is in sync.
+    pub(super) fn holds_writes(&self) -> bool {
+        let in_sync = self.connection == Connection::Connected && self.peer.is_some();
+        !in_sync && !self.alone && self.settings.on_peer_loss == OnPeerLoss::Freeze
     }
 
     pub(super) fn shown_disk_state(&self) -> DiskState {

@@ -705,12 +705,24 @@ fn shutdown_leaves_a_clean_primary_that_will_resume() {
 fn a_shutdown_that_cannot_quiesce_ends_unclean() {
     let mut one = One::primary("alpha", OnPeerLoss::Freeze);
     one.on(Event::Shutdown);
+    assert_eq!(one.at(NOW + FROZEN_QUIESCE_TIMEOUT, Event::Tick), [], "the peer is in sync: writes end");
     let actions = one.at(NOW + QUIESCE_TIMEOUT, Event::Tick);
     let [Action::CloseLink, Action::StopServing, rest, Action::ShutdownComplete] = &actions[..] else {
         panic!("{actions:?}")
     };
     assert!(stored(rest).primary && !stored(rest).clean);
     assert_eq!(one.on(lost(true)), []);
+}
+
+#[test]
+fn a_frozen_primary_ends_soon_and_unclean() {
+    let mut one = One::primary("alpha", OnPeerLoss::Freeze);
+    one.on(lost(true));
+    assert!(one.controller.status().frozen);
+    assert!(one.on(Event::Shutdown).contains(&Action::Quiesce), "in case that nothing waits");
+    let actions = one.at(NOW + FROZEN_QUIESCE_TIMEOUT, Event::Tick);
+    let [Action::StopServing, rest, Action::ShutdownComplete] = &actions[..] else { panic!("{actions:?}") };
+    assert!(stored(rest).primary && !stored(rest).clean);
 }
 
 #[test]

@@ -12,6 +12,8 @@
 //!   the peer's (levels `memory` and `durable`); `freeze` adds that the peer is whole, or an operator forced it;
 //! - `durable-here`, `durable-there`: after a flush everything acknowledged before it was asked is on the media of both,
 //!   alone on record aside; a FUA write and the level `durable` promise it of the write itself;
+//! - `answered-or-closed`: a client is told of an error only where the disk has failed; where a node does not serve, or stops
+//!   serving, its connection ends instead;
 //! - `stale-read`: a read shows nothing older than what was acknowledged on this disk, or was read from it, before;
 //! - `read-there`: of a write that is not acknowledged yet a read shows only what the peer has too, so that a failover
 //!   takes nothing back that was seen;
@@ -203,7 +205,7 @@ impl Checker {
         }
     }
 
-    fn count(&mut self, rule: &'static str) {
+    pub(super) fn count(&mut self, rule: &'static str) {
         *self.applied.entry(rule).or_default() += 1;
     }
 

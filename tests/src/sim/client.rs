@@ -3,7 +3,7 @@
 //! Stands beside `reactor/queues.rs`, but lets the payload of a write arrive in two halves, as a socket would. Each client
 //! asks the node it believes to serve and turns to the other when refused.
 
-use super::checker::{ChangeId, Effect, FlushAsked, Verdict, payload};
+use super::checker::{ChangeId, Effect, FlushAsked, NAMES, Verdict, broken, payload};
 use super::clock::{MS, Nanos, US};
 use super::storage::SECTOR_LEN;
 use super::world::{Event, World};
@@ -261,6 +261,14 @@ impl World {
         self.story.mix(&[now, u64::from(id.0), u64::from(result.is_ok())]);
         self.tell(node, format_args!("{id:?} ends: {result:?}"));
         self.close(id, result.is_ok());
+        if let Err(error) = result {
+            // A client whose connection ends asks again, where a real one would reconnect.
+            self.checker.count("answered-or-closed");
+            if !error.ends_connection() && !self.nodes[node].disk.image.is_failed() {
+                let text = format!("{} answers {id:?} with an error: {error}", NAMES[node]);
+                return broken("answered-or-closed", text);
+            }
+        }
         match (change, flush) {
             (Some(change), _) if result.is_ok() => {
                 let disks = [&self.nodes[0].disk, &self.nodes[1].disk];

@@ -280,7 +280,7 @@ impl World {
                 self.close_stream(at, stream);
                 role::Event::PeerRefused(refuse)
             }
-            Ok(Message::Link(_) | Message::Upgrade(_) | Message::Offer(_) | Message::Unable(_)) => {
+            Ok(Message::Link(_) | Message::Upgrade(_) | Message::Offer(_)) => {
                 panic!("the simulated nodes speak TCP only")
             }
             Err(text) => {

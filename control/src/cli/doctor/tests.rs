@@ -117,7 +117,12 @@ fn addresses_and_sockets_are_tried() {
     drop(taken);
     assert_eq!(address_check("listen", address).verdict, Verdict::Ok);
     let foreign = "192.0.2.1:7790".parse().expect("an address");
-    assert!(address_check("listen", foreign).text.contains("no address of this machine"));
+    let check = address_check("listen", foreign);
+    assert_eq!(check.verdict, Verdict::Fail);
+    assert!(check.text.contains("no address of this machine: is --node right?"), "{}", check.text);
+    let check = address_check("nbd", foreign);
+    assert_eq!(check.verdict, Verdict::Warn, "the daemon starts all the same");
+    assert!(check.text.contains("192.0.2.1:7790 is no address of this machine now"), "{}", check.text);
 
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("x.sock");

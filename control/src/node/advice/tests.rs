@@ -12,9 +12,14 @@ fn superblock(change: impl FnOnce(&mut Superblock)) -> Superblock {
     superblock
 }
 
+fn case<'a>(disk: &'a Disk, error: &'a OpenError, found: Option<&'a Superblock>) -> Case<'a> {
+    let command_line = "costandby --config /etc/pair.toml --node alpha";
+    Case { volume: "db", size: 1 << 20, peer: "beta", command_line, disk, error, found }
+}
+
 fn text(error: &OpenError, found: Option<&Superblock>) -> String {
     let disk = Disk::Path(PathBuf::from("/nonexistent/db.img"));
-    Case { volume: "db", size: 1 << 20, peer: "beta", disk: &disk, error, found }.text()
+    case(&disk, error, found).text()
 }
 
 fn metadata(error: SuperblockError) -> OpenError {
@@ -23,6 +28,16 @@ fn metadata(error: SuperblockError) -> OpenError {
 
 fn missing() -> OpenError {
     metadata(SuperblockError::Missing { path: "/nonexistent/db.img.meta".into() })
+}
+
+#[test]
+fn a_disk_to_be_made_is_made_by_the_very_command_that_is_named() {
+    let source = io::Error::from(Errno::NOENT);
+    let error = OpenError::Disk(DiskError::Open { path: "/nonexistent/db.img".into(), source });
+    let said = text(&error, None);
+    assert!(said.contains("`costandby --config /etc/pair.toml --node alpha create db`"), "{said}");
+    let said = text(&missing(), None);
+    assert!(said.contains("`costandby --config /etc/pair.toml --node alpha create db --force`"), "{said}");
 }
 
 /// Every way in which a disk can be found.
@@ -124,8 +139,6 @@ fn another_disks_metadata_is_not_to_be_made_anew() {
 fn memory_that_is_refused_is_said_to_be_memory() {
     let source = io::Error::from(Errno::NOMEM);
     let error = OpenError::Disk(DiskError::Map { path: "memory:db".into(), len: 1 << 40, source });
-    let case =
-        Case { volume: "db", size: 1 << 40, peer: "beta", disk: &Disk::Memory, error: &error, found: None };
-    let text = case.text();
+    let text = Case { size: 1 << 40, ..case(&Disk::Memory, &error, None) }.text();
     assert!(text.contains("no 1 TiB of memory") && text.contains("`costandby connect db`"), "{text}");
 }

@@ -120,10 +120,8 @@ impl VolumeTask {
             NoLink::Rdma(why) => self.link.rdma_failed(self.began.elapsed(), why),
             NoLink::NothingInCommon(text) => self.link.tell(text),
             NoLink::Refused(refuse) if refuse.code == RefuseCode::Link => self.link.tell(&refuse.text),
-            // In a moment it will not be so any more.
-            NoLink::Refused(refuse) if refuse.code == RefuseCode::Busy => {}
-            NoLink::Refused(refuse) => self.peer_refused(&refuse.text),
-            NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
+            // The controller tells of these.
+            NoLink::Refused(_) | NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
         }
     }
 
@@ -228,7 +226,6 @@ impl VolumeTask {
     }
 
     pub(super) fn start_session(&mut self, side: SessionSide, serve: bool, epoch: Epoch) {
-        self.shared.peer_agreed();
         let conversation = self.conversation.take();
         self.epoch = epoch;
         self.link_up = true;

@@ -85,6 +85,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
     let shared = Arc::new(Shared::new(volume, peer, controller.status(), Phase::Open(0), inbox));
     let surroundings = Surroundings {
         peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
+        command_line: "costandby --config f --node alpha".into(),
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
         rdma: crate::node::rdma::setup(0, &crate::node::rdma::Makers::default()),

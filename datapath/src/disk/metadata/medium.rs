@@ -62,6 +62,13 @@ pub trait Medium: Send + Sync + std::fmt::Debug {
     fn sync(&self) -> io::Result<()>;
 }
 
+/// How a medium is opened to be made. A file has its mode from the moment it exists, whatever the umask.
+fn making(device: bool, force: bool) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(!device).create_new(!device && !force).mode(FILE_MODE);
+    options
+}
+
 /// A file beside a disk, or a block device, locked against other daemons until it is dropped.
 #[derive(Debug)]
 pub struct FileMedium {
@@ -104,9 +111,7 @@ impl FileMedium {
     /// [`SuperblockError::Exists`], [`SuperblockError::Locked`], [`SuperblockError::Io`].
     pub fn create(path: &Path, force: bool) -> Result<Self, SuperblockError> {
         let device = superblock::is_block_device(path);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(!device).create_new(!device && !force).mode(FILE_MODE);
-        let medium = Self::from_options(&options, path)?;
+        let medium = Self::from_options(&making(device, force), path)?;
         superblock::lock(&medium.file, path)?;
         medium.narrow();
         if !device {
@@ -175,5 +180,24 @@ impl Medium for FileMedium {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metadata_file_is_its_owners_alone_from_the_moment_it_exists() {
+        let dir = tempfile::tempdir().expect("a directory");
+        // The process's, so this is the file's only test.
+        let before = rustix::process::umask(rustix::fs::Mode::empty());
+        for force in [false, true] {
+            let path = dir.path().join(format!("made-{force}"));
+            let file = making(false, force).open(&path).expect("made");
+            let mode = file.metadata().expect("there").permissions().mode() & 0o7777;
+            assert_eq!(mode, FILE_MODE, "before anything narrows it");
+        }
+        rustix::process::umask(before);
     }
 }

@@ -20,7 +20,7 @@ use super::proto::{
     AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
 };
 use super::reply::{BlockStatus, Finality, error_reply, read_header, simple_reply};
-use super::socket::{receive, say_goodbye};
+use super::socket::receive;
 use crate::error::IoError;
 use crate::limits::{
     CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX, RECEIVE_LEN_MAX, TURN_MS_MAX,
@@ -348,8 +348,8 @@ impl Connection {
         match result {
             Ok(()) => self.reply_ok(cookie),
             // A write whose payload is still arriving holds its range: the close gives that back.
-            Err(IoError::NotPrimary) if matches!(self.input, Input::Payload { .. }) => {}
-            Err(IoError::NotPrimary) => self.input = Input::Ended,
+            Err(error) if error.ends_connection() && matches!(self.input, Input::Payload { .. }) => {}
+            Err(error) if error.ends_connection() => self.input = Input::Ended,
             Err(error) => self.reply_error(cookie, error.into(), &error.to_string()),
         }
     }
@@ -400,10 +400,11 @@ impl Connection {
             || (!self.writable && self.ready_reads.iter().any(|read| read.token == token))
     }
 
-    /// Gives back whatever the connection holds of its volume. The socket closes on drop.
-    pub fn close(mut self, volume: Option<&mut Volume>) {
-        say_goodbye(&self.socket);
-        let Some(volume) = volume else { return };
+    /// Gives back whatever the connection holds of its volume. What is left is the socket, for
+    /// [`Lingering`](super::linger::Lingering).
+    #[must_use]
+    pub fn close(mut self, volume: Option<&mut Volume>) -> OwnedFd {
+        let Some(volume) = volume else { return self.socket };
         match self.input {
             Input::Payload { token, .. } => volume.landed_in_part(token),
             Input::AwaitsLock { token, .. } => volume.cancel_waiting(token),
@@ -418,6 +419,7 @@ impl Connection {
         if let Some(stuck) = self.stuck {
             volume.unpin(stuck.token);
         }
+        self.socket
     }
 
     fn structured(&self) -> bool {
@@ -636,6 +638,11 @@ impl Connection {
     /// A whole request header is in.
     fn request(&mut self, volume: &mut Volume) -> Result<(), ConnectionEnd> {
         let State::Open { negotiated, .. } = self.state else { panic!("requests come after the handshake") };
+        if volume.refusal().is_some() {
+            // Whatever it asks, and if it is no valid request: who serves the volume is to be asked.
+            self.input = Input::Ended;
+            return Ok(());
+        }
         let request = Request::decode(&self.header).map_err(|e| ConnectionEnd::Protocol(e.to_string()))?;
         let checked = match request.check(&negotiated) {
             Ok(checked) => checked,
@@ -705,7 +712,7 @@ impl Connection {
                 }
             }
             Begin::Full => self.input = Input::Refused { new, cookie },
-            Begin::Failed(IoError::NotPrimary) => self.input = Input::Ended,
+            Begin::Failed(error) if error.ends_connection() => self.input = Input::Ended,
             Begin::Failed(error) => {
                 self.reply_error(cookie, error.into(), &error.to_string());
                 if is_write {

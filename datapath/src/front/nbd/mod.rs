@@ -8,6 +8,7 @@
 pub mod connection;
 pub mod end;
 pub mod handshake;
+pub mod linger;
 mod option;
 pub mod proto;
 pub mod reply;

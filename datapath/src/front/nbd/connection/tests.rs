@@ -6,6 +6,7 @@ use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::disk::worker::DiskWorkers;
 use crate::front::nbd::handshake::{ListedExport, Lookup};
+use crate::front::nbd::linger::Lingering;
 use crate::reactor::command::VolumeSpec;
 use crate::units::{AckLevel, OnPeerLoss};
 use crate::volume::Notice;
@@ -56,13 +57,19 @@ fn waiting_volume() -> Volume {
     volume
 }
 
-/// A write of one byte.
-fn write_request(cookie: u64, offset: u64) -> Vec<u8> {
+/// A request of the command `kind` for one byte, without payload.
+fn request(kind: u8, cookie: u64, offset: u64) -> Vec<u8> {
     let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-    bytes.extend_from_slice(&[0, 0, 0, 1]);
+    bytes.extend_from_slice(&[0, 0, 0, kind]);
     bytes.extend_from_slice(&cookie.to_be_bytes());
     bytes.extend_from_slice(&offset.to_be_bytes());
     bytes.extend_from_slice(&1u32.to_be_bytes());
+    bytes
+}
+
+/// A write of one byte.
+fn write_request(cookie: u64, offset: u64) -> Vec<u8> {
+    let mut bytes = request(1, cookie, offset);
     bytes.push(0xAB);
     bytes
 }
@@ -142,6 +149,11 @@ fn replies(client: &mut UnixStream) -> Vec<(u64, u32)> {
         .collect()
 }
 
+/// As the reactor closes it, but for the waiting.
+fn close(connection: Connection, volume: &mut Volume) {
+    Lingering::default().add(connection.close(Some(volume)), Instant::now());
+}
+
 /// Serves until the connection is over, then closes it.
 fn end(mut connection: Connection, volume: &mut Volume) {
     let began = Instant::now();
@@ -153,7 +165,7 @@ fn end(mut connection: Connection, volume: &mut Volume) {
         }
         connection.ready(true, true, false);
         if connection.service(volume, Instant::now()).is_err() {
-            return connection.close(Some(volume));
+            return close(connection, volume);
         }
         volume.pump(Instant::now());
         assert!(began.elapsed() < Duration::from_secs(10), "the connection never ends");
@@ -185,14 +197,27 @@ fn a_node_that_stops_serving_answers_what_was_admitted_and_nothing_else() {
 
 #[test]
 fn a_request_that_comes_too_late_is_not_answered() {
+    // Read, write, flush, cache, block status; one beyond the end of the disk, of an unknown command, and no request at all.
+    let late = [
+        request(0, 1, 0),
+        write_request(1, 0),
+        request(3, 1, 0),
+        request(5, 1, 0),
+        request(7, 1, 0),
+        request(0, 1, SIZE),
+        request(99, 1, 0),
+        vec![0x55; REQUEST_LEN],
+    ];
     for stop in [Volume::quiesce, Volume::stop_serving] {
-        let (mut client, mut connection) = connected(Instant::now());
-        let mut volume = waiting_volume();
-        connection.open(0, OPENED);
-        stop(&mut volume);
-        client.write_all(&write_request(1, 0)).expect("sends");
-        end(connection, &mut volume);
-        assert_eq!(replies(&mut client), []);
+        for late in &late {
+            let (mut client, mut connection) = connected(Instant::now());
+            let mut volume = waiting_volume();
+            connection.open(0, Negotiated { base_allocation: true, structured: true, ..OPENED });
+            stop(&mut volume);
+            client.write_all(late).expect("sends");
+            end(connection, &mut volume);
+            assert_eq!(replies(&mut client), [], "{late:?}");
+        }
     }
 }
 
@@ -229,7 +254,7 @@ fn a_half_received_write_gives_its_range_back_when_the_node_stops_serving_at_onc
         }
     }
     let _ = connection.service(&mut volume, Instant::now());
-    connection.close(Some(&mut volume));
+    close(connection, &mut volume);
     assert_eq!(replies(&mut client), []);
 
     volume.serve();
