@@ -118,6 +118,9 @@ pub struct VolumeStatus {
     /// Why the peer has no session with this node, in its own words.
     #[serde(default)]
     pub peer_says: Option<String>,
+    /// What else an operator should know or act on, one sentence each.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
     /// The verification under way, or else the last one of this daemon.

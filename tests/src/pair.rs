@@ -174,7 +174,8 @@ impl Pair {
             fs::create_dir(pair.path(NODES[node])).expect("a directory for the node");
             fs::write(pair.config(node), pair.config_text(node)).expect("a configuration");
             let mut create = pair.command(node);
-            create.arg("create");
+            // Of a disk that is a device; a file is zeros anyway.
+            create.args(["create", "--zero"]);
             if pair.settings.sparse {
                 create.arg("--sparse");
             }

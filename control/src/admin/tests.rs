@@ -34,6 +34,7 @@ fn db() -> VolumeStatus {
         parted: false,
         advice: None,
         peer_says: None,
+        warnings: Vec::new(),
         in_flight: 0,
         frozen: false,
         violations: 0,

@@ -13,6 +13,7 @@ use super::open::{self, OpenError, OpenVolume};
 use super::peers;
 use super::registry::{Phase, Registry, Shared};
 use super::volume::{Input, Surroundings, VolumeTask};
+use super::watch::Watch;
 use crate::admin;
 use crate::config::Disk;
 use crate::hello::{Refuse, RefuseCode, Unable};
@@ -132,8 +133,9 @@ impl Attachment {
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
         let peer = self.settings.peer.clone();
+        let others = self.registry.other_disks(config.name.as_str());
         let mut opening = tokio::task::spawn_blocking(move || {
-            open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
+            open::open_volume(&config, &disk, &node, distrusted, &others).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
                 let (volume, size) = (config.name.as_str(), config.size);
                 let case =
@@ -240,7 +242,7 @@ impl Attachment {
 
     /// The volume's life in service.
     async fn serve(self, opened: OpenVolume) {
-        let Self { registry, shared, settings, random, boot, queue, surroundings, .. } = self;
+        let Self { registry, shared, disk: disk_config, settings, random, boot, queue, surroundings } = self;
         let OpenVolume { disk, superblock, dirty, store, record } = opened;
         let config = &shared.config;
         let spec = VolumeSpec {
@@ -255,6 +257,10 @@ impl Attachment {
         let index = registry.admit(&shared, spec);
         shared.enter(Phase::Open(index), controller.status());
         let reactor = registry.reactor.clone();
+        if let Disk::Path(path) = &disk_config {
+            let watch = Watch::new(config.name.as_str(), shared.peer.as_str(), path);
+            tokio::spawn(watch.run(Arc::downgrade(&shared)));
+        }
         VolumeTask::new(index, shared, controller, store, reactor, queue, surroundings).run().await;
     }
 }

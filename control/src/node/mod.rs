@@ -39,6 +39,7 @@ mod registry;
 mod signals;
 mod status;
 mod volume;
+mod watch;
 
 /// Threads for blocking calls of the daemon itself: sockets that are bound, RDMA that is looked for.
 const BLOCKING_THREADS: usize = 64;

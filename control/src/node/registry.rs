@@ -2,12 +2,14 @@
 
 use super::link::LinkStatus;
 use super::volume::Input;
-use crate::config::{NodeName, Volume};
+use crate::config::{Disk, NodeName, Volume};
 use crate::link::reason;
 use crate::progress::Progress;
 use crate::role::Status as ControllerStatus;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::VolumeSpec;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -38,7 +40,16 @@ pub(super) struct Shared {
     pub(super) progress: Mutex<Progress>,
     /// Why the peer has no session with us, in its words, and when it last said so.
     pub(super) peer_word: Mutex<Option<(String, Instant)>>,
+    /// What an operator should know beside the advice, by who found it.
+    warnings: Mutex<BTreeMap<Source, Vec<String>>>,
     pub(super) inbox: mpsc::UnboundedSender<Input>,
+}
+
+/// Who finds something that `status` warns of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Source {
+    /// The look at the disk's files.
+    Files,
 }
 
 impl Shared {
@@ -57,6 +68,7 @@ impl Shared {
             link: Mutex::new(None),
             progress: Mutex::default(),
             peer_word: Mutex::new(None),
+            warnings: Mutex::default(),
             inbox,
         }
     }
@@ -68,6 +80,19 @@ impl Shared {
     pub(super) fn enter(&self, phase: Phase, status: ControllerStatus) {
         *self.status.lock().expect("nobody panics with it") = status;
         *self.phase.lock().expect("nobody panics with it") = phase;
+    }
+
+    /// Shows `texts` in `status` from now on, instead of what `source` said before. Whether that is news.
+    pub(super) fn warn(&self, source: Source, texts: Vec<String>) -> bool {
+        let mut warnings = self.warnings.lock().expect("nobody panics with it");
+        let before =
+            if texts.is_empty() { warnings.remove(&source) } else { warnings.insert(source, texts.clone()) };
+        before.unwrap_or_default() != texts
+    }
+
+    /// Everything that is warned of now.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().expect("nobody panics with it").values().flatten().cloned().collect()
     }
 
     /// The peer refused a session for a reason that an operator should know. Whether it is news.
@@ -112,6 +137,16 @@ impl Registry {
         assert_eq!(index, inboxes.len(), "volumes come to the reactor here only");
         inboxes.push(shared.inbox.clone());
         index
+    }
+
+    /// The disks of this node's volumes but `volume`, by their volumes' names.
+    pub(super) fn other_disks(&self, volume: &str) -> Vec<(String, PathBuf)> {
+        let others = self.volumes.iter().filter(|shared| shared.config.name.as_str() != volume);
+        let disks = others.filter_map(|shared| match shared.config.disks.get(&self.node)? {
+            Disk::Path(path) => Some((shared.config.name.as_str().to_owned(), path.clone())),
+            Disk::Memory => None,
+        });
+        disks.collect()
     }
 
     /// Who hears of the reactor's volume of this index.

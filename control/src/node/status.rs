@@ -111,6 +111,7 @@ pub(super) fn volume_status(registry: &Registry, shared: &Shared) -> admin::Volu
         parted: status.parted,
         advice: status.advice,
         peer_says: shared.peer_says(),
+        warnings: shared.warnings(),
         in_flight,
         verify: verify_status(&status.verification, &counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),

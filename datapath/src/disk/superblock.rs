@@ -438,6 +438,20 @@ pub enum SuperblockError {
         /// Which file.
         path: PathBuf,
     },
+    /// A device without any.
+    #[error(
+        "no metadata of costandby on device {path}, neither in its last MiB (it has {device_len} bytes) nor behind the {volume_len} bytes \
+         of the volume: correct the disk's path if that is another device; give the device its size back if it was made \
+         smaller; a new disk gets metadata from `costandby create`; if this disk had some, it is lost, and {GIVE_UP}"
+    )]
+    Absent {
+        /// Which device.
+        path: PathBuf,
+        /// Bytes it has.
+        device_len: u64,
+        /// Bytes of the volume.
+        volume_len: u64,
+    },
     /// `create` over something that is there.
     #[error("metadata {path} is already there: leave it, for the disk is made; {GIVE_UP}")]
     Exists {
@@ -533,7 +547,9 @@ impl Location {
     }
 }
 
-pub(super) fn is_block_device(path: &Path) -> bool {
+/// Whether `path` leads to a block device.
+#[must_use]
+pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 

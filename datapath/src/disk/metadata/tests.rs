@@ -524,7 +524,8 @@ fn a_metadata_file_is_its_owners_alone() {
 fn new_metadata_is_never_named_without_its_price_nor_an_old_copy_as_a_way_out() {
     let path = || std::path::PathBuf::from("/srv/db.img.meta");
     let bad = || CopyError::Length { found: 0 };
-    let errors: [MetadataError; 6] = [
+    let errors: [MetadataError; 7] = [
+        SuperblockError::Absent { path: path(), device_len: 3, volume_len: 2 }.into(),
         SuperblockError::Missing { path: path() }.into(),
         SuperblockError::Exists { path: path() }.into(),
         SuperblockError::Truncated { path: path(), found: 3 }.into(),
