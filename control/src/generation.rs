@@ -127,7 +127,8 @@ impl Side {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// Both disks are new and not known to be equal: the configured primary's is the one.
+    /// Both disks are new and not known to be equal: the one that is not known to be empty is the one, or, where both are
+    /// empty, the configured primary's.
     BothFresh,
     /// The target is a new disk.
     TargetFresh,
@@ -200,6 +201,8 @@ pub enum Verdict {
     SizeDiffers,
     /// Neither disk may be read from, or the newer one may not.
     NoUsableDisk,
+    /// Both disks are new, and each may hold data: which of the two the volume begins with takes an operator's word.
+    TwoWithData,
 }
 
 impl Verdict {
@@ -256,6 +259,8 @@ fn scope(source: &View, target: &View) -> Scope {
     let related = match target.disk_state {
         // What a failing medium lost stands in no map.
         DiskState::Failed | DiskState::Diskless => false,
+        // It found itself to differ, and the source did not live to put on record where.
+        DiskState::Outdated if target.copying == COPYING_WHOLE => false,
         DiskState::Inconsistent if target.copying != Generation::ZERO => {
             is_known(target.copying) && (target.copying == from.current || from.descends_from(target.copying))
         }
@@ -275,18 +280,30 @@ fn from_usable(mine: &View, theirs: &View, side: Side, why: Why) -> Verdict {
     if source.is_usable() { resync(mine, theirs, side, why) } else { Verdict::NoUsableDisk }
 }
 
+/// An empty disk is never the source of one that may hold data, whomever the configuration names: `zeroed` is a proof, and
+/// nothing proves the contrary. A disk whose content was given up (it is not usable) holds nothing in that sense.
 fn both_fresh(mine: &View, theirs: &View) -> Verdict {
+    let holds_data = |view: &View| view.is_usable() && !view.zeroed;
+    if holds_data(mine) && holds_data(theirs) {
+        return Verdict::TwoWithData;
+    }
+    if let Some(side) = only(holds_data(mine), holds_data(theirs)) {
+        return resync(mine, theirs, side, Why::BothFresh);
+    }
     let (first, side) = match configured(mine, theirs) {
         Some(Side::Mine) => (mine, Side::Mine),
         Some(Side::Theirs) => (theirs, Side::Theirs),
         // The two configurations differ; picking either disk would be a guess.
         None => return Verdict::NoUsableDisk,
     };
-    let untouched = |view: &View| view.zeroed && view.is_usable() && !view.dirty;
+    let untouched = |view: &View| view.is_usable() && !view.dirty;
     if untouched(mine) && untouched(theirs) {
         return Verdict::InSync { adopt: Some(first.proposed) };
     }
-    from_usable(mine, theirs, side, Why::BothFresh)
+    match only(mine.is_usable(), theirs.is_usable()) {
+        Some(side) => resync(mine, theirs, side, Why::BothFresh),
+        None => from_usable(mine, theirs, side, Why::BothFresh),
+    }
 }
 
 /// The one that the configuration names as the first primary, where both nodes' agree on it.
@@ -429,7 +446,8 @@ impl Agreement {
 /// [`compare`], who serves afterwards, and under which epoch.
 ///
 /// A serving primary stays unless its disk becomes a target (it then steps down). A node that was primary when it
-/// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch.
+/// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch, unless
+/// only the other's may hold data: then that one does.
 #[must_use]
 pub fn agree(mine: &View, theirs: &View) -> Agreement {
     let verdict = compare(mine, theirs);
@@ -451,7 +469,11 @@ pub fn agree(mine: &View, theirs: &View) -> Agreement {
         }
         _ => None,
     };
-    let first = || if both_new { pick(|view| view.configured_primary) } else { None };
+    let first = || match verdict {
+        Verdict::Resync { source, .. } if both_new => Some(source),
+        _ if both_new => pick(|view| view.configured_primary),
+        _ => None,
+    };
     let primary = pick(View::is_serving).or_else(first).or_else(|| pick(|view| view.was_primary));
     let begins = both_new && primary.is_some();
     Agreement { verdict, primary, epoch: if begins { epoch.next().0 } else { epoch.0 } }

@@ -67,6 +67,8 @@ pub mod code {
     pub const PROMOTE_DENY: u64 = 3;
     /// I do not serve any more, and all I served is on stable storage on both.
     pub const DEMOTED: u64 = 4;
+    /// That is known here, and a promotion here need not wait for it.
+    pub const DEMOTED_NOTED: u64 = 9;
     /// Every block was copied and is durable: you hold this generation now.
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
@@ -215,6 +217,8 @@ pub enum Event {
     ResyncDone,
     /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
     Verified(Box<Verified>),
+    /// As target: bytes that the source announced are others here. Also during a copy, where that is nothing special.
+    FoundDifferent,
     /// A control frame from the peer; all changes that it sent before are applied, and flushed where it said so.
     PeerMessage {
         /// One of [`code`].
@@ -446,6 +450,8 @@ pub struct VolumeController {
     invalidating: Option<ReplyId>,
     promotion: Option<Promotion>,
     demotion: Option<Demotion>,
+    /// A demotion that is done, and whose news is on its way to the peer.
+    demoted: Option<Demotion>,
     shutdown_deadline: Option<Duration>,
     /// Why there is no session although the peer is there, by this node's own judgement.
     refusal: Option<String>,
@@ -494,6 +500,7 @@ impl VolumeController {
             invalidating: None,
             promotion: None,
             demotion: None,
+            demoted: None,
             shutdown_deadline: None,
             refusal: None,
             obstacle: None,
@@ -539,9 +546,10 @@ impl VolumeController {
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
             Event::Verified(outcome) => self.on_verified(*outcome, actions),
+            Event::FoundDifferent => self.on_found_different(actions),
             Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
-            Event::Quiesced => self.on_quiesced(actions),
+            Event::Quiesced => self.on_quiesced(now, actions),
             Event::DiskFailing { text } => self.on_disk_failing(text, actions),
             Event::DiskFailed { text } => self.on_disk_failed(&text, actions),
             Event::Shutdown => self.on_shutdown(now, actions),

@@ -48,7 +48,12 @@ impl AdminBackend for Fake {
         })
     }
 
-    fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>> {
+    fn command(
+        &self,
+        volume: String,
+        command: Command,
+        _: Asked,
+    ) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async move {
             if volume != "db" {
                 return Err(CommandError::NoSuchVolume { node: "alpha".into(), volume });

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::admin::{
-    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, NotListening, SYNC_SOURCE,
-    Status, UP_TO_DATE, VolumeStatus,
+    AdminBackend, AdminServer, Answer, Asked, CONNECTED, Command as Wish, CommandError, NotListening,
+    SYNC_SOURCE, Status, UP_TO_DATE, VolumeStatus,
 };
 use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
@@ -519,7 +519,7 @@ impl AdminBackend for CatchingUp {
         })
     }
 
-    fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {
+    fn command(&self, volume: String, _: Wish, _: Asked) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async { Err(CommandError::NoSuchVolume { node: "alpha".into(), volume }) })
     }
 }

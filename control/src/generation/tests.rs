@@ -71,10 +71,15 @@ fn fresh_disks() {
     let first = configured(View { proposed: Lineage { volume_id: [1; 16], generation: 11 }, ..fresh() });
     check(&zeroed(first), &zeroed(fresh()), Verdict::InSync { adopt: Some(first.proposed) });
     check(&first, &zeroed(fresh()), FULL_MINE(Why::BothFresh));
-    check(&zeroed(first), &fresh(), FULL_MINE(Why::BothFresh));
-    check(&fresh(), &fresh(), Verdict::NoUsableDisk);
-    check(&first, &first, Verdict::NoUsableDisk);
-    check(&bad(DiskState::Inconsistent, first), &fresh(), Verdict::NoUsableDisk);
+    check(&zeroed(first), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&zeroed(fresh()), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&first, &fresh(), Verdict::TwoWithData);
+    check(&fresh(), &fresh(), Verdict::TwoWithData);
+    check(&zeroed(fresh()), &zeroed(fresh()), Verdict::NoUsableDisk);
+    check(&zeroed(first), &zeroed(first), Verdict::NoUsableDisk);
+    check(&bad(DiskState::Inconsistent, first), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&bad(DiskState::Inconsistent, first), &zeroed(fresh()), FULL_THEIRS(Why::BothFresh));
+    check(&bad(DiskState::Inconsistent, first), &bad(DiskState::Failed, fresh()), Verdict::NoUsableDisk);
     check(&first, &bad(DiskState::Inconsistent, fresh()), FULL_MINE(Why::BothFresh));
     check(&first, &disk(5, 0, &[]), FULL_THEIRS(Why::TargetFresh));
     check(&first, &bad(DiskState::Failed, disk(5, 0, &[])), Verdict::NoUsableDisk);
@@ -155,13 +160,11 @@ fn who_serves_after_the_handshake() {
     let was = |view: View| View { was_primary: true, ..view };
     let at = |epoch: u64, view: View| View { epoch: Epoch(epoch), ..view };
     let (old, new) = (|| disk(5, 0, &[]), || disk(6, 5, &[5]));
-    check(&configured(fresh()), &fresh(), Some(Side::Mine), 1);
-    check(
-        &View { zeroed: true, ..configured(fresh()) },
-        &View { zeroed: true, ..fresh() },
-        Some(Side::Mine),
-        1,
-    );
+    check(&configured(fresh()), &fresh(), None, 0);
+    check(&configured(fresh()), &View { zeroed: true, ..fresh() }, Some(Side::Mine), 1);
+    let zeroed = |view: View| View { zeroed: true, ..view };
+    check(&zeroed(configured(fresh())), &zeroed(fresh()), Some(Side::Mine), 1);
+    check(&zeroed(configured(fresh())), &fresh(), Some(Side::Theirs), 1);
     check(&configured(old()), &at(3, old()), None, 3);
     check(&was(old()), &configured(old()), Some(Side::Mine), 0);
     check(&was(old()), &configured(was(old())), Some(Side::Theirs), 0);
@@ -299,6 +302,15 @@ proptest! {
         }
         if agreement.primary.is_some() {
             prop_assert!(agreement.allows_session());
+        }
+    }
+
+    #[test]
+    fn an_empty_disk_overwrites_none_that_may_hold_data_before_they_have_met(mine in any_view(), theirs in any_view()) {
+        let new = |view: View| View { generations: Generations::default(), size: 4096, volume_id: [0; 16], ..view };
+        let (mine, theirs) = (new(mine), new(theirs));
+        if let Verdict::Resync { source: Side::Mine, .. } = compare(&mine, &theirs) {
+            prop_assert!(!mine.zeroed || theirs.zeroed || !theirs.is_usable());
         }
     }
 

@@ -160,8 +160,8 @@ impl Attachment {
                 }
                 input = self.queue.recv() => match input {
                     None | Some(Input::Shutdown) => return Tried::Stopped,
-                    Some(Input::Admin { command, reply }) if began.elapsed() < COMMAND_WAIT_MAX => {
-                        waiting.push(Input::Admin { command, reply });
+                    Some(input @ Input::Admin { .. }) if began.elapsed() < COMMAND_WAIT_MAX => {
+                        waiting.push(input);
                     }
                     Some(input) => self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later")),
                 },
@@ -202,7 +202,9 @@ impl Attachment {
             tokio::select! {
                 input = self.queue.recv() => match input {
                     None | Some(Input::Shutdown) => return None,
-                    Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
+                    Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, asked, reply })
+                        if asked.void().is_none() =>
+                    {
                         return Some(reply);
                     }
                     Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),

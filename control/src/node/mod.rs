@@ -293,6 +293,7 @@ fn forward_events(
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::Verified { volume, .. }
+                | ReactorEvent::FoundDifferent { volume }
                 | ReactorEvent::PeerMessage { volume, .. }
                 | ReactorEvent::DiskFailing { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }

@@ -54,7 +54,12 @@ impl AdminBackend for Backend {
         })
     }
 
-    fn command(&self, volume: String, command: admin::Command) -> Answer<'_, Result<String, CommandError>> {
+    fn command(
+        &self,
+        volume: String,
+        command: admin::Command,
+        asked: admin::Asked,
+    ) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async move {
             let node = || self.registry.node.as_str().to_owned();
             let found = self.registry.volumes.iter().find(|v| v.config.name.as_str() == volume);
@@ -63,7 +68,7 @@ impl AdminBackend for Backend {
             };
             let (reply, answer) = oneshot::channel();
             let stopping = || CommandError::Refused(format!("node {} is stopping", node()));
-            shared.inbox.send(super::Input::Admin { command, reply }).map_err(|_| stopping())?;
+            shared.inbox.send(super::Input::Admin { command, asked, reply }).map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?.map_err(CommandError::Refused)
         })
     }

@@ -63,7 +63,7 @@ pub(super) enum Input {
     /// The peer said something in the conversation of this serial.
     Heard { serial: u64, stream: TcpStream, heard: Heard },
     /// An operator's command.
-    Admin { command: admin::Command, reply: oneshot::Sender<Result<String, String>> },
+    Admin { command: admin::Command, asked: admin::Asked, reply: oneshot::Sender<Result<String, String>> },
     /// The daemon ends.
     Shutdown,
 }
@@ -222,7 +222,13 @@ impl VolumeTask {
                     self.heard(stream, heard).await;
                 }
             }
-            Input::Admin { command, reply } => {
+            Input::Admin { command, asked, reply } => {
+                if let Some(why) = asked.void() {
+                    // Whoever gave it may have gone on to the other node since.
+                    let text = format!("volume {}: not carried out: {why}", self.shared.config.name);
+                    let _ = reply.send(Err(text));
+                    return;
+                }
                 self.next_reply += 1;
                 let id = self.next_reply;
                 self.replies.insert(id, reply);
@@ -244,6 +250,7 @@ impl VolumeTask {
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
             ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
+            ReactorEvent::FoundDifferent { .. } => Event::FoundDifferent,
             ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
                 return self.told_progress(arg);
             }

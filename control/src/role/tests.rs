@@ -517,11 +517,71 @@ fn demotion_quiesces_then_stops_then_is_on_record_then_told() {
     let actions = one.on(Event::Quiesced);
     assert_eq!(actions[0], Action::StopServing);
     assert!(!stored(&actions[1]).primary && stored(&actions[1]).clean);
-    assert_eq!(actions[2], Action::SendPeer { code: code::DEMOTED, arg: 0 });
-    assert_eq!(reply(&actions), Ok("volume db: alpha is standby"));
+    assert_eq!(
+        actions[2..],
+        [Action::SendPeer { code: code::DEMOTED, arg: 0 }],
+        "no answer before the peer knows"
+    );
+    assert_eq!(reply(&one.message(code::DEMOTED_NOTED, 0)), Ok("volume db: alpha is standby"));
+    assert_eq!(one.message(code::DEMOTED_NOTED, 0), [], "once");
     let advice = one.controller.status().advice.expect("nobody serves");
     assert!(advice.contains("no node serves"), "{advice}");
     assert_eq!(reply(&one.command(Command::Demote)), Ok("volume db: alpha is standby already"));
+}
+
+#[test]
+fn a_demotion_is_answered_also_where_the_peer_says_nothing() {
+    let demoted = || {
+        let mut one = One::primary("alpha", OnPeerLoss::Continue);
+        one.command(Command::Demote);
+        one.on(Event::Quiesced);
+        one
+    };
+    let mut silent = demoted();
+    assert_eq!(silent.at(NOW + GRANT_TIMEOUT / 2, Event::Tick), []);
+    let actions = silent.at(NOW + GRANT_TIMEOUT, Event::Tick);
+    assert!(reply(&actions).expect("it is").contains("alpha is standby; whether beta knows"), "{actions:?}");
+    let actions = demoted().on(lost(false));
+    let answer = Action::Reply {
+        id: ID,
+        result: Ok(
+            "volume db: alpha is standby; whether beta knows it is not known: the link broke".to_owned()
+        ),
+    };
+    assert!(actions.contains(&answer), "{actions:?}");
+    let mut told = One::new("beta", |_| {});
+    told.peer_serves = true;
+    told.connect();
+    let actions = told.message(code::DEMOTED, 0);
+    assert_eq!(actions.last(), Some(&Action::SendPeer { code: code::DEMOTED_NOTED, arg: 0 }));
+    assert!(!stored(&actions[0]).applying, "a promotion that follows is not refused");
+}
+
+#[test]
+fn nobody_is_demoted_in_the_middle_of_a_copy() {
+    let behind = |peer: &mut Superblock| peer.disk_state = DiskState::Inconsistent;
+    let mut one = One::with("alpha", OnPeerLoss::Continue, |mine| mine.primary = true, behind);
+    one.connect();
+    assert_eq!((one.controller.role, one.controller.connection), (Role::Primary, Connection::SyncSource));
+    let actions = one.command(Command::Demote);
+    let text = reply(&actions).expect_err("nobody could serve").to_owned();
+    assert!(text.contains("beta is being copied to") && text.contains("wait-sync db"), "{text}");
+    assert_eq!(one.controller.role, Role::Primary);
+}
+
+#[test]
+fn consent_that_comes_after_its_time_makes_no_primary() {
+    let mut one = One::new("beta", |_| {});
+    one.connect();
+    one.command(promote(false));
+    // The process stood still: the answer of before is read before the clock is looked at.
+    let actions = one.at(NOW + GRANT_TIMEOUT, Event::PeerMessage { code: code::PROMOTE_GRANT, arg: 4 });
+    assert!(
+        matches!(&actions[0], Action::Reply { result: Err(text), .. } if text.contains("too late")),
+        "{actions:?}"
+    );
+    assert_eq!(actions.last(), Some(&Action::SendPeer { code: code::DEMOTED, arg: 0 }));
+    assert_eq!(one.controller.role, Role::Standby);
 }
 
 #[test]

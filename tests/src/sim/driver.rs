@@ -217,6 +217,7 @@ impl World {
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
             ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
+            ReactorEvent::FoundDifferent { .. } => role::Event::FoundDifferent,
             ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },

@@ -98,7 +98,8 @@ async fn an_operator_hears_that_a_promotion_could_not_be_put_on_record() {
     let store = sealed_store(&superblock);
     let (mut task, _reactor) = task(superblock, store);
     let (reply, mut answer) = oneshot::channel();
-    task.take(Input::Admin { command: admin::Command::Promote { force: true }, reply }).await;
+    let asked = admin::Asked::default();
+    task.take(Input::Admin { command: admin::Command::Promote { force: true }, asked, reply }).await;
     let text = answer.try_recv().expect("answered").expect_err("refused");
     assert!(text.contains("cannot be stored"), "{text}");
     assert_eq!(task.shared.status.lock().expect("nobody panics with it").role, Role::Standby);
