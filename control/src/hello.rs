@@ -28,6 +28,7 @@
 //! than [`limits::HELLO_LEN_MAX`] at a peer's word. [`read`] takes no byte past its message: the next one may be the
 //! link's first frame.
 
+use crate::compared::{Settings, is_bounded};
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::link::{Kind, REASON_LEN_MAX, Voice};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
@@ -72,6 +73,9 @@ pub struct Hello {
     /// Why RDMA is not among the links although the speaker is configured to take it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_rdma: Option<String>,
+    /// What must agree in both nodes' configurations, as the speaker's has it.
+    #[serde(default, skip_serializing_if = "Settings::is_empty")]
+    pub settings: Settings,
     /// The speaker's disk.
     #[serde(with = "stored_view")]
     pub view: View,
@@ -324,6 +328,7 @@ fn checked(message: Message) -> Result<Message, serde_json::Error> {
                 || long(&links)
                 || links.len() > LINKS_MAX
                 || wordy(&hello.no_rdma)
+                || !is_bounded(&hello.settings)
         }
         Message::Upgrade(upgrade) => long(&[&upgrade.node, &upgrade.volume]),
         Message::Link(settled) => wordy(&settled.why),
@@ -333,7 +338,9 @@ fn checked(message: Message) -> Result<Message, serde_json::Error> {
         Message::Offer(_) | Message::Ready(_) | Message::Refuse(_) => false,
     };
     if bad {
-        return Err(serde::de::Error::custom("a name, a reason or the list of links is too long"));
+        return Err(serde::de::Error::custom(
+            "a name, a reason, the list of links or the settings are too long",
+        ));
     }
     Ok(message)
 }
@@ -504,7 +511,9 @@ mod tests {
             let rdma = (nonce % 2 == 0).then(|| offer(nonce));
             let no_rdma = (nonce % 3 == 0).then(|| "no device".to_owned());
             let ring_len = nonce / 2;
-            Message::Hello(Box::new(Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, view }))
+            let settings = [("ack".to_owned(), nonce.to_string())].into();
+            let hello = Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, settings, view };
+            Message::Hello(Box::new(hello))
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
             let verdict = if resync {

@@ -28,6 +28,7 @@
 //! Survives: a crash between any two actions, a link lost at any time, two operators promoting at once, and a peer that
 //! says anything at all (answered by a refusal or a closed link, never by a panic).
 
+use crate::compared::Settings;
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
@@ -75,6 +76,12 @@ pub mod code {
     pub const RESYNC_FINISHED: u64 = 6;
     /// How far the copy is, about once a second: a [`Sample`](crate::progress::Sample). Changes nothing.
     pub const RESYNC_PROGRESS: u64 = 7;
+    /// What you found to differ in a verification is on my record: the next copy covers it.
+    pub const DIFFERENCES_NOTED: u64 = 10;
+    /// Your disk and mine were compared and are equal now, durably on both.
+    pub const DIFFERENCES_REPAIRED: u64 = 11;
+    /// My disk has not answered a request for so many seconds; 0: it does again. Changes nothing.
+    pub const DISK_HANGS: u64 = 12;
     /// My disk failed while I serve this generation: will yours stand in for it?
     pub const DISK_FAILED: u64 = 20;
     /// It does, and it is on record here that yours is behind this generation.
@@ -525,6 +532,7 @@ impl VolumeController {
             nonce: (self.random)(),
             rdma: None,
             no_rdma: None,
+            settings: Settings::new(),
             view,
         }
     }

@@ -267,6 +267,10 @@ pub const METADATA_SEARCH_STEP_LEN: u64 = 1 << 20;
 /// so far takes.
 pub const METADATA_SEARCH_STEPS_MAX: u64 = 262_144;
 
+/// Seconds after which a call on a disk that has not returned is shown to operators: a healthy disk answers within one, one that
+/// corrects errors by itself within some, and the kernel gives up after 30.
+pub const DISK_CALL_SLOW_S: u64 = 10;
+
 /// Damaged parts of a bitmap that a report names one by one; the rest is counted.
 pub const DAMAGE_LISTED_MAX: usize = 16;
 

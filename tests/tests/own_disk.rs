@@ -3,6 +3,7 @@
 //!
 //! The tests of block devices use loop devices and are left out, aloud, where there are none.
 
+use costandby_control::nbd_client::{NbdClient, Options};
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{costandby_binary, is_installed, run, system_command};
 use costandby_tests::{skip_outside_rig, wait_for};
@@ -219,4 +220,60 @@ fn a_deleted_disk_is_shown_with_what_to_do_until_it_is_back() {
     assert!(pair.log(BETA).contains("was deleted or renamed"), "in the log");
     fs::rename(&aside, &disk).expect("renamed");
     wait_for("its end", LIMIT, || pair.status(BETA, "db").filter(|status| status.warnings.is_empty()));
+}
+
+#[test]
+fn a_disk_that_hangs_is_shown_on_both_nodes() {
+    let Some(device) = Loop::new(ALPHA, 64) else { return };
+    let mount = device.dir.path().join("fs");
+    fs::create_dir(&mount).expect("a directory");
+    run(system_command("mkfs.ext4").args(["-q", "-F", &device.device])).ok();
+    let mounted = system_command("mount").arg(&device.device).arg(&mount).output().expect("runs");
+    if !mounted.status.success() {
+        skip_outside_rig("file systems cannot be mounted");
+        return;
+    }
+    let frozen =
+        |on: bool| run(system_command("fsfreeze").arg(if on { "-f" } else { "-u" }).arg(&mount)).ok();
+    let seen = std::panic::catch_unwind(|| {
+        let mut db = VolumeSettings::new("db", SIZE_MIB);
+        db.dirs[ALPHA] = Some(mount.clone());
+        let mut settings = Settings::new(&[db]);
+        settings.peer_timeout = "5s";
+        let pair = Pair::start(settings);
+        frozen(true);
+        // A write to a place that was not written lately waits for the record of that, and the record's store hangs.
+        let uri = pair.uri(ALPHA, "db");
+        let writer = std::thread::spawn(move || {
+            let mut client = NbdClient::connect(&uri, &Options { timeout: 3 * LIMIT, ..Options::default() })
+                .expect("connects");
+            client.write(5 * MIB, &[1; 4096], false).expect("written in the end");
+        });
+        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for node in [ALPHA, BETA] {
+                wait_for("a warning", LIMIT, || {
+                    let status = pair.status(node, "db")?;
+                    status
+                        .warnings
+                        .iter()
+                        .any(|said| said.contains("the disk of alpha has not answered"))
+                        .then_some(())
+                });
+            }
+        }));
+        let _ = frozen(false);
+        if let Err(panic) = told {
+            std::panic::resume_unwind(panic);
+        }
+        writer.join().expect("the writer");
+        for node in [ALPHA, BETA] {
+            wait_for("its end", LIMIT, || {
+                pair.status(node, "db").filter(|status| status.warnings.is_empty())
+            });
+        }
+    });
+    let _ = run(system_command("umount").arg(&mount));
+    if let Err(panic) = seen {
+        std::panic::resume_unwind(panic);
+    }
 }

@@ -13,7 +13,7 @@ use super::open::{self, OpenError, OpenVolume};
 use super::peers;
 use super::registry::{Phase, Registry, Shared};
 use super::volume::{Input, Surroundings, VolumeTask};
-use super::watch::Watch;
+use super::watch::{Link, Watch};
 use crate::admin;
 use crate::config::Disk;
 use crate::hello::{Refuse, RefuseCode, Unable};
@@ -246,7 +246,7 @@ impl Attachment {
     async fn serve(self, opened: OpenVolume) {
         let Self { registry, shared, disk: disk_config, settings, random, boot, queue, surroundings } = self;
         let OpenVolume { disk, superblock, dirty, store, record } = opened;
-        let config = &shared.config;
+        let (config, image) = (&shared.config, Arc::downgrade(&disk));
         let spec = VolumeSpec {
             name: config.name.as_str().to_owned(),
             disk,
@@ -260,8 +260,9 @@ impl Attachment {
         shared.enter(Phase::Open(index), controller.status());
         let reactor = registry.reactor.clone();
         if let Disk::Path(path) = &disk_config {
-            let watch = Watch::new(config.name.as_str(), shared.peer.as_str(), path);
-            tokio::spawn(watch.run(Arc::downgrade(&shared)));
+            let watch = Watch::new(config.name.as_str(), &surroundings.node, shared.peer.as_str(), path);
+            let link = Link { reactor: reactor.clone(), index };
+            tokio::spawn(watch.run(Arc::downgrade(&shared), image, link));
         }
         VolumeTask::new(index, shared, controller, store, reactor, queue, surroundings).run().await;
     }

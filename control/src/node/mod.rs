@@ -7,6 +7,7 @@
 //! the daemon: a restart is safe at any instant, serving on is not.
 
 use crate::admin::{self, AdminBackend, AdminError, AdminServer};
+use crate::compared::settings as settings_of;
 use crate::config::{Config, ConfigError, Endpoint, Node};
 use crate::kernel::{boot_id, random_source};
 use crate::role::VolumeSettings;
@@ -219,6 +220,7 @@ impl Start<'_> {
                 node: node.as_str().to_owned(),
                 local: self.node.listen.ip(),
                 rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
+                settings: settings_of(volume, self.config.peer_timeout),
             };
             let random = random_source().map_err(system("/dev/urandom"))?;
             let (inbox, queue) = mpsc::unbounded_channel();

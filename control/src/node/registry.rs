@@ -50,6 +50,12 @@ pub(super) struct Shared {
 pub(super) enum Source {
     /// The look at the disk's files.
     Files,
+    /// Calls on the disk that do not return.
+    Calls,
+    /// The same of the peer's disk, as the peer says.
+    PeersCalls,
+    /// The comparison of the two nodes' configurations.
+    Configuration,
 }
 
 impl Shared {
@@ -83,10 +89,10 @@ impl Shared {
     }
 
     /// Shows `texts` in `status` from now on, instead of what `source` said before. Whether that is news.
-    pub(super) fn warn(&self, source: Source, texts: Vec<String>) -> bool {
+    pub(super) fn warn(&self, source: Source, texts: &[String]) -> bool {
         let mut warnings = self.warnings.lock().expect("nobody panics with it");
         let before =
-            if texts.is_empty() { warnings.remove(&source) } else { warnings.insert(source, texts.clone()) };
+            if texts.is_empty() { warnings.remove(&source) } else { warnings.insert(source, texts.to_vec()) };
         before.unwrap_or_default() != texts
     }
 

@@ -8,8 +8,10 @@ use super::link::LinkKeeper;
 use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
-use super::registry::Shared;
+use super::registry::{Shared, Source};
+use super::watch::hangs_text;
 use crate::admin;
+use crate::compared::Settings;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::progress::Sample;
 use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
@@ -127,6 +129,8 @@ pub(super) struct Surroundings {
     pub(super) local: IpAddr,
     /// This node's RDMA.
     pub(super) rdma: Arc<dyn RdmaSetup>,
+    /// What the peer's configuration must agree with.
+    pub(super) settings: Settings,
 }
 
 impl VolumeTask {
@@ -242,6 +246,7 @@ impl VolumeTask {
         let event = match event {
             ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
                 self.link_up = false;
+                self.shared.warn(Source::PeersCalls, &[]);
                 self.link_ended(&reason);
                 self.pause_dialling(false);
                 Event::LinkDown { reason, undurable, dirty }
@@ -253,6 +258,12 @@ impl VolumeTask {
             ReactorEvent::FoundDifferent { .. } => Event::FoundDifferent,
             ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
                 return self.told_progress(arg);
+            }
+            ReactorEvent::PeerMessage { code: code::DISK_HANGS, arg, .. } => {
+                let disk = format!("the disk of {}", self.shared.peer);
+                let text = (arg > 0).then(|| hangs_text(&disk, arg));
+                self.shared.warn(Source::PeersCalls, text.as_slice());
+                return;
             }
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
@@ -279,7 +290,8 @@ impl VolumeTask {
     fn begin_conversation(&mut self, dialled: bool) -> Hello {
         self.serial += 1;
         // What it says about links is settled by the conversation.
-        let ours = self.controller.hello(RING_LEN, &[]);
+        let mut ours = self.controller.hello(RING_LEN, &[]);
+        ours.settings = self.surroundings.settings.clone();
         self.conversation = Some(Conversation::new(self.serial, dialled, ours.nonce));
         ours
     }

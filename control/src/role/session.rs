@@ -349,8 +349,10 @@ impl VolumeController {
             code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
             code::DISK_FAILED => self.on_peer_disk_failed(arg, actions),
             code::DISK_FAILED_NOTED => self.on_disk_failed_noted(actions),
+            code::DIFFERENCES_NOTED => self.on_differences_noted(actions),
+            code::DIFFERENCES_REPAIRED => self.on_differences_repaired(actions),
             // For `status` only: whoever carries out our actions has read it.
-            code::RESYNC_PROGRESS => {}
+            code::RESYNC_PROGRESS | code::DISK_HANGS => {}
             _ => {
                 self.log(
                     Level::Warn,

@@ -24,6 +24,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 /// What backs a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,6 +122,24 @@ pub struct DiskImage {
     flushing: Mutex<()>,
     /// Once detached: what the mapping is of.
     memory: OnceLock<OwnedFd>,
+    /// When each call under way on the disk or its record began.
+    calls: Mutex<Vec<Instant>>,
+}
+
+/// A call under way on a disk, until it is dropped.
+#[derive(Debug)]
+pub struct CallUnderWay<'a> {
+    disk: &'a DiskImage,
+    began: Instant,
+}
+
+impl Drop for CallUnderWay<'_> {
+    fn drop(&mut self) {
+        let mut calls = self.disk.calls.lock().expect("nobody panics with it");
+        if let Some(at) = calls.iter().position(|began| *began == self.began) {
+            calls.swap_remove(at);
+        }
+    }
 }
 
 /// A run of bytes that are either all backed by blocks or all a hole that reads as zeros.
@@ -197,6 +216,7 @@ impl DiskImage {
             failed: AtomicBool::new(false),
             flushing: Mutex::new(()),
             memory: OnceLock::new(),
+            calls: Mutex::default(),
         }))
     }
 
@@ -299,6 +319,27 @@ impl DiskImage {
     /// Declares the medium failed (a system call on the mapping said `EFAULT`).
     pub fn fail(&self) {
         self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Counts a call on the disk or its record, which may hang, from now on until what it returns is dropped.
+    ///
+    /// # Panics
+    /// Never: who holds the lock does not panic.
+    #[must_use]
+    pub fn begin_call(&self) -> CallUnderWay<'_> {
+        let began = Instant::now();
+        self.calls.lock().expect("nobody panics with it").push(began);
+        CallUnderWay { disk: self, began }
+    }
+
+    /// How long the oldest call under way has taken so far. A disk that was detached has none that matters.
+    ///
+    /// # Panics
+    /// Never: who holds the lock does not panic.
+    #[must_use]
+    pub fn oldest_call(&self) -> Option<Duration> {
+        let calls = self.calls.lock().expect("nobody panics with it");
+        calls.iter().min().filter(|_| !self.is_detached()).map(Instant::elapsed)
     }
 
     /// Brings every byte written before the call to stable storage. Blocks.

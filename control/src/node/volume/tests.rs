@@ -88,6 +88,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
         rdma: crate::node::rdma::setup(0, &crate::node::rdma::Makers::default()),
+        settings: Settings::new(),
     };
     (VolumeTask::new(0, shared, controller, Some(store), handle, queue, surroundings), reactor)
 }
