@@ -576,6 +576,7 @@ impl World {
             if side == (SessionSide::Source { resync: true }) {
                 let target = self.record(1 - at);
                 self.checker.copies(at, target)?;
+                self.new_disks.copied_from(at)?;
                 let delta = self.driver(at).scope == Some(Scope::Delta);
                 self.seen.insert(if delta { "a copy of what differs" } else { "a copy of everything" });
                 let now = self.now();
