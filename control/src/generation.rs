@@ -65,6 +65,10 @@ pub struct View {
     pub dirty: bool,
     /// As on record, see [`Superblock::copying`](costandby_datapath::disk::superblock::Superblock::copying).
     pub copying: Generation,
+    /// As on record, see [`Superblock::sessions_offered`](costandby_datapath::disk::superblock::Superblock::sessions_offered).
+    pub sessions_offered: u64,
+    /// As on record, see [`Superblock::sessions_begun`](costandby_datapath::disk::superblock::Superblock::sessions_begun).
+    pub sessions_begun: u64,
     /// Whether it serves now.
     pub role: ServingRole,
     /// The configuration names this node as the volume's first primary.
@@ -95,6 +99,13 @@ impl View {
             DiskState::UpToDate if self.applying_unclean => "torn in the middle of a write",
             state => state.as_str(),
         }
+    }
+
+    /// Whether a session began at `other` that this node, which was ready for it on record before, does not know: its disk
+    /// and metadata are those of an earlier time.
+    #[must_use]
+    pub fn is_rolled_back(&self, other: &Self) -> bool {
+        self.sessions_offered < other.sessions_begun
     }
 
     fn descends_from(&self, other: &Self) -> bool {
@@ -142,6 +153,9 @@ pub enum Why {
     TargetMayBeTorn,
     /// The target lost power while it was primary: the source has every write that it acknowledged, it may not.
     TargetLostPower,
+    /// The target's disk and metadata are those of an earlier time (a snapshot, a backup): no record of its own tells what it
+    /// lacks.
+    TargetRolledBack,
     /// Generations are equal and both stopped in order, but one has parts on record that may differ.
     PartsMayDiffer,
 }
@@ -160,6 +174,7 @@ impl Why {
             Self::TargetLostPower => {
                 "the target lost power while it was primary and may lack acknowledged writes"
             }
+            Self::TargetRolledBack => "the target's disk and metadata are older than its last session",
             Self::PartsMayDiffer => "parts of the disks are on record as differing",
         }
     }
@@ -230,12 +245,40 @@ pub fn compare(mine: &View, theirs: &View) -> Verdict {
         (true, true) => both_fresh(mine, theirs),
         (true, false) => from_usable(mine, theirs, Side::Theirs, Why::TargetFresh),
         (false, true) => from_usable(mine, theirs, Side::Mine, Why::TargetFresh),
-        (false, false) => match (mine.is_usable(), theirs.is_usable()) {
-            (true, true) => both_usable(mine, theirs),
-            (true, false) => one_usable(mine, theirs, Side::Mine),
-            (false, true) => one_usable(mine, theirs, Side::Theirs),
-            (false, false) => neither_usable(mine, theirs),
-        },
+        (false, false) if mine.is_rolled_back(theirs) => rolled_back(mine, theirs, Side::Mine),
+        (false, false) if theirs.is_rolled_back(mine) => rolled_back(mine, theirs, Side::Theirs),
+        (false, false) => by_usability(mine, theirs),
+    }
+}
+
+fn by_usability(mine: &View, theirs: &View) -> Verdict {
+    match (mine.is_usable(), theirs.is_usable()) {
+        (true, true) => both_usable(mine, theirs),
+        (true, false) => one_usable(mine, theirs, Side::Mine),
+        (false, true) => one_usable(mine, theirs, Side::Theirs),
+        (false, false) => neither_usable(mine, theirs),
+    }
+}
+
+/// The disk at `side` is of an earlier time than the other knows of, whatever its generation says: it is copied to, unless it
+/// went on from there, which an operator has to look at.
+fn rolled_back(mine: &View, theirs: &View, side: Side) -> Verdict {
+    let (old, new) = match side {
+        Side::Mine => (mine, theirs),
+        Side::Theirs => (theirs, mine),
+    };
+    let same = old.generations.current == new.generations.current;
+    if new.disk_state == DiskState::Inconsistent {
+        // Its content is given up already; what the other one holds is all that there is.
+        by_usability(mine, theirs)
+    } else if old.is_serving() || (!same && old.descends_from(new)) {
+        Verdict::SplitBrain
+    } else if !new.is_usable() {
+        Verdict::NoUsableDisk
+    } else if same || new.descends_from(old) {
+        resync(mine, theirs, side.mirrored(), Why::TargetRolledBack)
+    } else {
+        diverged(mine, theirs)
     }
 }
 
@@ -254,6 +297,10 @@ fn resync(mine: &View, theirs: &View, source: Side, why: Why) -> Verdict {
 /// what it did since; and in the middle of a copy, whose source had the union of both maps on record before the target
 /// stored whom it copies.
 fn scope(source: &View, target: &View) -> Scope {
+    if target.is_rolled_back(source) || source.is_rolled_back(target) {
+        // The maps are relative to a disk that one of the two had.
+        return Scope::Full;
+    }
     let (from, to) = (&source.generations, &target.generations);
     let is_known = |generation: Generation| generation != Generation::ZERO && generation != COPYING_WHOLE;
     let related = match target.disk_state {

@@ -387,6 +387,7 @@ mod stored_view {
     use super::{
         DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, ServingRole, View,
     };
+    use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
     #[derive(Serialize, Deserialize)]
@@ -405,6 +406,8 @@ mod stored_view {
         lost_power: bool,
         dirty: bool,
         copying: u64,
+        sessions_offered: u64,
+        sessions_begun: u64,
         role: ServingRole,
         configured_primary: bool,
         proposed: Lineage,
@@ -426,6 +429,8 @@ mod stored_view {
             lost_power: view.lost_power,
             dirty: view.dirty,
             copying: view.copying.0,
+            sessions_offered: view.sessions_offered,
+            sessions_begun: view.sessions_begun,
             role: view.role,
             configured_primary: view.configured_primary,
             proposed: view.proposed,
@@ -445,6 +450,9 @@ mod stored_view {
         }
         if stored.epoch > super::EPOCH_MAX {
             return Err(D::Error::custom("the epoch is beyond any that promotions reach"));
+        }
+        if stored.sessions_begun > stored.sessions_offered || stored.sessions_offered > SESSIONS_MAX {
+            return Err(D::Error::custom("the number of the last session makes no sense"));
         }
         let mut history = [Generation::ZERO; GENERATION_HISTORY_LEN];
         for (to, from) in history.iter_mut().zip(stored.history) {
@@ -467,6 +475,8 @@ mod stored_view {
             lost_power: stored.lost_power,
             dirty: stored.dirty,
             copying: Generation(stored.copying),
+            sessions_offered: stored.sessions_offered,
+            sessions_begun: stored.sessions_begun,
             role: stored.role,
             configured_primary: stored.configured_primary,
             proposed: stored.proposed,
@@ -502,6 +512,8 @@ mod tests {
             lost_power: bits[6],
             dirty: bits[7],
             copying: Generation(numbers.5),
+            sessions_offered: numbers.1 % EPOCH_MAX,
+            sessions_begun: numbers.1 % EPOCH_MAX / 2,
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,

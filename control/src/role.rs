@@ -588,6 +588,8 @@ impl VolumeController {
             lost_power: self.lost_power && self.settings.ack != AckLevel::Async,
             dirty: self.dirty,
             copying: superblock.copying,
+            sessions_offered: superblock.sessions_offered,
+            sessions_begun: superblock.sessions_begun,
             role: if serves { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: self.settings.configured_primary,
             proposed: self.proposed,

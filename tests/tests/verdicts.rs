@@ -21,13 +21,18 @@ fn get(disk: &Path, at: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+/// The byte that a node's own data consists of.
+fn mark(node: usize) -> u8 {
+    if node == ALPHA { 1 } else { 2 }
+}
+
 /// A pair whose `primary` is beta, nothing started, with bytes of their own on the disks of `nodes`, taken over by force.
 fn with_data_on(nodes: &[usize]) -> Pair {
     let mut db = VolumeSettings::new("db", SIZE_MIB);
     db.primary = BETA;
     let pair = Pair::create(Settings::new(&[db]));
     for &node in nodes {
-        put(&pair.disk(node, "db"), MIB, &[node as u8 + 1; 4096]);
+        put(&pair.disk(node, "db"), MIB, &[mark(node); 4096]);
         let said = pair.cli(node, &["create", "db"]).stderr;
         assert!(said.contains("is already there"), "{said}");
         pair.cli_ok(node, &["create", "db", "--force"]);
@@ -62,7 +67,7 @@ fn of_two_disks_with_data_an_operator_chooses_one() {
         let advice = told.advice.expect("just seen");
         assert!(advice.contains("`costandby promote db --force` on that node, "), "{advice}");
         assert!(advice.contains("the other one's disk is then overwritten"), "{advice}");
-        assert_eq!(get(&pair.disk(node, "db"), MIB, 4096), [node as u8 + 1; 4096], "nothing was changed");
+        assert_eq!(get(&pair.disk(node, "db"), MIB, 4096), [mark(node); 4096], "nothing was changed");
     }
     pair.cli_ok(ALPHA, &["promote", "db", "--force"]);
     pair.wait_in_sync("db");
@@ -131,4 +136,28 @@ fn settings_that_differ_are_named_on_both_nodes_and_stop_nothing() {
     for node in [ALPHA, BETA] {
         assert_eq!(pair.status(node, "db").expect("answers").warnings, Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_disk_put_back_to_an_earlier_time_is_found_out_and_copied_to() {
+    let mut pair = Pair::start(Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]));
+    pair.client(ALPHA, "db").write(MIB, &[1; 4096], true).expect("a write");
+    pair.stop(BETA);
+    let files = [pair.disk(BETA, "db"), pair.metadata(BETA, "db")];
+    let snapshots = files.each_ref().map(|file| std::fs::read(file).expect("read"));
+    pair.up(BETA);
+    pair.wait_in_sync("db");
+    pair.client(ALPHA, "db").write(MIB, &[2; 4096], true).expect("a write");
+    pair.stop(BETA);
+    for (file, snapshot) in files.iter().zip(&snapshots) {
+        put(file, 0, snapshot);
+    }
+    pair.up(BETA);
+    pair.wait_log(
+        ALPHA,
+        &["copying to beta everything: the target's disk and metadata are older than its last session"],
+    );
+    pair.wait_in_sync("db");
+    pair.settle_and_compare("db");
+    assert_eq!(get(&files[0], MIB, 4096), [2; 4096]);
 }

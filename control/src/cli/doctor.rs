@@ -315,7 +315,7 @@ fn missing_disk(what: &str, command_line: &str, volume: &Volume, path: &Path) ->
     if metadata.exists() {
         let text = format!(
             "{shown} is missing, and its metadata {} is there: mount the disk's file system, or put the disk back; if it is \
-             lost, {make} with --force makes an empty one, which is copied from the peer",
+             lost, {make} with --force makes an empty one, which is copied from the peer; what only the lost disk held is given up",
             metadata.display()
         );
         return Check::fail(what, text);

@@ -222,6 +222,10 @@ fn superblock_lines(superblock: &Superblock, line: &mut impl FnMut(&str, &str)) 
         COPYING_WHOLE => line("copying", "everything, from the start"),
         from => line("copying", &format!("from generation {:016x}", from.0)),
     }
+    if superblock.sessions_offered > 0 {
+        let (begun, offered) = (superblock.sessions_begun, superblock.sessions_offered);
+        line("sessions", &format!("{begun} (ready for {offered})"));
+    }
     if superblock.boot != [0; 16] {
         line("boot", &format!("{} (the kernel's, when it last took part)", hex(&superblock.boot)));
     }
@@ -317,6 +321,8 @@ fn copy_to_json(copy: &header::Copy) -> Value {
         "base": format!("{:016x}", generations.base.0),
         "history": history(superblock),
         "copying": format!("{:016x}", superblock.copying.0),
+        "sessions_offered": superblock.sessions_offered,
+        "sessions_begun": superblock.sessions_begun,
         "boot": hex(&superblock.boot),
     })
 }

@@ -25,6 +25,8 @@ fn fresh() -> View {
         lost_power: false,
         dirty: false,
         copying: Generation::ZERO,
+        sessions_offered: 0,
+        sessions_begun: 0,
         role: ServingRole::Standby,
         configured_primary: false,
         proposed: Lineage { volume_id: [9; 16], generation: 99 },
@@ -252,6 +254,30 @@ fn equal_disks_with_parts_on_record_are_compared_by_a_copy_of_those() {
     check(&configured(zeroed(fresh())), &zeroed(dirty(fresh())), FULL_MINE(Why::BothFresh));
 }
 
+#[test]
+fn a_disk_of_an_earlier_time_is_copied_to_and_never_copied_from() {
+    let at =
+        |sessions: u64, view: View| View { sessions_offered: sessions, sessions_begun: sessions, ..view };
+    let same = || disk(5, 4, &[4]);
+    let why = Why::TargetRolledBack;
+    check(&at(7, same()), &at(7, same()), Verdict::InSync { adopt: None });
+    check(&at(7, same()), &at(6, same()), FULL_MINE(why));
+    check(&at(7, same()), &at(6, crashed(same())), FULL_MINE(why));
+    check(&at(7, serving(same())), &at(6, dirty(same())), FULL_MINE(why));
+    check(&at(7, disk(6, 5, &[5])), &at(6, same()), FULL_MINE(why));
+    check(&at(7, torn(same())), &at(6, same()), Verdict::NoUsableDisk);
+    // It was ready for the session, which began at the other alone.
+    let ready = View { sessions_offered: 7, sessions_begun: 6, ..same() };
+    check(&at(7, same()), &ready, Verdict::InSync { adopt: None });
+    // It went on from there.
+    check(&at(7, same()), &at(6, disk(6, 5, &[5])), Verdict::SplitBrain);
+    check(&at(7, same()), &at(6, serving(same())), Verdict::SplitBrain);
+    // What it would be copied from is given up.
+    let given_up = bad(DiskState::Inconsistent, same());
+    check(&at(7, given_up), &at(6, same()), FULL_THEIRS(Why::TargetNotUpToDate));
+    check(&at(7, same()), &at(6, given_up), FULL_MINE(why));
+}
+
 fn any_view() -> impl Strategy<Value = View> {
     let small = || 0u64..5;
     let states = prop_oneof![
@@ -262,8 +288,9 @@ fn any_view() -> impl Strategy<Value = View> {
     ];
     let history = proptest::collection::vec(small(), GENERATION_HISTORY_LEN);
     let bits = any::<[bool; 8]>();
-    (0u8..3, 1u64..3, (small(), small(), small(), small()), history, states, bits).prop_map(
-        |(id, size, (epoch, current, base, copying), history, disk_state, bits)| View {
+    let sessions = (0u64..4, 0u64..2);
+    (0u8..3, 1u64..3, (small(), small(), small(), small()), history, states, (bits, sessions)).prop_map(
+        |(id, size, (epoch, current, base, copying), history, disk_state, (bits, sessions))| View {
             volume_id: [id; 16],
             size: if size == 1 { 4096 } else { 8192 },
             epoch: Epoch(epoch),
@@ -275,6 +302,8 @@ fn any_view() -> impl Strategy<Value = View> {
             lost_power: bits[6],
             dirty: bits[7],
             copying: Generation(copying),
+            sessions_offered: sessions.0 + sessions.1,
+            sessions_begun: sessions.0,
             role: if bits[4] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[5],
             proposed: Lineage { volume_id: [id + 1; 16], generation: epoch + 1 },
@@ -311,6 +340,20 @@ proptest! {
         let (mine, theirs) = (new(mine), new(theirs));
         if let Verdict::Resync { source: Side::Mine, .. } = compare(&mine, &theirs) {
             prop_assert!(!mine.zeroed || theirs.zeroed || !theirs.is_usable());
+        }
+    }
+
+    #[test]
+    fn a_disk_of_an_earlier_time_is_no_source_while_the_other_has_its_content(mine in any_view(), theirs in any_view()) {
+        let met = |mut view: View| {
+            view.generations.current = view.generations.current.max(Generation(1));
+            view
+        };
+        let (mine, theirs) = (met(mine), met(theirs));
+        if mine.sessions_offered < theirs.sessions_begun && theirs.disk_state != DiskState::Inconsistent {
+            let verdict = compare(&mine, &theirs);
+            let source = matches!(verdict, Verdict::Resync { source: Side::Mine, .. } | Verdict::InSync { .. });
+            prop_assert!(!source, "{verdict:?}");
         }
     }
 

@@ -71,7 +71,7 @@ impl VolumeController {
         if self.superblock.disk_state == DiskState::Failed {
             return Err(format!(
                 "the disk failed: stop the daemon, replace the disk, and `costandby create {volume} --force` makes a new one of \
-                 it, to be copied from {peer}"
+                 it, to be copied from {peer}; what only the failed disk held is lost with it"
             ));
         }
         Ok(())

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
 use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
+use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
 use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 use std::time::Duration;
@@ -73,6 +74,12 @@ impl VolumeController {
         let before = self.superblock.clone();
         let superblock = &mut self.superblock;
         superblock.epoch = Epoch(agreement.epoch);
+        // On record before `ready`, so that no session begins at the peer that this node does not know of.
+        superblock.sessions_offered = superblock
+            .sessions_offered
+            .max(pending.peer.sessions_offered)
+            .saturating_add(1)
+            .min(SESSIONS_MAX);
         match agreement.verdict {
             Verdict::InSync { adopt: Some(_) }
             | Verdict::Resync { source: Side::Mine, why: Why::BothFresh, .. } => {
@@ -156,6 +163,7 @@ impl VolumeController {
         self.all_marked = false;
         superblock.clean = false;
         superblock.applying = peer_serves;
+        superblock.sessions_begun = superblock.sessions_offered;
         let (connection, resync) = match agreement.verdict {
             Verdict::Resync { source: Side::Mine, .. } => (Connection::SyncSource, true),
             Verdict::Resync { .. } => {
@@ -541,8 +549,9 @@ fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettin
         Verdict::SplitBrain => format!(
             "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
              wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves), which gives \
-             up what it wrote alone; then `costandby connect {volume}` on the other",
-            both()
+             up what it wrote alone; then `costandby connect {volume}` on the other{}",
+            both(),
+            put_back(mine, theirs, settings)
         ),
         Verdict::TwoWithData => format!(
             "both disks are new and neither is known to be empty, so each may hold data; nothing was changed. Choose whose data \
@@ -564,6 +573,19 @@ fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettin
             both()
         ),
     }
+}
+
+/// Which of two disks is of an earlier time, where one is.
+fn put_back(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let old = match (mine.is_rolled_back(theirs), theirs.is_rolled_back(mine)) {
+        (true, _) => &settings.node,
+        (_, true) => &settings.peer,
+        _ => return String::new(),
+    };
+    format!(
+        ". The disk of {old} and its metadata are older than its last session (a snapshot that was put back?), and it went on \
+         from there"
+    )
 }
 
 /// Which of two disks went on from what the other one has, where that is known.

@@ -167,6 +167,10 @@ pub struct Superblock {
     /// what is left to copy is on record there; [`COPYING_WHOLE`] from the agreement to copy everything until then; 0 where
     /// only maps that are on record say what of `generations` it may lack.
     pub copying: Generation,
+    /// Format 2. Number of the newest session that this node was ready for, counted by both nodes together.
+    pub sessions_offered: u64,
+    /// Format 2. Number of the newest session that began here. The peer had it in `sessions_offered` before.
+    pub sessions_begun: u64,
     /// Format 2. The kernel's boot that `primary` or `applying` was stored in; zeros: not known.
     pub boot: [u8; 16],
 }
@@ -189,6 +193,8 @@ impl Superblock {
             applying: false,
             peer_has_current: false,
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
             boot: [0; 16],
         }
     }
@@ -315,6 +321,8 @@ impl Superblock {
             applying: flags & flag::APPLYING != 0,
             peer_has_current: flags & flag::PEER_HAS_CURRENT != 0,
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
             boot: [0; 16],
         };
         Ok((superblock, raw.sequence.get(), version))

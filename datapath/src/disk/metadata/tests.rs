@@ -473,7 +473,7 @@ fn a_second_daemon_is_kept_out_and_a_look_is_not() {
 
 proptest! {
     #[test]
-    fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 68), size in any::<u64>()) {
+    fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 84), size in any::<u64>()) {
         let block = Superblock { size, ..superblock() }.encode_as(header::FORMAT, 1, &tail);
         if let Ok((header, sequence)) = Header::decode(&block) {
             let shape = header.shape.expect("format 2");
