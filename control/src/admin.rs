@@ -4,6 +4,8 @@
 //! nothing. `GET /v1/status` answers a [`Status`]; `POST /v1/volumes/{volume}/{promote|demote|connect|disconnect|…}`
 //! answers `{"message": …}`, or `{"error": …}` with 404 for an unknown volume and 409 for a refusal.
 //!
+//! A command that nobody waits for any more is not carried out ([`Asked`]).
+//!
 //! Every command leaves one line in the log: who gave it, what it was, what came of it.
 //!
 //! Invariants: the socket has mode 0600 from its first instant; a socket on which a daemon answers is never taken over;
@@ -13,11 +15,12 @@
 //! shuts down (they are cut off).
 
 pub use crate::role::Command;
+pub use asked::{Asked, DEADLINE_HEADER, boot_clock};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path as UrlPath, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
@@ -27,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -34,6 +38,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::unix::UCred;
 
+mod asked;
 #[cfg(test)]
 mod tests;
 
@@ -115,6 +120,9 @@ pub struct VolumeStatus {
     pub parted: bool,
     /// What to do, where something is to be done.
     pub advice: Option<String>,
+    /// What else an operator should know or act on, one sentence each.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Changes on their way to the peer.
     pub in_flight: u64,
     /// The verification under way, or else the last one of this daemon.
@@ -226,8 +234,14 @@ pub trait AdminBackend: Send + Sync + 'static {
     /// The state of everything, now.
     fn status(&self) -> Answer<'_, Status>;
 
-    /// Carries out `command` and answers when it is done, with a sentence for the operator.
-    fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>>;
+    /// Carries out `command`, unless nobody waits for it any more when it is its turn, and answers when it is done, with a
+    /// sentence for the operator.
+    fn command(
+        &self,
+        volume: String,
+        command: Command,
+        asked: Asked,
+    ) -> Answer<'_, Result<String, CommandError>>;
 }
 
 /// Why there is no admin socket.
@@ -391,18 +405,25 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 type Backend = State<Arc<dyn AdminBackend>>;
 
 /// Who asks, for the log: whoever may open the socket may do everything.
-#[derive(Clone, Copy, Debug)]
-struct Operator(Option<UCred>);
+#[derive(Clone, Debug)]
+struct Operator {
+    who: Option<UCred>,
+    connection: Option<Arc<OwnedFd>>,
+}
 
 impl Connected<IncomingStream<'_, tokio::net::UnixListener>> for Operator {
     fn connect_info(stream: IncomingStream<'_, tokio::net::UnixListener>) -> Self {
-        Self(stream.io().peer_cred().ok())
+        let stream = stream.io();
+        Self {
+            who: stream.peer_cred().ok(),
+            connection: stream.as_fd().try_clone_to_owned().ok().map(Arc::new),
+        }
     }
 }
 
 impl fmt::Display for Operator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(found) = self.0 else { return f.write_str("somebody") };
+        let Some(found) = self.who else { return f.write_str("somebody") };
         write!(f, "user {}", found.uid())?;
         found.pid().map_or(Ok(()), |pid| write!(f, " (process {pid})"))
     }
@@ -453,12 +474,26 @@ fn options<T: Default + for<'de> Deserialize<'de>>(body: &Bytes, shape: &str) ->
     serde_json::from_slice(body).map_err(|error| format!("the body of {shape} or empty: {error}"))
 }
 
+/// Until when the command is wanted, on the boot clock.
+fn deadline(headers: &HeaderMap) -> Result<Option<Duration>, &'static str> {
+    let Some(value) = headers.get(DEADLINE_HEADER) else { return Ok(None) };
+    let millis = value.to_str().ok().and_then(|text| text.parse().ok());
+    millis
+        .map(|millis| Some(Duration::from_millis(millis)))
+        .ok_or("costandby-deadline is a number of milliseconds on the boot clock")
+}
+
 async fn command(
     State(backend): Backend,
     ConnectInfo(operator): ConnectInfo<Operator>,
     UrlPath((volume, word)): UrlPath<(String, String)>,
+    headers: HeaderMap,
     body: Bytes,
 ) -> Response {
+    let until = match deadline(&headers) {
+        Ok(until) => until,
+        Err(text) => return failure(StatusCode::BAD_REQUEST, text),
+    };
     let command = match word.as_str() {
         "promote" => options(&body, "promote is {\"force\": true|false}")
             .map(|PromoteBody { force }| Command::Promote { force }),
@@ -481,9 +516,11 @@ async fn command(
         Ok(command) => command,
         Err(text) => return failure(StatusCode::BAD_REQUEST, &text),
     };
-    // In a task of its own: a command goes on when whoever gave it hangs up, and then its outcome is in the log all the same.
+    let asked = Asked::new(until, operator.connection.clone());
+    // In a task of its own: a command that was begun goes on when whoever gave it hangs up, and then its outcome is in the log
+    // all the same.
     let outcome = tokio::spawn(async move {
-        let outcome = backend.command(volume.clone(), command).await;
+        let outcome = backend.command(volume.clone(), command, asked).await;
         match &outcome {
             Ok(message) => tracing::info!(volume, "{operator} asked for {command}: {message}"),
             Err(error) => tracing::warn!(volume, "{operator} asked for {command}, which is refused: {error}"),

@@ -2,7 +2,7 @@
 //!
 //! One connection a request, on a tokio runtime of the caller. Every wait is bounded.
 
-use crate::admin::{Command, Status};
+use crate::admin::{self, Command, Status};
 use axum::http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -154,7 +154,7 @@ impl AdminClient {
         body: Bytes,
         after: Duration,
     ) -> Result<(StatusCode, Bytes), ClientError> {
-        tokio::time::timeout(after, self.exchange(method, target, body))
+        tokio::time::timeout(after, self.exchange(method, target, body, after))
             .await
             .unwrap_or_else(|_| Err(ClientError::Timeout { path: self.path.clone(), after }))
     }
@@ -164,6 +164,7 @@ impl AdminClient {
         method: Method,
         target: &str,
         body: Bytes,
+        after: Duration,
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let path = || self.path.clone();
         let http = |source| ClientError::Http { path: path(), source };
@@ -178,9 +179,11 @@ impl AdminClient {
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         // Without its connection being polled the request never leaves; its errors come out of the request as well.
         let connection = tokio::spawn(connection);
+        let until = admin::boot_clock() + after;
         let request = Request::builder()
             .method(method)
             .uri(target)
+            .header(admin::DEADLINE_HEADER, u64::try_from(until.as_millis()).unwrap_or(u64::MAX))
             .header(header::HOST, "costandby")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))

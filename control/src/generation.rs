@@ -65,6 +65,10 @@ pub struct View {
     pub dirty: bool,
     /// As on record, see [`Superblock::copying`](costandby_datapath::disk::superblock::Superblock::copying).
     pub copying: Generation,
+    /// As on record, see [`Superblock::sessions_offered`](costandby_datapath::disk::superblock::Superblock::sessions_offered).
+    pub sessions_offered: u64,
+    /// As on record, see [`Superblock::sessions_begun`](costandby_datapath::disk::superblock::Superblock::sessions_begun).
+    pub sessions_begun: u64,
     /// Whether it serves now.
     pub role: ServingRole,
     /// The configuration names this node as the volume's first primary.
@@ -97,6 +101,13 @@ impl View {
         }
     }
 
+    /// Whether a session began at `other` that this node, which was ready for it on record before, does not know: its disk
+    /// and metadata are those of an earlier time.
+    #[must_use]
+    pub fn is_rolled_back(&self, other: &Self) -> bool {
+        self.sessions_offered < other.sessions_begun
+    }
+
     fn descends_from(&self, other: &Self) -> bool {
         self.generations.descends_from(other.generations.current)
     }
@@ -127,7 +138,8 @@ impl Side {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// Both disks are new and not known to be equal: the configured primary's is the one.
+    /// Both disks are new and not known to be equal: the one that is not known to be empty is the one, or, where both are
+    /// empty, the configured primary's.
     BothFresh,
     /// The target is a new disk.
     TargetFresh,
@@ -141,6 +153,9 @@ pub enum Why {
     TargetMayBeTorn,
     /// The target lost power while it was primary: the source has every write that it acknowledged, it may not.
     TargetLostPower,
+    /// The target's disk and metadata are those of an earlier time (a snapshot, a backup): no record of its own tells what it
+    /// lacks.
+    TargetRolledBack,
     /// Generations are equal and both stopped in order, but one has parts on record that may differ.
     PartsMayDiffer,
 }
@@ -159,6 +174,7 @@ impl Why {
             Self::TargetLostPower => {
                 "the target lost power while it was primary and may lack acknowledged writes"
             }
+            Self::TargetRolledBack => "the target's disk and metadata are older than its last session",
             Self::PartsMayDiffer => "parts of the disks are on record as differing",
         }
     }
@@ -200,6 +216,8 @@ pub enum Verdict {
     SizeDiffers,
     /// Neither disk may be read from, or the newer one may not.
     NoUsableDisk,
+    /// Both disks are new, and each may hold data: which of the two the volume begins with takes an operator's word.
+    TwoWithData,
 }
 
 impl Verdict {
@@ -227,12 +245,40 @@ pub fn compare(mine: &View, theirs: &View) -> Verdict {
         (true, true) => both_fresh(mine, theirs),
         (true, false) => from_usable(mine, theirs, Side::Theirs, Why::TargetFresh),
         (false, true) => from_usable(mine, theirs, Side::Mine, Why::TargetFresh),
-        (false, false) => match (mine.is_usable(), theirs.is_usable()) {
-            (true, true) => both_usable(mine, theirs),
-            (true, false) => one_usable(mine, theirs, Side::Mine),
-            (false, true) => one_usable(mine, theirs, Side::Theirs),
-            (false, false) => neither_usable(mine, theirs),
-        },
+        (false, false) if mine.is_rolled_back(theirs) => rolled_back(mine, theirs, Side::Mine),
+        (false, false) if theirs.is_rolled_back(mine) => rolled_back(mine, theirs, Side::Theirs),
+        (false, false) => by_usability(mine, theirs),
+    }
+}
+
+fn by_usability(mine: &View, theirs: &View) -> Verdict {
+    match (mine.is_usable(), theirs.is_usable()) {
+        (true, true) => both_usable(mine, theirs),
+        (true, false) => one_usable(mine, theirs, Side::Mine),
+        (false, true) => one_usable(mine, theirs, Side::Theirs),
+        (false, false) => neither_usable(mine, theirs),
+    }
+}
+
+/// The disk at `side` is of an earlier time than the other knows of, whatever its generation says: it is copied to, unless it
+/// went on from there, which an operator has to look at.
+fn rolled_back(mine: &View, theirs: &View, side: Side) -> Verdict {
+    let (old, new) = match side {
+        Side::Mine => (mine, theirs),
+        Side::Theirs => (theirs, mine),
+    };
+    let same = old.generations.current == new.generations.current;
+    if new.disk_state == DiskState::Inconsistent {
+        // Its content is given up already; what the other one holds is all that there is.
+        by_usability(mine, theirs)
+    } else if old.is_serving() || (!same && old.descends_from(new)) {
+        Verdict::SplitBrain
+    } else if !new.is_usable() {
+        Verdict::NoUsableDisk
+    } else if same || new.descends_from(old) {
+        resync(mine, theirs, side.mirrored(), Why::TargetRolledBack)
+    } else {
+        diverged(mine, theirs)
     }
 }
 
@@ -251,11 +297,17 @@ fn resync(mine: &View, theirs: &View, source: Side, why: Why) -> Verdict {
 /// what it did since; and in the middle of a copy, whose source had the union of both maps on record before the target
 /// stored whom it copies.
 fn scope(source: &View, target: &View) -> Scope {
+    if target.is_rolled_back(source) || source.is_rolled_back(target) {
+        // The maps are relative to a disk that one of the two had.
+        return Scope::Full;
+    }
     let (from, to) = (&source.generations, &target.generations);
     let is_known = |generation: Generation| generation != Generation::ZERO && generation != COPYING_WHOLE;
     let related = match target.disk_state {
         // What a failing medium lost stands in no map.
         DiskState::Failed | DiskState::Diskless => false,
+        // It found itself to differ, and the source did not live to put on record where.
+        DiskState::Outdated if target.copying == COPYING_WHOLE => false,
         DiskState::Inconsistent if target.copying != Generation::ZERO => {
             is_known(target.copying) && (target.copying == from.current || from.descends_from(target.copying))
         }
@@ -275,18 +327,30 @@ fn from_usable(mine: &View, theirs: &View, side: Side, why: Why) -> Verdict {
     if source.is_usable() { resync(mine, theirs, side, why) } else { Verdict::NoUsableDisk }
 }
 
+/// An empty disk is never the source of one that may hold data, whomever the configuration names: `zeroed` is a proof, and
+/// nothing proves the contrary. A disk whose content was given up (it is not usable) holds nothing in that sense.
 fn both_fresh(mine: &View, theirs: &View) -> Verdict {
+    let holds_data = |view: &View| view.is_usable() && !view.zeroed;
+    if holds_data(mine) && holds_data(theirs) {
+        return Verdict::TwoWithData;
+    }
+    if let Some(side) = only(holds_data(mine), holds_data(theirs)) {
+        return resync(mine, theirs, side, Why::BothFresh);
+    }
     let (first, side) = match configured(mine, theirs) {
         Some(Side::Mine) => (mine, Side::Mine),
         Some(Side::Theirs) => (theirs, Side::Theirs),
         // The two configurations differ; picking either disk would be a guess.
         None => return Verdict::NoUsableDisk,
     };
-    let untouched = |view: &View| view.zeroed && view.is_usable() && !view.dirty;
+    let untouched = |view: &View| view.is_usable() && !view.dirty;
     if untouched(mine) && untouched(theirs) {
         return Verdict::InSync { adopt: Some(first.proposed) };
     }
-    from_usable(mine, theirs, side, Why::BothFresh)
+    match only(mine.is_usable(), theirs.is_usable()) {
+        Some(side) => resync(mine, theirs, side, Why::BothFresh),
+        None => from_usable(mine, theirs, side, Why::BothFresh),
+    }
 }
 
 /// The one that the configuration names as the first primary, where both nodes' agree on it.
@@ -429,7 +493,8 @@ impl Agreement {
 /// [`compare`], who serves afterwards, and under which epoch.
 ///
 /// A serving primary stays unless its disk becomes a target (it then steps down). A node that was primary when it
-/// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch.
+/// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch, unless
+/// only the other's may hold data: then that one does.
 #[must_use]
 pub fn agree(mine: &View, theirs: &View) -> Agreement {
     let verdict = compare(mine, theirs);
@@ -451,7 +516,11 @@ pub fn agree(mine: &View, theirs: &View) -> Agreement {
         }
         _ => None,
     };
-    let first = || if both_new { pick(|view| view.configured_primary) } else { None };
+    let first = || match verdict {
+        Verdict::Resync { source, .. } if both_new => Some(source),
+        _ if both_new => pick(|view| view.configured_primary),
+        _ => None,
+    };
     let primary = pick(View::is_serving).or_else(first).or_else(|| pick(|view| view.was_primary));
     let begins = both_new && primary.is_some();
     Agreement { verdict, primary, epoch: if begins { epoch.next().0 } else { epoch.0 } }

@@ -28,6 +28,7 @@
 //! than [`limits::HELLO_LEN_MAX`] at a peer's word. [`read`] takes no byte past its message: the next one may be the
 //! link's first frame.
 
+use crate::compared::{Settings, is_bounded};
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::link::{Kind, REASON_LEN_MAX, Voice};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
@@ -72,6 +73,9 @@ pub struct Hello {
     /// Why RDMA is not among the links although the speaker is configured to take it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_rdma: Option<String>,
+    /// What must agree in both nodes' configurations, as the speaker's has it.
+    #[serde(default, skip_serializing_if = "Settings::is_empty")]
+    pub settings: Settings,
     /// The speaker's disk.
     #[serde(with = "stored_view")]
     pub view: View,
@@ -310,13 +314,16 @@ fn checked(message: Message) -> Result<Message, serde_json::Error> {
                 || long(&links)
                 || links.len() > LINKS_MAX
                 || wordy(&hello.no_rdma)
+                || !is_bounded(&hello.settings)
         }
         Message::Upgrade(upgrade) => long(&[&upgrade.node, &upgrade.volume]),
         Message::Link(settled) => wordy(&settled.why),
         Message::Offer(_) | Message::Ready(_) | Message::Refuse(_) => false,
     };
     if bad {
-        return Err(serde::de::Error::custom("a name, a reason or the list of links is too long"));
+        return Err(serde::de::Error::custom(
+            "a name, a reason, the list of links or the settings are too long",
+        ));
     }
     Ok(message)
 }
@@ -363,6 +370,7 @@ mod stored_view {
     use super::{
         DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, ServingRole, View,
     };
+    use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
     #[derive(Serialize, Deserialize)]
@@ -381,6 +389,8 @@ mod stored_view {
         lost_power: bool,
         dirty: bool,
         copying: u64,
+        sessions_offered: u64,
+        sessions_begun: u64,
         role: ServingRole,
         configured_primary: bool,
         proposed: Lineage,
@@ -402,6 +412,8 @@ mod stored_view {
             lost_power: view.lost_power,
             dirty: view.dirty,
             copying: view.copying.0,
+            sessions_offered: view.sessions_offered,
+            sessions_begun: view.sessions_begun,
             role: view.role,
             configured_primary: view.configured_primary,
             proposed: view.proposed,
@@ -421,6 +433,9 @@ mod stored_view {
         }
         if stored.epoch > super::EPOCH_MAX {
             return Err(D::Error::custom("the epoch is beyond any that promotions reach"));
+        }
+        if stored.sessions_begun > stored.sessions_offered || stored.sessions_offered > SESSIONS_MAX {
+            return Err(D::Error::custom("the number of the last session makes no sense"));
         }
         let mut history = [Generation::ZERO; GENERATION_HISTORY_LEN];
         for (to, from) in history.iter_mut().zip(stored.history) {
@@ -443,6 +458,8 @@ mod stored_view {
             lost_power: stored.lost_power,
             dirty: stored.dirty,
             copying: Generation(stored.copying),
+            sessions_offered: stored.sessions_offered,
+            sessions_begun: stored.sessions_begun,
             role: stored.role,
             configured_primary: stored.configured_primary,
             proposed: stored.proposed,
@@ -478,6 +495,8 @@ mod tests {
             lost_power: bits[6],
             dirty: bits[7],
             copying: Generation(numbers.5),
+            sessions_offered: numbers.1 % EPOCH_MAX,
+            sessions_begun: numbers.1 % EPOCH_MAX / 2,
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,
@@ -487,7 +506,9 @@ mod tests {
             let rdma = (nonce % 2 == 0).then(|| offer(nonce));
             let no_rdma = (nonce % 3 == 0).then(|| "no device".to_owned());
             let ring_len = nonce / 2;
-            Message::Hello(Box::new(Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, view }))
+            let settings = [("ack".to_owned(), nonce.to_string())].into();
+            let hello = Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, settings, view };
+            Message::Hello(Box::new(hello))
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
             let verdict = if resync {

@@ -28,6 +28,7 @@
 //! Survives: a crash between any two actions, a link lost at any time, two operators promoting at once, and a peer that
 //! says anything at all (answered by a refusal or a closed link, never by a panic).
 
+use crate::compared::Settings;
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
@@ -71,12 +72,20 @@ pub mod code {
     pub const PROMOTE_DENY: u64 = 3;
     /// I do not serve any more, and all I served is on stable storage on both.
     pub const DEMOTED: u64 = 4;
+    /// That is known here, and a promotion here need not wait for it.
+    pub const DEMOTED_NOTED: u64 = 9;
     /// Every block was copied and is durable: you hold this generation now.
     pub const RESYNC_FINISH: u64 = 5;
     /// This generation is on record here.
     pub const RESYNC_FINISHED: u64 = 6;
     /// How far the copy is, about once a second: a [`Sample`](crate::progress::Sample). Changes nothing.
     pub const RESYNC_PROGRESS: u64 = 7;
+    /// What you found to differ in a verification is on my record: the next copy covers it.
+    pub const DIFFERENCES_NOTED: u64 = 10;
+    /// Your disk and mine were compared and are equal now, durably on both.
+    pub const DIFFERENCES_REPAIRED: u64 = 11;
+    /// My disk has not answered a request for so many seconds; 0: it does again. Changes nothing.
+    pub const DISK_HANGS: u64 = 12;
     /// My disk failed while I serve this generation: will yours stand in for it?
     pub const DISK_FAILED: u64 = 20;
     /// It does, and it is on record here that yours is behind this generation.
@@ -219,6 +228,8 @@ pub enum Event {
     ResyncDone,
     /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
     Verified(Box<Verified>),
+    /// As target: bytes that the source announced are others here. Also during a copy, where that is nothing special.
+    FoundDifferent,
     /// A control frame from the peer; all changes that it sent before are applied, and flushed where it said so.
     PeerMessage {
         /// One of [`code`].
@@ -450,6 +461,8 @@ pub struct VolumeController {
     invalidating: Option<ReplyId>,
     promotion: Option<Promotion>,
     demotion: Option<Demotion>,
+    /// A demotion that is done, and whose news is on its way to the peer.
+    demoted: Option<Demotion>,
     shutdown_deadline: Option<Duration>,
     /// Why there is no session although the peer is there, by this node's own judgement.
     refusal: Option<String>,
@@ -498,6 +511,7 @@ impl VolumeController {
             invalidating: None,
             promotion: None,
             demotion: None,
+            demoted: None,
             shutdown_deadline: None,
             refusal: None,
             obstacle: None,
@@ -522,6 +536,7 @@ impl VolumeController {
             nonce: (self.random)(),
             rdma: None,
             no_rdma: None,
+            settings: Settings::new(),
             view,
         }
     }
@@ -543,9 +558,10 @@ impl VolumeController {
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),
             Event::Verified(outcome) => self.on_verified(*outcome, actions),
+            Event::FoundDifferent => self.on_found_different(actions),
             Event::PeerMessage { code, arg } => self.on_peer_message(now, code, arg, actions),
             Event::Operator { id, command } => self.on_command(now, id, command, actions),
-            Event::Quiesced => self.on_quiesced(actions),
+            Event::Quiesced => self.on_quiesced(now, actions),
             Event::DiskFailing { text } => self.on_disk_failing(text, actions),
             Event::DiskFailed { text } => self.on_disk_failed(&text, actions),
             Event::Shutdown => self.on_shutdown(now, actions),
@@ -576,6 +592,8 @@ impl VolumeController {
             lost_power: self.lost_power && self.settings.ack != AckLevel::Async,
             dirty: self.dirty,
             copying: superblock.copying,
+            sessions_offered: superblock.sessions_offered,
+            sessions_begun: superblock.sessions_begun,
             role: if serves { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: self.settings.configured_primary,
             proposed: self.proposed,

@@ -274,6 +274,21 @@ pub const ACTIVITY_SLOTS_MAX: u32 = 4096;
 /// Transactions in the activity log's ring: twice what the largest table needs to be told once.
 pub const ACTIVITY_RING_LEN: u64 = 32;
 
+/// Bytes behind a volume's own in which metadata is searched at every block, on a device that has grown since the metadata was
+/// made: volumes mostly fill their device up to a few extents of a volume manager, and 16,384 reads take under a second.
+pub const METADATA_SEARCH_FINE_LEN: u64 = 64 << 20;
+
+/// Between two places beyond those: partitions and logical volumes end at multiples of a MiB.
+pub const METADATA_SEARCH_STEP_LEN: u64 = 1 << 20;
+
+/// Such places at most: 256 GiB of a device, a few minutes on a rotating disk, which only a start on a device that has grown
+/// so far takes.
+pub const METADATA_SEARCH_STEPS_MAX: u64 = 262_144;
+
+/// Seconds after which a call on a disk that has not returned is shown to operators: a healthy disk answers within one, one that
+/// corrects errors by itself within some, and the kernel gives up after 30.
+pub const DISK_CALL_SLOW_S: u64 = 10;
+
 /// Damaged parts of a bitmap that a report names one by one; the rest is counted.
 pub const DAMAGE_LISTED_MAX: usize = 16;
 

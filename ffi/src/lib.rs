@@ -3,6 +3,7 @@
 //! Everything it exports is safe to call from safe code. The rest of the workspace forbids `unsafe`.
 //!
 //! - [`mapping`]: shared memory and the only handle on its bytes, [`mapping::Span`]
+//! - [`lock`]: the lock that keeps other programs from a disk's file
 //! - [`net`]: socket calls that move bytes straight between a socket and a span
 //! - [`signal`]: signals that a daemon does not follow
 //! - `verbs`: RDMA devices, registered memory, queue pairs and connections (feature `rdma`)
@@ -16,6 +17,7 @@ mod copy;
 pub mod counting;
 mod crc;
 mod guard;
+pub mod lock;
 pub mod mapping;
 pub mod net;
 pub mod signal;

@@ -177,7 +177,8 @@ impl Pair {
             fs::create_dir(pair.path(NODES[node])).expect("a directory for the node");
             fs::write(pair.config(node), pair.config_text(node)).expect("a configuration");
             let mut create = pair.command(node);
-            create.arg("create");
+            // Of a disk that is a device; a file is zeros anyway.
+            create.args(["create", "--zero"]);
             if pair.settings.sparse {
                 create.arg("--sparse");
             }
@@ -344,10 +345,8 @@ impl Pair {
     pub fn hand_over(&self, volume: &str, from: usize) {
         let told = self.tell(from, volume, admin::Command::Demote);
         told.unwrap_or_else(|error| panic!("demote {volume} on {}: {error}", NODES[from]));
-        // The news of the demotion may still be on its way.
-        wait_for(&format!("{} may be promoted", NODES[1 - from]), LIMIT, || {
-            self.tell(1 - from, volume, admin::Command::Promote { force: false }).ok()
-        });
+        // The demotion was answered because the peer knows of it.
+        self.promote(1 - from, volume);
     }
 
     /// A volume's state as a node sees it; `None` where its daemon does not answer.

@@ -33,6 +33,7 @@ fn db() -> VolumeStatus {
         peer: "beta".into(),
         parted: false,
         advice: None,
+        warnings: Vec::new(),
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -46,7 +47,12 @@ impl AdminBackend for Fake {
         })
     }
 
-    fn command(&self, volume: String, command: Command) -> Answer<'_, Result<String, CommandError>> {
+    fn command(
+        &self,
+        volume: String,
+        command: Command,
+        _: Asked,
+    ) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async move {
             if volume != "db" {
                 return Err(CommandError::NoSuchVolume { node: "alpha".into(), volume });

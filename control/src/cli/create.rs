@@ -2,27 +2,36 @@
 //!
 //! Runs before the daemon ever does; the daemon opens what this made and makes nothing itself.
 //!
-//! Invariants: nothing that is there is touched without `--force`, and even then a disk's content stays: only its
-//! metadata starts anew, not marked as zeros, so the first handshake copies it whole: mostly from the peer, over it, which
-//! is said wherever `--force` is named. Metadata is written last, so a
-//! disk with metadata is a complete one. Everything is on stable storage before its line is printed.
+//! Invariants: nothing that holds anything is touched without `--force`: a file that is there, metadata, a device with a
+//! known format or a byte that is not zero on either end ([`contents`]); the refusal names what was found and what would be
+//! lost. Even then the volume's content stays: only its metadata starts anew, not marked as zeros, so the first handshake
+//! copies it whole. What is mounted, locked or held by another program is refused, `--force` or not. Metadata is written
+//! last, so a disk with metadata is a complete one. Everything is on stable storage before its line is printed.
 //!
 //! Survives: a full file system (looked at first; a file that could not be completed is removed), a daemon that has
-//! the disk open (refused), being run twice (refused, says so).
+//! the disk open (refused), being run twice (refused, says so), a device that has grown (its metadata is found where its
+//! end was).
 
 use super::{CliError, CreateArgs, colours_wanted, print_done};
 use crate::config::quantity::display_size;
 use crate::config::{Config, ConfigError, Disk, Name, Volume};
+use crate::contents;
 use crate::kernel::random_number;
+use crate::users;
+use crate::worth::worth;
+use costandby_datapath::disk::image::{DiskError, lock};
 use costandby_datapath::disk::metadata::MetadataError;
 use costandby_datapath::disk::metadata::file::create_at;
 use costandby_datapath::disk::metadata::medium::FileMedium;
-use costandby_datapath::disk::superblock::{DEVICE_METADATA_LEN, Location, Superblock, SuperblockError};
+use costandby_datapath::disk::metadata::place;
+use costandby_datapath::disk::superblock::{
+    DEVICE_METADATA_LEN, Location, SUPERBLOCK_LEN, Superblock, SuperblockError,
+};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::fs::{FallocateFlags, OFlags};
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Text under `create --help`.
@@ -31,17 +40,22 @@ Examples:
   costandby --node alpha create                make all disks of alpha
   costandby --node alpha create db --sparse    make db's, without reserving space
   costandby --node alpha create db --force     take over a disk that is there
+  costandby --node alpha create db --zero      take a new device, and fill it with zeros first
 
-A file is made whole and reserved; a block device must be at least 1 MiB larger than the volume and keeps its content.
-Refused where a disk or its metadata is already there, unless --force: that makes a new disk of it, which the peer's
-overwrites as soon as the two meet, unless that one is new too and this node is the volume's primary.";
+A file is made whole and reserved; a block device must be at least 1 MiB larger than the volume and keeps its content, but
+for its last MiB. Refused where something is already there (a file, metadata, a file system, any byte on the device's ends),
+unless --force: that makes a new disk of it, which a peer's disk with the volume's data overwrites as soon as the two meet.
+Refused either way where it is in use.";
 
 /// What `--force` costs.
-const FORCED: &str = "its content stays, but counts as a new disk's, which the peer's overwrites as soon as the two meet, unless \
-     that one is new too and this node is the volume's `primary`";
+const FORCED: &str = "its content stays, but counts as a new disk's: a peer's disk that has the volume's data overwrites it as \
+     soon as the two meet, and it overwrites a peer's that is new and empty";
 
 /// Bytes reserved between two moves of the progress bar.
 const STEP_LEN: u64 = 256 << 20;
+
+/// Bytes of zeros written at a time where the system cannot do it by itself.
+const ZERO_LEN: usize = 1 << 20;
 
 /// Why a disk was not made.
 #[derive(Debug, thiserror::Error)]
@@ -67,16 +81,55 @@ pub enum CreateError {
         /// Its disk.
         path: PathBuf,
         /// What is known about it, up to what `--force` would do.
-        detail: &'static str,
+        detail: String,
+    },
+    /// A device with metadata.
+    #[error(
+        "volume {volume}: {path} has metadata already, {detail}; --force gives it new metadata: {FORCED}"
+    )]
+    HasMetadata {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// Where, whose, and what it is worth.
+        detail: String,
+    },
+    /// A device with something else.
+    #[error(
+        "volume {volume}: {path} is not blank, it holds {found}: correct the disk's path if that is another one's; if nothing \
+         there is needed but what the volume is to begin with, --force takes it over and overwrites its last MiB with metadata: {FORCED}"
+    )]
+    NotBlank {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// What, and where.
+        found: String,
+    },
+    /// Another volume's.
+    #[error(
+        "volume {volume}: {path} is the disk of volume {other} as well: give each volume a disk of its own"
+    )]
+    Shared {
+        /// Which volume.
+        volume: Name,
+        /// Its disk.
+        path: PathBuf,
+        /// The other one.
+        other: Name,
     },
     /// There is metadata, and the disk is gone.
     #[error(
         "volume {volume}: {path} is already there, metadata without its disk {disk}: mount the disk's file system, or put \
-         the disk back; if it is lost, --force makes an empty one, which is copied from the peer"
+         the disk back; if it is lost, --force makes an empty one, to be copied from the peer ({worth})"
     )]
     DiskGone {
         /// Which volume.
         volume: Name,
+        /// What the lost disk held.
+        worth: String,
         /// Its metadata.
         path: PathBuf,
         /// Its disk.
@@ -151,12 +204,17 @@ pub enum CreateError {
         size: u64,
     },
     /// Mounted, or part of something.
-    #[error("volume {volume}: {path} is in use: unmount it, or take it out of its array or volume group")]
+    #[error(
+        "volume {volume}: {path} is in use, {by}: stop the daemon or program that has it, unmount it, or take it out of its array \
+         or volume group"
+    )]
     Busy {
         /// Which volume.
         volume: Name,
         /// Its disk.
         path: PathBuf,
+        /// By what.
+        by: String,
     },
     /// The metadata could not be made.
     #[error("volume {volume}: {source}")]
@@ -189,7 +247,10 @@ pub fn run(config: &Config, node: &Name, args: &CreateArgs) -> Result<(), CliErr
     for (volume, disk) in selected(config, node, &args.volumes)? {
         let line = match disk {
             Disk::Memory => "in memory, nothing to make; its content is lost when the daemon ends".to_owned(),
-            Disk::Path(path) => Maker { volume, node, path, args }.make()?,
+            Disk::Path(path) => {
+                check_own(config, node, volume, path)?;
+                Maker { volume, node, path, args }.make()?
+            }
         };
         // What cannot be printed must not leave the rest of the disks unmade.
         let printed = print_done(&format!("{}: {line}\n", volume.name), "the disks were made");
@@ -221,6 +282,18 @@ fn selected<'a>(
     Ok(selected)
 }
 
+/// Refuses a disk that another volume has under whatever name.
+fn check_own(config: &Config, node: &Name, volume: &Volume, path: &Path) -> Result<(), CreateError> {
+    let Some(own) = users::identity(path) else { return Ok(()) };
+    let other = config.volumes_of(node.as_str()).find(|(other, disk)| {
+        let same = |path: &PathBuf| users::identity(path) == Some(own);
+        other.name != volume.name && matches!(disk, Disk::Path(path) if same(path))
+    });
+    other.map_or(Ok(()), |(other, _)| {
+        Err(CreateError::Shared { volume: volume.name.clone(), path: path.into(), other: other.name.clone() })
+    })
+}
+
 /// One disk in the making.
 struct Maker<'a> {
     volume: &'a Volume,
@@ -249,19 +322,20 @@ impl Maker<'_> {
     }
 
     fn device(&self) -> Result<String, CreateError> {
-        // On a block device O_EXCL without O_CREAT asks the kernel whether anything else has it.
+        // On a block device O_EXCL without O_CREAT asks the kernel whether anything else has it, and keeps others from it.
         let exclusive = i32::try_from(OFlags::EXCL.bits()).expect("open flags fit an int");
         let device =
-            OpenOptions::new().read(true).custom_flags(exclusive).open(self.path).map_err(|error| {
-                if error.kind() == io::ErrorKind::ResourceBusy {
-                    CreateError::Busy { volume: self.name(), path: self.path.to_owned() }
-                } else {
-                    self.io("opening")(error)
-                }
-            })?;
+            OpenOptions::new().read(true).write(true).custom_flags(exclusive).open(self.path).map_err(
+                |error| {
+                    if error.kind() == io::ErrorKind::ResourceBusy {
+                        self.busy()
+                    } else {
+                        self.io("opening")(error)
+                    }
+                },
+            )?;
         let found = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0))
             .map_err(|errno| self.io("measuring")(errno.into()))?;
-        drop(device);
         let needed = self.volume.size.saturating_add(DEVICE_METADATA_LEN);
         let location = Location::at_end_of(self.path, found)
             .filter(|location| location.offset >= self.volume.size)
@@ -271,20 +345,86 @@ impl Maker<'_> {
                 found,
                 needed,
             })?;
-        self.metadata(&location, false)?;
-        let size = display_size(self.volume.size);
-        Ok(format!("took {} ({size} of it, content as it is), metadata at its end", self.path.display()))
+        let earlier =
+            place::find_in(&device, self.volume.size, location.offset).map_err(self.io("reading"))?;
+        if !self.args.force {
+            self.refuse_what_is_there(&device, found, &location, earlier)?;
+        }
+        if let Some(at) = earlier.filter(|at| (self.volume.size..location.offset).contains(at)) {
+            // Where the device's end was once; a daemon must never find it again.
+            let blank = [0; 2 * SUPERBLOCK_LEN];
+            device
+                .write_all_at(&blank, at)
+                .and_then(|()| device.sync_data())
+                .map_err(self.io("clearing old metadata on"))?;
+        }
+        if self.args.zero {
+            self.zero(&device)?;
+        }
+        self.metadata(&location, self.args.zero)?;
+        drop(device);
+        let (size, content) = (display_size(self.volume.size), self.content());
+        Ok(format!("took {} ({size} of it, {content}), metadata at its end", self.path.display()))
+    }
+
+    /// Without `--force` only a device that holds nothing is taken.
+    fn refuse_what_is_there(
+        &self,
+        device: &File,
+        len: u64,
+        at_end: &Location,
+        earlier: Option<u64>,
+    ) -> Result<(), CreateError> {
+        let (volume, path) = (self.name(), self.path.to_owned());
+        if let Some(offset) = earlier {
+            let place = if offset == at_end.offset {
+                "at its end".to_owned()
+            } else {
+                format!("at byte {offset}, where its end was before it grew")
+            };
+            let location = Location { offset, ..at_end.clone() };
+            let detail = match place::says(&location) {
+                Some(superblock) => format!(
+                    "{place}: of volume {} on node {}, so the disk is made and the daemon can use it ({})",
+                    superblock.volume,
+                    superblock.node,
+                    worth(&self.peer(), Some(&superblock))
+                ),
+                None => format!("{place}, which cannot be read ({})", worth(&self.peer(), None)),
+            };
+            return Err(CreateError::HasMetadata { volume, path, detail });
+        }
+        let found = contents::look(device, len).map_err(self.io("reading"))?;
+        if found.is_empty() {
+            return Ok(());
+        }
+        Err(CreateError::NotBlank { volume, path, found: contents::named(&found) })
+    }
+
+    /// The other node's name.
+    fn peer(&self) -> String {
+        let peer = self.volume.disks.keys().find(|node| *node != self.node);
+        peer.map_or("the peer", Name::as_str).to_owned()
+    }
+
+    fn busy(&self) -> CreateError {
+        let by = users::named(&users::users_of(self.path)).unwrap_or_else(|| {
+            "by a costandby daemon or another program that is not seen from here".to_owned()
+        });
+        CreateError::Busy { volume: self.name(), path: self.path.to_owned(), by }
     }
 
     fn existing_file(&self, found: u64) -> Result<String, CreateError> {
         let location = Location::beside(self.path);
+        let file = OpenOptions::new().read(true).write(true).open(self.path).map_err(self.io("opening"))?;
         if !self.args.force {
-            let detail = if location.path.exists() {
-                "with its metadata, so the disk is made; --force gives it new metadata"
-            } else {
-                "without metadata; --force takes it over"
-            };
-            return Err(CreateError::Exists { volume: self.name(), path: self.path.to_owned(), detail });
+            return Err(self.file_is_there(&file, found, &location));
+        }
+        if let Err(DiskError::Locked { .. }) = lock(&file, self.path) {
+            return Err(self.busy());
+        }
+        if !users::users_of(self.path).is_empty() {
+            return Err(self.busy());
         }
         if found > self.volume.size {
             return Err(CreateError::FileTooLarge {
@@ -300,21 +440,40 @@ impl Maker<'_> {
             other => other,
         };
         if found < self.volume.size {
-            let file = OpenOptions::new().write(true).open(self.path).map_err(self.io("opening"))?;
             self.fill(&file, found)?;
             file.sync_all().map_err(self.io("flushing"))?;
         }
+        if self.args.zero {
+            self.zero(&file)?;
+        }
         drop(held);
-        self.metadata(&location, false)?;
-        let size = display_size(self.volume.size);
-        Ok(format!("took over {} ({size}, content as it is), new metadata", self.path.display()))
+        self.metadata(&location, self.args.zero)?;
+        drop(file);
+        let (size, content) = (display_size(self.volume.size), self.content());
+        Ok(format!("took over {} ({size}, {content}), new metadata", self.path.display()))
+    }
+
+    fn file_is_there(&self, file: &File, len: u64, location: &Location) -> CreateError {
+        let detail = if location.path.exists() {
+            let worth = worth(&self.peer(), place::says(location).as_ref());
+            format!("with its metadata, so the disk is made; --force gives it new metadata ({worth})")
+        } else {
+            let holds = match contents::look(file, len) {
+                Ok(found) if found.is_empty() => String::new(),
+                Ok(found) => format!(" and with {}", contents::named(&found)),
+                Err(error) => format!(" and not readable ({error})"),
+            };
+            format!("without metadata{holds}; --force takes it over")
+        };
+        CreateError::Exists { volume: self.name(), path: self.path.to_owned(), detail }
     }
 
     fn new_file(&self) -> Result<String, CreateError> {
         let location = Location::beside(self.path);
         if !self.args.force && location.path.exists() {
+            let worth = worth(&self.peer(), place::says(&location).as_ref());
             let (path, disk) = (location.path, self.path.to_owned());
-            return Err(CreateError::DiskGone { volume: self.name(), path, disk });
+            return Err(CreateError::DiskGone { volume: self.name(), worth, path, disk });
         }
         let directory = self.path.parent().unwrap_or(Path::new("/"));
         if !directory.is_dir() {
@@ -382,6 +541,38 @@ impl Maker<'_> {
         }
         bar.finish_and_clear();
         Ok(())
+    }
+
+    fn content(&self) -> &'static str {
+        if self.args.zero { "zeros now" } else { "content as it is" }
+    }
+
+    /// Makes the volume's bytes zeros, on stable storage.
+    fn zero(&self, disk: &File) -> Result<(), CreateError> {
+        let size = self.volume.size;
+        let zeros = vec![0; ZERO_LEN];
+        let bar = progress(&self.volume.name, size);
+        let mut at = 0;
+        while at < size {
+            let len = STEP_LEN.min(size - at);
+            match rustix::fs::fallocate(disk, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, at, len)
+            {
+                Ok(()) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                // Not every device and file system can, nor every alignment.
+                Err(_) => {
+                    for from in (at..at + len).step_by(ZERO_LEN) {
+                        let piece =
+                            usize::try_from(at + len - from).map_or(ZERO_LEN, |left| left.min(ZERO_LEN));
+                        disk.write_all_at(&zeros[..piece], from).map_err(self.io("filling with zeros"))?;
+                    }
+                }
+            }
+            at += len;
+            bar.set_position(at);
+        }
+        bar.finish_and_clear();
+        disk.sync_data().map_err(self.io("flushing"))
     }
 
     fn full(&self, error: io::Error, doing: &'static str) -> CreateError {

@@ -12,6 +12,7 @@ use crate::descriptors::{self, Judged, Need};
 use costandby_datapath::disk::metadata::MetadataError;
 use costandby_datapath::disk::metadata::inspect::{Inspection, inspect};
 use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::metadata::place;
 use costandby_datapath::disk::superblock::{DEVICE_METADATA_LEN, Location, Superblock, SuperblockError};
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpListener};
@@ -254,21 +255,25 @@ fn path_check(
         match device_len(path) {
             Ok(len) => {
                 let needed = volume.size.saturating_add(DEVICE_METADATA_LEN);
-                (len, needed, Location::at_end_of(path, len))
+                (len, needed, place::find(path, volume.size))
             }
             Err(error) => return Check::fail(what, format!("{shown}: {error}")),
         }
     } else if metadata.is_file() {
-        (metadata.len(), volume.size, Some(Location::beside(path)))
+        (metadata.len(), volume.size, Ok(Location::beside(path)))
     } else {
         return Check::fail(what, format!("{shown} is neither a file nor a block device"));
     };
-    let Some(location) = location.filter(|_| found >= needed) else {
+    if found < needed {
         let text = format!(
             "{shown} has {found} bytes, {needed} are needed: correct `size` in the configuration if that is wrong; if the disk was \
              cut short, its end is lost, and must not be filled up, for zeros would count as data"
         );
         return Check::fail(what, text);
+    }
+    let location = match location {
+        Ok(location) => location,
+        Err(error) => return Check::fail(what, error.to_string()),
     };
     let place = if metadata.is_file() {
         format!("on {}", machine::file_system(path))
@@ -338,7 +343,7 @@ fn missing_disk(what: &str, command_line: &str, volume: &Volume, path: &Path) ->
     if metadata.exists() {
         let text = format!(
             "{shown} is missing, and its metadata {} is there: mount the disk's file system, or put the disk back; if it is \
-             lost, {make} with --force makes an empty one, which is copied from the peer",
+             lost, {make} with --force makes an empty one, which is copied from the peer; what only the lost disk held is given up",
             metadata.display()
         );
         return Check::fail(what, text);

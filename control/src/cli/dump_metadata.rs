@@ -13,12 +13,11 @@ use crate::config::{Config, Disk, Name};
 use costandby_datapath::disk::metadata::header;
 use costandby_datapath::disk::metadata::inspect::{Area, Inspection, inspect};
 use costandby_datapath::disk::metadata::medium::FileMedium;
-use costandby_datapath::disk::superblock::{COPYING_WHOLE, Location, Superblock, SuperblockError};
+use costandby_datapath::disk::metadata::place;
+use costandby_datapath::disk::superblock::{COPYING_WHOLE, Superblock, SuperblockError};
 use costandby_datapath::units::{ByteRange, Generation};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 
 #[cfg(test)]
 mod tests;
@@ -91,7 +90,7 @@ fn look(node: &Name, volume: &Name, size: u64, disk: &Disk) -> Look {
         return Look { volume: volume.clone(), place, in_use: false, found: None, expected };
     };
     let read = || {
-        let location = locate(path)?;
+        let location = place::find(path, size)?;
         let (medium, in_use) = FileMedium::look(&location.path)?;
         let found = inspect(&medium, location.offset, RUNS_LISTED);
         Ok((location, in_use, found))
@@ -106,17 +105,6 @@ fn look(node: &Name, volume: &Name, size: u64, disk: &Disk) -> Look {
         Err(error) => (path.display().to_string(), false, Err(error)),
     };
     Look { volume: volume.clone(), place, in_use, found: Some(found), expected }
-}
-
-/// Beside a file (also one that is gone), at the end of a device.
-fn locate(path: &Path) -> Result<Location, SuperblockError> {
-    if !std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()) {
-        return Ok(Location::beside(path));
-    }
-    let io = |source| SuperblockError::Io { doing: "measuring", path: path.into(), source };
-    let device = std::fs::File::open(path).map_err(io)?;
-    let len = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0)).map_err(|errno| io(errno.into()))?;
-    Location::at_end_of(path, len).ok_or(SuperblockError::Truncated { path: path.into(), found: len })
 }
 
 /// Why a daemon would not start on it.
@@ -234,6 +222,10 @@ fn superblock_lines(superblock: &Superblock, line: &mut impl FnMut(&str, &str)) 
         COPYING_WHOLE => line("copying", "everything, from the start"),
         from => line("copying", &format!("from generation {:016x}", from.0)),
     }
+    if superblock.sessions_offered > 0 {
+        let (begun, offered) = (superblock.sessions_begun, superblock.sessions_offered);
+        line("sessions", &format!("{begun} (ready for {offered})"));
+    }
     if superblock.boot != [0; 16] {
         line("boot", &format!("{} (the kernel's, when it last took part)", hex(&superblock.boot)));
     }
@@ -329,6 +321,8 @@ fn copy_to_json(copy: &header::Copy) -> Value {
         "base": format!("{:016x}", generations.base.0),
         "history": history(superblock),
         "copying": format!("{:016x}", superblock.copying.0),
+        "sessions_offered": superblock.sessions_offered,
+        "sessions_begun": superblock.sessions_begun,
         "boot": hex(&superblock.boot),
     })
 }

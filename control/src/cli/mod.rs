@@ -214,6 +214,9 @@ pub struct CreateArgs {
     /// Take over a disk that is there: its content stays, but counts as a new disk's, which the peer's overwrites.
     #[arg(long)]
     pub force: bool,
+    /// Fill the volume with zeros, so that it is known to be empty: two such disks are in sync without a copy.
+    #[arg(long)]
+    pub zero: bool,
 }
 
 /// Flags of `verify`.

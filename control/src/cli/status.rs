@@ -104,6 +104,10 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
             out.push_str(&Colour::Bad.paint(&line, colours));
             out.push('\n');
         }
+        for text in &volume.warnings {
+            out.push_str(&Colour::Bad.paint(&format!("  warning: {text}"), colours));
+            out.push('\n');
+        }
         if let Some(advice) = &volume.advice {
             let line = format!("  -> {advice}");
             out.push_str(&Colour::Attention.paint(&line, colours));

@@ -2,12 +2,13 @@
 
 use super::*;
 use crate::admin::{
-    AdminBackend, AdminServer, Answer, CONNECTED, Command as Wish, CommandError, NotListening, SYNC_SOURCE,
-    Status, UP_TO_DATE, VolumeStatus,
+    AdminBackend, AdminServer, Answer, Asked, CONNECTED, Command as Wish, CommandError, NotListening,
+    SYNC_SOURCE, Status, UP_TO_DATE, VolumeStatus,
 };
 use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::superblock::{Location, Superblock};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -122,6 +123,7 @@ fn db() -> VolumeStatus {
         peer: "beta".into(),
         parted: false,
         advice: None,
+        warnings: Vec::new(),
         in_flight: 0,
         frozen: false,
         violations: 0,
@@ -329,10 +331,11 @@ fn status_json_has_the_fixed_keys() {
         "violations",
         "resync_rate",
         "resync_eta_s",
+        "warnings",
     ] {
         assert!(volume.contains_key(key), "{key}");
     }
-    assert_eq!(volume.len(), 22, "a new key belongs in the list above");
+    assert_eq!(volume.len(), 23, "a new key belongs in the list above");
 }
 
 /// A configuration of nodes alpha and beta in a directory of its own.
@@ -409,8 +412,9 @@ fn create_touches_nothing_that_is_there() {
     let bench = Bench::new("1048576");
     std::fs::write(bench.path("a.img"), "precious").expect("written");
     let complaint = bench.complaint("alpha", &["create", "db"]);
-    assert!(complaint.contains("a.img is already there, without metadata; --force"), "{complaint}");
-    assert!(complaint.contains("which the peer's overwrites"), "{complaint}");
+    let expected = "a.img is already there, without metadata and with a first MiB that is not blank (at byte 0); --force";
+    assert!(complaint.contains(expected), "{complaint}");
+    assert!(complaint.contains("a peer's disk that has the volume's data overwrites it"), "{complaint}");
     assert_eq!(std::fs::read(bench.path("a.img")).expect("there"), b"precious");
     assert!(!bench.path("a.img.meta").exists());
 
@@ -420,6 +424,7 @@ fn create_touches_nothing_that_is_there() {
     assert!(!bench.superblock().zeroed, "a disk with content must be copied whole");
     let complaint = bench.complaint("alpha", &["create", "db"]);
     assert!(complaint.contains("already there, with its metadata"), "{complaint}");
+    assert!(complaint.contains("it never held data of this pair"), "{complaint}");
 }
 
 #[test]
@@ -438,6 +443,29 @@ fn create_refuses_a_disk_in_use_metadata_without_disk_and_a_longer_file() {
     std::fs::write(bench.path("a.img"), vec![1; (1 << 20) + 1]).expect("written");
     assert!(bench.complaint("alpha", &["create", "db", "--force"]).contains("more than the volume's"));
     assert_eq!(std::fs::metadata(bench.path("a.img")).expect("there").len(), (1 << 20) + 1);
+}
+
+#[test]
+fn create_leaves_a_file_that_another_program_or_volume_has() {
+    let bench = Bench::new("1048576");
+    bench.run("alpha", &["create", "db"]).expect("made");
+    let open = || File::options().read(true).write(true).open(bench.path("a.img")).expect("opens");
+    let locked = open();
+    costandby_datapath::disk::image::lock(&locked, &bench.path("a.img")).expect("nobody else has it");
+    let complaint = bench.complaint("alpha", &["create", "db", "--force"]);
+    assert!(complaint.contains("a.img is in use"), "{complaint}");
+    drop(locked);
+    bench.run("alpha", &["create", "db", "--force"]).expect("made anew");
+
+    let text = std::fs::read_to_string(bench.path("c.toml")).expect("there");
+    let text = text.replace("\"memory:\"", &format!("{:?}", bench.path("link.img").to_str().expect("text")));
+    std::fs::write(bench.path("c.toml"), text).expect("written");
+    for link in [std::os::unix::fs::symlink as fn(PathBuf, PathBuf) -> _, std::fs::hard_link] {
+        link(bench.path("a.img"), bench.path("link.img")).expect("linked");
+        let complaint = bench.complaint("alpha", &["create", "scratch", "--force"]);
+        assert!(complaint.contains("is the disk of volume db as well"), "{complaint}");
+        std::fs::remove_file(bench.path("link.img")).expect("removed");
+    }
 }
 
 #[test]
@@ -486,7 +514,7 @@ impl AdminBackend for CatchingUp {
         })
     }
 
-    fn command(&self, volume: String, _: Wish) -> Answer<'_, Result<String, CommandError>> {
+    fn command(&self, volume: String, _: Wish, _: Asked) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async { Err(CommandError::NoSuchVolume { node: "alpha".into(), volume }) })
     }
 }

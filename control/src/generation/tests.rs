@@ -25,6 +25,8 @@ fn fresh() -> View {
         lost_power: false,
         dirty: false,
         copying: Generation::ZERO,
+        sessions_offered: 0,
+        sessions_begun: 0,
         role: ServingRole::Standby,
         configured_primary: false,
         proposed: Lineage { volume_id: [9; 16], generation: 99 },
@@ -71,10 +73,15 @@ fn fresh_disks() {
     let first = configured(View { proposed: Lineage { volume_id: [1; 16], generation: 11 }, ..fresh() });
     check(&zeroed(first), &zeroed(fresh()), Verdict::InSync { adopt: Some(first.proposed) });
     check(&first, &zeroed(fresh()), FULL_MINE(Why::BothFresh));
-    check(&zeroed(first), &fresh(), FULL_MINE(Why::BothFresh));
-    check(&fresh(), &fresh(), Verdict::NoUsableDisk);
-    check(&first, &first, Verdict::NoUsableDisk);
-    check(&bad(DiskState::Inconsistent, first), &fresh(), Verdict::NoUsableDisk);
+    check(&zeroed(first), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&zeroed(fresh()), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&first, &fresh(), Verdict::TwoWithData);
+    check(&fresh(), &fresh(), Verdict::TwoWithData);
+    check(&zeroed(fresh()), &zeroed(fresh()), Verdict::NoUsableDisk);
+    check(&zeroed(first), &zeroed(first), Verdict::NoUsableDisk);
+    check(&bad(DiskState::Inconsistent, first), &fresh(), FULL_THEIRS(Why::BothFresh));
+    check(&bad(DiskState::Inconsistent, first), &zeroed(fresh()), FULL_THEIRS(Why::BothFresh));
+    check(&bad(DiskState::Inconsistent, first), &bad(DiskState::Failed, fresh()), Verdict::NoUsableDisk);
     check(&first, &bad(DiskState::Inconsistent, fresh()), FULL_MINE(Why::BothFresh));
     check(&first, &disk(5, 0, &[]), FULL_THEIRS(Why::TargetFresh));
     check(&first, &bad(DiskState::Failed, disk(5, 0, &[])), Verdict::NoUsableDisk);
@@ -155,13 +162,11 @@ fn who_serves_after_the_handshake() {
     let was = |view: View| View { was_primary: true, ..view };
     let at = |epoch: u64, view: View| View { epoch: Epoch(epoch), ..view };
     let (old, new) = (|| disk(5, 0, &[]), || disk(6, 5, &[5]));
-    check(&configured(fresh()), &fresh(), Some(Side::Mine), 1);
-    check(
-        &View { zeroed: true, ..configured(fresh()) },
-        &View { zeroed: true, ..fresh() },
-        Some(Side::Mine),
-        1,
-    );
+    check(&configured(fresh()), &fresh(), None, 0);
+    check(&configured(fresh()), &View { zeroed: true, ..fresh() }, Some(Side::Mine), 1);
+    let zeroed = |view: View| View { zeroed: true, ..view };
+    check(&zeroed(configured(fresh())), &zeroed(fresh()), Some(Side::Mine), 1);
+    check(&zeroed(configured(fresh())), &fresh(), Some(Side::Theirs), 1);
     check(&configured(old()), &at(3, old()), None, 3);
     check(&was(old()), &configured(old()), Some(Side::Mine), 0);
     check(&was(old()), &configured(was(old())), Some(Side::Theirs), 0);
@@ -249,6 +254,30 @@ fn equal_disks_with_parts_on_record_are_compared_by_a_copy_of_those() {
     check(&configured(zeroed(fresh())), &zeroed(dirty(fresh())), FULL_MINE(Why::BothFresh));
 }
 
+#[test]
+fn a_disk_of_an_earlier_time_is_copied_to_and_never_copied_from() {
+    let at =
+        |sessions: u64, view: View| View { sessions_offered: sessions, sessions_begun: sessions, ..view };
+    let same = || disk(5, 4, &[4]);
+    let why = Why::TargetRolledBack;
+    check(&at(7, same()), &at(7, same()), Verdict::InSync { adopt: None });
+    check(&at(7, same()), &at(6, same()), FULL_MINE(why));
+    check(&at(7, same()), &at(6, crashed(same())), FULL_MINE(why));
+    check(&at(7, serving(same())), &at(6, dirty(same())), FULL_MINE(why));
+    check(&at(7, disk(6, 5, &[5])), &at(6, same()), FULL_MINE(why));
+    check(&at(7, torn(same())), &at(6, same()), Verdict::NoUsableDisk);
+    // It was ready for the session, which began at the other alone.
+    let ready = View { sessions_offered: 7, sessions_begun: 6, ..same() };
+    check(&at(7, same()), &ready, Verdict::InSync { adopt: None });
+    // It went on from there.
+    check(&at(7, same()), &at(6, disk(6, 5, &[5])), Verdict::SplitBrain);
+    check(&at(7, same()), &at(6, serving(same())), Verdict::SplitBrain);
+    // What it would be copied from is given up.
+    let given_up = bad(DiskState::Inconsistent, same());
+    check(&at(7, given_up), &at(6, same()), FULL_THEIRS(Why::TargetNotUpToDate));
+    check(&at(7, same()), &at(6, given_up), FULL_MINE(why));
+}
+
 fn any_view() -> impl Strategy<Value = View> {
     let small = || 0u64..5;
     let states = prop_oneof![
@@ -259,8 +288,9 @@ fn any_view() -> impl Strategy<Value = View> {
     ];
     let history = proptest::collection::vec(small(), GENERATION_HISTORY_LEN);
     let bits = any::<[bool; 8]>();
-    (0u8..3, 1u64..3, (small(), small(), small(), small()), history, states, bits).prop_map(
-        |(id, size, (epoch, current, base, copying), history, disk_state, bits)| View {
+    let sessions = (0u64..4, 0u64..2);
+    (0u8..3, 1u64..3, (small(), small(), small(), small()), history, states, (bits, sessions)).prop_map(
+        |(id, size, (epoch, current, base, copying), history, disk_state, (bits, sessions))| View {
             volume_id: [id; 16],
             size: if size == 1 { 4096 } else { 8192 },
             epoch: Epoch(epoch),
@@ -272,6 +302,8 @@ fn any_view() -> impl Strategy<Value = View> {
             lost_power: bits[6],
             dirty: bits[7],
             copying: Generation(copying),
+            sessions_offered: sessions.0 + sessions.1,
+            sessions_begun: sessions.0,
             role: if bits[4] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[5],
             proposed: Lineage { volume_id: [id + 1; 16], generation: epoch + 1 },
@@ -299,6 +331,29 @@ proptest! {
         }
         if agreement.primary.is_some() {
             prop_assert!(agreement.allows_session());
+        }
+    }
+
+    #[test]
+    fn an_empty_disk_overwrites_none_that_may_hold_data_before_they_have_met(mine in any_view(), theirs in any_view()) {
+        let new = |view: View| View { generations: Generations::default(), size: 4096, volume_id: [0; 16], ..view };
+        let (mine, theirs) = (new(mine), new(theirs));
+        if let Verdict::Resync { source: Side::Mine, .. } = compare(&mine, &theirs) {
+            prop_assert!(!mine.zeroed || theirs.zeroed || !theirs.is_usable());
+        }
+    }
+
+    #[test]
+    fn a_disk_of_an_earlier_time_is_no_source_while_the_other_has_its_content(mine in any_view(), theirs in any_view()) {
+        let met = |mut view: View| {
+            view.generations.current = view.generations.current.max(Generation(1));
+            view
+        };
+        let (mine, theirs) = (met(mine), met(theirs));
+        if mine.sessions_offered < theirs.sessions_begun && theirs.disk_state != DiskState::Inconsistent {
+            let verdict = compare(&mine, &theirs);
+            let source = matches!(verdict, Verdict::Resync { source: Side::Mine, .. } | Verdict::InSync { .. });
+            prop_assert!(!source, "{verdict:?}");
         }
     }
 

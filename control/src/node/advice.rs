@@ -7,9 +7,10 @@
 use super::open::OpenError;
 use crate::config::Disk;
 use crate::config::quantity::display_size;
+use crate::worth::worth;
 use costandby_datapath::disk::image::DiskError;
 use costandby_datapath::disk::metadata::MetadataError;
-use costandby_datapath::disk::superblock::{AREA_LEN, DiskState, Location, Superblock, SuperblockError};
+use costandby_datapath::disk::superblock::{AREA_LEN, Location, Superblock, SuperblockError};
 use rustix::io::Errno;
 use std::io;
 use std::path::Path;
@@ -38,6 +39,7 @@ impl Case<'_> {
             OpenError::Disk(error) => self.disk(error),
             OpenError::Metadata(error) => self.metadata(error),
             OpenError::Unflushed { source, on_record } => self.unflushed(source, *on_record),
+            OpenError::Taken { step, .. } => (self.error.to_string(), self.again(step)),
             OpenError::System { .. } => (self.error.to_string(), self.again("mend that")),
         }
     }
@@ -68,6 +70,10 @@ impl Case<'_> {
                      {}",
                     self.give_up()
                 ),
+            ),
+            DiskError::Locked { path } => (
+                format!("disk {} is in use: another program has it locked", path.display()),
+                self.again("stop that program (another costandby, QEMU), for no two may write to one disk"),
             ),
             DiskError::WrongType { .. } => {
                 (error.to_string(), "correct its path in the configuration and restart the daemon".to_owned())
@@ -141,6 +147,19 @@ impl Case<'_> {
         };
         match error {
             MetadataError::Superblock(error) => match error {
+                SuperblockError::Absent { path, device_len, volume_len } => (
+                    format!(
+                        "there is no metadata on device {}, neither in its last MiB (it has {device_len} bytes) nor behind the \
+                         {volume_len} bytes of the volume",
+                        path.display()
+                    ),
+                    format!(
+                        "if that is another device, correct the disk's path and restart the daemon; {}; if this disk never had \
+                         metadata, or lost it: {}",
+                        self.again("if the device was made smaller, give it its size back"),
+                        self.give_up()
+                    ),
+                ),
                 SuperblockError::Missing { path } => unusable(path, "is missing"),
                 SuperblockError::Truncated { path, found } => {
                     unusable(path, &format!("is cut short: {found} bytes where {AREA_LEN} belong"))
@@ -223,24 +242,7 @@ impl Case<'_> {
     /// The way that gives up what the disk holds, and what is known of that.
     fn give_up(&self) -> String {
         let Self { volume, peer, .. } = self;
-        let worth = match self.found {
-            None => {
-                format!(
-                    "only if {peer} has all of the data, which cannot be told from here: ask `costandby status` there \
-                     whether it is primary, or was in sync"
-                )
-            }
-            Some(found) if found.is_fresh() => "it never held data of this pair".to_owned(),
-            Some(found) if found.disk_state == DiskState::Inconsistent => {
-                format!("it holds part of a copy of {peer}'s data only")
-            }
-            Some(found) if found.peer_has_current => {
-                format!("by this disk's metadata {peer} has the data that it holds")
-            }
-            Some(_) => format!(
-                "by its metadata it may hold writes that {peer} lacks, AND THEY ARE LOST WITH IT: save the disk first"
-            ),
-        };
+        let worth = worth(peer, self.found);
         format!(
             "`{} create {volume} --force` gives up what this disk holds, to be copied from {peer} ({worth}); then {}",
             self.command_line,

@@ -14,6 +14,7 @@ use super::open::{self, OpenError, OpenVolume};
 use super::peers;
 use super::registry::{Phase, Registry, Shared};
 use super::volume::{Input, Surroundings, VolumeTask};
+use super::watch::{Link, Watch};
 use crate::admin;
 use crate::config::Disk;
 use crate::hello::{Refuse, RefuseCode};
@@ -129,8 +130,9 @@ impl Attachment {
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
         let (peer, command_line) = (self.settings.peer.clone(), self.surroundings.command_line.clone());
+        let others = self.registry.other_disks(config.name.as_str());
         let opening = blocking(move || {
-            open::open_volume(&config, &disk, &node, distrusted).map_err(|error| {
+            open::open_volume(&config, &disk, &node, distrusted, &others).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
                 let (volume, size) = (config.name.as_str(), config.size);
                 let case = Case {
@@ -163,8 +165,8 @@ impl Attachment {
                 }
                 input = self.queue.recv() => match input {
                     None | Some(Input::Shutdown) => return Tried::Stopped,
-                    Some(Input::Admin { command, reply }) if began.elapsed() < COMMAND_WAIT_MAX => {
-                        waiting.push(Input::Admin { command, reply });
+                    Some(input @ Input::Admin { .. }) if began.elapsed() < COMMAND_WAIT_MAX => {
+                        waiting.push(input);
                     }
                     Some(input) => self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later")),
                 },
@@ -199,7 +201,9 @@ impl Attachment {
         loop {
             match self.queue.recv().await {
                 None | Some(Input::Shutdown) => return None,
-                Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, reply }) => {
+                Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, asked, reply })
+                    if asked.void().is_none() =>
+                {
                     return Some(reply);
                 }
                 // The peer dials, or asks why it is not dialled.
@@ -235,9 +239,9 @@ impl Attachment {
 
     /// The volume's life in service.
     async fn serve(self, opened: OpenVolume) {
-        let Self { registry, shared, settings, random, boot, queue, surroundings, .. } = self;
+        let Self { registry, shared, disk: disk_config, settings, random, boot, queue, surroundings } = self;
         let OpenVolume { disk, superblock, dirty, store, record } = opened;
-        let config = &shared.config;
+        let (config, image) = (&shared.config, Arc::downgrade(&disk));
         let spec = VolumeSpec {
             name: config.name.as_str().to_owned(),
             disk,
@@ -250,6 +254,11 @@ impl Attachment {
         let index = registry.admit(&shared, spec);
         shared.enter(Phase::Open(index), controller.status());
         let reactor = registry.reactor.clone();
+        if let Disk::Path(path) = &disk_config {
+            let watch = Watch::new(config.name.as_str(), &surroundings.node, shared.peer.as_str(), path);
+            let link = Link { reactor: reactor.clone(), index };
+            tokio::spawn(watch.run(Arc::downgrade(&shared), image, link));
+        }
         VolumeTask::new(index, shared, controller, store, reactor, queue, surroundings).run().await;
     }
 }

@@ -7,6 +7,7 @@
 //! the daemon: a restart is safe at any instant, serving on is not.
 
 use crate::admin::{self, AdminBackend, AdminError, AdminServer};
+use crate::compared::settings as settings_of;
 use crate::config::{Config, ConfigError, Endpoint, Node};
 use crate::descriptors::{self, Judged, Need};
 use crate::kernel::{boot_id, random_source};
@@ -41,6 +42,7 @@ mod registry;
 mod signals;
 mod status;
 mod volume;
+mod watch;
 
 /// Threads for blocking calls of the daemon itself: sockets that are bound, RDMA that is looked for.
 const BLOCKING_THREADS: usize = 64;
@@ -252,6 +254,7 @@ impl Start<'_> {
                 command_line: self.config.command_line(node.as_str()),
                 local: self.node.listen.ip(),
                 rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
+                settings: settings_of(volume, self.config.peer_timeout),
             };
             let random = random_source().map_err(system("/dev/urandom"))?;
             let (inbox, queue) = mpsc::unbounded_channel();
@@ -326,6 +329,7 @@ fn forward_events(
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }
                 | ReactorEvent::Verified { volume, .. }
+                | ReactorEvent::FoundDifferent { volume }
                 | ReactorEvent::PeerMessage { volume, .. }
                 | ReactorEvent::DiskFailing { volume, .. }
                 | ReactorEvent::DiskFailed { volume, .. }

@@ -10,15 +10,16 @@
 use crate::config::quantity::display_size;
 use crate::config::{Disk, Volume};
 use crate::kernel::random_number;
-use costandby_datapath::disk::image::{Backing, DiskError, DiskImage};
+use crate::users;
+use costandby_datapath::disk::image::{DiskError, DiskImage};
 use costandby_datapath::disk::metadata::file::open_at;
-use costandby_datapath::disk::metadata::inspect::inspect;
 use costandby_datapath::disk::metadata::medium::FileMedium;
+use costandby_datapath::disk::metadata::place;
 use costandby_datapath::disk::metadata::{MetadataError, Report, SuperblockStore};
 use costandby_datapath::disk::record::Record;
-use costandby_datapath::disk::superblock::{DiskState, Location, Superblock, SuperblockError};
+use costandby_datapath::disk::superblock::{DiskState, Superblock, SuperblockError};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A volume that can be served.
@@ -49,6 +50,16 @@ pub(super) enum OpenError {
         /// The metadata says now that the disk failed.
         on_record: bool,
     },
+    /// The disk is somebody else's at the moment, or another volume's.
+    #[error("disk {path} is {by}", path = .path.display())]
+    Taken {
+        /// The disk.
+        path: PathBuf,
+        /// What has it, in words that follow "is".
+        by: String,
+        /// What an operator can do.
+        step: &'static str,
+    },
     /// The system refuses something basic.
     #[error("{doing}: {source}")]
     System {
@@ -72,7 +83,7 @@ impl From<SuperblockError> for OpenError {
 }
 
 /// Opens a volume on `node`. With `distrusted` its disk counts as failed whatever its metadata says: an earlier try lost
-/// writes and could not put that on record.
+/// writes and could not put that on record. `others`: the node's other volumes and their disks' paths.
 ///
 /// # Errors
 /// [`OpenError`].
@@ -81,6 +92,7 @@ pub(super) fn open_volume(
     disk: &Disk,
     node: &str,
     distrusted: bool,
+    others: &[(String, PathBuf)],
 ) -> Result<OpenVolume, OpenError> {
     let name = volume.name.as_str();
     let Disk::Path(path) = disk else {
@@ -89,8 +101,9 @@ pub(super) fn open_volume(
         let superblock = Superblock::fresh(name, node, volume.size, true);
         return Ok(OpenVolume { disk, superblock, dirty: false, store: None, record });
     };
-    let disk = DiskImage::open(path, volume.size).map_err(OpenError::Disk)?;
-    let location = metadata_location(path, &disk)?;
+    check_unused(path, others)?;
+    let disk = DiskImage::open(path, volume.size).map_err(|error| in_use(path, error))?;
+    let location = place::find(path, volume.size)?;
     let area = random_number().map_err(|source| OpenError::System { doing: "/dev/urandom", source })?;
     let mut opened = open_at(&location, name, node, volume.size, area)?;
     tell_report(name, &opened.report);
@@ -120,6 +133,35 @@ pub(super) fn open_volume(
     Ok(OpenVolume { disk, superblock, dirty: dirty > 0, store: Some(store), record })
 }
 
+/// Refuses a disk that another volume of this node has under whatever name, and a file that the kernel uses otherwise.
+fn check_unused(path: &Path, others: &[(String, PathBuf)]) -> Result<(), OpenError> {
+    let taken = |by, step| OpenError::Taken { path: path.into(), by, step };
+    let Some(own) = users::identity(path) else { return Ok(()) };
+    if let Some((other, _)) = others.iter().find(|(_, other)| users::identity(other) == Some(own)) {
+        let step = "give each of the two a disk of its own in the configuration and restart the daemon";
+        return Err(taken(format!("the disk of volume {other} as well"), step));
+    }
+    match (own, users::named(&users::users_of(path))) {
+        // Whether a device is free the kernel says when the device is opened.
+        (users::Identity::File { .. }, Some(by)) => Err(taken(by, "detach or switch off what uses the file")),
+        _ => Ok(()),
+    }
+}
+
+/// Why a disk could not be opened, with who has it where the kernel says that somebody has.
+fn in_use(path: &Path, error: DiskError) -> OpenError {
+    match &error {
+        DiskError::Open { source, .. } if source.kind() == io::ErrorKind::ResourceBusy => {
+            let by = users::named(&users::users_of(path));
+            let by = by.unwrap_or_else(|| "in use by a program that is not seen from here".to_owned());
+            let step =
+                "unmount it, take it out of its array or volume group, or stop the program that has it";
+            OpenError::Taken { path: path.into(), by, step }
+        }
+        _ => OpenError::Disk(error),
+    }
+}
+
 /// As a controller does with a disk that fails under it.
 fn mark_failed(superblock: &mut Superblock) {
     superblock.disk_state = DiskState::Failed;
@@ -130,22 +172,9 @@ fn mark_failed(superblock: &mut Superblock) {
 /// changed. Blocks.
 pub(super) fn look(volume: &Volume, disk: &Disk, node: &str) -> Option<Superblock> {
     let Disk::Path(path) = disk else { return None };
-    let location = location_of(path)?;
-    let (medium, _) = FileMedium::look(&location.path).ok()?;
-    let (_, superblock) = inspect(&medium, location.offset, 0).ok()?.newest.ok()?;
+    let superblock = place::says(&place::find(path, volume.size).ok()?)?;
     let belongs = superblock.check_belongs(path, volume.name.as_str(), node, superblock.size);
     belongs.ok().map(|()| superblock)
-}
-
-/// Where a disk's metadata is, also where the disk itself is missing.
-fn location_of(path: &Path) -> Option<Location> {
-    use std::os::unix::fs::FileTypeExt;
-    if !std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()) {
-        return Some(Location::beside(path));
-    }
-    let device = std::fs::File::open(path).ok()?;
-    let len = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0)).ok()?;
-    Location::at_end_of(path, len)
 }
 
 /// What an operator may want to know of how metadata was found.
@@ -179,17 +208,4 @@ fn tell_report(volume: &str, report: &Report) {
             tracing::error!(volume, "bytes {range}: {fault}");
         }
     }
-}
-
-/// Where a disk's metadata is: beside a file, at the end of a device.
-fn metadata_location(path: &Path, disk: &DiskImage) -> Result<Location, SuperblockError> {
-    if disk.backing() != Backing::BlockDevice {
-        return Ok(Location::beside(path));
-    }
-    let io = |source| SuperblockError::Io { doing: "measuring", path: path.into(), source };
-    let device = std::fs::File::open(path).map_err(io)?;
-    let len = rustix::fs::seek(&device, rustix::fs::SeekFrom::End(0)).map_err(|e| io(e.into()))?;
-    Location::at_end_of(path, len)
-        .filter(|location| location.offset >= disk.size())
-        .ok_or(SuperblockError::Truncated { path: path.into(), found: 0 })
 }

@@ -2,11 +2,13 @@
 
 use super::link::LinkStatus;
 use super::volume::Input;
-use crate::config::{NodeName, Volume};
+use crate::config::{Disk, NodeName, Volume};
 use crate::progress::Progress;
 use crate::role::Status as ControllerStatus;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::VolumeSpec;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 
@@ -31,7 +33,22 @@ pub(super) struct Shared {
     pub(super) link: Mutex<Option<LinkStatus>>,
     /// Of the copy under way.
     pub(super) progress: Mutex<Progress>,
+    /// What an operator should know beside the advice, by who found it.
+    warnings: Mutex<BTreeMap<Source, Vec<String>>>,
     pub(super) inbox: mpsc::UnboundedSender<Input>,
+}
+
+/// Who finds something that `status` warns of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Source {
+    /// The look at the disk's files.
+    Files,
+    /// Calls on the disk that do not return.
+    Calls,
+    /// The same of the peer's disk, as the peer says.
+    PeersCalls,
+    /// The comparison of the two nodes' configurations.
+    Configuration,
 }
 
 impl Shared {
@@ -49,6 +66,7 @@ impl Shared {
             phase: Mutex::new(phase),
             link: Mutex::new(None),
             progress: Mutex::default(),
+            warnings: Mutex::default(),
             inbox,
         }
     }
@@ -60,6 +78,19 @@ impl Shared {
     pub(super) fn enter(&self, phase: Phase, status: ControllerStatus) {
         *self.status.lock().expect("nobody panics with it") = status;
         *self.phase.lock().expect("nobody panics with it") = phase;
+    }
+
+    /// Shows `texts` in `status` from now on, instead of what `source` said before. Whether that is news.
+    pub(super) fn warn(&self, source: Source, texts: &[String]) -> bool {
+        let mut warnings = self.warnings.lock().expect("nobody panics with it");
+        let before =
+            if texts.is_empty() { warnings.remove(&source) } else { warnings.insert(source, texts.to_vec()) };
+        before.unwrap_or_default() != texts
+    }
+
+    /// Everything that is warned of now.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        self.warnings.lock().expect("nobody panics with it").values().flatten().cloned().collect()
     }
 }
 
@@ -86,6 +117,16 @@ impl Registry {
         assert_eq!(index, inboxes.len(), "volumes come to the reactor here only");
         inboxes.push(shared.inbox.clone());
         index
+    }
+
+    /// The disks of this node's volumes but `volume`, by their volumes' names.
+    pub(super) fn other_disks(&self, volume: &str) -> Vec<(String, PathBuf)> {
+        let others = self.volumes.iter().filter(|shared| shared.config.name.as_str() != volume);
+        let disks = others.filter_map(|shared| match shared.config.disks.get(&self.node)? {
+            Disk::Path(path) => Some((shared.config.name.as_str().to_owned(), path.clone())),
+            Disk::Memory => None,
+        });
+        disks.collect()
     }
 
     /// Who hears of the reactor's volume of this index.

@@ -54,7 +54,12 @@ impl AdminBackend for Backend {
         })
     }
 
-    fn command(&self, volume: String, command: admin::Command) -> Answer<'_, Result<String, CommandError>> {
+    fn command(
+        &self,
+        volume: String,
+        command: admin::Command,
+        asked: admin::Asked,
+    ) -> Answer<'_, Result<String, CommandError>> {
         Box::pin(async move {
             let node = || self.registry.node.as_str().to_owned();
             let found = self.registry.volumes.iter().find(|v| v.config.name.as_str() == volume);
@@ -63,7 +68,7 @@ impl AdminBackend for Backend {
             };
             let (reply, answer) = oneshot::channel();
             let stopping = || CommandError::Refused(format!("node {} is stopping", node()));
-            shared.inbox.send(super::Input::Admin { command, reply }).map_err(|_| stopping())?;
+            shared.inbox.send(super::Input::Admin { command, asked, reply }).map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?.map_err(CommandError::Refused)
         })
     }
@@ -110,6 +115,7 @@ pub(super) fn volume_status(registry: &Registry, shared: &Shared) -> admin::Volu
         peer: shared.peer.as_str().to_owned(),
         parted: status.parted,
         advice: status.advice,
+        warnings: shared.warnings(),
         in_flight,
         verify: verify_status(&status.verification, &counters),
         frozen: status.frozen || counters.frozen.load(Ordering::Relaxed),

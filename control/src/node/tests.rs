@@ -79,6 +79,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
         node: node.into(),
         local: [127, 0, 0, 1].into(),
         rdma: Arc::clone(&rdma) as Arc<dyn rdma::RdmaSetup>,
+        settings: crate::compared::Settings::new(),
     };
     let task = VolumeTask::new(0, Arc::clone(&shared), controller, None, handle.clone(), queue, surroundings);
     let name = config.node(node).expect("there").name.clone();

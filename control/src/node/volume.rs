@@ -9,8 +9,10 @@ use super::link::LinkKeeper;
 use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
 use super::peers::{self, Heard};
 use super::rdma::{Prepared, RdmaSetup};
-use super::registry::Shared;
+use super::registry::{Shared, Source};
+use super::watch::hangs_text;
 use crate::admin;
+use crate::compared::Settings;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::progress::Sample;
 use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
@@ -62,7 +64,7 @@ pub(super) enum Input {
     /// The peer said something in the conversation of this serial.
     Heard { serial: u64, stream: TcpStream, heard: Heard },
     /// An operator's command.
-    Admin { command: admin::Command, reply: oneshot::Sender<Result<String, String>> },
+    Admin { command: admin::Command, asked: admin::Asked, reply: oneshot::Sender<Result<String, String>> },
     /// The daemon ends.
     Shutdown,
 }
@@ -128,6 +130,8 @@ pub(super) struct Surroundings {
     pub(super) local: IpAddr,
     /// This node's RDMA.
     pub(super) rdma: Arc<dyn RdmaSetup>,
+    /// What the peer's configuration must agree with.
+    pub(super) settings: Settings,
 }
 
 impl VolumeTask {
@@ -222,7 +226,13 @@ impl VolumeTask {
                     self.heard(stream, heard).await;
                 }
             }
-            Input::Admin { command, reply } => {
+            Input::Admin { command, asked, reply } => {
+                if let Some(why) = asked.void() {
+                    // Whoever gave it may have gone on to the other node since.
+                    let text = format!("volume {}: not carried out: {why}", self.shared.config.name);
+                    let _ = reply.send(Err(text));
+                    return;
+                }
                 self.next_reply += 1;
                 let id = self.next_reply;
                 self.replies.insert(id, reply);
@@ -236,6 +246,7 @@ impl VolumeTask {
         let event = match event {
             ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
                 self.link_up = false;
+                self.shared.warn(Source::PeersCalls, &[]);
                 self.link_ended(&reason);
                 self.pause_dialling(false);
                 Event::LinkDown { reason, undurable, dirty }
@@ -244,8 +255,15 @@ impl VolumeTask {
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
             ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
+            ReactorEvent::FoundDifferent { .. } => Event::FoundDifferent,
             ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
                 return self.told_progress(arg);
+            }
+            ReactorEvent::PeerMessage { code: code::DISK_HANGS, arg, .. } => {
+                let disk = format!("the disk of {}", self.shared.peer);
+                let text = (arg > 0).then(|| hangs_text(&disk, arg));
+                self.shared.warn(Source::PeersCalls, text.as_slice());
+                return;
             }
             ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
@@ -261,7 +279,8 @@ impl VolumeTask {
     fn begin_conversation(&mut self, dialled: bool) -> Hello {
         self.serial += 1;
         // What it says about links is settled by the conversation.
-        let ours = self.controller.hello(RING_LEN, &[]);
+        let mut ours = self.controller.hello(RING_LEN, &[]);
+        ours.settings = self.surroundings.settings.clone();
         self.conversation = Some(Conversation::new(self.serial, dialled, ours.nonce));
         ours
     }

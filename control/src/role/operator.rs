@@ -71,7 +71,7 @@ impl VolumeController {
         if self.superblock.disk_state == DiskState::Failed {
             return Err(format!(
                 "the disk failed: stop the daemon, replace the disk, and `costandby create {volume} --force` makes a new one of \
-                 it, to be copied from {peer}"
+                 it, to be copied from {peer}; what only the failed disk held is lost with it"
             ));
         }
         Ok(())
@@ -188,6 +188,9 @@ impl VolumeController {
         let peer = &self.settings.peer;
         let holds = match self.shown_disk_state() {
             _ if self.superblock.is_fresh() => "a new disk's content",
+            DiskState::Outdated if self.superblock.disk_state == DiskState::Outdated => {
+                "in which a verification found bytes that differ from the peer's"
+            }
             DiskState::Outdated => "what it had flushed before it lost power",
             DiskState::Failed => "what its medium still gives",
             _ => "a mixture of older and newer data",
@@ -345,6 +348,15 @@ impl VolumeController {
                 if let Some(text) = self.verification_forbids_demotion() {
                     return self.reply(id, Err(text), actions);
                 }
+                if self.connection == Connection::SyncSource {
+                    // Nobody could serve until the copy ends: neither its target nor, in the middle of sending it, this node.
+                    let VolumeSettings { volume, node, peer, .. } = &self.settings;
+                    let text = format!(
+                        "{peer} is being copied to and could not serve, so {node} goes on: `costandby wait-sync {volume}` first, \
+                         or `costandby disconnect {volume}` to stop the copy and demote then"
+                    );
+                    return self.reply(id, Err(text), actions);
+                }
                 // It agreed that this node serves; its end must not undo the demotion.
                 self.abandon_handshake(actions);
                 self.demotion = Some(Demotion { id, deadline: now + QUIESCE_TIMEOUT });
@@ -354,7 +366,7 @@ impl VolumeController {
         }
     }
 
-    pub(super) fn on_quiesced(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn on_quiesced(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.shutdown_deadline.is_some() {
             return self.wind_down(actions);
         }
@@ -369,10 +381,24 @@ impl VolumeController {
         self.store(actions);
         self.set_role(Role::Standby);
         self.alone = false;
-        if self.peer.is_some() {
+        if self.in_session() {
+            // A promotion there is refused until it is known there, and whoever asked wants just that next.
             actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+            self.demoted = Some(Demotion { id: demotion.id, deadline: now + GRANT_TIMEOUT });
+            return;
         }
         self.reply(demotion.id, Ok(format!("{} is standby", self.settings.node)), actions);
+    }
+
+    /// The peer knows that this node was demoted, or will not come to know of it for the reason given.
+    pub(super) fn demotion_known(&mut self, but: Option<&str>, actions: &mut Vec<Action>) {
+        let Some(demotion) = self.demoted.take() else { return };
+        let VolumeSettings { node, peer, .. } = &self.settings;
+        let text = match but {
+            None => format!("{node} is standby"),
+            Some(why) => format!("{node} is standby; whether {peer} knows it is not known: {why}"),
+        };
+        self.reply(demotion.id, Ok(text), actions);
     }
 
     /// Whoever waits for a change that does not come about any more.
@@ -392,6 +418,7 @@ impl VolumeController {
         if matches!(self.role, Role::Primary | Role::Demoting) {
             actions.push(Action::StopServing);
         }
+        self.demotion_known(Some("the disk failed"), actions);
         for id in self.take_waiting() {
             self.reply(id, Err("the disk failed".to_owned()), actions);
         }
@@ -414,6 +441,7 @@ impl VolumeController {
         // Writes that wait for the peer are never answered now, nor is anything lost with them: their clients were told nothing.
         let patience = if self.holds_writes() { FROZEN_QUIESCE_TIMEOUT } else { QUIESCE_TIMEOUT };
         self.shutdown_deadline = Some(now + patience);
+        self.demotion_known(Some("the daemon is shutting down"), actions);
         actions.push(Action::StopDialing);
         self.abandon_handshake(actions);
         for id in self.take_waiting() {
@@ -458,6 +486,10 @@ impl VolumeController {
             let text =
                 format!("{} did not answer in {} s; try again", self.settings.peer, GRANT_TIMEOUT.as_secs());
             self.end_promotion(&text, actions);
+        }
+        if self.demoted.as_ref().is_some_and(|demotion| now >= demotion.deadline) {
+            let text = format!("it did not answer in {} s", GRANT_TIMEOUT.as_secs());
+            self.demotion_known(Some(&text), actions);
         }
         self.resume_if_due(now, actions);
         if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {

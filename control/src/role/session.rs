@@ -6,6 +6,7 @@ use super::{
 };
 use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
 use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
+use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
 use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
 use std::time::Duration;
@@ -45,7 +46,7 @@ impl VolumeController {
                 let lineage = lineage_of(&agreement, &mine, &hello.view);
                 self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
             }
-            Verdict::NoUsableDisk => {
+            Verdict::NoUsableDisk | Verdict::TwoWithData => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
                 self.refuse(RefuseCode::Disks, &text, actions);
                 if self.refusal.as_ref() != Some(&text) {
@@ -73,6 +74,12 @@ impl VolumeController {
         let before = self.superblock.clone();
         let superblock = &mut self.superblock;
         superblock.epoch = Epoch(agreement.epoch);
+        // On record before `ready`, so that no session begins at the peer that this node does not know of.
+        superblock.sessions_offered = superblock
+            .sessions_offered
+            .max(pending.peer.sessions_offered)
+            .saturating_add(1)
+            .min(SESSIONS_MAX);
         match agreement.verdict {
             Verdict::InSync { adopt: Some(_) }
             | Verdict::Resync { source: Side::Mine, why: Why::BothFresh, .. } => {
@@ -156,6 +163,7 @@ impl VolumeController {
         self.all_marked = false;
         superblock.clean = false;
         superblock.applying = peer_serves;
+        superblock.sessions_begun = superblock.sessions_offered;
         let (connection, resync) = match agreement.verdict {
             Verdict::Resync { source: Side::Mine, .. } => (Connection::SyncSource, true),
             Verdict::Resync { .. } => {
@@ -201,6 +209,18 @@ impl VolumeController {
             }
             _ => format!("connected to {}, in sync", self.settings.peer),
         };
+        let first = agreement.primary == Some(Side::Mine);
+        if matches!(agreement.verdict, Verdict::Resync { why: Why::BothFresh, .. })
+            && first != self.settings.configured_primary
+        {
+            let VolumeSettings { node, peer, .. } = &self.settings;
+            let (data, empty) = if first { (node, peer) } else { (peer, node) };
+            let text = format!(
+                "the new disk of {data} may hold data and that of {empty} is empty, so {data}'s is copied and {data} serves first, \
+                 although `primary` in the configuration names {empty}"
+            );
+            self.log(Level::Warn, &text, actions);
+        }
         let role = if begins { format!("; {} is primary", self.settings.node) } else { String::new() };
         self.log(Level::Info, &(text + &role), actions);
     }
@@ -244,6 +264,7 @@ impl VolumeController {
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
+        self.demotion_known(Some("the link broke"), actions);
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
         self.end_diskless(actions);
         self.settling = self.superblock.applying;
@@ -328,15 +349,18 @@ impl VolumeController {
         }
         match code {
             code::PROMOTE_REQUEST => self.on_promote_request(arg, actions),
-            code::PROMOTE_GRANT => self.on_promote_grant(arg, actions),
+            code::PROMOTE_GRANT => self.on_promote_grant(now, arg, actions),
             code::PROMOTE_DENY => self.on_promote_deny(now, arg, actions),
             code::DEMOTED => self.on_peer_demoted(actions),
+            code::DEMOTED_NOTED => self.demotion_known(None, actions),
             code::RESYNC_FINISH => self.on_resync_finish(now, arg, actions),
             code::RESYNC_FINISHED => self.on_resync_finished(arg, actions),
             code::DISK_FAILED => self.on_peer_disk_failed(arg, actions),
             code::DISK_FAILED_NOTED => self.on_disk_failed_noted(actions),
+            code::DIFFERENCES_NOTED => self.on_differences_noted(actions),
+            code::DIFFERENCES_REPAIRED => self.on_differences_repaired(actions),
             // For `status` only: whoever carries out our actions has read it.
-            code::RESYNC_PROGRESS => {}
+            code::RESYNC_PROGRESS | code::DISK_HANGS => {}
             _ => {
                 self.log(
                     Level::Warn,
@@ -376,7 +400,12 @@ impl VolumeController {
         self.log(Level::Info, &format!("{} becomes primary", self.settings.peer), actions);
     }
 
-    fn on_promote_grant(&mut self, arg: u64, actions: &mut Vec<Action>) {
+    fn on_promote_grant(&mut self, now: Duration, arg: u64, actions: &mut Vec<Action>) {
+        // A node that stood still meanwhile: whoever asked has been told that it failed, or is gone.
+        let late = self.promotion.as_ref().is_some_and(|promotion| now >= promotion.deadline);
+        if late {
+            self.end_promotion(&format!("{} consented too late; try again", self.settings.peer), actions);
+        }
         let due = self.promotion.take_if(|promotion| promotion.epoch.0 == arg);
         let Some(promotion) = due else {
             // An answer that came too late: the peer expects us to serve, which we do not.
@@ -451,6 +480,7 @@ impl VolumeController {
         if std::mem::take(&mut self.superblock.applying) {
             self.store(actions);
         }
+        actions.push(Action::SendPeer { code: code::DEMOTED_NOTED, arg: 0 });
         self.log(Level::Info, &format!("{} is not primary any more", self.settings.peer), actions);
     }
 
@@ -519,8 +549,14 @@ fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettin
         Verdict::SplitBrain => format!(
             "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
              wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves), which gives \
-             up what it wrote alone; then `costandby connect {volume}` on the other",
-            both()
+             up what it wrote alone; then `costandby connect {volume}` on the other{}",
+            both(),
+            put_back(mine, theirs, settings)
+        ),
+        Verdict::TwoWithData => format!(
+            "both disks are new and neither is known to be empty, so each may hold data; nothing was changed. Choose whose data \
+             the volume begins with: `costandby promote {volume} --force` on that node, {node} or {peer}, and on that one only; \
+             the other one's disk is then overwritten with it"
         ),
         Verdict::NoUsableDisk => format!(
             "neither disk can be copied from ({node}'s is {}, {peer}'s {}{}); nothing was changed. `costandby promote {volume} \
@@ -537,6 +573,19 @@ fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettin
             both()
         ),
     }
+}
+
+/// Which of two disks is of an earlier time, where one is.
+fn put_back(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let old = match (mine.is_rolled_back(theirs), theirs.is_rolled_back(mine)) {
+        (true, _) => &settings.node,
+        (_, true) => &settings.peer,
+        _ => return String::new(),
+    };
+    format!(
+        ". The disk of {old} and its metadata are older than its last session (a snapshot that was put back?), and it went on \
+         from there"
+    )
 }
 
 /// Which of two disks went on from what the other one has, where that is known.

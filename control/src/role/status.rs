@@ -71,6 +71,7 @@ impl VolumeController {
             peer_state: session.map(|peer| match self.connection {
                 _ if peer.diskless => DiskState::Diskless,
                 Connection::SyncSource => DiskState::Inconsistent,
+                _ if self.unrepaired => DiskState::Outdated,
                 _ => DiskState::UpToDate,
             }),
             peer_primary: session.map(|peer| peer.primary),

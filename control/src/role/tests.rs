@@ -8,6 +8,7 @@ use costandby_datapath::disk::superblock::Generations;
 
 mod apart;
 mod diskless;
+mod handover;
 mod resync;
 mod verify;
 
@@ -105,7 +106,11 @@ impl One {
     fn greet(&mut self) -> Vec<Action> {
         self.controller.hello(1 << 20, &["tcp"]);
         let hello = self.peer_hello();
-        self.on(Event::HelloReceived(Box::new(hello)))
+        let actions = self.on(Event::HelloReceived(Box::new(hello)));
+        if matches!(actions.last(), Some(Action::SendReady(_))) {
+            self.peer.sessions_offered = self.stored().sessions_offered;
+        }
+        actions
     }
 
     /// Hello and ready, as a peer that agrees does them.
@@ -116,6 +121,7 @@ impl One {
         };
         let theirs = Ready { agreement: mine.agreement.mirrored(), lineage: mine.lineage };
         actions.extend(self.on(Event::SessionReady(theirs)));
+        self.peer.sessions_begun = self.peer.sessions_offered;
         actions
     }
 
@@ -313,21 +319,6 @@ fn a_second_hello_ends_the_handshake_instead_of_wedging_it() {
 }
 
 #[test]
-fn a_handshake_under_way_does_not_undo_a_demotion() {
-    let mut one = One::primary("alpha", OnPeerLoss::Continue);
-    one.on(lost(false));
-    let actions = one.greet();
-    let Some(Action::SendReady(mine)) = actions.last().cloned() else { panic!("no ready in {actions:?}") };
-    assert_eq!(mine.agreement.primary, Some(Side::Mine));
-    assert_eq!(one.command(Command::Demote), [Action::CloseLink, Action::Quiesce]);
-    one.on(Event::Quiesced);
-    let theirs = Ready { agreement: mine.agreement.mirrored(), lineage: mine.lineage };
-    assert_eq!(one.on(Event::SessionReady(theirs)), [], "the connection was given up");
-    assert_eq!(one.controller.role, Role::Standby);
-    assert!(!one.stored().primary && one.stored().clean);
-}
-
-#[test]
 fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     let mut one = One::primary("alpha", OnPeerLoss::Freeze);
     assert_eq!(one.on(lost(true)), [Action::Dial]);
@@ -508,31 +499,6 @@ fn of_two_that_ask_at_once_the_smaller_name_wins() {
     assert!(matches!(&actions[0], Action::Reply { id: ID, result: Err(_) }), "{actions:?}");
     assert_eq!(actions.last(), Some(&Action::SendPeer { code: code::PROMOTE_GRANT, arg: 4 }));
     assert_eq!(beta.controller.role, Role::Standby);
-}
-
-#[test]
-fn demotion_quiesces_then_stops_then_is_on_record_then_told() {
-    let mut one = One::primary("alpha", OnPeerLoss::Continue);
-    assert_eq!(one.command(Command::Demote), [Action::Quiesce]);
-    let actions = one.on(Event::Quiesced);
-    assert_eq!(actions[0], Action::StopServing);
-    assert!(!stored(&actions[1]).primary && stored(&actions[1]).clean);
-    assert_eq!(actions[2], Action::SendPeer { code: code::DEMOTED, arg: 0 });
-    assert_eq!(reply(&actions), Ok("volume db: alpha is standby"));
-    let advice = one.controller.status().advice.expect("nobody serves");
-    assert!(advice.contains("no node serves"), "{advice}");
-    assert_eq!(reply(&one.command(Command::Demote)), Ok("volume db: alpha is standby already"));
-}
-
-#[test]
-fn a_demotion_that_cannot_quiesce_is_given_up() {
-    let mut one = One::primary("alpha", OnPeerLoss::Continue);
-    one.command(Command::Demote);
-    let actions = one.at(NOW + QUIESCE_TIMEOUT, Event::Tick);
-    assert_eq!(actions[0], Action::Serve { epoch: Epoch(3) });
-    reply(&actions).expect_err("given up");
-    assert_eq!(one.on(Event::Quiesced), []);
-    assert_eq!(one.controller.role, Role::Primary);
 }
 
 #[test]

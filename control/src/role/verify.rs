@@ -3,9 +3,16 @@
 //! Only a serving node in sync with its peer verifies: its disk is what the peer's is held against. What differs and is not
 //! repaired at once is marked in the dirty map, so that the next handshake ends in a copy of it, from this node. Until
 //! then the volume may not be handed over, for the other node would serve what differs.
+//!
+//! The node whose disk was found to differ knows it first and puts that on its own record at once: `Outdated`, which serves
+//! only by force, whatever becomes of the other node. Until that one says that the marks are on its record
+//! ([`code::DIFFERENCES_NOTED`]) everything counts as differing, so that a verification that ends with its node loses
+//! nothing. A repair, or a later verification that finds no difference, ends it ([`code::DIFFERENCES_REPAIRED`]).
 
-use super::{Action, Connection, Level, ReplyId, Role, VolumeController};
+use super::{Action, Connection, Level, ReplyId, Role, VolumeController, VolumeSettings, code};
+use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState};
 use costandby_datapath::units::ByteRange;
+use costandby_datapath::units::Generation;
 use costandby_datapath::volume::Verified;
 
 /// The verification under way, or the last one of this daemon.
@@ -80,16 +87,69 @@ impl VolumeController {
         if differs && !repaired {
             self.dirty = true;
             self.unrepaired = self.peer.is_some();
+            // Its marks are on record where it came to its end.
+            if unfinished.is_none() {
+                self.tell_target(code::DIFFERENCES_NOTED, actions);
+            }
         } else if *repaired {
             // A repair copies all that is marked.
             self.dirty = false;
             self.unrepaired = false;
+            self.tell_target(code::DIFFERENCES_REPAIRED, actions);
         } else if all_equal {
             // What an earlier one found was written anew since.
             self.unrepaired = false;
+            self.tell_target(code::DIFFERENCES_REPAIRED, actions);
         }
         self.verification.running = false;
         self.verification.outcome = outcome;
+    }
+
+    fn tell_target(&self, code: u64, actions: &mut Vec<Action>) {
+        if self.in_session() && self.connection == Connection::Connected {
+            actions.push(Action::SendPeer { code, arg: 0 });
+        }
+    }
+
+    /// This node's bytes are not those of the peer, which serves: until that is repaired, they do not serve.
+    pub(super) fn on_found_different(&mut self, actions: &mut Vec<Action>) {
+        let peer_serves = self.peer.as_ref().is_some_and(|peer| peer.primary && !peer.diskless);
+        let in_sync = self.in_session() && self.connection == Connection::Connected;
+        if !(in_sync && peer_serves) || self.superblock.disk_state != DiskState::UpToDate {
+            return;
+        }
+        self.superblock.disk_state = DiskState::Outdated;
+        self.superblock.copying = COPYING_WHOLE;
+        self.store(actions);
+        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let text = format!(
+            "a verification found bytes that differ from {peer}'s: the disk of {node} is Outdated and is not promoted until \
+             `costandby verify {volume} --repair` on {peer}, or the next connection, has copied them"
+        );
+        self.log(Level::Error, &text, actions);
+    }
+
+    /// The peer has on record what differs here.
+    pub(super) fn on_differences_noted(&mut self, actions: &mut Vec<Action>) {
+        if self.found_different() && self.superblock.copying == COPYING_WHOLE {
+            self.superblock.copying = Generation::ZERO;
+            self.store(actions);
+        }
+    }
+
+    /// The peer compared or copied everything that differed.
+    pub(super) fn on_differences_repaired(&mut self, actions: &mut Vec<Action>) {
+        if self.found_different() {
+            self.superblock.disk_state = DiskState::UpToDate;
+            self.superblock.copying = Generation::ZERO;
+            self.store(actions);
+            let text = format!("what differed from {}'s disk is repaired", self.settings.peer);
+            self.log(Level::Info, &text, actions);
+        }
+    }
+
+    fn found_different(&self) -> bool {
+        self.connection == Connection::Connected && self.superblock.disk_state == DiskState::Outdated
     }
 
     /// Why the volume may not be handed over now, if that is because of a verification.

@@ -15,14 +15,16 @@
 
 use crate::units::ByteRange;
 use costandby_ffi::mapping::{Mapping, Span};
-use rustix::fs::{Advice, FallocateFlags, FileType, SeekFrom};
+use rustix::fs::{Advice, FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 /// What backs a disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +47,15 @@ pub enum DiskError {
         path: PathBuf,
         /// The system's word.
         source: std::io::Error,
+    },
+    /// Another program has it.
+    #[error(
+        "disk {path} is in use: another costandby, QEMU or another program has it locked; stop that one, and let no two programs write to \
+         one disk"
+    )]
+    Locked {
+        /// The disk.
+        path: PathBuf,
     },
     /// Neither a file nor a block device.
     #[error("disk {path} is neither a regular file nor a block device")]
@@ -111,6 +122,24 @@ pub struct DiskImage {
     flushing: Mutex<()>,
     /// Once detached: what the mapping is of.
     memory: OnceLock<OwnedFd>,
+    /// When each call under way on the disk or its record began.
+    calls: Mutex<Vec<Instant>>,
+}
+
+/// A call under way on a disk, until it is dropped.
+#[derive(Debug)]
+pub struct CallUnderWay<'a> {
+    disk: &'a DiskImage,
+    began: Instant,
+}
+
+impl Drop for CallUnderWay<'_> {
+    fn drop(&mut self) {
+        let mut calls = self.disk.calls.lock().expect("nobody panics with it");
+        if let Some(at) = calls.iter().position(|began| *began == self.began) {
+            calls.swap_remove(at);
+        }
+    }
 }
 
 /// A run of bytes that are either all backed by blocks or all a hole that reads as zeros.
@@ -123,13 +152,21 @@ pub struct Extent {
 }
 
 impl DiskImage {
-    /// Opens and maps the first `size` bytes of the file or block device at `path`.
+    /// Opens and maps the first `size` bytes of the file or block device at `path`, and takes it for this process alone until
+    /// the image and its mapping are dropped: a device as the kernel's only user of it (`O_EXCL`: no mount, no volume
+    /// manager, no second daemon), a file by a lock that other daemons and QEMU respect. A file system without locks gives
+    /// none, which is logged.
     ///
     /// # Errors
-    /// [`DiskError`]: missing, of the wrong type, too small, not mappable.
+    /// [`DiskError`]: missing, of the wrong type, in use (`EBUSY` in [`DiskError::Open`], [`DiskError::Locked`]), too small,
+    /// not mappable.
     pub fn open(path: &Path, size: u64) -> Result<Arc<Self>, DiskError> {
         let open_error = |source| DiskError::Open { path: path.into(), source };
-        let file = File::options().read(true).write(true).open(path).map_err(open_error)?;
+        let mut options = File::options();
+        if super::superblock::is_block_device(path) {
+            options.custom_flags(i32::try_from(OFlags::EXCL.bits()).expect("open flags fit an int"));
+        }
+        let file = options.read(true).write(true).open(path).map_err(open_error)?;
         let stat = rustix::fs::fstat(&file).map_err(|e| open_error(e.into()))?;
         let (backing, found) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => (Backing::File, u64::try_from(stat.st_size).unwrap_or(0)),
@@ -139,6 +176,9 @@ impl DiskImage {
             ),
             _ => return Err(DiskError::WrongType { path: path.into() }),
         };
+        if backing == Backing::File {
+            lock(&file, path)?;
+        }
         if found < size {
             return Err(DiskError::TooSmall { path: path.into(), found, needed: size });
         }
@@ -176,6 +216,7 @@ impl DiskImage {
             failed: AtomicBool::new(false),
             flushing: Mutex::new(()),
             memory: OnceLock::new(),
+            calls: Mutex::default(),
         }))
     }
 
@@ -278,6 +319,27 @@ impl DiskImage {
     /// Declares the medium failed (a system call on the mapping said `EFAULT`).
     pub fn fail(&self) {
         self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Counts a call on the disk or its record, which may hang, from now on until what it returns is dropped.
+    ///
+    /// # Panics
+    /// Never: who holds the lock does not panic.
+    #[must_use]
+    pub fn begin_call(&self) -> CallUnderWay<'_> {
+        let began = Instant::now();
+        self.calls.lock().expect("nobody panics with it").push(began);
+        CallUnderWay { disk: self, began }
+    }
+
+    /// How long the oldest call under way has taken so far. A disk that was detached has none that matters.
+    ///
+    /// # Panics
+    /// Never: who holds the lock does not panic.
+    #[must_use]
+    pub fn oldest_call(&self) -> Option<Duration> {
+        let calls = self.calls.lock().expect("nobody panics with it");
+        calls.iter().min().filter(|_| !self.is_detached()).map(Instant::elapsed)
     }
 
     /// Brings every byte written before the call to stable storage. Blocks.
@@ -427,6 +489,24 @@ impl DiskImage {
 
     fn call_error(&self, call: &'static str, source: Errno) -> DiskError {
         DiskError::Call { path: self.path.clone(), call, source: source.into() }
+    }
+}
+
+/// Takes a disk's file for this process, as [`DiskImage::open`] does and `costandby create` before it touches one.
+///
+/// # Errors
+/// [`DiskError::Locked`].
+pub fn lock(file: &File, path: &Path) -> Result<(), DiskError> {
+    match costandby_ffi::lock::lock_whole(file) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(DiskError::Locked { path: path.into() }),
+        Err(error) => {
+            tracing::warn!(
+                "disk {} cannot be locked: {error}; see to it that nothing else uses the file",
+                path.display()
+            );
+            Ok(())
+        }
     }
 }
 

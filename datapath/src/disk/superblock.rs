@@ -167,6 +167,10 @@ pub struct Superblock {
     /// what is left to copy is on record there; [`COPYING_WHOLE`] from the agreement to copy everything until then; 0 where
     /// only maps that are on record say what of `generations` it may lack.
     pub copying: Generation,
+    /// Format 2. Number of the newest session that this node was ready for, counted by both nodes together.
+    pub sessions_offered: u64,
+    /// Format 2. Number of the newest session that began here. The peer had it in `sessions_offered` before.
+    pub sessions_begun: u64,
     /// Format 2. The kernel's boot that `primary` or `applying` was stored in; zeros: not known.
     pub boot: [u8; 16],
 }
@@ -189,6 +193,8 @@ impl Superblock {
             applying: false,
             peer_has_current: false,
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
             boot: [0; 16],
         }
     }
@@ -315,6 +321,8 @@ impl Superblock {
             applying: flags & flag::APPLYING != 0,
             peer_has_current: flags & flag::PEER_HAS_CURRENT != 0,
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
             boot: [0; 16],
         };
         Ok((superblock, raw.sequence.get(), version))
@@ -438,6 +446,20 @@ pub enum SuperblockError {
         /// Which file.
         path: PathBuf,
     },
+    /// A device without any.
+    #[error(
+        "no metadata of costandby on device {path}, neither in its last MiB (it has {device_len} bytes) nor behind the {volume_len} bytes \
+         of the volume: correct the disk's path if that is another device; give the device its size back if it was made \
+         smaller; a new disk gets metadata from `costandby create`; if this disk had some, it is lost, and {GIVE_UP}"
+    )]
+    Absent {
+        /// Which device.
+        path: PathBuf,
+        /// Bytes it has.
+        device_len: u64,
+        /// Bytes of the volume.
+        volume_len: u64,
+    },
     /// `create` over something that is there.
     #[error("metadata {path} is already there: leave it, for the disk is made; {GIVE_UP}")]
     Exists {
@@ -533,7 +555,9 @@ impl Location {
     }
 }
 
-pub(super) fn is_block_device(path: &Path) -> bool {
+/// Whether `path` leads to a block device.
+#[must_use]
+pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 

@@ -41,6 +41,7 @@ struct DiskCalls {
 
 impl Calls for DiskCalls {
     fn carry_out(&self, kind: &JobKind) -> Result<(), DiskError> {
+        let _call = self.disk.begin_call();
         kind.carry_out(&self.disk, self.store.as_deref())
     }
 }

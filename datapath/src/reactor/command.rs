@@ -239,6 +239,11 @@ pub enum Event {
         /// What came of it, or why nothing did.
         outcome: Verified,
     },
+    /// As target: bytes that the source announced are others here, on a disk that may be in sync. Comes for each step.
+    FoundDifferent {
+        /// Index of the volume.
+        volume: usize,
+    },
     /// The peer's control says something.
     PeerMessage {
         /// Index of the volume.

@@ -297,6 +297,7 @@ impl Volume {
                         && let Some(access) = &mut self.access
                     {
                         access.differs(&header);
+                        self.events.push(Event::FoundDifferent { volume: self.index });
                     }
                     self.change_applied(slot);
                 }

@@ -28,6 +28,7 @@
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
 //!   since the disks were equal, only those that were written to since no record named them;
+//! - `empty-over-data`: of two new disks an empty one is not copied over one with data (see `new_disks`);
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;

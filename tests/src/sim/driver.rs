@@ -217,6 +217,7 @@ impl World {
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
             ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
             ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
+            ReactorEvent::FoundDifferent { .. } => role::Event::FoundDifferent,
             ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
             ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
@@ -575,6 +576,7 @@ impl World {
             if side == (SessionSide::Source { resync: true }) {
                 let target = self.record(1 - at);
                 self.checker.copies(at, target)?;
+                self.new_disks.copied_from(at)?;
                 let delta = self.driver(at).scope == Some(Scope::Delta);
                 self.seen.insert(if delta { "a copy of what differs" } else { "a copy of everything" });
                 let now = self.now();

@@ -21,6 +21,7 @@ mod driver;
 mod metadata;
 mod metadata_calls;
 mod network;
+mod new_disks;
 mod operator;
 mod storage;
 mod story;

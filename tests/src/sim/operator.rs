@@ -45,12 +45,17 @@ impl World {
     pub(super) fn note_command(&mut self, at: usize, command: Command) {
         if matches!(command, Command::Connect { discard_my_data: true }) {
             self.driver(at).discards = true;
+            self.new_disks.decided(at);
         }
         if command == Command::Invalidate {
             self.driver(at).invalidates = true;
             self.checker.invalidation_asked();
+            self.new_disks.decided(at);
         }
         let Command::Promote { force } = command else { return };
+        if force {
+            self.new_disks.decided(at);
+        }
         let status = self.status(at).expect("it takes commands");
         let alone = status.role == Role::Standby && status.peer_primary.is_none();
         if alone && force {
@@ -145,6 +150,7 @@ impl World {
         self.end_process(at);
         let now = self.now();
         self.checker.gave_up(now, at);
+        self.new_disks.decided(at);
         let fresh = Superblock::fresh("db", NAMES[at], self.config.size, false);
         let area = self.rng.next_u64();
         self.nodes[at].meta.recreate(&fresh, area);

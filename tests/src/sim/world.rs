@@ -11,6 +11,7 @@ use super::driver::{Driver, TICK};
 use super::metadata::{Record, SimMeta, Start};
 use super::metadata_calls::MetadataCalls;
 use super::network::{Ether, SharedEther, SharedWire, lock};
+use super::new_disks::NewDisks;
 use super::operator::Operator;
 use super::storage::SimDisk;
 use super::story::Story;
@@ -62,7 +63,8 @@ pub(super) struct Config {
     pub(super) slots: u32,
     pub(super) ack: AckLevel,
     pub(super) on_loss: OnPeerLoss,
-    pub(super) zeroed: bool,
+    /// Which nodes' disks begin as known zeros; the others hold data of their own.
+    pub(super) zeroed: [bool; 2],
     pub(super) ring_len: usize,
     /// Longest time between a decision and its execution by the reactor, and back.
     pub(super) control_delay: Nanos,
@@ -116,6 +118,7 @@ pub(super) struct World {
     pub(super) requests: Requests,
     pub(super) operator: Operator,
     pub(super) checker: Checker,
+    pub(super) new_disks: NewDisks,
     pub(super) story: Story,
     /// Nothing goes wrong any more, and clients are silent.
     pub(super) calm: bool,
@@ -160,7 +163,12 @@ impl Config {
             slots,
             ack: pick(rng, &[Async, Memory, Memory, Memory, Durable]),
             on_loss: pick(rng, &[OnPeerLoss::Continue, OnPeerLoss::Continue, OnPeerLoss::Freeze]),
-            zeroed: rng.below(3) > 0,
+            zeroed: match rng.below(9) {
+                0 => [false, false],
+                3 => [true, false],
+                6 => [false, true],
+                _ => [true, true],
+            },
             ring_len: pick(rng, &[512 << 10, 1 << 20, 4 << 20]),
             control_delay: pick(rng, &[20 * US, 200 * US, 3 * MS]),
             disk_call: pick(rng, &[50 * US, 500 * US, 5 * MS]),
@@ -172,7 +180,7 @@ impl Config {
 impl World {
     fn make_node(config: &Config, at: usize, base: Instant, rng: &mut Rng, checker: &mut Checker) -> Node {
         let len = usize::try_from(config.size).expect("small");
-        let content = if config.zeroed {
+        let content = if config.zeroed[at] {
             vec![0; len]
         } else {
             let id = checker.beginning(at, config.size);
@@ -184,7 +192,7 @@ impl World {
             life: 0,
             disk: SimDisk::new(NAMES[at], &content),
             meta: {
-                let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed);
+                let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed[at]);
                 // An upgrade gives the usual shape.
                 if config.extent_len == 4 << 20 && rng.below(3) == 0 {
                     SimMeta::of_format_1(&fresh, config.geometry())
@@ -219,7 +227,7 @@ impl World {
         let mut checker = Checker::new(config.size, config.ack, config.on_loss);
         let base = Instant::now();
         let nodes = [0, 1].map(|at| Self::make_node(&config, at, base, &mut rng, &mut checker));
-        checker.related = config.zeroed;
+        checker.related = config.zeroed == [true, true];
         let agenda = Agenda::new(clock.clone());
         let mut world = Self {
             config,
@@ -236,6 +244,7 @@ impl World {
             requests: Requests::default(),
             operator: Operator::default(),
             checker,
+            new_disks: NewDisks::new(config.zeroed),
             story: Story::new(told),
             calm: false,
             hush_until: 0,

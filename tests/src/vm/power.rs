@@ -423,7 +423,7 @@ impl<'a> Rounds<'a> {
             "/bin/busybox modprobe virtio_blk\n\
              cat >/run/pair.toml <<'END'\n{}END\n\
              costandby() {{ {costandby} --config /run/pair.toml --node {name} \"$@\"; }}\n\
-             if [ ! -e /share/created ]; then costandby create >/share/daemon.log 2>&1 || exit; touch /share/created; fi\n\
+             if [ ! -e /share/created ]; then costandby create --zero >/share/daemon.log 2>&1 || exit; touch /share/created; fi\n\
              export COSTANDBY_LOG=info\n\
              {costandby} --config /run/pair.toml --node {name} up >>/share/daemon.log 2>&1 &\n\
              daemon=$!\n\

@@ -103,7 +103,7 @@ fn format_1_is_printed_too() {
     let bench = Bench::new();
     let disk = bench.directory.path().join("a.img");
     let superblock = Superblock::fresh("db", "alpha", SIZE, false);
-    let path = Location::beside(&disk).path;
+    let path = costandby_datapath::disk::superblock::Location::beside(&disk).path;
     let mut area = vec![0; usize::try_from(AREA_LEN).expect("64 KiB")];
     for (sequence, at) in [(1, 0), (2, SUPERBLOCK_LEN)] {
         area[at..at + SUPERBLOCK_LEN].copy_from_slice(&superblock.encode(sequence));

@@ -1,6 +1,7 @@
 //! Advice for each way in which a disk cannot be opened.
 
 use super::*;
+use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::units::Generation;
 use std::path::PathBuf;
 

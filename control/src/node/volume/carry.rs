@@ -4,7 +4,9 @@
 use super::super::negotiate::{Carrier, Met, NoLink, Terms};
 use super::super::peers;
 use super::super::rdma::Prepared;
+use super::super::registry::Source;
 use super::{Surroundings, VolumeTask};
+use crate::compared::{Settings, differences};
 use crate::config::LinkKind;
 use crate::hello::{Refuse, RefuseCode, Upgrade};
 use crate::link::Kind;
@@ -88,6 +90,7 @@ impl VolumeTask {
                 if let Carrier::Tcp { why: Some(why), tried: true } = &carrier {
                     self.link.rdma_failed(self.began.elapsed(), why);
                 }
+                self.compare_settings(&hello.settings);
                 let fits = usize::try_from(hello.ring_len)
                     .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
                     && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;
@@ -112,6 +115,18 @@ impl VolumeTask {
         };
         self.publish_link();
         self.converse(event).await;
+    }
+
+    /// Shows what differs between the two nodes' configurations, until a hello says that nothing does.
+    fn compare_settings(&self, theirs: &Settings) {
+        let Surroundings { node, settings, .. } = &self.surroundings;
+        let (peer, volume) = (self.shared.peer.as_str(), self.shared.config.name.as_str());
+        let found = differences((node, settings), (peer, theirs));
+        if self.shared.warn(Source::Configuration, &found) {
+            for text in found {
+                tracing::warn!(volume, "{text}");
+            }
+        }
     }
 
     /// Remembers why there is no link where that is about links.

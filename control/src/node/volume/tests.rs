@@ -89,6 +89,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
         rdma: crate::node::rdma::setup(0, &crate::node::rdma::Makers::default()),
+        settings: Settings::new(),
     };
     (VolumeTask::new(0, shared, controller, Some(store), handle, queue, surroundings), reactor)
 }
@@ -99,7 +100,8 @@ async fn an_operator_hears_that_a_promotion_could_not_be_put_on_record() {
     let store = sealed_store(&superblock);
     let (mut task, _reactor) = task(superblock, store);
     let (reply, mut answer) = oneshot::channel();
-    task.take(Input::Admin { command: admin::Command::Promote { force: true }, reply }).await;
+    let asked = admin::Asked::default();
+    task.take(Input::Admin { command: admin::Command::Promote { force: true }, asked, reply }).await;
     let text = answer.try_recv().expect("answered").expect_err("refused");
     assert!(text.contains("cannot be stored"), "{text}");
     assert_eq!(task.shared.status.lock().expect("nobody panics with it").role, Role::Standby);

@@ -195,7 +195,8 @@ fn a_demotion_and_an_end_of_the_daemon_need_no_metadata() {
     assert_eq!(one.command(Command::Demote), [Action::Quiesce]);
     let actions = one.on(Event::Quiesced);
     assert!(!actions.iter().any(|action| matches!(action, Action::StoreMetadata(_))), "{actions:?}");
-    assert_eq!(reply(&actions), Ok("volume db: alpha is standby"));
+    assert_eq!(actions.last(), Some(&Action::SendPeer { code: code::DEMOTED, arg: 0 }));
+    assert_eq!(reply(&one.message(code::DEMOTED_NOTED, 0)), Ok("volume db: alpha is standby"));
     one.on(Event::DiskFailed { text: "over".to_owned() });
     assert!(one.on(lost(false)).is_empty());
     assert_eq!(one.controller.connection, Connection::Standalone);

@@ -1,6 +1,7 @@
 //! When a verification may begin, and what follows from its findings.
 
 use super::*;
+use costandby_datapath::disk::superblock::COPYING_WHOLE;
 use costandby_datapath::mirror::verify::Findings;
 use costandby_datapath::units::ByteRange;
 
@@ -80,4 +81,76 @@ fn a_whole_verification_that_finds_nothing_takes_an_earlier_one_back() {
     reply(&one.command(Command::Verify { repair: false })).expect("it begins");
     one.on(outcome(0, false, None));
     assert_eq!(one.command(Command::Demote), [Action::Quiesce]);
+}
+
+/// A standby in sync with alpha, which serves.
+fn standby() -> One {
+    let mut one = One::new("beta", |_| {});
+    one.peer_serves = true;
+    one.connect();
+    assert_eq!(one.controller.connection, Connection::Connected);
+    one
+}
+
+#[test]
+fn a_standby_that_finds_itself_to_differ_does_not_serve_until_it_is_repaired() {
+    let mut one = standby();
+    let actions = one.on(Event::FoundDifferent);
+    let record = stored(&actions[0]);
+    assert_eq!((record.disk_state, record.copying), (DiskState::Outdated, COPYING_WHOLE));
+    assert_eq!(one.on(Event::FoundDifferent), [], "once");
+    one.message(code::DIFFERENCES_NOTED, 0);
+    assert_eq!((one.stored().disk_state, one.stored().copying), (DiskState::Outdated, Generation::ZERO));
+
+    one.on(lost(false));
+    let actions = one.command(promote(false));
+    assert!(reply(&actions).expect_err("refused").contains("the disk is Outdated"), "{actions:?}");
+    let mut repaired = standby();
+    repaired.on(Event::FoundDifferent);
+    repaired.message(code::DIFFERENCES_REPAIRED, 0);
+    assert_eq!(
+        (repaired.stored().disk_state, repaired.stored().copying),
+        (DiskState::UpToDate, Generation::ZERO)
+    );
+}
+
+#[test]
+fn what_the_source_did_not_put_on_record_is_all() {
+    let mut one = standby();
+    one.on(Event::FoundDifferent);
+    one.on(lost(false));
+    let Some(Action::SendReady(ready)) = one.greet().last().cloned() else { panic!("agreed") };
+    let expected = Verdict::Resync { source: Side::Theirs, why: Why::TargetNotUpToDate, scope: Scope::Full };
+    assert_eq!(ready.agreement.verdict, expected);
+}
+
+#[test]
+fn only_a_disk_that_is_in_sync_can_be_found_to_differ() {
+    let mut copied =
+        One::with("beta", OnPeerLoss::Continue, |mine| mine.disk_state = DiskState::Inconsistent, |_| {});
+    copied.connect();
+    assert_eq!(copied.controller.connection, Connection::SyncTarget);
+    assert_eq!(copied.on(Event::FoundDifferent), [], "a copy that compares first");
+    let mut source = One::primary("alpha", OnPeerLoss::Continue);
+    assert_eq!(source.on(Event::FoundDifferent), [], "a peer that makes no sense");
+    assert_eq!(source.message(code::DIFFERENCES_REPAIRED, 0), []);
+}
+
+#[test]
+fn the_source_says_what_became_of_the_differences() {
+    let told = |actions: &[Action]| {
+        actions.iter().find_map(|action| match action {
+            Action::SendPeer { code, .. } => Some(*code),
+            _ => None,
+        })
+    };
+    assert_eq!(told(&verifying().on(outcome(4096, false, None))), Some(code::DIFFERENCES_NOTED));
+    assert_eq!(told(&verifying().on(outcome(4096, true, None))), Some(code::DIFFERENCES_REPAIRED));
+    assert_eq!(told(&verifying().on(outcome(0, false, None))), Some(code::DIFFERENCES_REPAIRED));
+    assert_eq!(
+        told(&verifying().on(outcome(4096, false, Some("it was stopped")))),
+        None,
+        "not on record yet"
+    );
+    assert_eq!(told(&verifying().on(outcome(0, false, Some("it was stopped")))), None);
 }

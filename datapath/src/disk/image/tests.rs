@@ -193,3 +193,17 @@ fn a_detached_disk_is_memory_that_can_be_given_back_and_has_no_holes() {
     assert_eq!(there, [5; 4], "the file is left as it was");
     assert!(!DiskImage::memory("m", 4096).expect("memory").is_detachable());
 }
+
+#[test]
+fn the_oldest_call_under_way_is_known_until_it_returns() {
+    let disk = DiskImage::memory("calls", 1 << 20).expect("memory");
+    assert_eq!(disk.oldest_call(), None);
+    let first = disk.begin_call();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let second = disk.begin_call();
+    assert!(disk.oldest_call().expect("two") >= std::time::Duration::from_millis(20));
+    drop(first);
+    assert!(disk.oldest_call().expect("one") < std::time::Duration::from_millis(20));
+    drop(second);
+    assert_eq!(disk.oldest_call(), None);
+}

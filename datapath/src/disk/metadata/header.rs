@@ -12,6 +12,9 @@ use crate::units::Generation;
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+/// Highest number of a session: no pair reaches it, and counting on from it cannot overflow.
+pub const SESSIONS_MAX: u64 = 1 << 62;
+
 /// The format written here.
 pub const FORMAT: u32 = 2;
 
@@ -26,9 +29,11 @@ struct RawExtension {
     activity_known: U64,
     copying: U64,
     boot: [u8; 16],
+    sessions_offered: U64,
+    sessions_begun: U64,
 }
 
-const _: () = assert!(size_of::<RawExtension>() == 68);
+const _: () = assert!(size_of::<RawExtension>() == 84);
 
 /// What format 2 says beyond format 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,6 +89,8 @@ impl Header {
             activity_known: shape.activity_known.into(),
             copying: superblock.copying.0.into(),
             boot: superblock.boot,
+            sessions_offered: superblock.sessions_offered.into(),
+            sessions_begun: superblock.sessions_begun.into(),
         };
         superblock.encode_as(FORMAT, sequence, raw.as_bytes())
     }
@@ -111,6 +118,13 @@ impl Header {
         }
         superblock.copying = Generation(raw.copying.get());
         superblock.boot = raw.boot;
+        superblock.sessions_offered = raw.sessions_offered.get();
+        superblock.sessions_begun = raw.sessions_begun.get();
+        if superblock.sessions_begun > superblock.sessions_offered
+            || superblock.sessions_offered > SESSIONS_MAX
+        {
+            return Err(field("number of the last session"));
+        }
         let shape = Shape {
             area: raw.area.get(),
             geometry,

@@ -37,6 +37,7 @@ pub mod header;
 pub mod inspect;
 pub mod layout;
 pub mod medium;
+pub mod place;
 pub mod sector;
 #[cfg(test)]
 pub(crate) mod simulated;

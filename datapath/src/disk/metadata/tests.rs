@@ -473,7 +473,7 @@ fn a_second_daemon_is_kept_out_and_a_look_is_not() {
 
 proptest! {
     #[test]
-    fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 68), size in any::<u64>()) {
+    fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 84), size in any::<u64>()) {
         let block = Superblock { size, ..superblock() }.encode_as(header::FORMAT, 1, &tail);
         if let Ok((header, sequence)) = Header::decode(&block) {
             let shape = header.shape.expect("format 2");
@@ -524,7 +524,8 @@ fn a_metadata_file_is_its_owners_alone() {
 fn new_metadata_is_never_named_without_its_price_nor_an_old_copy_as_a_way_out() {
     let path = || std::path::PathBuf::from("/srv/db.img.meta");
     let bad = || CopyError::Length { found: 0 };
-    let errors: [MetadataError; 6] = [
+    let errors: [MetadataError; 7] = [
+        SuperblockError::Absent { path: path(), device_len: 3, volume_len: 2 }.into(),
         SuperblockError::Missing { path: path() }.into(),
         SuperblockError::Exists { path: path() }.into(),
         SuperblockError::Truncated { path: path(), found: 3 }.into(),

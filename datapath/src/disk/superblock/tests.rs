@@ -31,6 +31,8 @@ fn any_superblock() -> impl Strategy<Value = Superblock> {
             applying: bits[3],
             peer_has_current: bits[4],
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
             boot: [0; 16],
         },
     )
