@@ -15,3 +15,4 @@ pub mod nbd_client;
 pub mod node;
 pub mod progress;
 pub mod role;
+pub mod secure;
