@@ -205,7 +205,7 @@ impl Attachment {
                     }
                     Some(input) => self.decline(input, RefuseCode::Disks, &problem, &refusal),
                 },
-                _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.peer_address, unable.clone()),
+                _ = tell.tick(), if dials => peers::tell_unable(self.surroundings.route.clone(), unable.clone()),
             }
         }
     }

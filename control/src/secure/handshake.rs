@@ -136,7 +136,7 @@ impl fmt::Display for Rejection {
 #[derive(Debug, thiserror::Error)]
 pub enum SecureError {
     /// Another program talks to this port, or ours to another's.
-    #[error("it begins with {found:02x?}, which is not costandby's: is the port another program's?")]
+    #[error("it does not begin as costandby does: is the port another program's?")]
     Magic {
         /// The bytes where the mark belongs.
         found: [u8; 8],
@@ -154,7 +154,7 @@ pub enum SecureError {
         found: u8,
     },
     /// A length that no message of its kind has.
-    #[error("it announces a message of {found} bytes, which cannot be")]
+    #[error("it announces a message of a length that cannot be")]
     Length {
         /// As sent.
         found: usize,

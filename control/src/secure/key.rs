@@ -140,7 +140,7 @@ impl Key {
 }
 
 /// The keys of a pair as one node has them.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Keys {
     dial: Option<Key>,
     other: Option<Key>,

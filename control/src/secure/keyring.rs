@@ -8,8 +8,8 @@
 
 use super::key::{KEY_FILE_LEN_MAX, Keys, TextError};
 use std::fs::{File, Metadata};
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -31,6 +31,20 @@ pub enum KeyError {
         path: PathBuf,
         /// The operating system's words.
         source: io::Error,
+    },
+    /// It cannot be made.
+    #[error("key file {path} cannot be written: {source}")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// The operating system's words.
+        source: io::Error,
+    },
+    /// There is one already.
+    #[error("key file {path} is there already, and was not touched")]
+    Exists {
+        /// Which.
+        path: PathBuf,
     },
     /// Others may read or change it.
     #[error(
@@ -132,15 +146,57 @@ fn read_stamped(path: &Path) -> Result<(Keys, Stamp), KeyError> {
     Ok((keys, Stamp::of(&metadata)))
 }
 
-/// The keys of a daemon.
-#[derive(Debug)]
+/// Makes a key file, and its directory where that is missing. Blocks.
+///
+/// # Errors
+/// [`KeyError::Exists`], [`KeyError::Write`].
+pub fn create(path: &Path, keys: &Keys) -> Result<(), KeyError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::AlreadyExists => KeyError::Exists { path: path.to_owned() },
+        _ => KeyError::Write { path: path.to_owned(), source },
+    };
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent).map_err(failed)?;
+    }
+    write_new(path, keys).map_err(failed)
+}
+
+/// Replaces a key file, or makes it: whoever reads it meanwhile reads the old one or the new one. Blocks.
+///
+/// # Errors
+/// [`KeyError::Write`].
+pub fn replace(path: &Path, keys: &Keys) -> Result<(), KeyError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".new.{}", std::process::id()));
+    let beside = PathBuf::from(beside);
+    let replaced = write_new(&beside, keys).and_then(|()| std::fs::rename(&beside, path));
+    replaced.map_err(|source| {
+        // What cannot be removed is no key in use.
+        let _ = std::fs::remove_file(&beside);
+        KeyError::Write { path: path.to_owned(), source }
+    })
+}
+
+/// For the owner alone from the first moment, and on stable storage afterwards.
+fn write_new(path: &Path, keys: &Keys) -> io::Result<()> {
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let written = file.write_all(keys.to_text().as_bytes()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // A half-written key would be refused; the reason is the error's.
+        let _ = std::fs::remove_file(path);
+    }
+    written
+}
+
+/// The keys of a daemon. The default is to have none.
+#[derive(Debug, Default)]
 pub struct Keyring {
     /// `None`: there is no key (`insecure = true`).
     file: Option<PathBuf>,
     held: Mutex<Held>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Held {
     keys: Keys,
     /// Of the file when it was read last, whatever came of it.
@@ -162,34 +218,40 @@ impl Keyring {
         Ok(Self { file: file.map(Path::to_owned), held: Mutex::new(Held { keys, stamp, told: None }) })
     }
 
-    /// These keys, of no file.
+    /// These keys, of no file: for tests and tools.
     #[must_use]
     pub fn fixed(keys: Keys) -> Self {
         Self { file: None, held: Mutex::new(Held { keys, stamp: None, told: None }) }
     }
 
-    /// The keys as they are now. Blocks for a look at the file.
+    /// The keys as the file had them when it was looked at last. Does not block.
     ///
     /// # Panics
     /// When a thread panicked here before.
     #[must_use]
     pub fn keys(&self) -> Keys {
-        let mut held = self.held.lock().expect("nobody panics with it");
-        if let Some(path) = &self.file {
-            held.refresh(path);
+        self.held.lock().expect("nobody panics with it").keys.clone()
+    }
+
+    /// Looks at the file, and takes its keys where it has changed. Blocks for as long as the file system does.
+    ///
+    /// # Panics
+    /// When a thread panicked here before.
+    pub fn refresh(&self) {
+        let Some(path) = &self.file else { return };
+        let now = std::fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata));
+        if now == self.held.lock().expect("nobody panics with it").stamp {
+            return;
         }
-        held.keys.clone()
+        let found = read_stamped(path);
+        self.held.lock().expect("nobody panics with it").take(path, now, found);
     }
 }
 
 impl Held {
-    fn refresh(&mut self, path: &Path) {
-        let now = std::fs::metadata(path).ok().map(|metadata| Stamp::of(&metadata));
-        if now == self.stamp {
-            return;
-        }
+    fn take(&mut self, path: &Path, now: Option<Stamp>, found: Result<(Keys, Stamp), KeyError>) {
         self.stamp = now;
-        match read_stamped(path) {
+        match found {
             Ok((keys, stamp)) => {
                 self.stamp = Some(stamp);
                 self.told = None;
@@ -256,22 +318,41 @@ mod tests {
     }
 
     #[test]
+    fn a_key_file_is_its_owners_from_the_first_moment_and_never_overwritten_unasked() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("etc/pair.key");
+        create(&path, &keys(1)).expect("made");
+        let mode = || std::fs::metadata(&path).expect("there").mode() & 0o7777;
+        assert_eq!((mode(), read(&path).expect("good")), (0o600, keys(1)));
+        assert!(matches!(create(&path, &keys(2)), Err(KeyError::Exists { .. })));
+        assert_eq!(read(&path).expect("good"), keys(1), "untouched");
+        replace(&path, &keys(2)).expect("replaced");
+        assert_eq!((mode(), read(&path).expect("good")), (0o600, keys(2)));
+        assert_eq!(std::fs::read_dir(dir.path().join("etc")).expect("there").count(), 1, "nothing is left");
+        assert!(matches!(replace(&dir.path().join("no/pair.key"), &keys(1)), Err(KeyError::Write { .. })));
+    }
+
+    #[test]
     fn a_change_is_seen_and_a_bad_one_changes_nothing() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("pair.key");
         write(&path, &keys(1).to_text(), 0o600);
         let keyring = Keyring::open(Some(&path)).expect("good");
-        assert_eq!(keyring.keys(), keys(1));
+        let now = || {
+            keyring.refresh();
+            keyring.keys()
+        };
+        assert_eq!(now(), keys(1));
         write(&path, &keys(2).to_text(), 0o600);
-        assert_eq!(keyring.keys(), keys(2));
+        assert_eq!(now(), keys(2));
         write(&path, "half a ke", 0o600);
-        assert_eq!(keyring.keys(), keys(2));
+        assert_eq!(now(), keys(2));
         write(&path, &keys(3).to_text(), 0o644);
-        assert_eq!(keyring.keys(), keys(2));
+        assert_eq!(now(), keys(2));
         std::fs::remove_file(&path).expect("removed");
-        assert_eq!(keyring.keys(), keys(2));
+        assert_eq!(now(), keys(2));
         write(&path, &keys(3).to_text(), 0o600);
-        assert_eq!(keyring.keys(), keys(3));
+        assert_eq!(now(), keys(3));
         assert_eq!(Keyring::open(None).expect("none").keys(), Keys::none());
     }
 }
