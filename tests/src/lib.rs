@@ -1,5 +1,5 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
+//! ([`ledger`]), strangers and liars ([`liar`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
 //! end what hangs and not what is slow ([`patience`]), two nodes in virtual time ([`sim`]), and virtual machines with an
 //! RDMA device ([`vm`]).
 //!
@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod ledger;
+pub mod liar;
 pub mod pair;
 pub mod patience;
 pub mod process;

@@ -234,7 +234,8 @@ fn errors_in_the_configuration_name_what_was_meant() {
         ("size = 8388608", "size = \"8 GiBs\"", &["size", "volumes.db"]),
         ("primary = \"alpha\"", "primary = \"alhpa\"", &["alhpa", "alpha"]),
         ("[nodes.alpha]", "[nodes.alpha", &["TOML"]),
-        ("listen = \"127", "listen = \"10", &["insecure"]),
+        ("key = \"", "kay = \"", &["kay", "key"]),
+        ("key = \"", "# \"", &["there is no key", "costandby keygen", "insecure = true"]),
     ];
     for (good_text, bad_text, words) in cases {
         let bad = good.replacen(good_text, bad_text, 1);

@@ -151,11 +151,27 @@ enum First {
 /// Lets a connection in that proves the key, and hands it to the task of the volume it is for.
 async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door, number: u64) {
     let node = registry.node.as_str();
-    let admitted = admit(stream, registry).await;
+    let mut proved = None;
+    let admitted = admit(stream, registry, &mut proved).await;
     door.strangers.lock().expect("nobody panics with it").leave(number);
     let (channel, message) = match admitted {
         Ok(admitted) => admitted,
-        Err(error) => return door.refused(from, &error.to_string()),
+        // A proof and nothing more: `doctor` on the other node compares the keys so.
+        Err(HelloError::Secure(SecureError::Io { source }))
+            if proved.is_some() && source.kind() == io::ErrorKind::UnexpectedEof =>
+        {
+            return;
+        }
+        Err(error) => {
+            // What was unsealed came from a living holder of the key, and is worth a word in `status`.
+            if let Some(proved) = proved.filter(|_| !matches!(error, HelloError::Secure(_))) {
+                // For whichever volume that was.
+                for shared in registry.volumes.iter().filter(|shared| shared.peer.as_str() == proved) {
+                    let _ = shared.inbox.send(Input::PeerUnable { text: error.to_string() });
+                }
+            }
+            return door.refused(from, &error.to_string());
+        }
     };
     let (volume, from_node, first) = match message {
         Message::Hello(hello) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
@@ -193,10 +209,15 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
 }
 
 /// The proof of the key, and the first message: only that shows that the dialer lives, and is no recording.
-async fn admit(stream: TcpStream, registry: &Registry) -> Result<(Channel, Message), HelloError> {
+async fn admit(
+    stream: TcpStream,
+    registry: &Registry,
+    proved: &mut Option<String>,
+) -> Result<(Channel, Message), HelloError> {
     let keys = registry.keys.keys();
     let handshake = Channel::accept(stream, &keys, registry.node.as_str());
     let mut channel = timed(HANDSHAKE_MAX, async { Ok(handshake.await?) }).await?;
+    *proved = Some(channel.peer().to_owned());
     let message = listen(&mut channel).await?;
     Ok((channel, message))
 }

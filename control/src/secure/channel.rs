@@ -93,6 +93,11 @@ impl Channel {
         let _ = self.stream.shutdown().await;
     }
 
+    /// The connection below, for whoever follows a conversation with frames and keeps the channel.
+    pub fn stream(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
     /// The connection itself, for what follows the conversation: nothing that follows was read.
     #[must_use]
     pub fn into_stream(self) -> TcpStream {
