@@ -100,12 +100,17 @@ struct Door {
 
 impl Door {
     fn refused(&self, from: IpAddr, text: &str) {
-        let line =
-            self.refusals.lock().expect("nobody panics with it").note(self.began.elapsed(), from, text);
+        let (now, text) = (self.began.elapsed(), plain(text));
+        let line = self.refusals.lock().expect("nobody panics with it").note(now, from, &text);
         if let Some(line) = line {
             tracing::warn!("{line}");
         }
     }
+}
+
+/// A peer's words as they may be shown on a terminal: one line, without its escapes.
+fn plain(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
 /// Accepts connections from peers until aborted.
@@ -167,7 +172,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
             if let Some(proved) = proved.filter(|_| !matches!(error, HelloError::Secure(_))) {
                 // For whichever volume that was.
                 for shared in registry.volumes.iter().filter(|shared| shared.peer.as_str() == proved) {
-                    let _ = shared.inbox.send(Input::PeerUnable { text: error.to_string() });
+                    let _ = shared.inbox.send(Input::PeerUnable { text: plain(&error.to_string()) });
                 }
             }
             return door.refused(from, &error.to_string());
@@ -193,7 +198,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
             let _ = shared.inbox.send(match first {
                 First::Hello(hello) => Input::Accepted { stream: channel, hello },
                 First::Upgrade(upgrade) => Input::UpgradeAsked { stream: channel, upgrade },
-                First::Unable(unable) => Input::PeerUnable { text: unable.text },
+                First::Unable(unable) => Input::PeerUnable { text: plain(&unable.text) },
             });
             return;
         }
