@@ -3,7 +3,7 @@
 //! Speaks the real protocol through the real handshake, one connection at a time, and says whatever a test gives it.
 
 use costandby_control::generation::{Lineage, ServingRole, View};
-use costandby_control::hello::{self, Hello, HelloError, Message};
+use costandby_control::hello::{self, Hello, Message};
 use costandby_control::secure::channel::Channel;
 use costandby_control::secure::handshake::{self, SecureError};
 use costandby_control::secure::key::Keys;
@@ -103,7 +103,8 @@ pub async fn say(channel: &mut Channel, bytes: &[u8]) -> Result<(), SecureError>
 /// What the node says next.
 pub async fn hear(channel: &mut Channel) -> Answer {
     let heard = tokio::time::timeout(ANSWER_MAX, async {
-        Ok::<_, HelloError>(hello::decode_whole(&channel.receive().await?)?)
+        let bytes = channel.receive().await?;
+        hello::decode_whole(&bytes)
     });
     match heard.await {
         Ok(Ok(message)) => Answer::Said(Box::new(message)),

@@ -560,12 +560,6 @@ impl Pair {
         keyring::replace(&self.key_path(node), keys).expect("written");
     }
 
-    /// Where a node listens for its peer.
-    #[must_use]
-    pub fn listen(&self, node: usize) -> SocketAddr {
-        self.listen[node]
-    }
-
     fn volume(&self, name: &str) -> &VolumeSettings {
         self.settings.volumes.iter().find(|volume| volume.name == name).expect("a volume of this pair")
     }

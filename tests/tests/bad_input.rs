@@ -191,7 +191,7 @@ fn garbage_on_the_peers_port_disturbs_nobody() {
         let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        pair.wait_log(node, &["peers' port"]);
+        pair.wait_log(node, &["refused a connection", "does not begin as costandby does"]);
     }
     let idle: Vec<_> =
         (0..100).map(|_| TcpStream::connect(pair.peer_address(BETA)).expect("a connection")).collect();

@@ -33,7 +33,7 @@ fn stage() -> Stage {
     costandby_tests::wait_for("beta goes on alone", LIMIT, || (writing.acked() > acked + 20).then_some(()));
     let ledger = writing.finish_ok();
     let keys = pair.keys(ALPHA);
-    let liar = Liar { node: NODES[ALPHA], peer: NODES[BETA], target: pair.listen(BETA), keys };
+    let liar = Liar { node: NODES[ALPHA], peer: NODES[BETA], target: pair.peer_address(BETA), keys };
     Stage { pair, liar, ledger }
 }
 

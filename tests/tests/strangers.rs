@@ -26,7 +26,7 @@ fn pair() -> Pair {
 
 /// A stranger who says to be `node`'s peer, with these keys.
 fn stranger(pair: &Pair, node: usize, keys: Keys) -> Liar {
-    Liar { node: NODES[1 - node], peer: NODES[node], target: pair.listen(node), keys }
+    Liar { node: NODES[1 - node], peer: NODES[node], target: pair.peer_address(node), keys }
 }
 
 /// A key of the stranger's own.
@@ -80,7 +80,7 @@ fn five_attacks_without_the_key_leave_a_session_and_both_disks_as_they_are() {
                 plain.extend(encode(&Message::Hello(Box::new(hello.clone()))));
             }
             plain.extend(frame());
-            let target = pair.listen(node);
+            let target = pair.peer_address(node);
             // In the clear, as release 2 spoke; behind nothing; behind an opening that was recorded on the wire.
             let mut old = plain.clone();
             old[8] = 2;
@@ -126,8 +126,9 @@ fn five_attacks_without_the_key_leave_a_session_and_both_disks_as_they_are() {
 #[test]
 fn connections_that_say_nothing_keep_no_peer_out() {
     let pair = pair();
-    let held: Vec<_> =
-        (0..400).map(|_| TcpStream::connect(pair.listen(BETA)).expect("a connection is taken")).collect();
+    let held: Vec<_> = (0..400)
+        .map(|_| TcpStream::connect(pair.peer_address(BETA)).expect("a connection is taken"))
+        .collect();
     let began = Instant::now();
     pair.tell(ALPHA, "db", admin::Command::Disconnect).expect("disconnected");
     pair.wait_status(ALPHA, "db", "apart", |status| status.connection == "standalone");

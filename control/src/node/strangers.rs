@@ -124,7 +124,7 @@ impl Refusals {
         match std::mem::take(&mut self.unsaid) {
             0 => {}
             unsaid => {
-                line.push_str(&format!(" ({unsaid} other refusals were not logged, there were so many)"))
+                line.push_str(&format!(" ({unsaid} other refusals were not logged, there were so many)"));
             }
         }
         Some(line)
