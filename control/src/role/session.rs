@@ -48,10 +48,12 @@ impl VolumeController {
             );
             return self.refuse_by_name(RefuseCode::Disks, text, actions);
         }
+        self.overtaken = false;
         let agreement = agree(&mine, &hello.view);
         match agreement.verdict {
             Verdict::Resync { source: Side::Theirs, .. } if self.role == Role::Primary => {
-                let text = serving_is_kept(&mine, &hello.view, settings);
+                let text = serving_is_kept(&mine, &hello.view, &self.settings);
+                self.overtaken = true;
                 self.refuse_by_name(RefuseCode::Disks, text, actions);
             }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
@@ -107,6 +109,7 @@ impl VolumeController {
                 superblock.zeroed = false;
             }
             Verdict::Resync { source: Side::Theirs, scope, .. } => {
+                self.undurable = false;
                 superblock.volume_id = lineage.volume_id;
                 superblock.disk_state = DiskState::Inconsistent;
                 superblock.zeroed = false;

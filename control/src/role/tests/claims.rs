@@ -20,8 +20,10 @@ fn a_primary_that_serves_is_copied_to_only_after_an_operator_demoted_it() {
         let status = one.controller.status();
         assert!(status.parted && status.advice == Some(refuse.text.clone()));
     }
-    assert_eq!(one.command(Command::Demote)[0], Action::Quiesce);
-    one.on(Event::Quiesced);
+    // Even while writes wait for the peer.
+    let actions = one.command(Command::Demote);
+    assert!(actions[0] == Action::StopServing && !stored(&actions[1]).primary);
+    reply(&actions[2..]).expect("done");
     let actions = one.greet();
     let down = stored(&actions[0]);
     assert!(!down.primary && down.disk_state == DiskState::Inconsistent && down.epoch == Epoch(4));
