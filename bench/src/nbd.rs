@@ -8,6 +8,8 @@ use crate::Outcome;
 use crate::histogram::Summary;
 use crate::process::{Process, run_to_end};
 use crate::resync::Relay;
+use costandby_control::secure::key::{Key, Keys};
+use costandby_control::secure::keyring;
 use serde_json::Value;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -68,6 +70,8 @@ impl Mirror {
             relay.lead_to(ports[1]);
             alphas[1] = relay.port();
         }
+        let key = Keys::one(Key::random()?);
+        keyring::replace(&directory.join("pair.key"), &key)?;
         for (config, ports) in configs.iter().zip([alphas, ports]) {
             std::fs::write(config, configuration(directory, poll, disk_len, &disks, ports))?;
         }
@@ -139,7 +143,7 @@ fn configuration(
     ports: [u16; 2],
 ) -> String {
     let at = |name: &str| directory.join(name).display().to_string();
-    let mut text = String::new();
+    let mut text = format!("key = \"{}\"\n", at("pair.key"));
     for (node, port) in ["alpha", "beta"].into_iter().zip(ports) {
         let (admin, nbd) = (at(&format!("{node}.sock")), at(&format!("{node}.nbd")));
         text += &format!("[nodes.{node}]\nlisten = \"127.0.0.1:{port}\"\nadmin = \"{admin}\"\n");

@@ -12,6 +12,8 @@
 use crate::admin::{Command as AdminCommand, Status, VolumeStatus};
 use crate::admin_client::{AdminClient, ClientError};
 use crate::nbd_client::{Endpoint, NbdUri};
+use crate::secure::key::{Key, Keys};
+use crate::secure::keyring::{self, KeyError};
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io;
@@ -95,8 +97,6 @@ pub struct PairSpec {
     pub program: PathBuf,
     /// An existing directory of the pair's own. Short: socket paths have at most 107 bytes.
     pub dir: PathBuf,
-    /// Lines for the top of the configuration, such as `peer_timeout = "1s"`.
-    pub preamble: String,
     /// Where both nodes listen for each other.
     pub address: IpAddr,
     /// `rdma`, `tcp` or `auto`, for all volumes.
@@ -127,6 +127,12 @@ pub enum ClusterError {
         doing: &'static str,
         /// Its words.
         source: io::Error,
+    },
+    /// The key could not be made.
+    #[error(transparent)]
+    Key {
+        /// Why.
+        source: KeyError,
     },
     /// `costandby create` failed.
     #[error("creating the disks of {node}: {message}")]
@@ -198,7 +204,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Writes the configuration and makes the disks of both nodes, reserved where the file system can. Starts nothing.
+    /// Writes the key and the configuration, and makes the disks of both nodes, reserved where the file system can. Starts nothing.
     ///
     /// # Errors
     /// [`ClusterError::Io`], [`ClusterError::System`], or [`ClusterError::Create`] with what `costandby create` said.
@@ -216,6 +222,8 @@ impl Pair {
                 source,
             })?;
         }
+        let key = Key::random().map_err(|source| ClusterError::System { doing: "making a key", source })?;
+        keyring::create(&pair.key(), &Keys::one(key)).map_err(|source| ClusterError::Key { source })?;
         let path = pair.config();
         std::fs::write(&path, pair.render_config(free_ports(pair.spec.address)?))
             .map_err(|source| ClusterError::Io { doing: "writing", path, source })?;
@@ -229,6 +237,11 @@ impl Pair {
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.spec.dir.join("pair.toml")
+    }
+
+    /// The key of both nodes.
+    fn key(&self) -> PathBuf {
+        self.spec.dir.join("pair.key")
     }
 
     /// A node's log, over all its starts.
@@ -467,7 +480,7 @@ impl Pair {
     }
 
     fn render_config(&self, ports: [u16; 2]) -> String {
-        let mut text = format!("{}\n", self.spec.preamble);
+        let mut text = format!("key = {}\n", quoted(&self.key()));
         for (node, port) in Side::BOTH.into_iter().zip(ports) {
             let admin = quoted(&self.admin_socket(node));
             let nbd = quoted(Path::new(&format!("unix:{}", self.nbd_socket(node).display())));

@@ -4,7 +4,7 @@
 //!
 //! Invariants of a [`Config`] that exists: every volume has disks on exactly two known nodes and its primary is one of
 //! them; at least one of those disks outlives its daemon; names are safe as file names, host names, URLs and NBD export names; no two users share a disk, a socket or an
-//! address; nothing is reachable from other machines unless `insecure = true` says so.
+//! address; nothing is reachable from other machines without a `key`, unless `insecure = true` says so.
 //!
 //! Survives any text: each problem is one [`ConfigError`] with file, line and what to do, never a panic.
 
@@ -242,7 +242,9 @@ impl Volume {
 pub struct Config {
     /// The file it was read from.
     pub file: PathBuf,
-    /// Listening beyond loopback without TLS is wanted.
+    /// The file with the key that the nodes prove to each other.
+    pub key: Option<PathBuf>,
+    /// Running without a key, beyond loopback as well, is wanted.
     pub insecure: bool,
     /// Silence after which the peer counts as gone.
     pub peer_timeout: Duration,
@@ -278,8 +280,13 @@ impl Config {
             source.error(error.span().map(|span| span.start), Problem::Toml { message })
         })?;
         let top = Table::new(source, "the top of the file", 0, document.get_ref());
-        top.only(&["insecure", "peer_timeout", "nodes", "volumes"])?;
-        let mut checker = check::Checker::new(source, top.boolean("insecure")?.unwrap_or(false));
+        top.only(&["key", "insecure", "peer_timeout", "nodes", "volumes"])?;
+        let insecure = top.boolean("insecure")?.unwrap_or(false);
+        let mut checker = check::Checker::new(source, insecure);
+        let key = match top.string("key", "a path such as \"/etc/costandby/pair.key\"")? {
+            Some((text, at)) => Some(checker.key(&top, text, at)?),
+            None => None,
+        };
         let peer_timeout = peer_timeout(&top)?;
 
         let mut nodes = BTreeMap::new();
@@ -299,7 +306,7 @@ impl Config {
                 volumes.insert(volume.name.clone(), volume);
             }
         }
-        Ok(Self { file: file.to_owned(), insecure: checker.insecure(), peer_timeout, nodes, volumes })
+        Ok(Self { file: file.to_owned(), key, insecure, peer_timeout, nodes, volumes })
     }
 
     fn error(&self, problem: Problem) -> ConfigError {
@@ -339,13 +346,16 @@ impl Config {
         format!("costandby --config {} --node {node}", self.file.display())
     }
 
-    /// Refuses what the file may say but this build cannot do; for `up`, after [`Config::node`]. A machine without an RDMA
+    /// Refuses what the file may say but no daemon runs with; for `up`, after [`Config::node`]. A machine without an RDMA
     /// device is no reason: it may get one while the daemon runs.
     ///
     /// # Errors
-    /// [`Problem::RdmaNotBuiltIn`] for a volume of `node` that wants RDMA and nothing else, where this program was built without
+    /// [`Problem::NoKey`] without a key that `insecure` does not stand in for; [`Problem::RdmaNotBuiltIn`] for a volume of `node` that wants RDMA and nothing else, where this program was built without
     /// it.
     pub fn check_supported(&self, node: &str) -> Result<(), ConfigError> {
+        if self.key.is_none() && !self.insecure {
+            return Err(self.error(Problem::NoKey));
+        }
         match self.volumes_of(node).find(|(volume, _)| volume.link == LinkKind::Rdma) {
             Some((volume, _)) if !cfg!(feature = "rdma") => {
                 Err(self.error(Problem::RdmaNotBuiltIn { volume: volume.name.to_string() }))

@@ -492,7 +492,7 @@ impl Agreement {
 
 /// [`compare`], who serves afterwards, and under which epoch.
 ///
-/// A serving primary stays unless its disk becomes a target (it then steps down). A node that was primary when it
+/// A serving primary stays; where its disk would become a target its controller refuses. A node that was primary when it
 /// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch, unless
 /// only the other's may hold data: then that one does.
 #[must_use]

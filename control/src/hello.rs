@@ -1,8 +1,9 @@
-//! What two controllers tell each other over a fresh connection before it becomes a volume's link.
+//! What two controllers tell each other over a fresh connection before it becomes a volume's link. Each message is sealed:
+//! both nodes have proved the pair's key before the first one ([`crate::secure`]).
 //!
 //! ```text
 //! dialer ── Hello ──▶ acceptor        the acceptor answers the hello it read with its own
-//!        ◀── Hello ──                 with an offer where both have RDMA: where to connect, and with which secret
+//!        ◀── Hello ──                 with an offer where both have RDMA: where to connect; the secret is the connection's
 //!        ══ RDMA connect ══▶          only after an offer, as is the next message
 //!        ── Link ──▶                  what came of it: RDMA, or TCP and why
 //!        ── Ready ──▶                 each has decided (`generation::agree`) and stored what it agreed to
@@ -25,28 +26,27 @@
 //!
 //! An envelope is `magic[8] version[1] len[4] crc32c[4]`, little-endian, then `len` bytes of JSON, which the CRC-32C
 //! covers. Unknown keys are ignored, so a later release may add some. Decoding never panics, and never allocates more
-//! than [`limits::HELLO_LEN_MAX`] at a peer's word. [`read`] takes no byte past its message: the next one may be the
-//! link's first frame.
+//! than [`limits::HELLO_LEN_MAX`] at a peer's word.
 
 use crate::compared::{Settings, is_bounded};
 use crate::generation::{Agreement, Lineage, ServingRole, View};
 use crate::link::{Kind, REASON_LEN_MAX, Voice};
+use crate::secure::handshake::{self, SecureError};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
 use costandby_datapath::limits::{self, GENERATION_HISTORY_LEN};
 use costandby_datapath::units::{Epoch, Generation};
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::net::SocketAddr;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// First bytes of every envelope.
-pub const MAGIC: [u8; 8] = *b"costandb";
+pub const MAGIC: [u8; 8] = handshake::MAGIC;
 
 /// Version of the envelope and of what its messages mean.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = handshake::VERSION;
 
-/// Highest epoch a peer may claim: no cluster reaches it by promotions, and counting on from it cannot overflow.
-pub const EPOCH_MAX: u64 = 1 << 62;
+/// How far a peer's epoch may be beyond this node's: a promotion a second for 136 years, where each adds one. What is further
+/// is a lie or damage, and whoever adopted it would have no epochs left to go on with.
+pub const EPOCH_STEP_MAX: u64 = 1 << 32;
 
 /// Link kinds one hello may offer: three exist.
 const LINKS_MAX: usize = 16;
@@ -95,45 +95,12 @@ impl Hello {
     }
 }
 
-/// Bytes of a [`Secret`]: what no one guesses, and few enough for a connection request's private data.
-pub const SECRET_LEN: usize = 16;
-
-/// What an RDMA connection has to show to be let in. Fresh for each offer; never shown in logs.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(pub [u8; SECRET_LEN]);
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
-impl Serialize for Secret {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let digits = self.0.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        serializer.serialize_str(&digits)
-    }
-}
-
-impl<'de> Deserialize<'de> for Secret {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let digits = String::deserialize(deserializer)?;
-        let bad = || serde::de::Error::custom(format!("a secret is {} hexadecimal digits", 2 * SECRET_LEN));
-        if digits.len() != 2 * SECRET_LEN || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return Err(bad());
-        }
-        let number = u128::from_str_radix(&digits, 16).map_err(|_| bad())?;
-        Ok(Self(number.to_be_bytes()))
-    }
-}
-
 /// Where a node takes one RDMA connection, and from whom.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RdmaOffer {
-    /// Its listener.
+    /// Its listener. What the connection request has to carry follows from the handshake of the connection on which this
+    /// was said.
     pub address: SocketAddr,
-    /// What the connection request has to carry.
-    pub secret: Secret,
 }
 
 /// What became of an offer.
@@ -249,13 +216,18 @@ pub enum HelloError {
         /// Where and why.
         source: serde_json::Error,
     },
-    /// The connection failed or ended in mid-message.
-    #[error("connection ended during the hello: {source}")]
-    Io {
-        /// The operating system's words.
-        #[from]
-        source: std::io::Error,
-    },
+    /// More than one message where one was sealed.
+    #[error("peer's message has bytes behind it: run the same release on both nodes")]
+    Tail,
+    /// The connection failed, ended in mid-message, or carries what does not open.
+    #[error(transparent)]
+    Secure(#[from] SecureError),
+}
+
+impl From<std::io::Error> for HelloError {
+    fn from(source: std::io::Error) -> Self {
+        Self::Secure(source.into())
+    }
 }
 
 /// The envelope around a message.
@@ -338,31 +310,16 @@ fn sizes(envelope: &[u8; ENVELOPE_LEN]) -> Result<(usize, u32), HelloError> {
     Ok((usize::try_from(len).expect("64-bit"), crc))
 }
 
-/// Reads exactly one message; the bytes after it stay in the stream. Put a time limit around it.
+/// Reads what was sealed as one message.
 ///
 /// # Errors
-/// As [`decode`], and [`HelloError::Io`].
-pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Message, HelloError> {
-    let mut bytes = vec![0; ENVELOPE_LEN];
-    stream.read_exact(&mut bytes).await?;
-    // The envelope alone shows a wrong mark, version or length, before anything more is waited for.
-    if let Some((message, _)) = decode(&bytes)? {
-        return Ok(message);
+/// As [`decode`]; [`HelloError::Length`] and [`HelloError::Tail`] where it is not one message and nothing else.
+pub fn decode_whole(bytes: &[u8]) -> Result<Message, HelloError> {
+    match decode(bytes)? {
+        Some((message, len)) if len == bytes.len() => Ok(message),
+        Some(_) => Err(HelloError::Tail),
+        None => Err(HelloError::Secure(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into())),
     }
-    let envelope = bytes.first_chunk().expect("read above");
-    let (len, _) = sizes(envelope)?;
-    bytes.resize(ENVELOPE_LEN + len, 0);
-    stream.read_exact(&mut bytes[ENVELOPE_LEN..]).await?;
-    Ok(decode(&bytes)?.expect("the whole announced length was read").0)
-}
-
-/// Writes one message and flushes it.
-///
-/// # Errors
-/// [`HelloError::Io`].
-pub async fn write(stream: &mut (impl AsyncWrite + Unpin), message: &Message) -> Result<(), HelloError> {
-    stream.write_all(&encode(message)).await?;
-    Ok(stream.flush().await?)
 }
 
 /// [`View`] as JSON: plain numbers and DRBD's words.
@@ -431,9 +388,6 @@ mod stored_view {
         if stored.proposed.generation == 0 || stored.proposed.volume_id == [0; 16] {
             return Err(D::Error::custom("the proposed lineage is empty"));
         }
-        if stored.epoch > super::EPOCH_MAX {
-            return Err(D::Error::custom("the epoch is beyond any that promotions reach"));
-        }
         if stored.sessions_begun > stored.sessions_offered || stored.sessions_offered > SESSIONS_MAX {
             return Err(D::Error::custom("the number of the last session makes no sense"));
         }
@@ -481,7 +435,7 @@ mod tests {
         let view = (numbers, lineage, any::<[bool; 8]>()).prop_map(|(numbers, proposed, bits)| View {
             volume_id: numbers.0,
             size: numbers.1,
-            epoch: Epoch(numbers.2 % EPOCH_MAX),
+            epoch: Epoch(numbers.2),
             generations: Generations {
                 current: Generation(numbers.3),
                 base: Generation(numbers.2),
@@ -531,10 +485,8 @@ mod tests {
     }
 
     fn offer(seed: u64) -> RdmaOffer {
-        let mut secret = Secret([0xa5; SECRET_LEN]);
-        secret.0[..8].copy_from_slice(&seed.to_le_bytes());
         let [port, ..] = seed.to_le_bytes();
-        RdmaOffer { address: SocketAddr::from(([10, 9, 0, 1], port.into())), secret }
+        RdmaOffer { address: SocketAddr::from(([10, 9, 0, 1], port.into())) }
     }
 
     fn envelope(body: &[u8]) -> Vec<u8> {
@@ -607,38 +559,16 @@ mod tests {
     }
 
     #[test]
-    fn offers_with_a_bad_secret_or_address_and_long_reasons_are_refused() {
-        let offer = |address: &str, secret: &str| {
-            decode(&envelope(
-                format!(r#"{{"offer":{{"address":"{address}","secret":"{secret}"}}}}"#).as_bytes(),
-            ))
-        };
-        let good = "000102030405060708090a0b0c0d0e0f";
-        let Ok(Some((Message::Offer(decoded), _))) = offer("10.9.0.1:4000", good) else {
-            panic!("a good offer")
-        };
-        assert_eq!(decoded.secret, Secret(std::array::from_fn(|at| u8::try_from(at).expect("small"))));
-        for secret in [
-            "",
-            "00",
-            &good[1..],
-            &format!("{good}0"),
-            "+00102030405060708090a0b0c0d0e0f",
-            "é00102030405060708090a0b0c0d0e0",
-        ] {
-            assert!(matches!(offer("10.9.0.1:4000", secret), Err(HelloError::Body { .. })), "{secret}");
-        }
-        assert!(matches!(offer("10.9.0.1", good), Err(HelloError::Body { .. })));
+    fn offers_with_a_bad_address_and_long_reasons_are_refused() {
+        let offer =
+            |address: &str| decode(&envelope(format!(r#"{{"offer":{{"address":"{address}"}}}}"#).as_bytes()));
+        assert!(matches!(offer("10.9.0.1:4000"), Ok(Some((Message::Offer(_), _)))));
+        assert!(matches!(offer("10.9.0.1"), Err(HelloError::Body { .. })));
         let link =
             |len| decode(&encode(&Message::Link(Settled { kind: Kind::Tcp, why: Some("w".repeat(len)) })));
         assert!(link(REASON_LEN_MAX).is_ok());
         assert!(matches!(link(REASON_LEN_MAX + 1), Err(HelloError::Body { .. })));
         assert!(matches!(decode(&envelope(br#"{"link":{"kind":"smoke"}}"#)), Err(HelloError::Body { .. })));
-    }
-
-    #[test]
-    fn a_secret_does_not_show_in_logs() {
-        assert_eq!(format!("{:?}", Secret([0x42; SECRET_LEN])), "Secret(..)");
     }
 
     #[test]
@@ -649,24 +579,11 @@ mod tests {
     }
 
     #[test]
-    fn a_message_read_from_a_stream_leaves_the_bytes_after_it() {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        runtime.block_on(async {
-            let refuse = Message::Refuse(Refuse { code: RefuseCode::Busy, text: "later".to_owned() });
-            let (mut ours, mut theirs) = tokio::io::duplex(16);
-            let sent = refuse.clone();
-            let send = async move {
-                write(&mut theirs, &sent).await.expect("written");
-                theirs.write_all(b"frame").await.expect("written");
-            };
-            let receive = async {
-                assert_eq!(read(&mut ours).await.expect("read"), refuse);
-                let mut tail = Vec::new();
-                ours.read_to_end(&mut tail).await.expect("read");
-                assert_eq!(tail, b"frame");
-                assert!(matches!(read(&mut ours).await, Err(HelloError::Io { .. })));
-            };
-            tokio::join!(send, receive);
-        });
+    fn what_was_sealed_is_one_message_and_nothing_else() {
+        let refuse = Message::Refuse(Refuse { code: RefuseCode::Busy, text: "later".to_owned() });
+        let bytes = encode(&refuse);
+        assert_eq!(decode_whole(&bytes).expect("good"), refuse);
+        assert!(matches!(decode_whole(&[bytes.as_slice(), b"x"].concat()), Err(HelloError::Tail)));
+        assert!(decode_whole(&bytes[..bytes.len() - 1]).is_err());
     }
 }

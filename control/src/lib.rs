@@ -18,5 +18,6 @@ pub mod nbd_client;
 pub mod node;
 pub mod progress;
 pub mod role;
+pub mod secure;
 pub mod users;
 pub mod worth;

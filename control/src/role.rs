@@ -470,6 +470,8 @@ pub struct VolumeController {
     obstacle: Option<Obstacle>,
     /// The last hello showed a split brain: giving up this disk's data leads to a session.
     split_brain: bool,
+    /// By the last hello the peer went on without this node, which serves: an operator's `demote` makes room for its data.
+    overtaken: bool,
     /// The disk or its metadata failed since this daemon opened them; only the next start opens them anew.
     medium_failed: bool,
     /// The disk failed while this node served, and the peer's stands in for it.
@@ -516,6 +518,7 @@ impl VolumeController {
             refusal: None,
             obstacle: None,
             split_brain: false,
+            overtaken: false,
             medium_failed: false,
             diskless: diskless::Diskless::default(),
             verification: Verification::default(),

@@ -148,8 +148,9 @@ pub const PAYLOAD_STALL_S_MAX: u64 = 30;
 /// Seconds a client may take for the whole NBD handshake.
 pub const HANDSHAKE_S_MAX: u64 = 10;
 
-/// Bytes of a peer's hello: a JSON object of known keys is under 2 KiB; histories are bounded.
-pub const HELLO_LEN_MAX: u32 = 64 << 10;
+/// Bytes of a peer's hello: a JSON object of known keys is under 2 KiB; histories are bounded. Sealed, with its envelope, a
+/// hello is one message of Noise, which has 65,535 bytes at most.
+pub const HELLO_LEN_MAX: u32 = 60 << 10;
 
 /// Generations a superblock remembers behind the current one.
 pub const GENERATION_HISTORY_LEN: usize = 8;

@@ -1,5 +1,6 @@
 //! What the integration tests share: two daemons as processes ([`pair`]), clients that check what they read
-//! ([`ledger`]), a pair behind an address that moves ([`floating`]), a hostile wire between the nodes ([`proxy`]), programs run with a limit ([`process`]), waits that
+//! ([`ledger`]), strangers and liars ([`liar`]), a pair behind an address that moves ([`floating`]), a hostile wire between the nodes
+//! ([`proxy`]), programs run with a limit ([`process`]), waits that
 //! end what hangs and not what is slow ([`patience`]), two nodes in virtual time ([`sim`]), and virtual machines with an
 //! RDMA device ([`vm`]).
 //!
@@ -9,6 +10,7 @@
 
 pub mod floating;
 pub mod ledger;
+pub mod liar;
 pub mod pair;
 pub mod patience;
 pub mod process;

@@ -11,6 +11,8 @@ use crate::{scaled, wait_for, wait_while_moving};
 use costandby_control::admin::{self, VolumeStatus};
 use costandby_control::admin_client::{AdminClient, ClientError};
 use costandby_control::nbd_client::{Endpoint, NbdClient, NbdError, NbdUri, Options};
+use costandby_control::secure::key::{Key, Keys};
+use costandby_control::secure::keyring;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read;
@@ -109,6 +111,8 @@ pub struct Settings {
     pub link: &'static str,
     /// Where the nodes listen for each other, where that is not to be loopback.
     pub device_address: Option<IpAddr>,
+    /// The nodes hold the pair's key; without, they run with `insecure = true`.
+    pub keyed: bool,
 }
 
 impl Settings {
@@ -125,6 +129,7 @@ impl Settings {
             floating: None,
             link,
             device_address,
+            keyed: true,
         }
     }
 }
@@ -173,7 +178,9 @@ impl Pair {
         let daemons = [None, None];
         let nbd_tcp = [ports[2], ports[3]];
         let pair = Self { daemons, proxy, settings, listen, nbd_tcp, runtime, dir };
+        let key = Keys::one(Key::random().expect("random bytes"));
         for node in [ALPHA, BETA] {
+            keyring::create(&pair.key_path(node), &key).expect("a key file");
             fs::create_dir(pair.path(NODES[node])).expect("a directory for the node");
             fs::write(pair.config(node), pair.config_text(node)).expect("a configuration");
             let mut create = pair.command(node);
@@ -532,6 +539,29 @@ impl Pair {
         self.path(&format!("{}.nbd", NODES[node]))
     }
 
+    /// The file of a node's key: each node has its own copy.
+    #[must_use]
+    pub fn key_path(&self, node: usize) -> PathBuf {
+        self.path(&format!("{}.key", NODES[node]))
+    }
+
+    /// The keys a node's file holds.
+    ///
+    /// # Panics
+    /// When it holds none.
+    #[must_use]
+    pub fn keys(&self, node: usize) -> Keys {
+        keyring::read(&self.key_path(node)).expect("a good key file")
+    }
+
+    /// Gives a node other keys, which its daemon sees within seconds.
+    ///
+    /// # Panics
+    /// When they cannot be written.
+    pub fn set_keys(&self, node: usize, keys: &Keys) {
+        keyring::replace(&self.key_path(node), keys).expect("written");
+    }
+
     fn volume(&self, name: &str) -> &VolumeSettings {
         self.settings.volumes.iter().find(|volume| volume.name == name).expect("a volume of this pair")
     }
@@ -554,7 +584,9 @@ impl Pair {
 
     fn config_text(&self, of: usize) -> String {
         let mut text = format!("peer_timeout = \"{}\"\n", self.settings.peer_timeout);
-        if self.settings.namespaces.is_some() || self.settings.device_address.is_some() {
+        if self.settings.keyed {
+            text.insert_str(0, &format!("key = \"{}\"\n", self.key_path(of).display()));
+        } else {
             text.insert_str(0, "insecure = true\n");
         }
         for node in [ALPHA, BETA] {

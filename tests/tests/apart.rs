@@ -84,7 +84,7 @@ fn a_peer_that_does_not_know_the_volume_is_said_to_on_either_node() {
         assert!(said.contains(&reason), "{said}");
         std::thread::sleep(Duration::from_secs(4));
         assert_eq!(count(&pair, node, &[&reason]), 1, "{}", pair.log(node));
-        assert_eq!(count(&pair, peer, &["refused a peer", "web"]), 1, "{}", pair.log(peer));
+        assert_eq!(count(&pair, peer, &["refused a connection", "web"]), 1, "{}", pair.log(peer));
         fs::write(pair.config(peer), good).expect("a configuration");
         pair.stop(peer);
         pair.up(peer);

@@ -191,7 +191,7 @@ fn garbage_on_the_peers_port_disturbs_nobody() {
         let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        pair.wait_log(node, &["peers' port"]);
+        pair.wait_log(node, &["refused a connection", "does not begin as costandby does"]);
     }
     let idle: Vec<_> =
         (0..100).map(|_| TcpStream::connect(pair.peer_address(BETA)).expect("a connection")).collect();
@@ -234,7 +234,8 @@ fn errors_in_the_configuration_name_what_was_meant() {
         ("size = 8388608", "size = \"8 GiBs\"", &["size", "volumes.db"]),
         ("primary = \"alpha\"", "primary = \"alhpa\"", &["alhpa", "alpha"]),
         ("[nodes.alpha]", "[nodes.alpha", &["TOML"]),
-        ("listen = \"127", "listen = \"10", &["insecure"]),
+        ("key = \"", "kay = \"", &["kay", "key"]),
+        ("key = \"", "# \"", &["there is no key", "costandby keygen", "insecure = true"]),
     ];
     for (good_text, bad_text, words) in cases {
         let bad = good.replacen(good_text, bad_text, 1);

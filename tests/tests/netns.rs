@@ -69,6 +69,8 @@ fn a_cable_pulled_under_load_costs_nothing_but_a_copy() {
     let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
     let [a, b] = cable.spaces.clone();
     settings.namespaces = Some([(a, cable.addresses[0]), (b, cable.addresses[1])]);
+    // A network of the two nodes' own: they run without a key, and say so.
+    settings.keyed = false;
     let mut pair = Pair::start(settings);
     pair.wait_log(ALPHA, &["insecure"]);
     let mut ledger = Ledger::new(SIZE_MIB << 20);

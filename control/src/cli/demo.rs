@@ -160,7 +160,6 @@ fn demonstrate(
         program,
         dir: dir.to_owned(),
         // Beyond loopback only where RDMA is nowhere else, and for as long as the demo runs.
-        preamble: if place.address.is_loopback() { String::new() } else { "insecure = true".to_owned() },
         address: place.address,
         link: place.link,
         volumes: volumes.into(),

@@ -20,6 +20,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+mod key;
 mod machine;
 mod rdma;
 
@@ -104,10 +105,11 @@ fn configuration(place: &Place, checks: &mut Vec<Check>) {
     let (nodes, volumes) = (config.nodes.len(), config.volumes.len());
     let text = format!("{}: {nodes} nodes, {volumes} volumes", config.file.display());
     checks.push(Check::ok("configuration", text));
-    if config.insecure {
+    if config.insecure && config.key.is_none() {
         checks.push(Check::warn(
             "insecure",
-            "peers and NBD clients are neither authenticated nor encrypted: only on a network that is yours alone",
+            "peers and NBD clients are neither authenticated nor encrypted: only on a network that is yours alone; `costandby \
+             keygen` makes a key that peers have to prove",
         ));
     }
     let node = match place.node(&config) {
@@ -118,6 +120,7 @@ fn configuration(place: &Place, checks: &mut Vec<Check>) {
         }
     };
     checks.push(Check::ok("node", format!("{} listens on {}", node.name, node.listen)));
+    checks.extend(key::checks(&config, node));
     let running = UnixStream::connect(&node.admin).is_ok();
     checks.push(if running {
         Check::ok("daemon", format!("answers on {}", node.admin.display()))

@@ -24,6 +24,7 @@ pub mod create;
 pub mod demo;
 pub mod doctor;
 pub mod dump_metadata;
+pub mod keygen;
 pub mod roles;
 pub mod soft_roce;
 pub mod status;
@@ -46,6 +47,7 @@ pub const CONFIG_DEFAULT: &str = "/etc/costandby.toml";
     after_help = "\
 Examples:
   costandby doctor                         what this machine can do, and what to change
+  costandby keygen /etc/costandby/pair.key make the key that the two nodes prove to each other
   costandby --node alpha create            make the disks of node alpha
   costandby --node alpha up                run its daemon in the foreground
   costandby --node alpha status            what its volumes are doing
@@ -74,6 +76,9 @@ pub enum Command {
     /// Make this node's disks and their metadata.
     #[command(after_help = create::EXAMPLES)]
     Create(CreateArgs),
+    /// Make the key that the two nodes prove to each other, or replace it.
+    #[command(after_help = keygen::EXAMPLES)]
+    Keygen(KeygenArgs),
     /// Run this node's daemon in the foreground.
     #[command(after_help = "\
 Examples:
@@ -219,6 +224,30 @@ pub struct CreateArgs {
     pub zero: bool,
 }
 
+/// Flags of `keygen`.
+#[derive(Args, Debug)]
+pub struct KeygenArgs {
+    /// Where the key is kept [default: the configuration's `key`].
+    pub file: Option<PathBuf>,
+    /// Replace a key that is there, at once.
+    #[arg(long, conflicts_with = "rotate")]
+    pub force: bool,
+    /// Replace a key that is there without a gap: one step of three, each followed by a copy to the other node.
+    #[arg(long, value_enum, value_name = "STEP")]
+    pub rotate: Option<RotateArg>,
+}
+
+/// `keygen --rotate`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RotateArg {
+    /// Accept a new key besides the one in use.
+    Add,
+    /// Dial with the new one, accept both.
+    Use,
+    /// Forget the old one.
+    End,
+}
+
 /// Flags of `verify`.
 #[derive(Args, Debug)]
 pub struct VerifyArgs {
@@ -310,6 +339,9 @@ pub enum CliError {
     /// Making a disk.
     #[error(transparent)]
     Create(#[from] create::CreateError),
+    /// Making a key.
+    #[error(transparent)]
+    Keygen(#[from] keygen::KeygenError),
     /// Making or removing a device.
     #[error(transparent)]
     SoftRoce(#[from] soft_roce::SoftRoceError),
@@ -427,6 +459,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             let (config, node) = place.load()?;
             create::run(&config, &node, &args)
         }
+        Command::Keygen(args) => keygen::run(&place, &args),
         Command::Up => {
             let settings = logging::Settings::from_environment()?;
             let (config, node) = place.load()?;

@@ -16,7 +16,10 @@ type Host = Option<IpAddr>;
 
 pub(super) struct Checker<'a> {
     source: Source<'a>,
+    /// Peers are not asked for a proof, and that is wanted.
     insecure: bool,
+    /// Peers prove a key.
+    keyed: bool,
     addresses: HashMap<SocketAddr, String>,
     admins: HashMap<PathBuf, String>,
     /// Disks, their metadata and the sockets of each machine.
@@ -26,11 +29,13 @@ pub(super) struct Checker<'a> {
 impl<'a> Checker<'a> {
     pub(super) fn new(source: Source<'a>, insecure: bool) -> Self {
         let (addresses, admins, paths) = Default::default();
-        Self { source, insecure, addresses, admins, paths }
+        Self { source, insecure, keyed: false, addresses, admins, paths }
     }
 
-    pub(super) fn insecure(&self) -> bool {
-        self.insecure
+    /// The key file; from here on listening beyond loopback is as safe as the key.
+    pub(super) fn key(&mut self, table: &Table<'_>, text: &str, at: At) -> Result<PathBuf, ConfigError> {
+        self.keyed = true;
+        self.path(table, "key", text, text, at)
     }
 
     pub(super) fn name(&self, text: &str, what: &'static str, at: At) -> Result<Name, ConfigError> {
@@ -74,7 +79,7 @@ impl<'a> Checker<'a> {
     }
 
     fn secure(&self, table: &Table<'_>, key: &str, address: SocketAddr, at: At) -> Result<(), ConfigError> {
-        if self.insecure || address.ip().is_loopback() {
+        if self.insecure || self.keyed || address.ip().is_loopback() {
             return Ok(());
         }
         let problem =

@@ -211,7 +211,7 @@ pub enum Problem {
     },
     /// Reachable from other machines without being asked to.
     #[error(
-        "{key} of {table} is {found}, which other machines can reach, and nothing is encrypted yet: use 127.0.0.1, or set `insecure = true` at the top of the file if the network is yours alone"
+        "{key} of {table} is {found}, which other machines can reach, and there is no key that peers would have to prove: make one with `costandby keygen /etc/costandby/pair.key` and set `key = \"/etc/costandby/pair.key\"` at the top of the file, use 127.0.0.1, or set `insecure = true` if the network is yours alone"
     )]
     Insecure {
         /// Where.
@@ -221,6 +221,11 @@ pub enum Problem {
         /// As written.
         found: String,
     },
+    /// Nothing that peers would have to prove.
+    #[error(
+        "there is no key, so whoever reaches a node could overwrite its volumes as a peer: make one with `costandby keygen /etc/costandby/pair.key`, copy it to the other node and set `key = \"/etc/costandby/pair.key\"` at the top of the file; or set `insecure = true` there to run without"
+    )]
+    NoKey,
     /// Asked for a node that the file does not have.
     #[error("has no node {name:?}: {hint}; choose with --node NAME or COSTANDBY_NODE")]
     NoSuchNode {

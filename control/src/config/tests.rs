@@ -240,6 +240,31 @@ fn nbd_beyond_loopback_needs_insecure_too() {
 }
 
 #[test]
+fn with_a_key_no_word_is_needed_to_listen_and_without_one_no_daemon_starts() {
+    let keyed = EXAMPLE.replace("insecure = true", "key = \"/etc/costandby/../costandby/pair.key\"");
+    let config = parse(&keyed).expect("listens beyond loopback");
+    assert_eq!(config.key, Some("/etc/costandby/pair.key".into()));
+    assert!(!config.insecure);
+    config.check_supported("alpha").expect("it has a key");
+    let config = parse(EXAMPLE).expect("good");
+    assert_eq!(config.key, None);
+    config.check_supported("alpha").expect("insecure is wanted");
+    let local = EXAMPLE.replace("insecure = true\n", "").replace("10.9.0.", "127.0.0.");
+    let error = parse(&local).expect("good").check_supported("alpha").expect_err("no key").to_string();
+    for word in ["costandby keygen", "insecure = true", "key = "] {
+        assert!(error.contains(word), "{error}");
+    }
+    for (value, word) in
+        [("\"pair.key\"", "whole path"), ("true", "is a boolean"), ("\"/etc/\"", "not a directory")]
+    {
+        let error = parse(&EXAMPLE.replace("insecure = true", &format!("key = {value}")))
+            .expect_err(value)
+            .to_string();
+        assert!(error.contains("c.toml:1: key of the top of the file") && error.contains(word), "{error}");
+    }
+}
+
+#[test]
 fn a_disk_has_one_user_on_a_machine() {
     let second = "[volumes.web]\nsize = \"1GiB\"\nprimary = \"alpha\"\n";
     let same =

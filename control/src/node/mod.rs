@@ -12,12 +12,14 @@ use crate::config::{Config, ConfigError, Endpoint, Node};
 use crate::descriptors::{self, Judged, Need};
 use crate::kernel::{boot_id, random_source};
 use crate::role::VolumeSettings;
+use crate::secure::keyring::{KeyError, Keyring};
 use addresses::Addresses;
 use attach::Attachment;
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
+use peers::Route;
 use registry::{Phase, Registry, Shared};
 use status::Backend;
 use std::collections::HashMap;
@@ -41,6 +43,7 @@ mod rdma;
 mod registry;
 mod signals;
 mod status;
+mod strangers;
 mod volume;
 mod watch;
 
@@ -51,6 +54,9 @@ const BLOCKING_THREADS: usize = 64;
 /// that hangs, and two RDMA connections in the making.
 const BLOCKING_THREADS_A_VOLUME: usize = 4;
 
+/// How often the key file is looked at: a key that is replaced step by step is in use before an operator has typed the next.
+const KEY_LOOK: Duration = Duration::from_secs(1);
+
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
 
@@ -60,6 +66,9 @@ pub enum NodeError {
     /// The configuration does not fit this node.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The pair's key cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// No volume has a disk here.
     #[error("no volume has a disk on node {node}: add `disk.{node} = …` to a volume in {file}")]
     NoVolumes {
@@ -97,6 +106,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     config.check_supported(node)?;
     let this = config.node(node)?.clone();
     let connections_max = descriptors_for_clients(config, &this)?;
+    let keys = Arc::new(Keyring::open(config.key.as_deref())?);
     let addresses = Arc::new(Addresses::default());
     // Two daemons of a node would be at each other's throat; anything else that is wrong with the socket can wait.
     let admin = match AdminServer::bind(&this.admin) {
@@ -129,7 +139,7 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
         .max_blocking_threads(BLOCKING_THREADS + BLOCKING_THREADS_A_VOLUME * config.volumes_of(node).count())
         .build()
         .map_err(system("the control runtime"))?;
-    let start = Start { config, node: &this, reactor: handle.clone(), addresses };
+    let start = Start { config, node: &this, keys, reactor: handle.clone(), addresses };
     let served = runtime.block_on(start.serve(events, admin));
     handle.send(Command::Shutdown);
     // A reactor that panicked has ended the process already.
@@ -165,10 +175,18 @@ fn descriptors_for_clients(config: &Config, node: &Node) -> Result<usize, NodeEr
 
 fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::SocketAddr) {
     let open_nbd = nbd.iter().any(|e| matches!(e, Endpoint::Tcp(address) if !address.ip().is_loopback()));
-    if config.insecure && (open_nbd || !listen.ip().is_loopback()) {
+    if config.key.is_none() {
+        let beyond =
+            if open_nbd || !listen.ip().is_loopback() { "listening beyond loopback, and " } else { "" };
         tracing::warn!(
-            "insecure = true: listening beyond loopback, and whoever reaches these ports is trusted: peers and NBD \
-             clients are not authenticated and nothing is encrypted"
+            "insecure = true and no key: {beyond}whoever reaches {listen} may overwrite the volumes, as a peer; `costandby \
+             keygen` makes a key"
+        );
+    }
+    if open_nbd {
+        tracing::warn!(
+            "insecure for NBD clients: beyond loopback they are neither authenticated nor encrypted, and whoever reaches the \
+             addresses of `nbd` reads and writes the volumes"
         );
     }
 }
@@ -182,6 +200,7 @@ fn admin_address(node: &Node) -> String {
 struct Start<'a> {
     config: &'a Config,
     node: &'a Node,
+    keys: Arc<Keyring>,
     reactor: ReactorHandle,
     addresses: Arc<Addresses>,
 }
@@ -198,6 +217,7 @@ impl Start<'_> {
         forward_events(events, &registry).map_err(system("the event thread"))?;
         let tasks: Vec<_> =
             attachments.into_iter().map(|attachment| tokio::spawn(attachment.run())).collect();
+        let keys = tokio::spawn(keep_fresh(Arc::clone(&self.keys)));
         let listening = listeners::Listening::start(self.node, &registry, &self.addresses);
         let (stop_admin, admin_stopped) = oneshot::channel::<()>();
         let backend = Arc::new(Backend::new(Arc::clone(&registry), Arc::clone(&self.addresses)));
@@ -212,6 +232,7 @@ impl Start<'_> {
         signals.stop().await;
         tracing::info!("stopping: finishing what is under way");
         listening.stop_peers();
+        keys.abort();
         for volume in &registry.volumes {
             let _ = volume.inbox.send(Input::Shutdown);
         }
@@ -249,7 +270,12 @@ impl Start<'_> {
                 ack: volume.ack,
             };
             let surroundings = Surroundings {
-                peer_address: self.config.node(peer.as_str())?.listen,
+                route: Route::to(
+                    peer.as_str(),
+                    self.config.node(peer.as_str())?.listen,
+                    node.as_str(),
+                    Arc::clone(&self.keys),
+                ),
                 node: node.as_str().to_owned(),
                 command_line: self.config.command_line(node.as_str()),
                 local: self.node.listen.ip(),
@@ -263,13 +289,23 @@ impl Start<'_> {
             shared.push(Arc::clone(&entry));
             parts.push((entry, disk.clone(), settings, random, queue, surroundings));
         }
-        let registry = Arc::new(Registry::new(node.clone(), self.reactor.clone(), shared));
+        let registry =
+            Arc::new(Registry::new(node.clone(), Arc::clone(&self.keys), self.reactor.clone(), shared));
         let attachments = parts.into_iter().map(|(shared, disk, settings, random, queue, surroundings)| {
             let registry = Arc::clone(&registry);
             Attachment { registry, shared, disk, settings, random, boot, queue, surroundings }
         });
         let attachments = attachments.collect();
         Ok((registry, attachments))
+    }
+}
+
+/// Looks at the key file now and then. One that hangs holds this task's thread, and the keys stay as they are.
+async fn keep_fresh(keys: Arc<Keyring>) {
+    loop {
+        tokio::time::sleep(KEY_LOOK).await;
+        let keys = Arc::clone(&keys);
+        tokio::task::spawn_blocking(move || keys.refresh()).await.expect("a panic has ended the process");
     }
 }
 

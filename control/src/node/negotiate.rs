@@ -8,7 +8,8 @@
 //! A session that had to begin over TCP is taken on to RDMA in the same way over a second connection, which becomes the
 //! companion; that conversation ends without harm to the session wherever it fails.
 //!
-//! Invariants: both sides end with the same kind, or the conversation ends. A secret is used for one offer. Every wait
+//! Invariants: both sides end with the same kind, or the conversation ends. A secret is one conversation's, which makes one
+//! offer; it follows from the handshake of that connection and is never sent over it. Every wait
 //! has a limit; what blocks runs on the runtime's blocking threads. RDMA is promised only with a ring that is registered
 //! and free: one that is still being made is waited for before the hello ([`RING_WAIT_AUTO`], [`RING_WAIT_RDMA`]), goes on
 //! being made whatever becomes of the conversation, and is never made again for the next one.
@@ -18,18 +19,15 @@
 //!
 //! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
 
-use super::peers::{MESSAGE_MAX, connect_to, listen, listen_for, say};
-use super::rdma::{Prepared, RdmaListener, RdmaSetup, RingState, Wanted};
+use super::peers::{MESSAGE_MAX, Route, listen, listen_for, say};
+use super::rdma::{Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
 use crate::config::LinkKind;
-use crate::hello::{
-    Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, SECRET_LEN, Secret, Settled, Upgrade,
-};
+use crate::hello::{Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, Settled, Upgrade};
 use crate::link::{Choice, Kind, Voice, choose, reason};
-use std::io::Read;
-use std::net::{IpAddr, SocketAddr};
+use crate::secure::channel::Channel;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
@@ -165,7 +163,7 @@ pub(super) fn out_of_turn(message: Message, wanted: &'static str) -> NoLink {
 }
 
 /// The dialer's part: says our hello, hears theirs, settles the link.
-pub(super) async fn greet(stream: &mut TcpStream, mut ours: Hello, terms: &Terms) -> Result<Met, NoLink> {
+pub(super) async fn greet(stream: &mut Channel, mut ours: Hello, terms: &Terms) -> Result<Met, NoLink> {
     let voice = terms.voice(true).await;
     ours.set_voice(voice.clone());
     say(stream, &Message::Hello(Box::new(ours))).await?;
@@ -189,12 +187,12 @@ pub(super) async fn greet(stream: &mut TcpStream, mut ours: Hello, terms: &Terms
 
 /// Connects to an offer and says what came of it; `tcp` is what else there is.
 async fn connect(
-    stream: &mut TcpStream,
+    stream: &mut Channel,
     offer: RdmaOffer,
     tcp: bool,
     terms: &Terms,
 ) -> Result<Carrier, NoLink> {
-    let (settled, carrier) = match terms.dial(offer).await {
+    let (settled, carrier) = match terms.dial(offer, link_secret(stream)).await {
         Ok(prepared) => (Settled { kind: Kind::Rdma, why: None }, Carrier::Rdma(prepared)),
         Err(why) if tcp => {
             let why = reason(&format!("{} could not connect by RDMA: {why}", terms.node));
@@ -215,7 +213,7 @@ async fn connect(
 
 /// The acceptor's part, after it read `theirs`: says our hello, with an offer where both have RDMA, settles the link.
 pub(super) async fn answer(
-    stream: &mut TcpStream,
+    stream: &mut Channel,
     mut ours: Hello,
     theirs: Box<Hello>,
     terms: &Terms,
@@ -224,7 +222,7 @@ pub(super) async fn answer(
     let mut voice = terms.voice(their_voice.has(Kind::Rdma)).await;
     let mut listener = None;
     if terms.choose(&voice, &their_voice) == Choice::Rdma {
-        match terms.listen().await {
+        match terms.listen(link_secret(stream)).await {
             Ok((opened, offer)) => {
                 listener = Some(opened);
                 ours.rdma = Some(offer);
@@ -259,13 +257,13 @@ pub(super) async fn answer(
 
 /// The dialer's part in taking a session on to RDMA: a second connection to the peer, and RDMA beside it.
 pub(super) async fn ask_upgrade(
-    peer: SocketAddr,
+    route: &Route,
     upgrade: Upgrade,
     terms: &Terms,
-) -> Result<(TcpStream, Prepared), NoLink> {
+) -> Result<(Channel, Prepared), NoLink> {
     // Mostly it fails here, and costs the peer nothing.
     terms.ready().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
-    let mut stream = connect_to(peer).await.map_err(HelloError::from)?;
+    let mut stream = route.connect().await.map_err(HelloError::from)?;
     say(&mut stream, &Message::Upgrade(upgrade)).await?;
     let offer = match listen(&mut stream).await? {
         Message::Offer(offer) => offer,
@@ -282,9 +280,9 @@ pub(super) async fn ask_upgrade(
 }
 
 /// The acceptor's part in that, once the volume's task has found the session that is meant.
-pub(super) async fn offer_upgrade(stream: &mut TcpStream, terms: &Terms) -> Result<Prepared, NoLink> {
+pub(super) async fn offer_upgrade(stream: &mut Channel, terms: &Terms) -> Result<Prepared, NoLink> {
     let opened = match terms.ready().await {
-        Ok(()) => terms.listen().await,
+        Ok(()) => terms.listen(link_secret(stream)).await,
         Err(why) => Err(why),
     };
     let (listener, offer) = match opened {
@@ -336,7 +334,7 @@ pub(super) async fn accepted(mut accepting: Accepting, terms: &Terms) -> Result<
 }
 
 /// Says a last word about links.
-async fn refuse(stream: &mut TcpStream, text: String) -> NoLink {
+async fn refuse(stream: &mut Channel, text: String) -> NoLink {
     let text = reason(&text);
     // The peer is told if it still listens; the conversation ends either way.
     let _ = say(stream, &Message::Refuse(Refuse { code: RefuseCode::Link, text: text.clone() })).await;
@@ -380,26 +378,25 @@ impl Terms {
         }
     }
 
-    /// A listener with a secret of its own.
-    pub(super) async fn listen(&self) -> Result<(Offered, RdmaOffer), String> {
+    /// A listener for whoever shows `secret`.
+    pub(super) async fn listen(&self, secret: Secret) -> Result<(Offered, RdmaOffer), String> {
         let place = Arc::clone(&self.listeners).try_acquire_owned();
         let place = place.map_err(|_| {
             format!("all {LISTENERS_MAX} RDMA listeners of the volume wait for connections that were promised before")
         })?;
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
         blocking(move || {
-            let secret = random_secret().map_err(|error| format!("/dev/urandom: {error}"))?;
             let listener = rdma.listen(local, &secret)?;
-            let offer = RdmaOffer { address: listener.address(), secret };
+            let offer = RdmaOffer { address: listener.address() };
             Ok((Offered { listener, place }, offer))
         })
         .await
     }
 
     /// A connection to an offer.
-    pub(super) async fn dial(&self, offer: RdmaOffer) -> Result<Prepared, String> {
+    pub(super) async fn dial(&self, offer: RdmaOffer, secret: Secret) -> Result<Prepared, String> {
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
-        blocking(move || rdma.dial(local, &offer, STEP_MAX)).await
+        blocking(move || rdma.dial(local, offer.address, &secret, STEP_MAX)).await
     }
 }
 
@@ -407,10 +404,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     spawn_blocking(work).await.expect("a panic has ended the process")
 }
 
-fn random_secret() -> std::io::Result<Secret> {
-    let mut bytes = [0; SECRET_LEN];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(Secret(bytes))
+/// What the RDMA connection that is made beside this one has to show.
+pub(super) fn link_secret(channel: &Channel) -> Secret {
+    Secret(channel.secret("costandby rdma link"))
 }
 
 #[cfg(test)]

@@ -1,19 +1,29 @@
 //! Connections between nodes before they become links: accepting, dialling, and carrying what is said on them.
 //!
-//! One TCP connection carries one volume. Its first message says which; from then on it belongs to that volume's task,
-//! which holds at most one conversation at a time.
+//! One TCP connection carries one volume. It begins with the proof of the pair's key, on both sides ([`crate::secure`]); its
+//! first message says which volume it is for. From then on it belongs to that volume's task, which holds at most one
+//! conversation at a time.
+//!
+//! Invariant: nothing that comes over a connection reaches a volume's task before it was opened with the key, under a
+//! handshake that both ends took part in just now. What comes before costs a place among [`super::strangers`] for a bounded
+//! time, and the log a line now and then.
 
 use super::negotiate::{self, Terms};
 use super::registry::Registry;
+use super::strangers::{Refusals, Strangers};
 use super::volume::Input;
 use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Upgrade};
 use crate::role::{Obstacle, Reach};
-use std::collections::VecDeque;
-use std::net::SocketAddr;
+use crate::secure::channel::Channel;
+use crate::secure::handshake::SecureError;
+use crate::secure::keyring::Keyring;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 /// How long a peer may take for each message of a conversation: covers a durable store of its metadata, and the wait for its
 /// RDMA ring.
@@ -22,54 +32,114 @@ pub(super) const MESSAGE_MAX: Duration = Duration::from_secs(5);
 /// How long a dial may take; the next one follows soon.
 const DIAL_MAX: Duration = Duration::from_secs(1);
 
-/// Connections that have not said yet which volume they are for: more than any cluster's, few enough to be harmless.
-const STRANGERS_MAX: usize = 64;
-
-/// Refusals that are remembered as told, so that a peer that dials twice a second fills no log: more than a cluster has
-/// volumes that only one of two nodes knows.
-const TOLD_MAX: usize = 256;
-
-/// What was refused before any volume was found, each told once.
-#[derive(Default)]
-pub(super) struct Refusals {
-    told: Mutex<VecDeque<String>>,
-}
-
-impl Refusals {
-    /// Whether it was not told lately.
-    fn is_news(&self, text: &str) -> bool {
-        let mut told = self.told.lock().expect("nobody panics with it");
-        if told.iter().any(|before| before == text) {
-            return false;
-        }
-        if told.len() == TOLD_MAX {
-            told.pop_front();
-        }
-        told.push_back(text.to_owned());
-        true
-    }
-}
+/// How long the handshake may take: two short messages, and less than a millisecond's work on each side.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 
 /// How a conversation went on.
 pub(super) type Heard = Result<Message, HelloError>;
 
+/// The way from this node to a peer.
+#[derive(Clone)]
+pub(super) struct Route {
+    peer: String,
+    address: SocketAddr,
+    node: String,
+    keys: Arc<Keyring>,
+}
+
+/// Why there is no connection to a peer.
+#[derive(Debug)]
+pub(super) enum Unreached {
+    /// Nobody took it.
+    Connect(io::Error),
+    /// Whoever took it did not prove to be the peer, or would not have us.
+    Handshake(SecureError),
+}
+
+impl From<Unreached> for HelloError {
+    fn from(why: Unreached) -> Self {
+        match why {
+            Unreached::Connect(error) => error.into(),
+            Unreached::Handshake(error) => error.into(),
+        }
+    }
+}
+
+impl Route {
+    /// To `peer`, which listens at `address`, from `node`.
+    pub(super) fn to(peer: &str, address: SocketAddr, node: &str, keys: Arc<Keyring>) -> Self {
+        Self { peer: peer.to_owned(), address, node: node.to_owned(), keys }
+    }
+
+    /// A connection to the peer, which has proved to be it.
+    pub(super) async fn connect(&self) -> Result<Channel, Unreached> {
+        let late = || io::Error::from(io::ErrorKind::TimedOut);
+        let stream = tokio::time::timeout(DIAL_MAX, TcpStream::connect(self.address)).await;
+        let stream = stream.unwrap_or_else(|_| Err(late())).map_err(Unreached::Connect)?;
+        let keys = self.keys.keys();
+        let handshake = Channel::dial(stream, &keys, &self.node, &self.peer);
+        let proved = tokio::time::timeout(HANDSHAKE_MAX, handshake).await;
+        proved.unwrap_or_else(|_| Err(late().into())).map_err(Unreached::Handshake)
+    }
+
+    /// The same, with what stands in the way for an operator.
+    async fn reach(&self) -> Result<Channel, Obstacle> {
+        self.connect().await.map_err(|why| match why {
+            Unreached::Connect(error) => unreachable(self.address, &error),
+            Unreached::Handshake(error) => unproved(self.address, &error),
+        })
+    }
+}
+
+/// Connections that have proved nothing, and what they were refused for.
+struct Door {
+    began: Instant,
+    strangers: Mutex<Strangers<AbortHandle>>,
+    refusals: Mutex<Refusals>,
+}
+
+impl Door {
+    fn refused(&self, from: IpAddr, text: &str) {
+        let (now, text) = (self.began.elapsed(), plain(text));
+        let line = self.refusals.lock().expect("nobody panics with it").note(now, from, &text);
+        if let Some(line) = line {
+            tracing::warn!("{line}");
+        }
+    }
+}
+
+/// A peer's words as they may be shown on a terminal: one line, without its escapes.
+fn plain(text: &str) -> String {
+    text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
+}
+
 /// Accepts connections from peers until aborted.
 pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
-    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
-    let refusals = Arc::new(Refusals::default());
+    let began = Instant::now();
+    let door = Arc::new(Door { began, strangers: Mutex::default(), refusals: Mutex::default() });
     let mut refused = false;
     loop {
-        let permit = Arc::clone(&strangers).acquire_owned().await.expect("never closed");
         match listener.accept().await {
             Ok((stream, from)) => {
                 if std::mem::take(&mut refused) {
                     tracing::info!("peers' connections are accepted again");
                 }
-                let (registry, refusals) = (Arc::clone(&registry), Arc::clone(&refusals));
-                tokio::spawn(async move {
-                    meet(stream, from, &registry, &refusals).await;
-                    drop(permit);
+                let (registry, there) = (Arc::clone(&registry), Arc::clone(&door));
+                // Locked until it is entered, so that a task cannot leave before.
+                let mut strangers = door.strangers.lock().expect("nobody panics with it");
+                let number = strangers.next();
+                let task = tokio::spawn(async move {
+                    meet(stream, from.ip(), &registry, &there, number).await;
                 });
+                let gone = strangers.enter(from.ip(), task.abort_handle());
+                drop(strangers);
+                if let Some((ip, task)) = gone {
+                    task.abort();
+                    door.refused(
+                        ip,
+                        "too many connections that prove nothing; the oldest gives way to a new one",
+                    );
+                }
             }
             Err(error) => {
                 // Out of descriptors, most likely: give way instead of spinning, and say so once.
@@ -88,29 +158,51 @@ enum First {
     Upgrade(Upgrade),
 }
 
-async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refusals: &Refusals) {
-    let (volume, from_node, first) = match listen(&mut stream).await {
-        Ok(Message::Hello(hello)) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
-        Ok(Message::Upgrade(upgrade)) => {
-            (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade))
-        }
-        Ok(_) => {
-            tracing::warn!(%from, "a connection to the peers' port began with something else than a hello");
+/// Lets a connection in that proves the key, and hands it to the task of the volume it is for.
+async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door, number: u64) {
+    let node = registry.node.as_str();
+    let mut proved = None;
+    let admitted = admit(stream, registry, &mut proved).await;
+    door.strangers.lock().expect("nobody panics with it").leave(number);
+    let (channel, message) = match admitted {
+        Ok(admitted) => admitted,
+        // A proof and nothing more: `doctor` on the other node compares the keys so.
+        Err(HelloError::Secure(SecureError::Io { source }))
+            if proved.is_some() && source.kind() == io::ErrorKind::UnexpectedEof =>
+        {
             return;
         }
         Err(error) => {
-            tracing::warn!(%from, %error, "a connection to the peers' port was closed");
-            return;
+            // What was unsealed came from a living holder of the key, and is worth a word in `status`.
+            if let Some(proved) = proved.filter(|_| !matches!(error, HelloError::Secure(_))) {
+                // For whichever volume that was.
+                for shared in registry.volumes.iter().filter(|shared| shared.peer.as_str() == proved) {
+                    let _ = shared.inbox.send(Input::PeerUnable { text: plain(&error.to_string()) });
+                }
+            }
+            return door.refused(from, &error.to_string());
         }
     };
-    let node = registry.node.as_str();
+    let (volume, from_node, first) = match message {
+        Message::Hello(hello) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
+        Message::Upgrade(upgrade) => (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade)),
+        Message::Unable(unable) => (unable.volume.clone(), unable.node.clone(), First::Unable(unable)),
+        _ => {
+            return door.refused(
+                from,
+                "a peer began with something else than a hello: run the same release on both nodes",
+            );
+        }
+    };
+    let proved = channel.peer();
     let found = registry.volumes.iter().find(|v| v.config.name.as_str() == volume);
     let text = match found {
+        _ if from_node != proved => format!("node {proved} speaks of itself as {from_node}"),
         Some(shared) if shared.peer.as_str() == from_node => {
             // A task that has ended drops the stream, which tells the peer enough.
             let _ = shared.inbox.send(match first {
-                First::Hello(hello) => Input::Accepted { stream, hello },
-                First::Upgrade(upgrade) => Input::UpgradeAsked { stream, upgrade },
+                First::Hello(hello) => Input::Accepted { stream: channel, hello },
+                First::Upgrade(upgrade) => Input::UpgradeAsked { stream: channel, upgrade },
             });
             return;
         }
@@ -121,18 +213,48 @@ async fn meet(mut stream: TcpStream, from: SocketAddr, registry: &Registry, refu
         ),
         None => format!("node {node} has no volume {volume}: use the same configuration on both nodes"),
     };
-    if refusals.is_news(&text) {
-        tracing::warn!(%from, "refused a peer: {text}");
-    }
-    say_and_close(stream, Message::Refuse(Refuse { code: RefuseCode::Configuration, text })).await;
+    door.refused(from, &text);
+    say_and_close(channel, Message::Refuse(Refuse { code: RefuseCode::Configuration, text })).await;
+}
+
+/// The proof of the key, and the first message: only that shows that the dialer lives, and is no recording.
+async fn admit(
+    stream: TcpStream,
+    registry: &Registry,
+    proved: &mut Option<String>,
+) -> Result<(Channel, Message), HelloError> {
+    let keys = registry.keys.keys();
+    let handshake = Channel::accept(stream, &keys, registry.node.as_str());
+    let mut channel = timed(HANDSHAKE_MAX, async { Ok(handshake.await?) }).await?;
+    *proved = Some(channel.peer().to_owned());
+    let message = listen(&mut channel).await?;
+    Ok((channel, message))
 }
 
 /// Dials a peer and tells the volume's task.
-pub(super) fn dial(address: SocketAddr, inbox: mpsc::UnboundedSender<Input>) {
+pub(super) fn dial(route: Route, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let stream = connect_to(address).await.map_err(|error| unreachable(address, &error));
-        let _ = inbox.send(Input::Dialled { stream });
+        let _ = inbox.send(Input::Dialled { stream: route.reach().await });
     });
+}
+
+/// Why whoever answers at a peer's address is not the peer, or will not have us.
+fn unproved(address: SocketAddr, error: &SecureError) -> Obstacle {
+    match error {
+        // For an operator to mend, as where the two configurations differ.
+        SecureError::Rejected(rejection) => {
+            Obstacle::Refused(Refuse { code: RefuseCode::Configuration, text: rejection.to_string() })
+        }
+        SecureError::Io { source } => Obstacle::Failed {
+            text: format!(
+                "{address} takes the connection and ends the handshake that proves the key: {source}"
+            ),
+        },
+        error => Obstacle::Unreachable {
+            reach: Reach::Other,
+            text: format!("whoever answers at {address}: {error}"),
+        },
+    }
 }
 
 /// Why there is no connection to a peer's address.
@@ -166,18 +288,18 @@ fn unreachable(address: SocketAddr, error: &std::io::Error) -> Obstacle {
 ///
 /// The question is a wish to take a session on that there is not. Every release answers with a refusal: that there is no such
 /// session, where it would have one, and else why not.
-pub(super) fn probe(address: SocketAddr, node: String, volume: String, inbox: mpsc::UnboundedSender<Input>) {
+pub(super) fn probe(route: Route, volume: String, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let no_session = Upgrade { node, volume, session: [0; 2], serial: 0 };
-        let asked = match connect_to(address).await {
+        let no_session = Upgrade { node: route.node.clone(), volume, session: [0; 2], serial: 0 };
+        let asked = match route.reach().await {
             Ok(mut stream) => ask(&mut stream, no_session).await,
-            Err(error) => Err(unreachable(address, &error)),
+            Err(obstacle) => Err(obstacle),
         };
         let _ = inbox.send(Input::Probed { asked });
     });
 }
 
-async fn ask(stream: &mut TcpStream, question: Upgrade) -> Result<(), Obstacle> {
+async fn ask(stream: &mut Channel, question: Upgrade) -> Result<(), Obstacle> {
     let answer = match say(stream, &Message::Upgrade(question)).await {
         Ok(()) => listen(stream).await,
         Err(error) => Err(error),
@@ -190,29 +312,20 @@ async fn ask(stream: &mut TcpStream, question: Upgrade) -> Result<(), Obstacle> 
     }
 }
 
-/// A connection to a peer's port.
-pub(super) async fn connect_to(address: SocketAddr) -> std::io::Result<TcpStream> {
-    let late = || std::io::ErrorKind::TimedOut.into();
-    tokio::time::timeout(DIAL_MAX, TcpStream::connect(address)).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// Asks the peer to take a session on to RDMA, and tells the volume's task what came of it.
-pub(super) fn ask_upgrade(
-    peer: SocketAddr,
-    upgrade: Upgrade,
-    terms: Terms,
-    inbox: mpsc::UnboundedSender<Input>,
-) {
+pub(super) fn ask_upgrade(route: Route, upgrade: Upgrade, terms: Terms, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
         let (session, serial) = (upgrade.session, upgrade.serial);
-        let upgraded = negotiate::ask_upgrade(peer, upgrade, &terms).await;
+        let upgraded = negotiate::ask_upgrade(&route, upgrade, &terms).await;
         let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
     });
 }
 
 /// Makes the peer the offer that it asked for, and tells the volume's task what came of it.
 pub(super) fn offer_upgrade(
-    mut stream: TcpStream,
+    mut stream: Channel,
     upgrade: &Upgrade,
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
@@ -226,12 +339,7 @@ pub(super) fn offer_upgrade(
 }
 
 /// Says `ours`, listens for the answer, and gives both connection and answer to the volume's task.
-pub(super) fn converse(
-    serial: u64,
-    mut stream: TcpStream,
-    ours: Message,
-    inbox: mpsc::UnboundedSender<Input>,
-) {
+pub(super) fn converse(serial: u64, mut stream: Channel, ours: Message, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
         let heard = match say(&mut stream, &ours).await {
             Ok(()) => listen(&mut stream).await,
@@ -244,7 +352,7 @@ pub(super) fn converse(
 /// Begins a conversation, and tells the volume's task when both sides know what carries it.
 pub(super) fn greet(
     serial: u64,
-    mut stream: TcpStream,
+    mut stream: Channel,
     ours: Hello,
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
@@ -258,7 +366,7 @@ pub(super) fn greet(
 /// Answers a hello that was read already, and tells the volume's task when both sides know what carries the session.
 pub(super) fn answer_hello(
     serial: u64,
-    mut stream: TcpStream,
+    mut stream: Channel,
     ours: Hello,
     theirs: Box<Hello>,
     terms: Terms,
@@ -271,34 +379,34 @@ pub(super) fn answer_hello(
 }
 
 /// Says a last word.
-pub(super) fn part(stream: TcpStream, refuse: Refuse) {
+pub(super) fn part(stream: Channel, refuse: Refuse) {
     tokio::spawn(say_and_close(stream, Message::Refuse(refuse)));
 }
 
-async fn say_and_close(mut stream: TcpStream, message: Message) {
+async fn say_and_close(mut stream: Channel, message: Message) {
     // The peer is told if it still listens; the connection ends either way.
     let _ = say(&mut stream, &message).await;
-    let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
+    stream.shut_down().await;
 }
 
-pub(super) async fn say(stream: &mut TcpStream, message: &Message) -> Result<(), HelloError> {
-    timed(MESSAGE_MAX, hello::write(stream, message)).await
+pub(super) async fn say(stream: &mut Channel, message: &Message) -> Result<(), HelloError> {
+    timed(MESSAGE_MAX, async { Ok(stream.send(&hello::encode(message)).await?) }).await
 }
 
-pub(super) async fn listen(stream: &mut TcpStream) -> Heard {
+pub(super) async fn listen(stream: &mut Channel) -> Heard {
     listen_for(stream, MESSAGE_MAX).await
 }
 
 /// The same, for a message that may take longer than most.
-pub(super) async fn listen_for(stream: &mut TcpStream, limit: Duration) -> Heard {
-    timed(limit, hello::read(stream)).await
+pub(super) async fn listen_for(stream: &mut Channel, limit: Duration) -> Heard {
+    timed(limit, async { hello::decode_whole(&stream.receive().await?) }).await
 }
 
 async fn timed<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, HelloError>>,
 ) -> Result<T, HelloError> {
-    let late = || HelloError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
+    let late = || HelloError::from(io::Error::from(io::ErrorKind::TimedOut));
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late()))
 }
 
@@ -322,16 +430,5 @@ mod tests {
         assert_eq!(told(TimedOut).0, told(HostUnreachable).0, "both mean that nobody is there");
         assert_eq!(told(NetworkUnreachable).0, Reach::NoRoute);
         assert_eq!(told(PermissionDenied).0, Reach::Other);
-    }
-
-    #[test]
-    fn a_refusal_is_told_once_and_what_is_remembered_is_bounded() {
-        let refusals = Refusals::default();
-        assert!(refusals.is_news("beta has no volume db") && !refusals.is_news("beta has no volume db"));
-        for volume in 0..2 * TOLD_MAX {
-            assert!(refusals.is_news(&format!("beta has no volume {volume}")));
-        }
-        assert_eq!(refusals.told.lock().expect("nobody panics with it").len(), TOLD_MAX);
-        assert!(refusals.is_news("beta has no volume db"), "forgotten by then");
     }
 }

@@ -19,7 +19,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::hello::{RdmaOffer, Secret};
+/// What an RDMA connection has to show to be let in: a secret of the handshake of the connection on which it was offered.
+/// Never shown in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Secret(pub(super) [u8; 16]);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
 
 /// What takes the conversation's connection to a link that is all made but for it.
 type Join = Box<dyn FnOnce(TcpStream) -> io::Result<Box<dyn Link>> + Send>;
@@ -106,8 +115,14 @@ pub(super) trait RdmaSetup: Send + Sync {
     /// Begins to listen for one connection that shows `secret`.
     fn listen(&self, local: IpAddr, secret: &Secret) -> Result<Box<dyn RdmaListener>, String>;
 
-    /// Connects to a peer's offer with the volume's ring; each step of it may take `step_max`.
-    fn dial(&self, local: IpAddr, offer: &RdmaOffer, step_max: Duration) -> Result<Prepared, String>;
+    /// Connects to where a peer listens, showing `secret`, with the volume's ring; each step of it may take `step_max`.
+    fn dial(
+        &self,
+        local: IpAddr,
+        to: SocketAddr,
+        secret: &Secret,
+        step_max: Duration,
+    ) -> Result<Prepared, String>;
 }
 
 /// A listener for one connection.
@@ -176,7 +191,7 @@ impl RdmaSetup for NotBuiltIn {
         Err(Self::WHY.to_owned())
     }
 
-    fn dial(&self, _: IpAddr, _: &RdmaOffer, _: Duration) -> Result<Prepared, String> {
+    fn dial(&self, _: IpAddr, _: SocketAddr, _: &Secret, _: Duration) -> Result<Prepared, String> {
         Err(Self::WHY.to_owned())
     }
 }

@@ -5,6 +5,7 @@ use super::volume::Input;
 use crate::config::{Disk, NodeName, Volume};
 use crate::progress::Progress;
 use crate::role::Status as ControllerStatus;
+use crate::secure::keyring::Keyring;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::VolumeSpec;
 use std::collections::BTreeMap;
@@ -97,6 +98,8 @@ impl Shared {
 /// What all tasks share.
 pub(super) struct Registry {
     pub(super) node: NodeName,
+    /// The pair's.
+    pub(super) keys: Arc<Keyring>,
     pub(super) reactor: ReactorHandle,
     /// By name.
     pub(super) volumes: Vec<Arc<Shared>>,
@@ -105,8 +108,13 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(node: NodeName, reactor: ReactorHandle, volumes: Vec<Arc<Shared>>) -> Self {
-        Self { node, reactor, volumes, inboxes: Mutex::default() }
+    pub(super) fn new(
+        node: NodeName,
+        keys: Arc<Keyring>,
+        reactor: ReactorHandle,
+        volumes: Vec<Arc<Shared>>,
+    ) -> Self {
+        Self { node, keys, reactor, volumes, inboxes: Mutex::default() }
     }
 
     /// Hands an open volume to the reactor, and gives its index there.

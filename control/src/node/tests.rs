@@ -36,6 +36,11 @@ fn config(link: &str, ports: [u16; 2]) -> Config {
     Config::parse(&text, Path::new("c.toml")).expect("good")
 }
 
+fn keys() -> Arc<Keyring> {
+    use crate::secure::key::{KEY_LEN, Key, Keys};
+    Arc::new(Keyring::fixed(Keys::one(Key::from_bytes([7; KEY_LEN]))))
+}
+
 async fn listener() -> (tokio::net::TcpListener, u16) {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.expect("bound");
     let port = listener.local_addr().expect("bound").port();
@@ -74,7 +79,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let (inbox, queue) = mpsc::unbounded_channel();
     let shared = Arc::new(Shared::new(volume, peer.clone(), controller.status(), Phase::Opening, inbox));
     let surroundings = Surroundings {
-        peer_address: config.node(peer.as_str()).expect("there").listen,
+        route: Route::to(peer.as_str(), config.node(peer.as_str()).expect("there").listen, node, keys()),
         command_line: "costandby --config f --node alpha".into(),
         node: node.into(),
         local: [127, 0, 0, 1].into(),
@@ -83,7 +88,7 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     };
     let task = VolumeTask::new(0, Arc::clone(&shared), controller, None, handle.clone(), queue, surroundings);
     let name = config.node(node).expect("there").name.clone();
-    let registry = Arc::new(Registry::new(name, handle, vec![Arc::clone(&shared)]));
+    let registry = Arc::new(Registry::new(name, keys(), handle, vec![Arc::clone(&shared)]));
     let index = registry.admit(&shared, spec);
     *shared.phase.lock().expect("nobody panics with it") = Phase::Open(index);
     forward_events(events, &registry).expect("a thread");
@@ -200,12 +205,13 @@ async fn a_volume_set_to_rdma_waits_for_it_and_says_why() {
 }
 
 #[tokio::test]
-async fn a_stranger_cannot_change_a_sessions_link() {
+async fn a_holder_of_the_key_cannot_change_the_link_of_a_session_that_is_not_its_own() {
     use crate::hello::{Message, Refuse, RefuseCode, Upgrade};
     let nodes = pair("auto", no("no device"), no("no device")).await;
     both(&nodes, "over TCP", over("tcp")).await;
     for (node, peer) in nodes.iter().zip(["beta", "alpha"]) {
-        let mut stream = tokio::net::TcpStream::connect(node.address).await.expect("connected");
+        let name = if peer == "beta" { "alpha" } else { "beta" };
+        let mut stream = Route::to(name, node.address, peer, keys()).connect().await.expect("proved");
         let upgrade = Upgrade { node: peer.into(), volume: "db".into(), session: [1, 2], serial: 1 };
         peers::say(&mut stream, &Message::Upgrade(upgrade)).await.expect("said");
         let heard = peers::listen(&mut stream).await;

@@ -7,7 +7,7 @@ use super::Replies;
 use super::blocking::blocking;
 use super::link::LinkKeeper;
 use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
-use super::peers::{self, Heard};
+use super::peers::{self, Heard, Route};
 use super::rdma::{Prepared, RdmaSetup};
 use super::registry::{Shared, Source};
 use super::watch::hangs_text;
@@ -16,6 +16,7 @@ use crate::compared::Settings;
 use crate::hello::{Hello, Message, Upgrade};
 use crate::progress::Sample;
 use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
+use crate::secure::channel::Channel;
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::superblock::Superblock;
@@ -23,11 +24,10 @@ use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
 use costandby_datapath::units::Epoch;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
 use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
 mod carry;
@@ -50,19 +50,19 @@ pub(super) enum Input {
     /// By the reactor.
     Reactor(ReactorEvent),
     /// A peer connected and said this.
-    Accepted { stream: TcpStream, hello: Box<Hello> },
+    Accepted { stream: Channel, hello: Box<Hello> },
     /// A dial ended.
-    Dialled { stream: Result<TcpStream, Obstacle> },
+    Dialled { stream: Result<Channel, Obstacle> },
     /// The peer, which dials us, was asked whether it would have a session.
     Probed { asked: Result<(), Obstacle> },
     /// It is settled what carries the conversation of this serial, or that nothing does.
-    Met { serial: u64, stream: TcpStream, met: Result<Met, NoLink> },
+    Met { serial: u64, stream: Channel, met: Result<Met, NoLink> },
     /// A peer connected and wants to take the session on to RDMA.
-    UpgradeAsked { stream: TcpStream, upgrade: Upgrade },
+    UpgradeAsked { stream: Channel, upgrade: Upgrade },
     /// What came of taking that session on, in this attempt.
-    Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(TcpStream, Prepared), NoLink> },
+    Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(Channel, Prepared), NoLink> },
     /// The peer said something in the conversation of this serial.
-    Heard { serial: u64, stream: TcpStream, heard: Heard },
+    Heard { serial: u64, stream: Channel, heard: Heard },
     /// An operator's command.
     Admin { command: admin::Command, asked: admin::Asked, reply: oneshot::Sender<Result<String, String>> },
     /// The daemon ends.
@@ -76,7 +76,7 @@ struct Conversation {
     dialled: bool,
     /// Our hello's.
     nonce: u64,
-    stream: Option<TcpStream>,
+    stream: Option<Channel>,
     /// What its hello came to.
     peer: Option<PeerEnd>,
 }
@@ -120,8 +120,8 @@ pub(super) struct VolumeTask {
 
 /// Where a volume's task lives.
 pub(super) struct Surroundings {
-    /// Where its peer listens.
-    pub(super) peer_address: SocketAddr,
+    /// The way to its peer.
+    pub(super) route: Route,
     /// This node's name.
     pub(super) node: String,
     /// How a command line begins that means this daemon's configuration and node.
@@ -289,7 +289,7 @@ impl VolumeTask {
         let idle = self.conversation.is_none() && !self.link_up && !self.dial_under_way;
         if self.dials && idle && Instant::now() >= self.next_dial {
             self.dial_under_way = true;
-            peers::dial(self.surroundings.peer_address, self.shared.inbox.clone());
+            peers::dial(self.surroundings.route.clone(), self.shared.inbox.clone());
         }
     }
 
@@ -298,7 +298,7 @@ impl VolumeTask {
         self.next_dial = Instant::now() + self.dial_pause;
     }
 
-    async fn dialled(&mut self, stream: Result<TcpStream, Obstacle>) {
+    async fn dialled(&mut self, stream: Result<Channel, Obstacle>) {
         let stream = match stream {
             Ok(stream) => stream,
             Err(obstacle) => {
@@ -314,7 +314,7 @@ impl VolumeTask {
         peers::greet(self.serial, stream, ours, self.terms(), self.shared.inbox.clone());
     }
 
-    async fn heard(&mut self, stream: TcpStream, heard: Heard) {
+    async fn heard(&mut self, stream: Channel, heard: Heard) {
         let event = match heard {
             Ok(Message::Ready(ready)) => {
                 self.conversation.as_mut().expect("the caller looked").stream = Some(stream);

@@ -344,6 +344,7 @@ impl VolumeController {
             Role::Promoting | Role::Demoting => {
                 self.reply(id, Err("a change of role is under way; try again".to_owned()), actions);
             }
+            Role::Primary if self.overtaken && self.peer.is_none() => self.give_way(id, actions),
             Role::Primary => {
                 if let Some(text) = self.verification_forbids_demotion() {
                     return self.reply(id, Err(text), actions);
@@ -364,6 +365,22 @@ impl VolumeController {
                 actions.push(Action::Quiesce);
             }
         }
+    }
+
+    /// The peer went on without this node, and an operator wants its data: what waits here for the peer would wait for ever, so
+    /// clients are told that it failed. The next handshake finds a standby, to be copied to.
+    fn give_way(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
+        self.abandon_handshake(actions);
+        actions.push(Action::StopServing);
+        self.superblock.primary = false;
+        self.store(actions);
+        self.set_role(Role::Standby);
+        self.alone = false;
+        self.overtaken = false;
+        let VolumeSettings { node, peer, .. } = &self.settings;
+        let text = format!("{node} is standby, and is copied from {peer}");
+        self.log(Level::Warn, &text, actions);
+        self.reply(id, Ok(text), actions);
     }
 
     pub(super) fn on_quiesced(&mut self, now: Duration, actions: &mut Vec<Action>) {

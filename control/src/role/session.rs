@@ -5,7 +5,7 @@ use super::{
     VolumeSettings, code, lineage_of,
 };
 use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
-use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
+use crate::hello::{EPOCH_STEP_MAX, Hello, Ready, RefuseCode};
 use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
 use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
@@ -19,7 +19,7 @@ impl VolumeController {
                 "expected {} about volume {}, got {} about volume {}: the configurations differ",
                 settings.peer, settings.volume, hello.node, hello.volume
             );
-            return self.refuse(RefuseCode::Configuration, &text, actions);
+            return self.refuse_by_name(RefuseCode::Configuration, text, actions);
         }
         if let Some(refuse) = self.will_refuse() {
             return actions.push(Action::Refuse(refuse));
@@ -40,21 +40,32 @@ impl VolumeController {
         if !settled || self.shutdown_deadline.is_some() || self.offered.as_ref() != Some(&mine) {
             return self.refuse(RefuseCode::Busy, "in the middle of a change", actions);
         }
+        let theirs = hello.view.epoch.0;
+        if theirs > mine.epoch.0 && !self.is_next_epoch(theirs) {
+            let text = format!(
+                "{} claims epoch {theirs}, this node has {}: so many promotions never were; its metadata is damaged, or another \
+                 program speaks for it. Nothing was changed; `costandby dump-metadata {}` there shows what it has",
+                settings.peer, mine.epoch.0, settings.volume
+            );
+            return self.refuse_by_name(RefuseCode::Disks, text, actions);
+        }
+        self.overtaken = false;
         let agreement = agree(&mine, &hello.view);
         match agreement.verdict {
+            Verdict::Resync { source: Side::Theirs, .. } if self.role == Role::Primary => {
+                let text = serving_is_kept(&mine, &hello.view, &self.settings);
+                self.overtaken = true;
+                self.refuse_by_name(RefuseCode::Disks, text, actions);
+            }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
                 let lineage = lineage_of(&agreement, &mine, &hello.view);
                 self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
             }
-            Verdict::NoUsableDisk | Verdict::TwoWithData => {
+            Verdict::NoUsableDisk | Verdict::TwoWithData | Verdict::SizeDiffers => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
-                self.refuse(RefuseCode::Disks, &text, actions);
-                if self.refusal.as_ref() != Some(&text) {
-                    self.log(Level::Error, &text, actions);
-                    self.refusal = Some(text);
-                }
+                self.refuse_by_name(RefuseCode::Disks, text, actions);
             }
-            Verdict::SplitBrain | Verdict::Unrelated | Verdict::SizeDiffers => {
+            Verdict::SplitBrain | Verdict::Unrelated => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
                 self.split_brain = agreement.verdict == Verdict::SplitBrain;
                 self.refuse(RefuseCode::Disks, &text, actions);
@@ -64,6 +75,22 @@ impl VolumeController {
                 self.set_connection(Connection::Standalone);
             }
         }
+    }
+
+    /// Refuses a session, says why in the log once and in `status` for as long as it holds, and goes on looking for the peer:
+    /// when the reason is gone there is a session.
+    fn refuse_by_name(&mut self, code: RefuseCode, text: String, actions: &mut Vec<Action>) {
+        self.refuse(code, &text, actions);
+        if self.refusal.as_ref() != Some(&text) {
+            self.log(Level::Error, &text, actions);
+            self.refusal = Some(text);
+        }
+    }
+
+    /// Whether an epoch is beyond this node's and no further than promotions may have come.
+    fn is_next_epoch(&self, epoch: u64) -> bool {
+        let ours = self.superblock.epoch.0;
+        epoch > ours && epoch - ours <= EPOCH_STEP_MAX
     }
 
     /// Puts on record what the agreement asks of this disk, then says so.
@@ -89,6 +116,7 @@ impl VolumeController {
                 superblock.zeroed = false;
             }
             Verdict::Resync { source: Side::Theirs, scope, .. } => {
+                self.undurable = false;
                 superblock.volume_id = lineage.volume_id;
                 superblock.disk_state = DiskState::Inconsistent;
                 superblock.zeroed = false;
@@ -102,14 +130,8 @@ impl VolumeController {
         // Before the first session a `primary` that is still `clean` only says who is to begin.
         superblock.primary = agreement.primary == Some(Side::Mine) || resumes;
         superblock.clean |= superblock.primary && !before.primary;
-        if self.role == Role::Primary && agreement.primary != Some(Side::Mine) {
-            actions.push(Action::StopServing);
-            self.set_role(Role::Standby);
-            self.alone = false;
-            self.undurable = false;
-            let text = format!("{} went on while this node was away: stepping down", self.settings.peer);
-            self.log(Level::Warn, &text, actions);
-        }
+        let kept = self.role != Role::Primary || agreement.primary == Some(Side::Mine);
+        assert!(kept, "a node that serves was to stop by a handshake: {agreement:?}");
         let full =
             matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. });
         if full {
@@ -151,10 +173,9 @@ impl VolumeController {
         let Ready { agreement, lineage } = pending.ready;
         if theirs.agreement != agreement.mirrored() || theirs.lineage != lineage {
             actions.push(Action::CloseLink);
-            let text =
-                format!("{} decided otherwise: run the same release on both nodes", self.settings.peer);
-            self.log(Level::Error, &text, actions);
-            return self.handshake_over(actions);
+            self.handshake_over(actions);
+            let text = "it decided otherwise: run the same release on both nodes".to_owned();
+            return self.on_obstacle(Obstacle::Failed { text }, actions);
         }
         let serve = agreement.primary == Some(Side::Mine);
         let peer_serves = agreement.primary == Some(Side::Theirs);
@@ -378,7 +399,7 @@ impl VolumeController {
             Role::Promoting => self.settings.peer < self.settings.node,
             Role::Primary | Role::Demoting => false,
         };
-        let newer = arg > self.superblock.epoch.0 && arg <= EPOCH_MAX;
+        let newer = self.is_next_epoch(arg);
         // Never in the middle of a copy: frames of the epoch before are on their way.
         let sound = self.connection == Connection::Connected;
         if !(free && newer && sound) || self.shutdown_deadline.is_some() {
@@ -468,7 +489,7 @@ impl VolumeController {
         // A serving primary's epoch is its own promotion's; no answer to an earlier question changes it.
         // A copy that this node sends goes on under the epoch it began with; the next handshake agrees on a newer one.
         let may = self.role != Role::Primary && self.connection != Connection::SyncSource;
-        if may && arg > self.superblock.epoch.0 && arg <= EPOCH_MAX {
+        if may && self.is_next_epoch(arg) {
             self.superblock.epoch = Epoch(arg);
             self.store(actions);
             actions.push(Action::AdoptEpoch(Epoch(arg)));
@@ -585,6 +606,19 @@ fn put_back(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
     format!(
         ". The disk of {old} and its metadata are older than its last session (a snapshot that was put back?), and it went on \
          from there"
+    )
+}
+
+/// Why a node that serves is not overwritten, whatever its peer says of itself, and what an operator can do.
+fn serving_is_kept(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let VolumeSettings { volume, node, peer, .. } = settings;
+    format!(
+        "split brain: {peer} went on without {node}, which serves (on {node} {}; on {peer} {}); a node that serves is not \
+         overwritten unasked, and nothing was changed. If {peer}'s data is wanted: `costandby demote {volume}` on {node}, which is \
+         then copied from {peer} and gives up what {peer} lacks. If {node}'s data is: on {peer} `costandby demote {volume}` if it \
+         serves, then stop its daemon, `costandby create {volume} --force`, which gives up what its disk holds, and start it",
+        history(&mine.generations),
+        history(&theirs.generations)
     )
 }
 

@@ -7,6 +7,7 @@ use crate::hello::Hello;
 use costandby_datapath::disk::superblock::Generations;
 
 mod apart;
+mod claims;
 mod diskless;
 mod handover;
 mod resync;
@@ -537,21 +538,6 @@ fn a_new_session_takes_over_from_one_that_has_not_settled() {
     assert!(one.stored().applying);
     assert_eq!(one.on(Event::Settled), [], "the flush of the session before says nothing about this one");
     assert!(one.stored().applying);
-}
-
-#[test]
-fn a_stale_primary_steps_down_before_it_is_ready() {
-    let mut one = One::primary("alpha", OnPeerLoss::Continue);
-    one.on(lost(false));
-    one.peer.generations.advance(Generation(6), true);
-    one.peer.epoch = Epoch(4);
-    one.peer_serves = true;
-    let actions = one.greet();
-    assert_eq!(actions[0], Action::StopServing);
-    let down = stored(&actions[1]);
-    assert!(!down.primary && down.disk_state == DiskState::Inconsistent && down.epoch == Epoch(4));
-    assert!(matches!(actions[2], Action::SendReady(_)));
-    assert_eq!(one.controller.role, Role::Standby);
 }
 
 #[test]

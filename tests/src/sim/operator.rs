@@ -111,6 +111,13 @@ impl World {
             self.agenda.at(due, Event::Boot { at });
             return Ok(());
         }
+        if says("went on without") && status.role == Role::Primary {
+            if apart > patience {
+                self.seen.insert("an overtaken primary gave way");
+                self.order(at, Command::Demote);
+            }
+            return Ok(());
+        }
         let split = says("split brain") || says("no common past");
         if split && apart > patience && other.is_some() {
             let other_serves = other.as_ref().is_some_and(|other| other.role == Role::Primary);

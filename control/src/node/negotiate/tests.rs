@@ -3,15 +3,21 @@
 use super::*;
 use crate::node::rdma::fake::{Fabric, FakeRdma, RingScript, Script};
 use crate::role::{Found, VolumeController, VolumeSettings};
+use crate::secure::key::{KEY_LEN, Key, Keys};
 use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::units::{AckLevel, OnPeerLoss};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
-async fn connection() -> (TcpStream, TcpStream) {
+async fn connection() -> (Channel, Channel) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("bound");
     let dialled = TcpStream::connect(listener.local_addr().expect("bound"));
     let (dialled, accepted) = tokio::join!(dialled, listener.accept());
-    (dialled.expect("connected"), accepted.expect("accepted").0)
+    let keys = Keys::one(Key::from_bytes([7; KEY_LEN]));
+    let (dialled, accepted) = tokio::join!(
+        Channel::dial(dialled.expect("connected"), &keys, "alpha", "beta"),
+        Channel::accept(accepted.expect("accepted").0, &keys, "beta")
+    );
+    (dialled.expect("proved"), accepted.expect("proved"))
 }
 
 fn terms(node: &str, wanted: LinkKind, rdma: Arc<FakeRdma>) -> Terms {
@@ -141,18 +147,21 @@ async fn a_pause_keeps_rdma_out_of_the_conversation() {
 }
 
 #[tokio::test]
-async fn each_offer_has_another_secret_and_a_wrong_one_is_turned_away() {
+async fn each_connection_has_another_secret_and_a_wrong_one_is_turned_away() {
     let fabric = Fabric::default();
     let beta = terms("beta", LinkKind::Auto, fabric.node(Script::default()));
     let alpha = terms("alpha", LinkKind::Auto, fabric.node(Script::default()));
-    let (first, offer) = beta.listen().await.expect("listens");
-    let (_second, other) = beta.listen().await.expect("listens");
-    assert_ne!(offer.secret, other.secret);
+    let [(one_dialled, one_accepted), (_, other_accepted)] = [connection().await, connection().await];
+    let secret = link_secret(&one_accepted);
+    assert!(secret == link_secret(&one_dialled), "both ends know it");
+    let (first, offer) = beta.listen(secret.clone()).await.expect("listens");
+    let (_second, other) = beta.listen(link_secret(&other_accepted)).await.expect("listens");
     assert_ne!(offer.address, other.address);
-    let stolen = RdmaOffer { address: offer.address, secret: other.secret };
-    assert_eq!(alpha.dial(stolen).await.err().as_deref(), Some("turned away"));
+    let stolen = alpha.dial(offer.clone(), link_secret(&other_accepted)).await;
+    assert_eq!(stolen.err().as_deref(), Some("turned away"));
     let accepting = accept(first);
-    assert!(alpha.dial(offer).await.is_ok());
+    assert!(alpha.dial(offer, secret.clone()).await.is_ok());
+    assert_eq!(format!("{secret:?}"), "Secret(..)");
     assert!(accepted(accepting, &beta).await.is_ok());
 }
 
@@ -201,7 +210,7 @@ async fn an_acceptor_of_an_older_release_gets_tcp_and_no_word_it_does_not_know()
     let (met, mut accepted) = tokio::join!(greet(&mut dialled, hello("alpha"), &alpha), hand);
     assert_eq!(outcome(met).0, "tcp");
     drop(dialled);
-    assert!(matches!(listen(&mut accepted).await, Err(HelloError::Io { .. })), "nothing more was said");
+    assert!(matches!(listen(&mut accepted).await, Err(HelloError::Secure(_))), "nothing more was said");
 }
 
 #[tokio::test]

@@ -3,8 +3,7 @@
 //! Fakes that came from one [`Fabric`] reach each other. What is prepared is a TCP link over the companion, which any
 //! reactor can drive.
 
-use super::{Prepared, RdmaListener, RdmaSetup, RingState, Wanted};
-use crate::hello::{RdmaOffer, Secret};
+use super::{Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
 use costandby_datapath::limits::RING_LEN;
 use costandby_datapath::transport::Link;
 use costandby_datapath::transport::tcp::TcpLink;
@@ -115,14 +114,14 @@ impl RdmaSetup for FakeRdma {
         Ok(Box::new(FakeListener { address: SocketAddr::new(local, port), met, fake }))
     }
 
-    fn dial(&self, _: IpAddr, offer: &RdmaOffer, _: Duration) -> Result<Prepared, String> {
+    fn dial(&self, _: IpAddr, to: SocketAddr, shown: &Secret, _: Duration) -> Result<Prepared, String> {
         self.step(|script| script.dial)?;
         let ready =
             matches!(self.script.lock().expect("no panics").ring, RingScript::Ready | RingScript::After(0));
         assert!(ready, "connected without a ring");
         let listeners = self.listeners.lock().expect("no panics");
-        match listeners.get(&offer.address.port()) {
-            Some((secret, met)) if *secret == offer.secret => {
+        match listeners.get(&to.port()) {
+            Some((secret, met)) if secret == shown => {
                 met.send(()).map_err(|_| "the listener is gone".to_owned())?;
                 Ok(prepared())
             }

@@ -1,7 +1,6 @@
 //! RDMA as this machine has it: the datapath's verbs behind [`super::RdmaSetup`].
 
-use super::{Makers, Prepared, RdmaListener, RdmaSetup, RingState, Wanted};
-use crate::hello::{RdmaOffer, Secret};
+use super::{Makers, Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
 use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_RING_LEN, RDMA_STAGE_LEN};
 use costandby_datapath::transport::rdma::keeper::{Making, Whereabouts};
 use costandby_datapath::transport::rdma::ring::{Ring, RingKeeper, RingLease};
@@ -137,9 +136,15 @@ impl RdmaSetup for Verbs {
         Ok(Box::new(VerbsListener { listening, windows_limit_bytes, keeper }))
     }
 
-    fn dial(&self, local: IpAddr, offer: &RdmaOffer, step_max: Duration) -> Result<Prepared, String> {
+    fn dial(
+        &self,
+        local: IpAddr,
+        to: SocketAddr,
+        shown: &Secret,
+        step_max: Duration,
+    ) -> Result<Prepared, String> {
         let ring = lend(&self.keeper).ok_or_else(|| SetupError::RingInUse.to_string())?;
-        let connected = setup::dial(local, offer.address, secret(&offer.secret), ring, step_max);
+        let connected = setup::dial(local, to, secret(shown), ring, step_max);
         prepared(connected.map_err(|error| error.to_string())?, self.windows_limit_bytes)
     }
 }

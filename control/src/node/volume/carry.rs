@@ -11,6 +11,7 @@ use crate::config::LinkKind;
 use crate::hello::{Refuse, RefuseCode, Upgrade};
 use crate::link::Kind;
 use crate::role::{Event, SessionSide};
+use crate::secure::channel::Channel;
 use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
 use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
 use costandby_datapath::transport::tcp::TcpLink;
@@ -18,7 +19,6 @@ use costandby_datapath::transport::{Link, ring_takes};
 use costandby_datapath::units::Epoch;
 use std::io;
 use std::time::Duration;
-use tokio::net::TcpStream;
 
 /// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
 const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
@@ -48,8 +48,8 @@ pub(super) struct SessionState {
 }
 
 /// A conversation's connection as the datapath takes it.
-fn companion(stream: TcpStream) -> io::Result<std::net::TcpStream> {
-    let stream = stream.into_std()?;
+fn companion(stream: Channel) -> io::Result<std::net::TcpStream> {
+    let stream = stream.into_stream().into_std()?;
     stream.set_nonblocking(true)?;
     Ok(stream)
 }
@@ -84,7 +84,7 @@ impl VolumeTask {
     }
 
     /// It is settled what carries the session, or that nothing does.
-    pub(super) async fn met(&mut self, stream: TcpStream, met: Result<Met, NoLink>) {
+    pub(super) async fn met(&mut self, stream: Channel, met: Result<Met, NoLink>) {
         let event = match met {
             Ok(Met { hello, carrier }) => {
                 if let Carrier::Tcp { why: Some(why), tried: true } = &carrier {
@@ -158,11 +158,11 @@ impl VolumeTask {
             serial: session.serial,
         };
         let inbox = self.shared.inbox.clone();
-        peers::ask_upgrade(self.surroundings.peer_address, upgrade, self.terms(), inbox);
+        peers::ask_upgrade(self.surroundings.route.clone(), upgrade, self.terms(), inbox);
     }
 
     /// The peer asks for it.
-    pub(super) fn upgrade_asked(&mut self, stream: TcpStream, upgrade: &Upgrade) {
+    pub(super) fn upgrade_asked(&mut self, stream: Channel, upgrade: &Upgrade) {
         let auto = self.shared.config.link == LinkKind::Auto;
         let session = self.session.as_mut().filter(|session| {
             let over_tcp = auto && session.kind == Kind::Tcp && session.switching.is_none();
@@ -187,7 +187,7 @@ impl VolumeTask {
         &mut self,
         nonces: [u64; 2],
         serial: u64,
-        upgraded: Result<(TcpStream, Prepared), NoLink>,
+        upgraded: Result<(Channel, Prepared), NoLink>,
     ) {
         let current = |session: &SessionState| session.nonces == nonces && session.switching == Some(serial);
         if !self.session.as_ref().is_some_and(current) {
@@ -285,7 +285,7 @@ impl VolumeTask {
         }
     }
 
-    fn make_link(&mut self, stream: TcpStream, peer: PeerEnd) -> io::Result<Box<dyn Link>> {
+    fn make_link(&mut self, stream: Channel, peer: PeerEnd) -> io::Result<Box<dyn Link>> {
         let stream = companion(stream)?;
         let now = self.now();
         let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));

@@ -41,9 +41,8 @@ impl VolumeTask {
             self.prober.next = now + PROBE_AFTER;
         } else if now >= self.prober.next && !self.prober.under_way {
             self.prober.under_way = true;
-            let (node, volume) =
-                (self.surroundings.node.clone(), self.shared.config.name.as_str().to_owned());
-            peers::probe(self.surroundings.peer_address, node, volume, self.shared.inbox.clone());
+            let volume = self.shared.config.name.as_str().to_owned();
+            peers::probe(self.surroundings.route.clone(), volume, self.shared.inbox.clone());
         }
     }
 

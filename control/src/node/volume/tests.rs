@@ -84,7 +84,7 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
     let peer = volume.peer_of("alpha").expect("two nodes").clone();
     let shared = Arc::new(Shared::new(volume, peer, controller.status(), Phase::Open(0), inbox));
     let surroundings = Surroundings {
-        peer_address: SocketAddr::from(([127, 0, 0, 1], 1)),
+        route: Route::to("beta", ([127, 0, 0, 1], 1).into(), "alpha", Arc::default()),
         command_line: "costandby --config f --node alpha".into(),
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),

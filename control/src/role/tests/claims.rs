@@ -1,0 +1,83 @@
+//! What a peer claims in its hello is checked against what this node sees of itself: a primary that serves is no target, epochs
+//! have bounds, a size that differs is named.
+
+use super::*;
+use crate::hello::EPOCH_STEP_MAX;
+
+#[test]
+fn a_primary_that_serves_is_copied_to_only_after_an_operator_demoted_it() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(lost(false));
+    one.peer.generations.advance(Generation(6), true);
+    one.peer.epoch = Epoch(4);
+    one.peer_serves = true;
+    let before = one.stored().clone();
+    for _ in 0..2 {
+        let actions = one.greet();
+        let [Action::Refuse(refuse)] = &actions[..] else { panic!("{actions:?}") };
+        assert!(refuse.text.contains("beta went on without alpha, which serves"), "{}", refuse.text);
+        assert_eq!((one.stored(), one.controller.role), (&before, Role::Primary));
+        let status = one.controller.status();
+        assert!(status.parted && status.advice == Some(refuse.text.clone()));
+    }
+    // Even while writes wait for the peer.
+    let actions = one.command(Command::Demote);
+    assert!(actions[0] == Action::StopServing && !stored(&actions[1]).primary);
+    reply(&actions[2..]).expect("done");
+    let actions = one.greet();
+    let down = stored(&actions[0]);
+    assert!(!down.primary && down.disk_state == DiskState::Inconsistent && down.epoch == Epoch(4));
+    assert!(matches!(actions[1], Action::SendReady(_)));
+    assert_eq!(one.controller.status().advice.filter(|advice| advice.contains("went on")), None);
+}
+
+#[test]
+fn an_epoch_that_no_promotions_led_to_is_refused_by_name() {
+    let ours = synced("alpha").epoch.0;
+    for (epoch, taken) in [
+        (ours + EPOCH_STEP_MAX, true),
+        (ours + EPOCH_STEP_MAX + 1, false),
+        (1 << 62, false),
+        (u64::MAX, false),
+    ] {
+        let mut one = One::with("alpha", OnPeerLoss::Continue, |_| {}, |peer| peer.epoch = Epoch(epoch));
+        let actions = one.greet();
+        assert_eq!(matches!(actions.last(), Some(Action::SendReady(_))), taken, "{epoch}: {actions:?}");
+        if !taken {
+            let Some(Action::Refuse(refuse)) = actions.last() else { panic!("{actions:?}") };
+            assert!(refuse.text.contains(&format!("beta claims epoch {epoch}")), "{}", refuse.text);
+            assert_eq!(one.stored().epoch, Epoch(ours));
+        }
+        let mut one = One::new("alpha", |_| {});
+        one.connect();
+        let granted = one
+            .message(code::PROMOTE_REQUEST, epoch)
+            .contains(&Action::SendPeer { code: code::PROMOTE_GRANT, arg: epoch });
+        assert_eq!(granted, taken, "{epoch}");
+        let mut one = One::new("alpha", |_| {});
+        one.connect();
+        one.message(code::PROMOTE_DENY, epoch);
+        assert_eq!(one.stored().epoch == Epoch(epoch), taken, "{epoch}");
+    }
+}
+
+#[test]
+fn a_size_that_differs_is_named_once_and_is_over_by_itself() {
+    let mut one = One::with("alpha", OnPeerLoss::Continue, |_| {}, |peer| peer.size = 2 << 20);
+    let mut logged = 0;
+    for _ in 0..3 {
+        one.controller.hello(1 << 20, &["tcp"]);
+        let hello = one.peer_hello();
+        let mut actions = Vec::new();
+        one.controller.handle(NOW, Event::HelloReceived(Box::new(hello)), &mut actions);
+        logged += actions.iter().filter(|action| matches!(action, Action::Log { .. })).count();
+        let advice = one.controller.status().advice.expect("named");
+        assert!(advice.contains("1048576 bytes on alpha and 2097152 on beta"), "{advice}");
+        assert_eq!(one.controller.connection, Connection::Connecting);
+    }
+    assert_eq!(logged, 1);
+    one.peer.size = 1 << 20;
+    one.connect();
+    assert_eq!(one.controller.connection, Connection::Connected);
+    assert_eq!(one.controller.status().advice.filter(|advice| advice.contains("bytes on")), None);
+}
