@@ -28,7 +28,7 @@
 //! than [`limits::HELLO_LEN_MAX`] at a peer's word. [`read`] takes no byte past its message: the next one may be the
 //! link's first frame.
 
-use crate::generation::{Agreement, Lineage, ServingRole, View};
+use crate::generation::{Agreement, Lineage, Recall, ServingRole, View};
 use crate::link::{Kind, REASON_LEN_MAX, Voice};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
 use costandby_datapath::limits::{self, GENERATION_HISTORY_LEN};
@@ -64,8 +64,12 @@ pub struct Hello {
     pub ring_len: u64,
     /// Link kinds the speaker can carry on with, best first.
     pub links: Vec<String>,
-    /// Random, another for each conversation. Both sides' together name a session to [`Upgrade`].
+    /// Random, another for each conversation. Both sides' together name a session.
     pub nonce: u64,
+    /// Random, another for each start of the speaker's daemon. Only texts rest on it: what a node remembers of a session
+    /// proves more.
+    #[serde(default)]
+    pub incarnation: u64,
     /// The acceptor's, where the dialer's links and its own have RDMA: the dialer connects there next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma: Option<RdmaOffer>,
@@ -378,7 +382,7 @@ pub async fn write(stream: &mut (impl AsyncWrite + Unpin), message: &Message) ->
 /// [`View`] as JSON: plain numbers and DRBD's words.
 mod stored_view {
     use super::{
-        DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, ServingRole, View,
+        DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, Recall, ServingRole, View,
     };
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -401,6 +405,8 @@ mod stored_view {
         role: ServingRole,
         configured_primary: bool,
         proposed: Lineage,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        recall: Option<Recall>,
     }
 
     pub(super) fn serialize<S: Serializer>(view: &View, serializer: S) -> Result<S::Ok, S::Error> {
@@ -422,6 +428,7 @@ mod stored_view {
             role: view.role,
             configured_primary: view.configured_primary,
             proposed: view.proposed,
+            recall: view.recall,
         }
         .serialize(serializer)
     }
@@ -463,6 +470,7 @@ mod stored_view {
             role: stored.role,
             configured_primary: stored.configured_primary,
             proposed: stored.proposed,
+            recall: stored.recall,
         })
     }
 }
@@ -498,13 +506,25 @@ mod tests {
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,
+            recall: bits[1].then_some(Recall {
+                session: [numbers.1, numbers.3],
+                epoch: numbers.2,
+                generation: numbers.5,
+                source: bits[2],
+                applied: numbers.4[0],
+                numbered: numbers.4[1],
+                map_told: bits[3],
+                alone: bits[4],
+            }),
         });
         let hello = (view, ".{0,40}", any::<u64>()).prop_map(|(view, node, nonce)| {
             let (volume, links) = ("db".to_owned(), vec!["tcp".to_owned()]);
             let rdma = (nonce % 2 == 0).then(|| offer(nonce));
             let no_rdma = (nonce % 3 == 0).then(|| "no device".to_owned());
             let ring_len = nonce / 2;
-            Message::Hello(Box::new(Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, view }))
+            let incarnation = nonce ^ 1;
+            let hello = Hello { node, volume, ring_len, links, nonce, incarnation, rdma, no_rdma, view };
+            Message::Hello(Box::new(hello))
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
             let verdict = if resync {
@@ -512,7 +532,8 @@ mod tests {
             } else {
                 Verdict::InSync { adopt: None }
             };
-            let agreement = Agreement { verdict, primary: Some(Side::Theirs), epoch };
+            let goes_on = resync.then_some(epoch / 3);
+            let agreement = Agreement { verdict, primary: Some(Side::Theirs), epoch, goes_on };
             Message::Ready(Ready { agreement, lineage: Lineage { volume_id: [1; 16], generation: epoch } })
         });
         let refuse = ".{0,200}".prop_map(|text| Message::Refuse(Refuse { code: RefuseCode::Disks, text }));

@@ -28,6 +28,7 @@ fn fresh() -> View {
         role: ServingRole::Standby,
         configured_primary: false,
         proposed: Lineage { volume_id: [9; 16], generation: 99 },
+        recall: None,
     }
 }
 

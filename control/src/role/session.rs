@@ -4,10 +4,11 @@ use super::{
     Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
 };
-use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
+use crate::generation::{Agreement, Recall, Scope, Side, Verdict, View, Why, agree, knows};
 use crate::hello::{EPOCH_MAX, Hello, Ready, RefuseCode};
 use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
-use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+use costandby_datapath::reactor::command::{Before, Parted};
+use costandby_datapath::units::{Epoch, Generation, OnPeerLoss, Seq};
 use std::time::Duration;
 
 impl VolumeController {
@@ -43,7 +44,13 @@ impl VolumeController {
         match agreement.verdict {
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
                 let lineage = lineage_of(&agreement, &mine, &hello.view);
-                self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
+                let mut session = [self.nonce, hello.nonce];
+                if settings.peer < settings.node {
+                    session.reverse();
+                }
+                let incarnation = hello.incarnation;
+                let ready = Ready { agreement, lineage };
+                self.accept(Pending { ready, peer: hello.view, session, incarnation }, actions);
             }
             Verdict::NoUsableDisk => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
@@ -100,6 +107,7 @@ impl VolumeController {
             self.set_role(Role::Standby);
             self.alone = false;
             self.undurable = false;
+            self.recall = None;
             let text = format!("{} went on while this node was away: stepping down", self.settings.peer);
             self.log(Level::Warn, &text, actions);
         }
@@ -132,6 +140,7 @@ impl VolumeController {
     /// Has everything on record as differing, unless it is.
     pub(super) fn mark_all(&mut self, actions: &mut Vec<Action>) {
         self.dirty = true;
+        self.recall = None;
         if !std::mem::replace(&mut self.all_marked, true) {
             actions.push(Action::MarkAll);
         }
@@ -151,6 +160,14 @@ impl VolumeController {
         }
         let serve = agreement.primary == Some(Side::Mine);
         let peer_serves = agreement.primary == Some(Side::Theirs);
+        let before = self.before(&agreement, &pending.peer);
+        let goes_on = agreement.goes_on.is_some();
+        let restarted = self.peer_incarnation.is_some_and(|known| known != pending.incarnation);
+        self.peer_incarnation = Some(pending.incarnation);
+        self.recall = None;
+        let session = self.session.filter(|_| goes_on).map_or(pending.session, |(session, _)| session);
+        self.session = Some((session, Generation(lineage.generation)));
+        let stored = self.superblock.clone();
         let superblock = &mut self.superblock;
         self.settling = false;
         self.all_marked = false;
@@ -174,7 +191,12 @@ impl VolumeController {
             // What this disk holds is what the volume holds from here on.
             self.lost_power = false;
         }
-        self.store(actions);
+        if goes_on && connection == Connection::Connected {
+            self.undurable = false;
+        }
+        if !goes_on || self.superblock != stored {
+            self.store(actions);
+        }
         self.set_connection(connection);
         let begins = serve && self.role == Role::Standby;
         if begins {
@@ -189,20 +211,33 @@ impl VolumeController {
         } else {
             SessionSide::Target { resync: connection == Connection::SyncTarget }
         };
-        actions.push(Action::StartSession { side, serve, epoch: Epoch(agreement.epoch) });
+        actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
         let text = match agreement.verdict {
+            _ if goes_on => format!("connected to {} again: the session goes on where its link broke", self.settings.peer),
             Verdict::Resync { why, scope, .. } => {
                 let direction = if resync { "copying to" } else { "being copied from" };
                 let what = match scope {
                     Scope::Full => "everything",
                     Scope::Delta => "what differs",
                 };
-                format!("connected, {direction} {} {what}: {}", self.settings.peer, why.as_str())
+                let daemon = if restarted { "; its daemon was restarted" } else { "" };
+                format!("connected, {direction} {} {what}: {}{daemon}", self.settings.peer, why.as_str())
             }
             _ => format!("connected to {}, in sync", self.settings.peer),
         };
         let role = if begins { format!("; {} is primary", self.settings.node) } else { String::new() };
         self.log(Level::Info, &(text + &role), actions);
+    }
+
+    /// What the two nodes still know of the session before the one that begins.
+    fn before(&self, agreement: &Agreement, peer: &View) -> Before {
+        let mine = self.view();
+        if let Some(applied) = agreement.goes_on {
+            let map_told = [mine.recall, peer.recall].into_iter().flatten().any(|recall| recall.map_told);
+            return Before::GoesOn { applied: Seq(applied), map_told };
+        }
+        let copies = matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, .. });
+        if copies && knows(&mine, peer) { Before::Kept } else { Before::Unknown }
     }
 
     pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {
@@ -232,14 +267,18 @@ impl VolumeController {
         reason: &str,
         undurable: bool,
         dirty: bool,
+        parted: Option<Parted>,
         actions: &mut Vec<Action>,
     ) {
-        if self.peer.take().is_none() {
+        let Some(peer) = self.peer.take() else {
             self.dirty |= dirty;
             return;
-        }
+        };
         // What a verification found must not be copied over this disk: the peer is behind, and on record as that.
-        let undurable = undurable || std::mem::take(&mut self.unrepaired);
+        let unrepaired = std::mem::take(&mut self.unrepaired);
+        let undurable = undurable || unrepaired;
+        let in_order = !unrepaired && !peer.diskless && self.diskless.text().is_none();
+        self.recall = parted.filter(|_| in_order).and_then(|parted| self.recall_of(&parted));
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
@@ -248,10 +287,12 @@ impl VolumeController {
         self.end_diskless(actions);
         self.settling = self.superblock.applying;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        // The datapath says when clients have waited long enough for a peer that may be back in a moment.
+        let waits = self.recall.is_some() && self.connection != Connection::Standalone;
         if serves && undurable {
             match self.settings.on_peer_loss {
-                OnPeerLoss::Continue => self.go_alone(actions),
-                OnPeerLoss::Freeze => self.undurable = true,
+                OnPeerLoss::Continue if !waits => self.go_alone(actions),
+                _ => self.undurable = true,
             }
         }
         self.invalidate_now(actions);
@@ -270,6 +311,21 @@ impl VolumeController {
                 self.dial(actions);
             }
         }
+    }
+
+    fn recall_of(&self, parted: &Parted) -> Option<Recall> {
+        let (session, generation) = self.session?;
+        let Parted { source, epoch, applied, numbered, map_told } = *parted;
+        Some(Recall {
+            session,
+            epoch: epoch.0,
+            generation: generation.0,
+            source,
+            applied: applied.0,
+            numbered: numbered.0,
+            map_told,
+            alone: false,
+        })
     }
 
     pub(super) fn on_settled(&mut self, actions: &mut Vec<Action>) {
@@ -306,6 +362,9 @@ impl VolumeController {
         }
         self.undurable = false;
         self.dirty = true;
+        if let Some(recall) = &mut self.recall {
+            recall.alone = true;
+        }
         if !std::mem::replace(&mut self.alone, true) {
             self.log(Level::Warn, &format!("going on without {}", self.settings.peer), actions);
         }

@@ -570,9 +570,9 @@ impl Reactor {
                     tracing::error!(%error, "cannot watch an address for NBD clients, which are not served there");
                 }
             }
-            Command::Session { volume, mut link, direction, epoch } => {
+            Command::Session { volume, before, mut link, direction, epoch } => {
                 self.watch(volume, link.as_mut());
-                self.volumes[volume].attach(link, direction, epoch, now);
+                self.volumes[volume].attach_after(before, link, direction, epoch, now);
                 self.link_ready[volume] = true;
                 self.next_deadline = now;
             }

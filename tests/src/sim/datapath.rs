@@ -148,9 +148,9 @@ impl World {
         let now = self.now();
         let instant = self.nodes[at].skew.instant(now);
         match command {
-            Command::Session { link, direction, epoch, .. } => {
-                self.tell(at, format_args!("session begins: {direction:?}, epoch {epoch}"));
-                self.volume(at).attach(link, direction, epoch, instant);
+            Command::Session { before, link, direction, epoch, .. } => {
+                self.tell(at, format_args!("session begins: {direction:?}, epoch {epoch}, {before:?}"));
+                self.volume(at).attach_after(before, link, direction, epoch, instant);
                 self.live(at).next_deadline = now;
             }
             Command::Direct { direction, epoch, .. } => {

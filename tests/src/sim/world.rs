@@ -40,6 +40,7 @@ pub(super) enum Event {
     Call { at: usize, life: u64, call: u64 },
     MetadataCall { at: usize, life: u64 },
     Land { at: usize, life: u64, op: OpId },
+    DialDue { at: usize, life: u64 },
     Dialled { at: usize, life: u64, stream: Option<StreamId> },
     Spoken { stream: StreamId, to: usize, said: Said },
     Patience { stream: StreamId, at: usize, serial: u64 },
@@ -273,6 +274,7 @@ impl World {
             | Event::Work { at, life }
             | Event::Tick { at, life }
             | Event::Call { at, life, .. }
+            | Event::DialDue { at, life }
             | Event::MetadataCall { at, life }
             | Event::Land { at, life, .. }
             | Event::Dialled { at, life, .. }
@@ -289,6 +291,10 @@ impl World {
             Event::Tick { at, life } => {
                 self.post_input(at, Input::Tick);
                 self.agenda.at(self.now() + TICK, Event::Tick { at, life });
+                Ok(())
+            }
+            Event::DialDue { at, .. } => {
+                self.dial_due(at);
                 Ok(())
             }
             Event::Call { at, call, .. } => {
