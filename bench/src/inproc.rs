@@ -140,7 +140,13 @@ impl Node {
         let (reactor, handle) = Reactor::new(config, vec![spec], sender)?;
         let direction =
             if primary { Direction::Source { resync: false } } else { Direction::Target { resync: false } };
-        handle.send(Command::Session { volume: 0, before: Before::Unknown, link, direction, epoch: Epoch(1) });
+        handle.send(Command::Session {
+            volume: 0,
+            before: Before::Unknown,
+            link,
+            direction,
+            epoch: Epoch(1),
+        });
         let mut node = Self { handle, here: None, thread: None, events };
         if primary && load.poll == PollMode::Busy {
             node.here = Some(reactor);

@@ -213,7 +213,9 @@ impl VolumeController {
         };
         actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
         let text = match agreement.verdict {
-            _ if goes_on => format!("connected to {} again: the session goes on where its link broke", self.settings.peer),
+            _ if goes_on => {
+                format!("connected to {} again: the session goes on where its link broke", self.settings.peer)
+            }
             Verdict::Resync { why, scope, .. } => {
                 let direction = if resync { "copying to" } else { "being copied from" };
                 let what = match scope {

@@ -235,7 +235,10 @@ fn a_copy_ends_on_record_on_both_sides_in_order() {
     let mut source = One::with("alpha", OnPeerLoss::Continue, ahead, |_| {});
     let actions = source.connect();
     let side = SessionSide::Source { resync: true };
-    assert_eq!(actions.last(), Some(&Action::StartSession { side, before: Before::Unknown, serve: false, epoch: Epoch(3) }));
+    assert_eq!(
+        actions.last(),
+        Some(&Action::StartSession { side, before: Before::Unknown, serve: false, epoch: Epoch(3) })
+    );
     assert_eq!(source.controller.status().peer_state, Some(DiskState::Inconsistent));
     let actions = source.on(Event::ResyncDone);
     assert!(stored(&actions[0]).peer_has_current && stored(&actions[0]).generations.base == Generation(5));
@@ -335,7 +338,10 @@ fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     assert!(one.controller.status().frozen);
     let actions = one.connect();
     let side = SessionSide::Source { resync: true };
-    assert_eq!(actions.last(), Some(&Action::StartSession { side, before: Before::Unknown, serve: true, epoch: Epoch(3) }));
+    assert_eq!(
+        actions.last(),
+        Some(&Action::StartSession { side, before: Before::Unknown, serve: true, epoch: Epoch(3) })
+    );
     assert!(!one.controller.status().frozen);
 }
 

@@ -328,7 +328,9 @@ impl Record {
     pub fn doubt(&mut self, range: ByteRange) {
         let grain_len = self.dirty.geometry().grain_len();
         let mut at = range.start;
-        while let Some(run) = self.dirty.next_dirty(at, range.end() - at).filter(|run| run.start < range.end()) {
+        while let Some(run) =
+            self.dirty.next_dirty(at, range.end() - at).filter(|run| run.start < range.end())
+        {
             let end = run.end().min(range.end());
             self.doubts.insert(ByteRange::new(run.start, end - run.start), grain_len);
             at = end.next_multiple_of(grain_len);

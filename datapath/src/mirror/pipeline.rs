@@ -498,7 +498,10 @@ impl Pipeline {
     fn session_goes_on(&mut self, applied: Seq, actions: &mut Vec<Action>) {
         let (acknowledged, numbered) = self.unsure();
         assert!(self.peer == Peer::Parted, "only a parted session goes on");
-        assert!(acknowledged <= applied && applied <= numbered, "the caller has compared the two ends' words");
+        assert!(
+            acknowledged <= applied && applied <= numbered,
+            "the caller has compared the two ends' words"
+        );
         self.peer = Peer::Live;
         // What was asked of the link that broke may never have arrived.
         self.peer_flush_asked = self.peer_durable;
@@ -516,10 +519,7 @@ impl Pipeline {
     }
 
     fn session_up(&mut self, in_sync: bool, actions: &mut Vec<Action>) {
-        assert!(
-            !matches!(self.peer, Peer::Live | Peer::Parted),
-            "a session begins after the last one ended"
-        );
+        assert!(!matches!(self.peer, Peer::Live | Peer::Parted), "a session begins after the last one ended");
         self.was_alone = self.peer == Peer::Alone && !in_sync;
         self.peer = Peer::Live;
         self.peer_in_sync = in_sync;

@@ -234,6 +234,8 @@ pub struct Volume {
     session_void: bool,
     /// A session without a link, which may go on. `source` holds for that one then.
     parted: Option<parting::Parting>,
+    /// The session went on over this link or one before.
+    gone_on: bool,
     /// Counts the flushes after a target's session.
     settle_serial: u64,
     /// Something of the session got through over the present link.
@@ -312,6 +314,7 @@ impl Volume {
             link_distrusted: false,
             session_void: false,
             parted: None,
+            gone_on: false,
             settle_serial: 0,
             link_moved: false,
             source: false,

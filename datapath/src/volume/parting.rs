@@ -102,6 +102,13 @@ impl Volume {
         (due > now).then_some(due)
     }
 
+    /// As if the peer had not been heard for long.
+    #[cfg(test)]
+    pub(super) fn end_patience(&mut self) {
+        let parting = self.parted.as_mut().expect("the link broke");
+        parting.due = Some(parting.heard);
+    }
+
     /// Asks control whether to go on alone, once somebody waits and the peer was not heard for long.
     pub(super) fn ask_if_parted_long(&mut self, now: Instant) {
         let Some(parting) = &mut self.parted else { return };

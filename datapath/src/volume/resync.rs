@@ -131,7 +131,7 @@ impl Volume {
             match self.telling.take() {
                 Some(Telling::All) => self.record.clear_all(),
                 // It is said again where a link broke before it was known to have arrived.
-                None if self.access.is_some() => {}
+                None if self.gone_on => {}
                 _ => return Err(wrong("a receipt for marks that were not told")),
             }
             return Ok(());

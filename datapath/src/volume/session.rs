@@ -60,6 +60,7 @@ impl Volume {
         self.link_distrusted = false;
         self.session_void = false;
         self.link_moved = false;
+        self.gone_on = matches!(before, Before::GoesOn { .. });
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;

@@ -26,6 +26,8 @@
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
 //!   since the disks were equal, only those that were written to since no record named them;
+//! - `copied-after-a-reset`: where a session in sync lost its link and neither process ended, nobody went alone and no operator
+//!   acted, no copy follows;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;
@@ -355,6 +357,15 @@ impl Checker {
     /// An operator has given up what `node` holds: only its peer holds all of it from now on.
     pub(super) fn invalidated(&mut self, node: usize) {
         self.duties[node].behind = true;
+    }
+
+    /// A copy begins. `undisturbed`: the disks were in sync, and nothing but links ended since.
+    pub(super) fn copies_after(&mut self, undisturbed: bool) -> Verdict {
+        self.count("copied-after-a-reset");
+        if undisturbed {
+            return broken("copied-after-a-reset", "a copy begins where only a link was lost".to_owned());
+        }
+        Ok(())
     }
 
     /// A flush is asked for.

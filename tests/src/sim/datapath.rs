@@ -281,6 +281,7 @@ impl World {
         for event in events {
             if let ReactorEvent::DiskFailed { .. } = event {
                 let now = self.now();
+                self.undisturbed = false;
                 self.checker.gave_up(now, at);
             }
             self.post_input(at, Input::Reactor(event));

@@ -189,6 +189,7 @@ impl World {
             }
             Input::Operator { id, command } => {
                 self.tell(at, format_args!("operator: {command:?}"));
+                self.undisturbed = false;
                 self.note_command(at, command);
                 self.handle(at, role::Event::Operator { id, command }, false)
             }
@@ -435,6 +436,7 @@ impl World {
             self.send(at, Command::CloseLink { volume: 0, reason: "the metadata cannot be stored" });
             self.send(at, Command::StopServing { volume: 0 });
             let now = self.now();
+            self.undisturbed = false;
             self.checker.gave_up(now, at);
             let local = self.nodes[at].skew.duration(now);
             let driver = self.driver(at);
@@ -541,7 +543,10 @@ impl World {
                     self.send(at, Command::Direct { volume, direction, epoch });
                 }
             }
-            Action::GoAlone => self.send(at, Command::GoAlone { volume }),
+            Action::GoAlone => {
+                self.undisturbed = false;
+                self.send(at, Command::GoAlone { volume });
+            }
             Action::CloseLink => {
                 if let Some(over) = self.driver(at).conversation.take() {
                     self.drop_conversation(at, &over);
@@ -628,6 +633,21 @@ impl World {
                 SessionSide::Target { resync } => Direction::Target { resync },
             };
             self.sessions += 1;
+            match before {
+                Before::Unknown => {}
+                Before::Kept => drop(self.seen.insert("a copy of what was written alone")),
+                Before::GoesOn { .. } if side == (SessionSide::Source { resync: true }) => {
+                    self.seen.insert("a copy went on over another link");
+                }
+                Before::GoesOn { .. } => drop(self.seen.insert("a session went on over another link")),
+            }
+            match side {
+                SessionSide::Source { resync: true } => {
+                    self.checker.copies_after(self.undisturbed)?;
+                }
+                SessionSide::Source { resync: false } => self.undisturbed = both,
+                SessionSide::Target { .. } => {}
+            }
             if both {
                 self.check_session()?;
             }

@@ -48,6 +48,7 @@ pub(super) enum Event {
     Operator,
     Fault,
     Heal { to: usize },
+    Reset { at: usize },
     Boot { at: usize },
     WriteBack { at: usize },
     Hush,
@@ -122,6 +123,8 @@ pub(super) struct World {
     pub(super) calm: bool,
     pub(super) hush_until: Nanos,
     pub(super) sessions: u64,
+    /// A session in sync began, and since then no process ended, nobody went alone and no operator did anything.
+    pub(super) undisturbed: bool,
     pub(super) faults: BTreeMap<&'static str, u64>,
     pub(super) seen: BTreeSet<&'static str>,
 }
@@ -241,6 +244,7 @@ impl World {
             calm: false,
             hush_until: 0,
             sessions: 0,
+            undisturbed: false,
             faults: BTreeMap::new(),
             seen: BTreeSet::new(),
         };
@@ -330,6 +334,9 @@ impl World {
             Event::Client(at) => self.client(at),
             Event::Operator => return self.operate(),
             Event::TakeOver { at } => self.take_over(at),
+            Event::Reset { at } => {
+                self.reset_again(at);
+            }
             Event::Fault => return self.fault(),
             Event::Heal { to } => {
                 self.cut[to] = false;
@@ -435,6 +442,7 @@ impl World {
         if self.nodes[at].process.is_none() {
             return;
         }
+        self.undisturbed = false;
         self.tell(at, format_args!("ends"));
         self.nodes[at].life += 1;
         self.abandon_metadata_call(at);
