@@ -123,7 +123,10 @@ fn a_primary_that_went_alone_copies_what_it_wrote_since() {
     pair.proxy().refuse(false);
     pair.wait_in_sync("db");
     let copied = pair.proxy().carried() - carried;
-    assert!(copied < 2 << 20, "{copied} bytes for four grains of 64 KiB; 32 MiB were written a moment before");
+    assert!(
+        copied < 2 << 20,
+        "{copied} bytes for four grains of 64 KiB; 32 MiB were written a moment before"
+    );
     pair.settle_and_compare("db");
     // A daemon that was restarted remembers nothing: what no flush has confirmed counts as different.
     for block in 0..64 {

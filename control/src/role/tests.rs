@@ -8,6 +8,7 @@ use costandby_datapath::disk::superblock::Generations;
 
 mod apart;
 mod diskless;
+mod going_on;
 mod resync;
 mod verify;
 
