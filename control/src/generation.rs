@@ -56,6 +56,9 @@ pub struct Recall {
     pub map_told: bool,
     /// Source: it went on without the target since.
     pub alone: bool,
+    /// The source's disk failed, and the target's stands in for it.
+    #[serde(default)]
+    pub diskless: bool,
 }
 
 impl Recall {
@@ -66,6 +69,7 @@ impl Recall {
             && self.session == other.session
             && self.epoch == other.epoch
             && self.generation == other.generation
+            && self.diskless == other.diskless
             && (self.applied..=self.numbered).contains(&other.applied)
     }
 }
@@ -89,6 +93,12 @@ fn goes_on(mine: &View, theirs: &View) -> Option<u64> {
     }
     let (sent, got) = (source.recall?, target.recall?);
     let holds = |view: &View| view.generations.current.0 == sent.generation;
+    if sent.diskless {
+        // The target's record that the source's disk is behind is a generation of its own.
+        let stands_in = target.is_usable() && target.generations.descends_from(Generation(sent.generation));
+        let serves = source.disk_state == DiskState::Failed && source.is_serving() && holds(source);
+        return (stands_in && serves && !target.was_primary_unclean).then_some(got.applied);
+    }
     let in_sync = target.disk_state == DiskState::UpToDate && holds(target);
     let in_copy = target.disk_state == DiskState::Inconsistent && target.copying.0 == sent.generation;
     let whole = source.is_usable() && !source.is_fresh() && holds(source) && !sent.alone;

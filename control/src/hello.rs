@@ -515,6 +515,7 @@ mod tests {
                 numbered: numbers.4[1],
                 map_told: bits[3],
                 alone: bits[4],
+                diskless: bits[5],
             }),
         });
         let hello = (view, ".{0,40}", any::<u64>()).prop_map(|(view, node, nonce)| {

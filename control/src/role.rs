@@ -695,6 +695,9 @@ fn propose(random: &mut Random) -> Lineage {
 /// The lineage both nodes hold, or will hold, after `agreement`.
 fn lineage_of(agreement: &Agreement, mine: &View, theirs: &View) -> Lineage {
     use crate::generation::{Side, Verdict, Why};
+    if let (Some(_), Some(recall)) = (agreement.goes_on, mine.recall) {
+        return Lineage { volume_id: mine.volume_id, generation: recall.generation };
+    }
     let source = match agreement.verdict {
         Verdict::InSync { adopt: Some(lineage) } => return lineage,
         Verdict::Resync { source: Side::Theirs, .. } => theirs,

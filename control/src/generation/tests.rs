@@ -334,6 +334,7 @@ fn parted() -> [View; 2] {
         numbered: 12,
         map_told: true,
         alone: false,
+        diskless: false,
     };
     let disk = View { epoch: Epoch(3), ..disk(5, 0, &[]) };
     let source = View { was_primary_unclean: true, recall: Some(recall), ..serving(disk) };
@@ -401,4 +402,28 @@ fn a_session_ends_with_anything_that_is_not_in_it() {
     assert!(knows(&alone, &target) && !knows(&target, &alone));
     assert_eq!(agreed(&alone, &target).verdict, DELTA_MINE(Why::TargetBehind));
     assert!(!knows(&alone, &View { recall: None, ..target }));
+}
+
+#[test]
+fn a_session_goes_on_without_the_sources_disk() {
+    let [source, target] = parted();
+    let gone =
+        |view: View| View { recall: view.recall.map(|recall| Recall { diskless: true, ..recall }), ..view };
+    let mut noted = gone(target);
+    noted.generations.advance(Generation(6), false);
+    noted.generations.base = Generation::ZERO;
+    let source = gone(bad(DiskState::Failed, source));
+    let agreement = agreed(&source, &noted);
+    assert_eq!(agreement.goes_on, Some(9));
+    assert_eq!((agreement.verdict, agreement.primary), (Verdict::InSync { adopt: None }, Some(Side::Mine)));
+    let over = [
+        ("the target has no record of it", source, gone(target)),
+        ("one of them does not know", source, View { recall: target.recall, ..noted }),
+        ("it was promoted", source, serving(noted)),
+        ("the source does not serve any more", View { role: ServingRole::Standby, ..source }, noted),
+        ("the target was restarted", source, View { recall: None, ..noted }),
+    ];
+    for (what, source, target) in over {
+        assert_eq!(agreed(&source, &target).goes_on, None, "{what}");
+    }
 }

@@ -100,7 +100,9 @@ impl VolumeController {
             _ => {}
         }
         // Before the first session a `primary` that is still `clean` only says who is to begin.
-        superblock.primary = agreement.primary == Some(Side::Mine) || resumes;
+        // One that serves from its peer's disk is on record as behind, and stays so.
+        let with_disk = !self.diskless.is_gone();
+        superblock.primary = (agreement.primary == Some(Side::Mine) || resumes) && with_disk;
         superblock.clean |= superblock.primary && !before.primary;
         if self.role == Role::Primary && agreement.primary != Some(Side::Mine) {
             actions.push(Action::StopServing);
@@ -162,6 +164,7 @@ impl VolumeController {
         let peer_serves = agreement.primary == Some(Side::Theirs);
         let before = self.before(&agreement, &pending.peer);
         let goes_on = agreement.goes_on.is_some();
+        let diskless = goes_on && self.recall.is_some_and(|recall| recall.diskless);
         let restarted = self.peer_incarnation.is_some_and(|known| known != pending.incarnation);
         self.peer_incarnation = Some(pending.incarnation);
         self.recall = None;
@@ -180,6 +183,8 @@ impl VolumeController {
                 superblock.copying = Generation(lineage.generation);
                 (Connection::SyncTarget, false)
             }
+            // The record says which disk is behind, and that goes on.
+            _ if diskless => (Connection::Connected, false),
             _ => {
                 superblock.generations.base = Generation::ZERO;
                 superblock.peer_has_current = true;
@@ -203,7 +208,8 @@ impl VolumeController {
             self.set_role(Role::Primary);
         }
         self.obstacle = None;
-        self.peer = Some(Peer { view: pending.peer, primary: peer_serves, diskless: false });
+        self.peer =
+            Some(Peer { view: pending.peer, primary: peer_serves, diskless: diskless && peer_serves });
         self.alone = false;
         self.need_alone = false;
         let side = if serve || resync {
@@ -279,19 +285,25 @@ impl VolumeController {
         // What a verification found must not be copied over this disk: the peer is behind, and on record as that.
         let unrepaired = std::mem::take(&mut self.unrepaired);
         let undurable = undurable || unrepaired;
-        let in_order = !unrepaired && !peer.diskless && self.diskless.text().is_none();
-        self.recall = parted.filter(|_| in_order).and_then(|parted| self.recall_of(&parted));
+        let asked = self.diskless.text().is_some() && !self.diskless.is_gone();
+        // Without a disk there is nothing to end in order with.
+        let ends = self.shutdown_deadline.is_some() || self.connection == Connection::Standalone;
+        let in_order = !unrepaired && !asked && !(ends && self.diskless.is_gone());
+        let diskless = peer.diskless || self.diskless.is_gone();
+        self.recall = parted.filter(|_| in_order).and_then(|parted| self.recall_of(&parted, diskless));
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
-        self.end_diskless(actions);
+        if self.recall.is_none() {
+            self.end_diskless(actions);
+        }
         self.settling = self.superblock.applying;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         // The datapath says when clients have waited long enough for a peer that may be back in a moment.
         let waits = self.recall.is_some() && self.connection != Connection::Standalone;
-        if serves && undurable {
+        if serves && undurable && !self.diskless.is_gone() {
             match self.settings.on_peer_loss {
                 OnPeerLoss::Continue if !waits => self.go_alone(actions),
                 _ => self.undurable = true,
@@ -315,7 +327,7 @@ impl VolumeController {
         }
     }
 
-    fn recall_of(&self, parted: &Parted) -> Option<Recall> {
+    fn recall_of(&self, parted: &Parted, diskless: bool) -> Option<Recall> {
         let (session, generation) = self.session?;
         let Parted { source, epoch, applied, numbered, map_told } = *parted;
         Some(Recall {
@@ -327,6 +339,7 @@ impl VolumeController {
             numbered: numbered.0,
             map_told,
             alone: false,
+            diskless,
         })
     }
 

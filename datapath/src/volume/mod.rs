@@ -248,7 +248,7 @@ pub struct Volume {
     arrived: VecDeque<Slot>,
     access_job: Option<Slot>,
     /// A session ended; control hears of it once nothing is being applied any more.
-    down_deferred: Option<session::LinkEnd>,
+    down_deferred: Option<parting::LinkEnd>,
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,

@@ -16,9 +16,10 @@
 //! - What is given up is marked in the dirty map before anything else happens. Marks that only stand for changes which the
 //!   peer had applied are known as such ([`Record::doubt`]) as long as the peer lives on; and they are cleared only after a
 //!   flush, like any others.
+//! - A primary without a disk keeps its questions as well, and asks again for what is missing of their answers. It has nothing to
+//!   go alone with: when its clients have waited long enough, its service ends.
 //! - A session does not go on after this node broke its order itself: gave up a change, changed its role, lost its disk.
 
-use super::session::LinkEnd;
 use super::{Outgoing, Volume};
 use crate::access::Access;
 use crate::mirror::pipeline::Event as PipelineEvent;
@@ -31,6 +32,16 @@ use super::resync::Telling;
 
 #[cfg(doc)]
 use crate::disk::record::Record;
+
+/// How a session's link ended.
+#[derive(Debug)]
+pub(super) struct LinkEnd {
+    pub(super) reason: String,
+    pub(super) undurable: bool,
+    pub(super) was_target: bool,
+    /// Something of the session got through over it.
+    pub(super) moved: bool,
+}
 
 /// A session without a link.
 #[derive(Debug)]
@@ -62,7 +73,8 @@ impl Volume {
             DownReason::Medium => false,
             _ => !self.session_void,
         };
-        let has_disk = !self.disk.is_failed() && !self.diskless.is_active();
+        // Without a disk all is at the peer, as before.
+        let has_disk = !self.disk.is_failed() && (!self.diskless.is_active() || self.reads_from_peer());
         in_order && has_disk && !self.repairs() && (self.source || self.access.is_some())
     }
 
@@ -113,8 +125,14 @@ impl Volume {
     pub(super) fn ask_if_parted_long(&mut self, now: Instant) {
         let Some(parting) = &mut self.parted else { return };
         let due = parting.due.is_some_and(|due| now >= due);
-        if due && !parting.asked && self.source && self.pipeline.waits_for_parted() {
-            parting.asked = true;
+        let waits = self.pipeline.waits_for_parted() || self.diskless.is_fetching();
+        if !due || parting.asked || !self.source || !waits {
+            return;
+        }
+        parting.asked = true;
+        if self.reads_from_peer() {
+            self.disk_lost("and the link to the peer, which stood in for it, is gone");
+        } else {
             self.events.push(Event::AskAlone { volume: self.index });
         }
     }
@@ -186,6 +204,8 @@ impl Volume {
     /// The parted session goes on over the link that was just attached.
     pub(super) fn go_on(&mut self, applied: Seq, map_told: bool, direction: Direction) {
         let Some(parting) = self.parted.take() else { return };
+        // What was queued without a link.
+        self.outbox.clear();
         if let Some(access) = parting.access {
             self.access = Some(access);
             self.telling = match parting.telling {
@@ -206,6 +226,7 @@ impl Volume {
             self.outbox.push_back(Outgoing::MarksKept);
         }
         self.pipeline_event(PipelineEvent::SessionGoesOn { applied });
+        self.ask_again();
         if direction == (Direction::Source { resync: false }) {
             if self.resync.is_some() {
                 // Its last word was lost: the peer has it on record that the copy has ended.

@@ -1,6 +1,7 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
 use super::diskless::{Diskless, post_reply};
+use super::parting::{LinkEnd, Parting};
 use super::resync::{Telling, Told};
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
@@ -20,16 +21,6 @@ use std::time::{Duration, Instant};
 
 /// Longest zeroing the access side does in place; see the same bound on the front ends' side.
 const ZERO_IN_PLACE_LEN_MAX: u64 = 64 << 10;
-
-/// How a session's link ended.
-#[derive(Debug)]
-pub(super) struct LinkEnd {
-    pub(super) reason: String,
-    pub(super) undurable: bool,
-    pub(super) was_target: bool,
-    /// Something of the session got through over it.
-    pub(super) moved: bool,
-}
 
 impl Volume {
     /// A session begins over `link`, of whose peer nothing is known.
@@ -375,7 +366,7 @@ impl Volume {
         if self.link.is_none() {
             // A flush after a takeover covers what the disk holds, and a session that goes on what it had applied.
             self.pipeline.applied_as_standby();
-            if let Some(access) = self.parted.as_mut().and_then(super::parting::Parting::access_mut)
+            if let Some(access) = self.parted.as_mut().and_then(Parting::access_mut)
                 && !failed
             {
                 access.applied(&slot.header);
@@ -455,7 +446,7 @@ impl Volume {
 
     pub(super) fn settled(&mut self, settle_serial: u64) {
         if settle_serial == self.settle_serial && self.access.is_none() {
-            if let Some(access) = self.parted.as_mut().and_then(super::parting::Parting::access_mut) {
+            if let Some(access) = self.parted.as_mut().and_then(Parting::access_mut) {
                 access.settled();
             }
             self.events.push(Event::Settled { volume: self.index });

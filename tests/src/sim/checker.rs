@@ -26,8 +26,7 @@
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
 //!   since the disks were equal, only those that were written to since no record named them;
-//! - `copied-after-a-reset`: where a session in sync lost its link and neither process ended, nobody went alone and no operator
-//!   acted, no copy follows;
+//! - `copied-after-a-reset`: no copy follows where a session in sync lost its link and nothing else happened;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;
@@ -362,10 +361,8 @@ impl Checker {
     /// A copy begins. `undisturbed`: the disks were in sync, and nothing but links ended since.
     pub(super) fn copies_after(&mut self, undisturbed: bool) -> Verdict {
         self.count("copied-after-a-reset");
-        if undisturbed {
-            return broken("copied-after-a-reset", "a copy begins where only a link was lost".to_owned());
-        }
-        Ok(())
+        let text = || "a copy begins where only a link was lost".to_owned();
+        if undisturbed { broken("copied-after-a-reset", text()) } else { Ok(()) }
     }
 
     /// A flush is asked for.

@@ -152,3 +152,34 @@ fn frozen_clients_wait_and_the_session_goes_on_whenever_the_peer_is_back() {
     assert_eq!(alpha.on(Event::NeedAlone), []);
     assert_eq!(before(&meet(&mut alpha, &mut beta)[0]), goes_on(7));
 }
+
+#[test]
+fn a_primary_without_a_disk_goes_on_over_the_next_link_and_ends_where_none_comes() {
+    for comes in [true, false] {
+        let (mut alpha, mut beta) = in_session();
+        let asked = alpha.on(Event::DiskFailing { text: "EIO".to_owned() });
+        let Some(Action::SendPeer { code: code::DISK_FAILED, arg }) = asked.first().cloned() else {
+            panic!("{asked:?}")
+        };
+        beta.message(code::DISK_FAILED, arg);
+        let noted = beta.stored().generations;
+        alpha.message(code::DISK_FAILED_NOTED, noted.current.0);
+        let actions = alpha.on(broke(true, 6, 12));
+        assert_eq!(actions, [Action::Dial], "no generation of its own, and no end");
+        beta.on(broke(false, 7, 7));
+        if comes {
+            let actions = meet(&mut alpha, &mut beta);
+            assert_eq!(actions.each_ref().map(|list| before(list)), [goes_on(7); 2]);
+            assert_eq!(alpha.controller.role, Role::Primary);
+            assert_eq!((alpha.stored().primary, alpha.stored().disk_state), (false, DiskState::Failed));
+            assert_eq!(beta.stored().generations, noted, "the failed disk stays behind");
+            assert!(!beta.stored().peer_has_current);
+            assert_eq!(alpha.controller.status().disk_state, DiskState::Diskless);
+            assert_eq!(beta.controller.status().peer_state, Some(DiskState::Diskless));
+        } else {
+            let actions = alpha.on(Event::DiskFailed { text: "the link is gone".to_owned() });
+            assert!(actions.contains(&Action::StopServing), "{actions:?}");
+            assert_eq!(reply(&beta.command(promote(false))), Ok("volume db: beta is primary, without alpha"));
+        }
+    }
+}
