@@ -19,6 +19,7 @@ mod delta;
 mod diskless;
 mod faults;
 mod links;
+mod parting;
 mod random;
 mod verify;
 
@@ -159,9 +160,14 @@ impl Pair {
 
     /// A session; with `resync` a copy of what either has marked.
     fn join(&mut self, resync: bool) {
+        self.join_after(Before::Unknown, resync);
+    }
+
+    /// The same where the source knows `before` of the target.
+    fn join_after(&mut self, before: Before, resync: bool) {
         let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
         let now = Instant::now();
-        self.a.volume.attach(Box::new(here), Direction::Source { resync }, self.epoch, now);
+        self.a.volume.attach_after(before, Box::new(here), Direction::Source { resync }, self.epoch, now);
         self.b.volume.attach(Box::new(there), Direction::Target { resync }, self.epoch, now);
     }
 
