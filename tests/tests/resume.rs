@@ -22,14 +22,14 @@ fn pair() -> Pair {
 }
 
 /// Writes 4 KiB at a time at random until told to stop, and notes how long each write took.
-fn writer(pair: &Pair, n: u64, stop: &Arc<AtomicBool>) -> JoinHandle<Vec<Duration>> {
+fn writer(pair: &Pair, n: u64, seed: u64, stop: &Arc<AtomicBool>) -> JoinHandle<Vec<Duration>> {
     let (mut client, stop) = (pair.client(ALPHA, "db"), Arc::clone(stop));
-    let mut rng = Rng::new(seed() ^ n);
+    let mut rng = Rng::new(seed ^ n);
     std::thread::spawn(move || {
         let mut took = Vec::new();
         let share = (SIZE_MIB << 20) / BLOCK_LEN as u64 / CLIENTS;
         while !stop.load(Ordering::SeqCst) {
-            let offset = (n * share + rng.below(share)) * BLOCK_LEN as u64;
+            let offset = ((n - 1) * share + rng.below(share)) * BLOCK_LEN as u64;
             let data = rng.bytes(BLOCK_LEN);
             let began = Instant::now();
             client.write(offset, &data, rng.below(64) == 0).expect("a write beside resets is answered");
@@ -44,8 +44,9 @@ fn two_hundred_resets_under_load_cost_no_copy() {
     let pair = pair();
     let generation = pair.status(ALPHA, "db").expect("it answers").generation;
     let (stop, carried) = (Arc::new(AtomicBool::new(false)), pair.proxy().carried());
-    let writers: Vec<_> = (0..CLIENTS).map(|n| writer(&pair, n, &stop)).collect();
-    let mut rng = Rng::new(seed());
+    let seed = seed();
+    let writers: Vec<_> = (1..=CLIENTS).map(|n| writer(&pair, n, seed, &stop)).collect();
+    let mut rng = Rng::new(seed);
     for reset in 0..RESETS {
         std::thread::sleep(Duration::from_millis(5 + rng.below(40)));
         pair.proxy().cut();
