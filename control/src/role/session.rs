@@ -288,9 +288,9 @@ impl VolumeController {
         let asked = self.diskless.text().is_some() && !self.diskless.is_gone();
         // Without a disk there is nothing to end in order with.
         let ends = self.shutdown_deadline.is_some() || self.connection == Connection::Standalone;
-        let in_order = !unrepaired && !asked && !(ends && self.diskless.is_gone());
+        let out_of_order = unrepaired || asked || (ends && self.diskless.is_gone());
         let diskless = peer.diskless || self.diskless.is_gone();
-        self.recall = parted.filter(|_| in_order).and_then(|parted| self.recall_of(&parted, diskless));
+        self.recall = parted.filter(|_| !out_of_order).and_then(|parted| self.recall_of(&parted, diskless));
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
