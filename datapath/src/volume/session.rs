@@ -102,6 +102,8 @@ impl Volume {
             self.end_copy();
             self.end_verify("the roles changed");
             self.end_source_record();
+            // They are about a session that cannot go on.
+            self.record.forget_doubts();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
