@@ -166,6 +166,7 @@ fn a_primary_without_a_disk_goes_on_over_the_next_link_and_ends_where_none_comes
         alpha.message(code::DISK_FAILED_NOTED, noted.current.0);
         let actions = alpha.on(broke(true, 6, 12));
         assert_eq!(actions, [Action::Dial], "no generation of its own, and no end");
+        assert_eq!(alpha.controller.status().disk_state, DiskState::Diskless);
         beta.on(broke(false, 7, 7));
         if comes {
             let actions = meet(&mut alpha, &mut beta);
@@ -179,6 +180,7 @@ fn a_primary_without_a_disk_goes_on_over_the_next_link_and_ends_where_none_comes
         } else {
             let actions = alpha.on(Event::DiskFailed { text: "the link is gone".to_owned() });
             assert!(actions.contains(&Action::StopServing), "{actions:?}");
+            assert_eq!(alpha.controller.status().disk_state, DiskState::Failed);
             assert_eq!(reply(&beta.command(promote(false))), Ok("volume db: beta is primary, without alpha"));
         }
     }
