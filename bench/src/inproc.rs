@@ -10,7 +10,7 @@ use crate::histogram::{Recorder, Summary};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::front::queue::{Completion, Operation, OperationKind, QueueClient, queue};
 use costandby_datapath::limits::RING_LEN;
-use costandby_datapath::reactor::command::{Command, Direction, Event, VolumeSpec};
+use costandby_datapath::reactor::command::{Before, Command, Direction, Event, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::Link;
 use costandby_datapath::transport::tcp::TcpLink;
@@ -140,7 +140,13 @@ impl Node {
         let (reactor, handle) = Reactor::new(config, vec![spec], sender)?;
         let direction =
             if primary { Direction::Source { resync: false } } else { Direction::Target { resync: false } };
-        handle.send(Command::Session { volume: 0, link, direction, epoch: Epoch(1) });
+        handle.send(Command::Session {
+            volume: 0,
+            before: Before::Unknown,
+            link,
+            direction,
+            epoch: Epoch(1),
+        });
         let mut node = Self { handle, here: None, thread: None, events };
         if primary && load.poll == PollMode::Busy {
             node.here = Some(reactor);

@@ -36,6 +36,76 @@ pub struct Lineage {
     pub generation: u64,
 }
 
+/// What a node remembers of the session whose link broke last. In memory only: who remembers was not restarted since, and
+/// has what its disk had then, written or only in its cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Recall {
+    /// The session: the nonces of the hellos it began with, the one of the smaller name first.
+    pub session: [u64; 2],
+    /// Its epoch.
+    pub epoch: u64,
+    /// The generation of the data it was about.
+    pub generation: u64,
+    /// This node sent the changes.
+    pub source: bool,
+    /// Source: the target has said that it applied up to here. Target: it has applied up to here.
+    pub applied: u64,
+    /// Source: the last change that the target may have. Target: the same as `applied`.
+    pub numbered: u64,
+    /// Source: it has heard all of the target's map.
+    pub map_told: bool,
+    /// Source: it went on without the target since.
+    pub alone: bool,
+    /// The source's disk failed, and the target's stands in for it.
+    #[serde(default)]
+    pub diskless: bool,
+}
+
+impl Recall {
+    /// Whether this is a source's and `other` a target's end of one session, with numbers that can be.
+    fn meets(&self, other: &Self) -> bool {
+        self.source
+            && !other.source
+            && self.session == other.session
+            && self.epoch == other.epoch
+            && self.generation == other.generation
+            && self.diskless == other.diskless
+            && (self.applied..=self.numbered).contains(&other.applied)
+    }
+}
+
+/// Whether the target still has all that it had applied in the session that both remember, so that what was written here
+/// since is all that differs, besides what either map has.
+#[must_use]
+pub fn knows(source: &View, target: &View) -> bool {
+    let (Some(mine), Some(theirs)) = (&source.recall, &target.recall) else { return false };
+    let same_epoch = mine.epoch == source.epoch.0 && theirs.epoch == target.epoch.0;
+    mine.meets(theirs) && same_epoch && target.disk_state != DiskState::Failed && !target.is_serving()
+}
+
+/// Where the session goes on that both nodes remember: the last change that its target has applied. `None` where either
+/// daemon was restarted, or anything happened since that is not in that session: the source went on alone, a promotion.
+fn goes_on(mine: &View, theirs: &View) -> Option<u64> {
+    let i_am_source = mine.recall.is_some_and(|recall| recall.source);
+    let (source, target) = if i_am_source { (mine, theirs) } else { (theirs, mine) };
+    if !knows(source, target) || source.size != target.size || source.volume_id != target.volume_id {
+        return None;
+    }
+    let (sent, got) = (source.recall?, target.recall?);
+    let holds = |view: &View| view.generations.current.0 == sent.generation;
+    if sent.diskless {
+        // The target's record that the source's disk is behind is a generation of its own.
+        let stands_in = target.is_usable() && target.generations.descends_from(Generation(sent.generation));
+        let serves = source.disk_state == DiskState::Failed && source.is_serving() && holds(source);
+        return (stands_in && serves && !target.was_primary_unclean).then_some(got.applied);
+    }
+    let in_sync = target.disk_state == DiskState::UpToDate && holds(target);
+    let in_copy = target.disk_state == DiskState::Inconsistent && target.copying.0 == sent.generation;
+    let whole = source.is_usable() && !source.is_fresh() && holds(source) && !sent.alone;
+    let serves = source.is_serving() || in_copy;
+    (whole && serves && (in_sync || in_copy) && !target.was_primary_unclean).then_some(got.applied)
+}
+
 /// One node's disk as far as the decision needs it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct View {
@@ -75,6 +145,8 @@ pub struct View {
     pub configured_primary: bool,
     /// What this node offers as the volume's beginning.
     pub proposed: Lineage,
+    /// The session that this node remembers.
+    pub recall: Option<Recall>,
 }
 
 impl View {
@@ -470,6 +542,9 @@ pub struct Agreement {
     pub primary: Option<Side>,
     /// The fencing number both store before the session.
     pub epoch: u64,
+    /// The session before goes on: its target has applied up to here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goes_on: Option<u64>,
 }
 
 impl Agreement {
@@ -480,6 +555,7 @@ impl Agreement {
             verdict: self.verdict.mirrored(),
             primary: self.primary.map(Side::mirrored),
             epoch: self.epoch,
+            goes_on: self.goes_on,
         }
     }
 
@@ -497,7 +573,8 @@ impl Agreement {
 /// only the other's may hold data: then that one does.
 #[must_use]
 pub fn agree(mine: &View, theirs: &View) -> Agreement {
-    let verdict = compare(mine, theirs);
+    let goes_on = goes_on(mine, theirs);
+    let verdict = if goes_on.is_some() { as_before(mine, theirs) } else { compare(mine, theirs) };
     let epoch = mine.epoch.max(theirs.epoch);
     let may_serve = |side: Side| match verdict {
         Verdict::InSync { .. } => true,
@@ -523,5 +600,15 @@ pub fn agree(mine: &View, theirs: &View) -> Agreement {
     };
     let primary = pick(View::is_serving).or_else(first).or_else(|| pick(|view| view.was_primary));
     let begins = both_new && primary.is_some();
-    Agreement { verdict, primary, epoch: if begins { epoch.next().0 } else { epoch.0 } }
+    Agreement { verdict, primary, epoch: if begins { epoch.next().0 } else { epoch.0 }, goes_on }
+}
+
+/// The verdict of a session that goes on: what it was, or what its copy has come to.
+fn as_before(mine: &View, theirs: &View) -> Verdict {
+    let source = if mine.recall.is_some_and(|recall| recall.source) { Side::Mine } else { Side::Theirs };
+    let target = if source == Side::Mine { theirs } else { mine };
+    if target.disk_state == DiskState::UpToDate {
+        return Verdict::InSync { adopt: None };
+    }
+    Verdict::Resync { source, why: Why::TargetNotUpToDate, scope: Scope::Delta }
 }

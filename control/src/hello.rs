@@ -29,7 +29,7 @@
 //! than [`limits::HELLO_LEN_MAX`] at a peer's word.
 
 use crate::compared::{Settings, is_bounded};
-use crate::generation::{Agreement, Lineage, ServingRole, View};
+use crate::generation::{Agreement, Lineage, Recall, ServingRole, View};
 use crate::link::{Kind, REASON_LEN_MAX, Voice};
 use crate::secure::handshake::{self, SecureError};
 use costandby_datapath::disk::superblock::{DiskState, Generations, NAME_LEN_MAX};
@@ -65,8 +65,12 @@ pub struct Hello {
     pub ring_len: u64,
     /// Link kinds the speaker can carry on with, best first.
     pub links: Vec<String>,
-    /// Random, another for each conversation. Both sides' together name a session to [`Upgrade`].
+    /// Random, another for each conversation. Both sides' together name a session.
     pub nonce: u64,
+    /// Random, another for each start of the speaker's daemon. Only texts rest on it: what a node remembers of a session
+    /// proves more.
+    #[serde(default)]
+    pub incarnation: u64,
     /// The acceptor's, where the dialer's links and its own have RDMA: the dialer connects there next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rdma: Option<RdmaOffer>,
@@ -325,7 +329,7 @@ pub fn decode_whole(bytes: &[u8]) -> Result<Message, HelloError> {
 /// [`View`] as JSON: plain numbers and DRBD's words.
 mod stored_view {
     use super::{
-        DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, ServingRole, View,
+        DiskState, Epoch, GENERATION_HISTORY_LEN, Generation, Generations, Lineage, Recall, ServingRole, View,
     };
     use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -351,6 +355,8 @@ mod stored_view {
         role: ServingRole,
         configured_primary: bool,
         proposed: Lineage,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        recall: Option<Recall>,
     }
 
     pub(super) fn serialize<S: Serializer>(view: &View, serializer: S) -> Result<S::Ok, S::Error> {
@@ -374,6 +380,7 @@ mod stored_view {
             role: view.role,
             configured_primary: view.configured_primary,
             proposed: view.proposed,
+            recall: view.recall,
         }
         .serialize(serializer)
     }
@@ -417,6 +424,7 @@ mod stored_view {
             role: stored.role,
             configured_primary: stored.configured_primary,
             proposed: stored.proposed,
+            recall: stored.recall,
         })
     }
 }
@@ -454,6 +462,17 @@ mod tests {
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,
+            recall: bits[1].then_some(Recall {
+                session: [numbers.1, numbers.3],
+                epoch: numbers.2,
+                generation: numbers.5,
+                source: bits[2],
+                applied: numbers.4[0],
+                numbered: numbers.4[1],
+                map_told: bits[3],
+                alone: bits[4],
+                diskless: bits[5],
+            }),
         });
         let hello = (view, ".{0,40}", any::<u64>()).prop_map(|(view, node, nonce)| {
             let (volume, links) = ("db".to_owned(), vec!["tcp".to_owned()]);
@@ -461,7 +480,9 @@ mod tests {
             let no_rdma = (nonce % 3 == 0).then(|| "no device".to_owned());
             let ring_len = nonce / 2;
             let settings = [("ack".to_owned(), nonce.to_string())].into();
-            let hello = Hello { node, volume, ring_len, links, nonce, rdma, no_rdma, settings, view };
+            let incarnation = nonce ^ 1;
+            let hello =
+                Hello { node, volume, ring_len, links, nonce, incarnation, rdma, no_rdma, settings, view };
             Message::Hello(Box::new(hello))
         });
         let ready = (any::<u64>(), any::<bool>()).prop_map(|(epoch, resync)| {
@@ -470,7 +491,8 @@ mod tests {
             } else {
                 Verdict::InSync { adopt: None }
             };
-            let agreement = Agreement { verdict, primary: Some(Side::Theirs), epoch };
+            let goes_on = resync.then_some(epoch / 3);
+            let agreement = Agreement { verdict, primary: Some(Side::Theirs), epoch, goes_on };
             Message::Ready(Ready { agreement, lineage: Lineage { volume_id: [1; 16], generation: epoch } })
         });
         let refuse = ".{0,200}".prop_map(|text| Message::Refuse(Refuse { code: RefuseCode::Disks, text }));

@@ -29,9 +29,10 @@
 //! says anything at all (answered by a refusal or a closed link, never by a panic).
 
 use crate::compared::Settings;
-use crate::generation::{Agreement, Lineage, ServingRole, View};
+use crate::generation::{Agreement, Lineage, Recall, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
+use costandby_datapath::reactor::command::{Before, Parted};
 use costandby_datapath::units::{AckLevel, Epoch, Generation, OnPeerLoss};
 use costandby_datapath::volume::Verified;
 use std::time::Duration;
@@ -218,6 +219,8 @@ pub enum Event {
         undurable: bool,
         /// The dirty map is not empty.
         dirty: bool,
+        /// What this end knows of the session, where it may go on over another link.
+        parted: Option<Parted>,
     },
     /// What a target had applied when its session ended is on stable storage. It may take as long as a flush does, and
     /// a promotion does not wait for it: until then the disk is a clean prefix unless this node loses power.
@@ -314,6 +317,8 @@ pub enum Action {
     StartSession {
         /// This node's part.
         side: SessionSide,
+        /// How it stands to the session before.
+        before: Before,
         /// Serve clients (from now on, or still).
         serve: bool,
         /// Fencing number of the session's frames.
@@ -414,6 +419,10 @@ struct Demotion {
 struct Pending {
     ready: Ready,
     peer: View,
+    /// Names the session: the nonces of both hellos, the smaller name's first.
+    session: [u64; 2],
+    /// The peer's.
+    incarnation: u64,
 }
 
 /// The peer, during a session.
@@ -440,6 +449,16 @@ pub struct VolumeController {
     connection: Connection,
     /// The view our last hello carried: what a peer's decision rests on.
     offered: Option<View>,
+    /// That hello's nonce.
+    nonce: u64,
+    /// Random, for this daemon's life.
+    incarnation: u64,
+    /// The peer's, as of the last session.
+    peer_incarnation: Option<u64>,
+    /// The present session or the last one, and the generation it is about.
+    session: Option<([u64; 2], Generation)>,
+    /// The session whose link broke, as long as nothing has undone what is known of it.
+    recall: Option<Recall>,
     pending: Option<Pending>,
     /// From `StartSession` to `LinkDown`; it may outlast the connection's states while a link is closing.
     peer: Option<Peer>,
@@ -487,6 +506,7 @@ impl VolumeController {
     pub fn new(settings: VolumeSettings, found: Found, mut random: Random) -> Self {
         let Found { superblock, dirty, boot } = found;
         let proposed = propose(&mut random);
+        let incarnation = random();
         // What was not flushed when the machine went down is lost; the end of a process alone loses nothing.
         let in_use = (superblock.primary || superblock.applying) && !superblock.clean;
         let lost_power = in_use && superblock.boot != boot;
@@ -501,6 +521,11 @@ impl VolumeController {
             role: Role::Standby,
             connection: Connection::Connecting,
             offered: None,
+            nonce: 0,
+            incarnation,
+            peer_incarnation: None,
+            session: None,
+            recall: None,
             pending: None,
             peer: None,
             served: false,
@@ -531,12 +556,14 @@ impl VolumeController {
     pub fn hello(&mut self, ring_len: u64, links: &[&str]) -> Hello {
         let view = self.view();
         self.offered = Some(view);
+        self.nonce = (self.random)();
         Hello {
             node: self.settings.node.clone(),
             volume: self.settings.volume.clone(),
             ring_len,
             links: links.iter().map(|&link| link.to_owned()).collect(),
-            nonce: (self.random)(),
+            nonce: self.nonce,
+            incarnation: self.incarnation,
             rdma: None,
             no_rdma: None,
             settings: Settings::new(),
@@ -554,8 +581,8 @@ impl VolumeController {
             Event::PeerRefused(refuse) => self.on_session_failed(Obstacle::Refused(refuse), actions),
             Event::NoContact(obstacle) => self.on_obstacle(obstacle, actions),
             Event::Contact { willing } => self.on_contact(willing, actions),
-            Event::LinkDown { reason, undurable, dirty } => {
-                self.on_link_down(&reason, undurable, dirty, actions);
+            Event::LinkDown { reason, undurable, dirty, parted } => {
+                self.on_link_down(&reason, undurable, dirty, parted, actions);
             }
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
@@ -600,6 +627,7 @@ impl VolumeController {
             role: if serves { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: self.settings.configured_primary,
             proposed: self.proposed,
+            recall: self.recall,
         }
     }
 
@@ -692,6 +720,9 @@ fn propose(random: &mut Random) -> Lineage {
 /// The lineage both nodes hold, or will hold, after `agreement`.
 fn lineage_of(agreement: &Agreement, mine: &View, theirs: &View) -> Lineage {
     use crate::generation::{Side, Verdict, Why};
+    if let (Some(_), Some(recall)) = (agreement.goes_on, mine.recall) {
+        return Lineage { volume_id: mine.volume_id, generation: recall.generation };
+    }
     let source = match agreement.verdict {
         Verdict::InSync { adopt: Some(lineage) } => return lineage,
         Verdict::Resync { source: Side::Theirs, .. } => theirs,

@@ -66,6 +66,28 @@ impl Access {
         Ok(())
     }
 
+    /// The link broke: what was admitted and not applied comes again if the session goes on. A flush under way ends as
+    /// ever.
+    pub fn part(&mut self) {
+        self.admitted = self.applied;
+        self.flush_due = self.durable;
+        self.flush_wanted = self.durable;
+        // The peer may have heard none of them, and takes the outcome of what it asked for as not told.
+        self.acked = (Seq::ZERO, Seq::ZERO);
+        self.differing.clear();
+    }
+
+    /// Of a session that is parted: a flush that began after the last change was applied has ended.
+    pub fn settled(&mut self) {
+        self.durable = self.applied;
+    }
+
+    /// The last change that is applied; all before it are as well.
+    #[must_use]
+    pub fn applied_upto(&self) -> Seq {
+        self.applied
+    }
+
     /// Compares the payload's checksum, computed over the bytes in our ring, with the announced one.
     ///
     /// # Errors
@@ -158,7 +180,8 @@ impl Access {
     /// # Panics
     /// When none was under way.
     pub fn flushed(&mut self) {
-        self.durable = self.flush_running.take().expect("a flush was under way");
+        let covered = self.flush_running.take().expect("a flush was under way");
+        self.durable = self.durable.max(covered);
         self.flush_due = self.flush_wanted;
     }
 

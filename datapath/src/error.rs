@@ -166,6 +166,14 @@ pub enum Violation {
     Companion,
 }
 
+impl Violation {
+    /// Bytes were damaged on their way, which says nothing about the peer.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::PayloadChecksum { .. })
+    }
+}
+
 /// Why a request of a front end failed. Front ends translate it (NBD: `EIO`, `ESHUTDOWN`, `EINVAL`, `ENOSPC`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum IoError {

@@ -5,7 +5,7 @@
 
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::front::queue::{Operation, OperationKind, QueueClient, queue};
-use costandby_datapath::reactor::command::{Command, Direction, VolumeSpec};
+use costandby_datapath::reactor::command::{Before, Command, Direction, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::Link;
 use costandby_datapath::transport::rdma::fake::{self, Manner};
@@ -44,7 +44,13 @@ impl Node {
         let config = ReactorConfig { poll, peer_timeout: PEER_TIMEOUT, nbd_listeners: Vec::new() };
         let (events, _) = crossbeam_channel::unbounded();
         let (reactor, handle) = Reactor::new(config, vec![spec], events).expect("reactor");
-        handle.send(Command::Session { volume: 0, link, direction, epoch: Epoch(1) });
+        handle.send(Command::Session {
+            volume: 0,
+            before: Before::Unknown,
+            link,
+            direction,
+            epoch: Epoch(1),
+        });
         let thread = Some(std::thread::spawn(move || reactor.run()));
         Self { handle, thread, disk }
     }

@@ -4,7 +4,7 @@
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::front::queue::{Operation, OperationKind, QueueClient, queue};
 use costandby_datapath::limits::RING_LEN;
-use costandby_datapath::reactor::command::{Command, Direction, Event, VolumeSpec};
+use costandby_datapath::reactor::command::{Before, Command, Direction, Event, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::tcp::TcpLink;
 use costandby_datapath::units::{AckLevel, ByteRange, Epoch, OnPeerLoss, PollMode};
@@ -52,7 +52,7 @@ fn node(poll: PollMode, direction: Direction, link: Box<TcpLink>) -> Node {
     // Long, because the machine that runs the tests may stand still for a while.
     let config = ReactorConfig { poll, peer_timeout: Duration::from_secs(10), nbd_listeners: Vec::new() };
     let (reactor, handle) = Reactor::new(config, vec![spec], sender).expect("starts");
-    handle.send(Command::Session { volume: 0, link, direction, epoch: Epoch(1) });
+    handle.send(Command::Session { volume: 0, before: Before::Unknown, link, direction, epoch: Epoch(1) });
     let thread = std::thread::spawn(move || reactor.run());
     Node { disk, handle, events, thread }
 }

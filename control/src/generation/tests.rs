@@ -30,6 +30,7 @@ fn fresh() -> View {
         role: ServingRole::Standby,
         configured_primary: false,
         proposed: Lineage { volume_id: [9; 16], generation: 99 },
+        recall: None,
     }
 }
 
@@ -374,5 +375,110 @@ proptest! {
             let same = mine.generations.current == theirs.generations.current;
             prop_assert!(same || mine.generations.descends_from(theirs.generations.current));
         }
+    }
+}
+
+/// Both ends of a session of generation 5 whose link broke after change 7 was acknowledged and 12 sent.
+fn parted() -> [View; 2] {
+    let recall = Recall {
+        session: [21, 22],
+        epoch: 3,
+        generation: 5,
+        source: true,
+        applied: 7,
+        numbered: 12,
+        map_told: true,
+        alone: false,
+        diskless: false,
+    };
+    let disk = View { epoch: Epoch(3), ..disk(5, 0, &[]) };
+    let source = View { was_primary_unclean: true, recall: Some(recall), ..serving(disk) };
+    let target = Recall { source: false, applied: 9, numbered: 9, ..recall };
+    [source, View { recall: Some(target), ..disk }]
+}
+
+fn agreed(mine: &View, theirs: &View) -> Agreement {
+    let agreement = agree(mine, theirs);
+    assert_eq!(agree(theirs, mine), agreement.mirrored(), "\nmine   {mine:?}\ntheirs {theirs:?}");
+    agreement
+}
+
+#[test]
+fn a_session_goes_on_from_the_targets_word() {
+    let [source, target] = parted();
+    let agreement = agreed(&source, &target);
+    assert_eq!(agreement.goes_on, Some(9));
+    assert_eq!((agreement.verdict, agreement.epoch), (Verdict::InSync { adopt: None }, 3));
+    assert_eq!(agreement.primary, Some(Side::Mine));
+    // In the middle of a copy, by a source that serves or does not.
+    let copied = View {
+        copying: Generation(5),
+        generations: Generations::default(),
+        ..bad(DiskState::Inconsistent, target)
+    };
+    for source in [source, View { role: ServingRole::Standby, was_primary_unclean: false, ..source }] {
+        let agreement = agreed(&source, &copied);
+        assert_eq!(agreement.goes_on, Some(9));
+        assert_eq!(agreement.verdict, DELTA_MINE(Why::TargetNotUpToDate));
+    }
+}
+
+#[test]
+fn a_session_ends_with_anything_that_is_not_in_it() {
+    let [source, target] = parted();
+    let recalling = |view: View, change: fn(&mut Recall)| {
+        let mut recall = view.recall.expect("both do");
+        change(&mut recall);
+        View { recall: Some(recall), ..view }
+    };
+    let advanced = |view: View, current: u64| {
+        let mut view = view;
+        view.generations.advance(Generation(current), true);
+        view
+    };
+    let over: [(&str, View, View); 11] = [
+        ("the target was restarted", source, View { recall: None, ..target }),
+        ("the source was", View { recall: None, ..source }, target),
+        ("another session", source, recalling(target, |recall| recall.session = [21, 23])),
+        ("the source went alone", recalling(advanced(source, 6), |recall| recall.alone = true), target),
+        ("the same in a copy's middle", recalling(source, |recall| recall.alone = true), target),
+        ("the target was promoted", source, View { epoch: Epoch(4), ..serving(advanced(target, 6)) }),
+        ("and gave its role back", source, View { epoch: Epoch(4), ..advanced(target, 6) }),
+        ("a later epoch", source, View { epoch: Epoch(4), ..target }),
+        ("the target lacks what it acknowledged", source, recalling(target, |recall| recall.applied = 6)),
+        ("it has what was never sent", source, recalling(target, |recall| recall.applied = 13)),
+        ("its disk failed", source, bad(DiskState::Failed, target)),
+    ];
+    for (what, source, target) in over {
+        assert_eq!(agreed(&source, &target).goes_on, None, "{what}");
+    }
+    // What is known of a target that lives serves a copy all the same.
+    let alone = recalling(advanced(source, 6), |recall| recall.alone = true);
+    assert!(knows(&alone, &target) && !knows(&target, &alone));
+    assert_eq!(agreed(&alone, &target).verdict, DELTA_MINE(Why::TargetBehind));
+    assert!(!knows(&alone, &View { recall: None, ..target }));
+}
+
+#[test]
+fn a_session_goes_on_without_the_sources_disk() {
+    let [source, target] = parted();
+    let gone =
+        |view: View| View { recall: view.recall.map(|recall| Recall { diskless: true, ..recall }), ..view };
+    let mut noted = gone(target);
+    noted.generations.advance(Generation(6), false);
+    noted.generations.base = Generation::ZERO;
+    let source = gone(bad(DiskState::Failed, source));
+    let agreement = agreed(&source, &noted);
+    assert_eq!(agreement.goes_on, Some(9));
+    assert_eq!((agreement.verdict, agreement.primary), (Verdict::InSync { adopt: None }, Some(Side::Mine)));
+    let over = [
+        ("the target has no record of it", source, gone(target)),
+        ("one of them does not know", source, View { recall: target.recall, ..noted }),
+        ("it was promoted", source, serving(noted)),
+        ("the source does not serve any more", View { role: ServingRole::Standby, ..source }, noted),
+        ("the target was restarted", source, View { recall: None, ..noted }),
+    ];
+    for (what, source, target) in over {
+        assert_eq!(agreed(&source, &target).goes_on, None, "{what}");
     }
 }

@@ -201,9 +201,11 @@ impl Attachment {
         loop {
             match self.queue.recv().await {
                 None | Some(Input::Shutdown) => return None,
-                Some(Input::Admin { command: admin::Command::Connect { discard_my_data: false }, asked, reply })
-                    if asked.void().is_none() =>
-                {
+                Some(Input::Admin {
+                    command: admin::Command::Connect { discard_my_data: false },
+                    asked,
+                    reply,
+                }) if asked.void().is_none() => {
                     return Some(reply);
                 }
                 // The peer dials, or asks why it is not dialled.

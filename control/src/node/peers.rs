@@ -312,8 +312,6 @@ async fn ask(stream: &mut Channel, question: Upgrade) -> Result<(), Obstacle> {
     }
 }
 
-}
-
 /// Asks the peer to take a session on to RDMA, and tells the volume's task what came of it.
 pub(super) fn ask_upgrade(route: Route, upgrade: Upgrade, terms: Terms, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {

@@ -32,9 +32,11 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
 mod carry;
 mod probe;
+mod redial;
 
 use carry::{PeerEnd, SessionState};
 use probe::Prober;
+use redial::Redial;
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
@@ -44,6 +46,9 @@ const TRY_STORE_MAX: Duration = Duration::from_secs(2);
 
 /// Longest pause between two dials: what a standby's return may take longer than it must.
 const DIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// The first pause between two dials after a session, when the first dial found the peer busy with the end of it. It doubles.
+const DIAL_PAUSE_FIRST: Duration = Duration::from_millis(4);
 
 /// What the task is told.
 pub(super) enum Input {
@@ -108,9 +113,12 @@ pub(super) struct VolumeTask {
     dial_under_way: bool,
     dial_pause: Duration,
     next_dial: Instant,
+    redial: Redial,
     prober: Prober,
     /// From the handing over of a link to its end.
     link_up: bool,
+    /// Since when.
+    session_began: Option<Instant>,
     epoch: Epoch,
     replies: Replies,
     next_reply: u64,
@@ -164,8 +172,10 @@ impl VolumeTask {
             dial_under_way: false,
             dial_pause: TICK,
             next_dial: now,
+            redial: Redial::default(),
             prober: Prober::new(now),
             link_up: false,
+            session_began: None,
             epoch: Epoch::ZERO,
             replies: Replies::new(),
             next_reply: 0,
@@ -186,6 +196,7 @@ impl VolumeTask {
                     Some(input) => self.take(input).await,
                     None => return,
                 },
+                () = tokio::time::sleep_until(self.next_dial.into()), if self.wants_to_dial() => self.dial_if_due(),
                 _ = tick.tick() => {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
@@ -244,12 +255,12 @@ impl VolumeTask {
 
     async fn take_reactor(&mut self, event: ReactorEvent) {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
+            ReactorEvent::LinkDown { reason, undurable, dirty, moved, parted, .. } => {
                 self.link_up = false;
                 self.shared.warn(Source::PeersCalls, &[]);
                 self.link_ended(&reason);
-                self.pause_dialling(false);
-                Event::LinkDown { reason, undurable, dirty }
+                self.pause_after_session(moved);
+                Event::LinkDown { reason, undurable, dirty, parted }
             }
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
@@ -285,24 +296,40 @@ impl VolumeTask {
         ours
     }
 
+    fn wants_to_dial(&self) -> bool {
+        self.dials && self.conversation.is_none() && !self.link_up && !self.dial_under_way
+    }
+
     fn dial_if_due(&mut self) {
-        let idle = self.conversation.is_none() && !self.link_up && !self.dial_under_way;
-        if self.dials && idle && Instant::now() >= self.next_dial {
+        if self.wants_to_dial() && Instant::now() >= self.next_dial {
             self.dial_under_way = true;
             peers::dial(self.surroundings.route.clone(), self.shared.inbox.clone());
         }
     }
 
-    fn pause_dialling(&mut self, longer: bool) {
-        self.dial_pause = if longer { (self.dial_pause * 2).min(DIAL_PAUSE_MAX) } else { TICK };
+    /// A dial, or the talk after it, came to nothing.
+    fn pause_dialling(&mut self) {
+        self.dial_pause = (self.dial_pause * 2).min(DIAL_PAUSE_MAX);
         self.next_dial = Instant::now() + self.dial_pause;
+    }
+
+    /// A session's link broke: its peer most likely lives, and is dialled again at once. Not where session after session ends
+    /// without a single change that got through.
+    fn pause_after_session(&mut self, moved: bool) {
+        let lived = self.session_began.take().map_or(Duration::ZERO, |began| began.elapsed());
+        let (pause, text) = self.redial.session_ended(lived, moved, self.shared.peer.as_str());
+        if let Some(text) = text {
+            tracing::warn!(volume = self.shared.config.name.as_str(), "{text}");
+        }
+        self.dial_pause = DIAL_PAUSE_FIRST / 2;
+        self.next_dial = Instant::now() + pause;
     }
 
     async fn dialled(&mut self, stream: Result<Channel, Obstacle>) {
         let stream = match stream {
             Ok(stream) => stream,
             Err(obstacle) => {
-                self.pause_dialling(true);
+                self.pause_dialling();
                 return self.handle(Event::NoContact(obstacle)).await;
             }
         };
@@ -337,13 +364,13 @@ impl VolumeTask {
     /// Tells the controller what came of a conversation.
     async fn converse(&mut self, event: Event) {
         if matches!(event, Event::SessionFailed { .. } | Event::PeerRefused(_)) {
-            self.pause_dialling(true);
+            self.pause_dialling();
         }
         self.handle(event).await;
         // A controller that neither answered nor made a session of it is done with the connection.
         if self.conversation.as_ref().is_some_and(|c| c.stream.is_some()) {
             self.conversation = None;
-            self.pause_dialling(true);
+            self.pause_dialling();
         }
     }
 
@@ -389,7 +416,14 @@ impl VolumeTask {
                 self.conversation = None;
                 let (volume, reason) = (self.index, not_stored(error));
                 for event in [
-                    ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true },
+                    ReactorEvent::LinkDown {
+                        volume,
+                        reason,
+                        undurable: true,
+                        dirty: true,
+                        moved: false,
+                        parted: None,
+                    },
                     ReactorEvent::Settled { volume },
                 ] {
                     let _ = self.shared.inbox.send(Input::Reactor(event));
@@ -449,9 +483,11 @@ impl VolumeTask {
                 if let Some(stream) = self.conversation.take().and_then(|c| c.stream) {
                     peers::part(stream, refuse);
                 }
-                self.pause_dialling(true);
+                self.pause_dialling();
             }
-            Action::StartSession { side, serve, epoch } => self.start_session(side, serve, epoch),
+            Action::StartSession { side, before, serve, epoch } => {
+                self.start_session(side, before, serve, epoch);
+            }
             Action::AdoptEpoch(epoch) => {
                 self.epoch = epoch;
                 self.send(Command::Direct { volume, direction: self.as_target(), epoch });

@@ -161,6 +161,11 @@ impl VolumeController {
                 "writes wait for {peer} to return; `costandby promote {volume} --force` goes on without it: only if {peer} does \
                  not serve, or what one of the two writes is lost"
             )
+        } else if serves && !self.alone && self.recall.is_some() {
+            format!(
+                "the link to {peer} broke, and nothing was acknowledged without {peer} since: the session goes on when it is \
+                 back; a write waits for that for `peer_timeout` at most"
+            )
         } else if serves {
             format!("serving without {peer}, which is brought up to date when it is back")
         } else if self.is_usable() {

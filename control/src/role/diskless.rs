@@ -8,7 +8,8 @@
 //! Its node answers clients only after the peer's record, whose generation descends from the failed disk's. And that
 //! record keeps no base: a copy back is of everything, since nobody counts what changes meanwhile.
 //!
-//! A primary without a disk has nothing once the session ends. It stops serving then; the peer may be promoted. That is so
+//! A primary without a disk has nothing once the session ends. A link that broke is not its end: the session goes on over the
+//! next one, if that comes before the clients have waited for as long as they would for any peer. Else it stops serving; the peer may be promoted. That is so
 //! with both kinds of `on_peer_loss`: `freeze` waits for a peer to come back to a disk, and here is none.
 
 use super::{Action, Connection, Level, Role, VolumeController, VolumeSettings, code};

@@ -87,6 +87,7 @@ impl VolumeController {
         self.superblock.primary = false;
         self.superblock.zeroed = false;
         self.undurable = false;
+        self.recall = None;
         self.store(actions);
         let text = format!("an operator gave up this disk's data, generation {generation:016x}");
         self.log(Level::Warn, &text, actions);
@@ -293,6 +294,7 @@ impl VolumeController {
     /// Without the peer: whatever it does meanwhile, its generation will not be this one.
     fn promote_alone(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
         self.abandon_handshake(actions);
+        self.recall = None;
         if !self.is_usable() {
             let text = format!("forced to serve a disk that is {}", self.shown_disk_state().as_str());
             self.log(Level::Warn, &text, actions);
@@ -388,6 +390,7 @@ impl VolumeController {
             return self.wind_down(actions);
         }
         let Some(demotion) = self.demotion.take() else { return };
+        self.recall = None;
         actions.push(Action::StopServing);
         if std::mem::take(&mut self.undurable) {
             // Once it is no primary's disk any more, only its generation tells that it differs from the peer's.
@@ -443,6 +446,7 @@ impl VolumeController {
             self.set_role(Role::Standby);
         }
         self.alone = false;
+        self.recall = None;
         self.part(actions);
         self.refusal = Some(text);
         self.medium_failed = true;

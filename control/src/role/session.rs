@@ -4,11 +4,12 @@ use super::{
     Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
 };
-use crate::generation::{Agreement, Scope, Side, Verdict, View, Why, agree};
+use crate::generation::{Agreement, Recall, Scope, Side, Verdict, View, Why, agree, knows};
 use crate::hello::{EPOCH_STEP_MAX, Hello, Ready, RefuseCode};
 use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
 use costandby_datapath::disk::superblock::{COPYING_WHOLE, DiskState, Generations};
-use costandby_datapath::units::{Epoch, Generation, OnPeerLoss};
+use costandby_datapath::reactor::command::{Before, Parted};
+use costandby_datapath::units::{Epoch, Generation, OnPeerLoss, Seq};
 use std::time::Duration;
 
 impl VolumeController {
@@ -59,7 +60,13 @@ impl VolumeController {
             }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
                 let lineage = lineage_of(&agreement, &mine, &hello.view);
-                self.accept(Pending { ready: Ready { agreement, lineage }, peer: hello.view }, actions);
+                let mut session = [self.nonce, hello.nonce];
+                if settings.peer < settings.node {
+                    session.reverse();
+                }
+                let incarnation = hello.incarnation;
+                let ready = Ready { agreement, lineage };
+                self.accept(Pending { ready, peer: hello.view, session, incarnation }, actions);
             }
             Verdict::NoUsableDisk | Verdict::TwoWithData | Verdict::SizeDiffers => {
                 let text = explain(agreement.verdict, &mine, &hello.view, settings);
@@ -128,7 +135,9 @@ impl VolumeController {
             _ => {}
         }
         // Before the first session a `primary` that is still `clean` only says who is to begin.
-        superblock.primary = agreement.primary == Some(Side::Mine) || resumes;
+        // One that serves from its peer's disk is on record as behind, and stays so.
+        let with_disk = !self.diskless.is_gone();
+        superblock.primary = (agreement.primary == Some(Side::Mine) || resumes) && with_disk;
         superblock.clean |= superblock.primary && !before.primary;
         let kept = self.role != Role::Primary || agreement.primary == Some(Side::Mine);
         assert!(kept, "a node that serves was to stop by a handshake: {agreement:?}");
@@ -161,6 +170,7 @@ impl VolumeController {
     /// Has everything on record as differing, unless it is.
     pub(super) fn mark_all(&mut self, actions: &mut Vec<Action>) {
         self.dirty = true;
+        self.recall = None;
         if !std::mem::replace(&mut self.all_marked, true) {
             actions.push(Action::MarkAll);
         }
@@ -179,6 +189,15 @@ impl VolumeController {
         }
         let serve = agreement.primary == Some(Side::Mine);
         let peer_serves = agreement.primary == Some(Side::Theirs);
+        let before = self.before(&agreement, &pending.peer);
+        let goes_on = agreement.goes_on.is_some();
+        let diskless = goes_on && self.recall.is_some_and(|recall| recall.diskless);
+        let restarted = self.peer_incarnation.is_some_and(|known| known != pending.incarnation);
+        self.peer_incarnation = Some(pending.incarnation);
+        self.recall = None;
+        let session = self.session.filter(|_| goes_on).map_or(pending.session, |(session, _)| session);
+        self.session = Some((session, Generation(lineage.generation)));
+        let stored = self.superblock.clone();
         let superblock = &mut self.superblock;
         self.settling = false;
         self.all_marked = false;
@@ -192,6 +211,8 @@ impl VolumeController {
                 superblock.copying = Generation(lineage.generation);
                 (Connection::SyncTarget, false)
             }
+            // The record says which disk is behind, and that goes on.
+            _ if diskless => (Connection::Connected, false),
             _ => {
                 superblock.generations.base = Generation::ZERO;
                 superblock.peer_has_current = true;
@@ -203,14 +224,20 @@ impl VolumeController {
             // What this disk holds is what the volume holds from here on.
             self.lost_power = false;
         }
-        self.store(actions);
+        if goes_on && connection == Connection::Connected {
+            self.undurable = false;
+        }
+        if !goes_on || self.superblock != stored {
+            self.store(actions);
+        }
         self.set_connection(connection);
         let begins = serve && self.role == Role::Standby;
         if begins {
             self.set_role(Role::Primary);
         }
         self.obstacle = None;
-        self.peer = Some(Peer { view: pending.peer, primary: peer_serves, diskless: false });
+        self.peer =
+            Some(Peer { view: pending.peer, primary: peer_serves, diskless: diskless && peer_serves });
         self.alone = false;
         self.need_alone = false;
         let side = if serve || resync {
@@ -218,15 +245,19 @@ impl VolumeController {
         } else {
             SessionSide::Target { resync: connection == Connection::SyncTarget }
         };
-        actions.push(Action::StartSession { side, serve, epoch: Epoch(agreement.epoch) });
+        actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
         let text = match agreement.verdict {
+            _ if goes_on => {
+                format!("connected to {} again: the session goes on where its link broke", self.settings.peer)
+            }
             Verdict::Resync { why, scope, .. } => {
                 let direction = if resync { "copying to" } else { "being copied from" };
                 let what = match scope {
                     Scope::Full => "everything",
                     Scope::Delta => "what differs",
                 };
-                format!("connected, {direction} {} {what}: {}", self.settings.peer, why.as_str())
+                let daemon = if restarted { "; its daemon was restarted" } else { "" };
+                format!("connected, {direction} {} {what}: {}{daemon}", self.settings.peer, why.as_str())
             }
             _ => format!("connected to {}, in sync", self.settings.peer),
         };
@@ -244,6 +275,17 @@ impl VolumeController {
         }
         let role = if begins { format!("; {} is primary", self.settings.node) } else { String::new() };
         self.log(Level::Info, &(text + &role), actions);
+    }
+
+    /// What the two nodes still know of the session before the one that begins.
+    fn before(&self, agreement: &Agreement, peer: &View) -> Before {
+        let mine = self.view();
+        if let Some(applied) = agreement.goes_on {
+            let map_told = [mine.recall, peer.recall].into_iter().flatten().any(|recall| recall.map_told);
+            return Before::GoesOn { applied: Seq(applied), map_told };
+        }
+        let copies = matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, .. });
+        if copies && knows(&mine, peer) { Before::Kept } else { Before::Unknown }
     }
 
     pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {
@@ -273,27 +315,39 @@ impl VolumeController {
         reason: &str,
         undurable: bool,
         dirty: bool,
+        parted: Option<Parted>,
         actions: &mut Vec<Action>,
     ) {
-        if self.peer.take().is_none() {
+        let Some(peer) = self.peer.take() else {
             self.dirty |= dirty;
             return;
-        }
+        };
         // What a verification found must not be copied over this disk: the peer is behind, and on record as that.
-        let undurable = undurable || std::mem::take(&mut self.unrepaired);
+        let unrepaired = std::mem::take(&mut self.unrepaired);
+        let undurable = undurable || unrepaired;
+        let asked = self.diskless.text().is_some() && !self.diskless.is_gone();
+        // Without a disk there is nothing to end in order with.
+        let ends = self.shutdown_deadline.is_some() || self.connection == Connection::Standalone;
+        let out_of_order = unrepaired || asked || (ends && self.diskless.is_gone());
+        let diskless = peer.diskless || self.diskless.is_gone();
+        self.recall = parted.filter(|_| !out_of_order).and_then(|parted| self.recall_of(&parted, diskless));
         self.dirty = dirty;
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
         self.demotion_known(Some("the link broke"), actions);
         self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
-        self.end_diskless(actions);
+        if self.recall.is_none() {
+            self.end_diskless(actions);
+        }
         self.settling = self.superblock.applying;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
-        if serves && undurable {
+        // The datapath says when clients have waited long enough for a peer that may be back in a moment.
+        let waits = self.recall.is_some() && self.connection != Connection::Standalone;
+        if serves && undurable && !self.diskless.is_gone() {
             match self.settings.on_peer_loss {
-                OnPeerLoss::Continue => self.go_alone(actions),
-                OnPeerLoss::Freeze => self.undurable = true,
+                OnPeerLoss::Continue if !waits => self.go_alone(actions),
+                _ => self.undurable = true,
             }
         }
         self.invalidate_now(actions);
@@ -312,6 +366,22 @@ impl VolumeController {
                 self.dial(actions);
             }
         }
+    }
+
+    fn recall_of(&self, parted: &Parted, diskless: bool) -> Option<Recall> {
+        let (session, generation) = self.session?;
+        let Parted { source, epoch, applied, numbered, map_told } = *parted;
+        Some(Recall {
+            session,
+            epoch: epoch.0,
+            generation: generation.0,
+            source,
+            applied: applied.0,
+            numbered: numbered.0,
+            map_told,
+            alone: false,
+            diskless,
+        })
     }
 
     pub(super) fn on_settled(&mut self, actions: &mut Vec<Action>) {
@@ -348,6 +418,9 @@ impl VolumeController {
         }
         self.undurable = false;
         self.dirty = true;
+        if let Some(recall) = &mut self.recall {
+            recall.alone = true;
+        }
         if !std::mem::replace(&mut self.alone, true) {
             self.log(Level::Warn, &format!("going on without {}", self.settings.peer), actions);
         }

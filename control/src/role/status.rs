@@ -94,7 +94,9 @@ impl VolumeController {
 
     pub(super) fn shown_disk_state(&self) -> DiskState {
         match self.superblock.disk_state {
-            _ if self.diskless.is_gone() && self.in_session() => DiskState::Diskless,
+            _ if self.diskless.is_gone() && (self.in_session() || self.recall.is_some()) => {
+                DiskState::Diskless
+            }
             DiskState::UpToDate if self.may_lack_writes() => DiskState::Outdated,
             DiskState::UpToDate if !self.is_usable() => DiskState::Inconsistent,
             state => state,

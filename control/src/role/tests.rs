@@ -9,6 +9,7 @@ use costandby_datapath::disk::superblock::Generations;
 mod apart;
 mod claims;
 mod diskless;
+mod going_on;
 mod handover;
 mod resync;
 mod verify;
@@ -154,7 +155,7 @@ fn reply(actions: &[Action]) -> Result<&str, &str> {
 }
 
 fn lost(undurable: bool) -> Event {
-    Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable }
+    Event::LinkDown { reason: "cut".to_owned(), undurable, dirty: undurable, parted: None }
 }
 
 fn promote(force: bool) -> Command {
@@ -187,7 +188,7 @@ fn fresh_zeroed_disks_begin_with_the_configured_primary() {
         |superblock: &mut Superblock| *superblock = Superblock::fresh("db", &superblock.node, 1 << 20, true);
     let mut alpha = One::with("alpha", OnPeerLoss::Continue, fresh, fresh);
     let actions = alpha.connect();
-    let [store, Action::SendReady(ready), session, Action::StartSession { side, serve, epoch }] =
+    let [store, Action::SendReady(ready), session, Action::StartSession { side, serve, epoch, .. }] =
         &actions[..]
     else {
         panic!("{actions:?}")
@@ -242,7 +243,10 @@ fn a_copy_ends_on_record_on_both_sides_in_order() {
     let mut source = One::with("alpha", OnPeerLoss::Continue, ahead, |_| {});
     let actions = source.connect();
     let side = SessionSide::Source { resync: true };
-    assert_eq!(actions.last(), Some(&Action::StartSession { side, serve: false, epoch: Epoch(3) }));
+    assert_eq!(
+        actions.last(),
+        Some(&Action::StartSession { side, before: Before::Unknown, serve: false, epoch: Epoch(3) })
+    );
     assert_eq!(source.controller.status().peer_state, Some(DiskState::Inconsistent));
     let actions = source.on(Event::ResyncDone);
     assert!(stored(&actions[0]).peer_has_current && stored(&actions[0]).generations.base == Generation(5));
@@ -327,7 +331,10 @@ fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     assert!(one.controller.status().frozen);
     let actions = one.connect();
     let side = SessionSide::Source { resync: true };
-    assert_eq!(actions.last(), Some(&Action::StartSession { side, serve: true, epoch: Epoch(3) }));
+    assert_eq!(
+        actions.last(),
+        Some(&Action::StartSession { side, before: Before::Unknown, serve: true, epoch: Epoch(3) })
+    );
     assert!(!one.controller.status().frozen);
 }
 

@@ -511,7 +511,7 @@ impl World {
             let undurable = !node.hot.is_empty();
             node.map.extend(node.hot.iter());
             let dirty = !node.map.is_empty();
-            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty });
+            self.event(at, Event::LinkDown { reason: "cut".to_owned(), undurable, dirty, parted: None });
             if !self.chance(4) && self.nodes[at].controller.is_some() {
                 self.flush(at);
                 self.event(at, Event::Settled);

@@ -4,6 +4,7 @@
 pub mod activity_log;
 pub mod digest;
 pub mod dirty_map;
+pub mod doubts;
 pub mod image;
 pub mod inflight;
 pub mod job;

@@ -20,6 +20,7 @@
 
 use super::activity_log::{ActivityLog, Ticket, Touch, Transaction};
 use super::dirty_map::{DirtyBlock, DirtyMap};
+use super::doubts::Doubts;
 use super::job::JobKind;
 use super::metadata::layout::Geometry;
 use super::metadata::medium::Medium;
@@ -61,6 +62,9 @@ impl<M: Medium> RecordStore for AreaStore<M> {
 pub struct Record {
     /// What the peer may lack.
     pub dirty: DirtyMap,
+    /// Grains that are marked only because the session before ended: the peer had applied what was written there, and
+    /// may not have brought it to its stable storage. A peer that lives on has it still. All of them are dirty.
+    doubts: Doubts,
     /// What is being written.
     pub activity: ActivityLog,
     /// Where they are stored; `None`: nowhere, and nothing waits for it (a memory disk, which is new at each start).
@@ -159,6 +163,7 @@ impl Record {
     pub fn new(dirty: DirtyMap, activity: ActivityLog, store: Option<Arc<dyn RecordStore>>) -> Self {
         let retired = activity.hot_extents().next().is_none();
         Self {
+            doubts: Doubts::default(),
             dirty,
             activity,
             store,
@@ -234,6 +239,7 @@ impl Record {
         }
         let marked = self.live.then(|| ByteRange::new(start, end - start));
         let _ = self.dirty.set(range);
+        self.doubts.remove(range, grain_len);
         let durable = self.store.is_none() || self.dirty.is_durable(range);
         let waits = if durable { None } else { Some(self.ask_store()) };
         self.long.push(LongChange { token, range, marked, waits });
@@ -314,7 +320,41 @@ impl Record {
     /// The peer may lack this, for whatever reason.
     pub fn mark(&mut self, range: ByteRange) {
         let _ = self.dirty.set(range);
+        self.doubts.remove(range, self.dirty.geometry().grain_len());
         self.forget_long();
+    }
+
+    /// The peer has applied these marked bytes, whole grains, and has not said that they are on its stable storage.
+    pub fn doubt(&mut self, range: ByteRange) {
+        let grain_len = self.dirty.geometry().grain_len();
+        let mut at = range.start;
+        while let Some(run) =
+            self.dirty.next_dirty(at, range.end() - at).filter(|run| run.start < range.end())
+        {
+            let end = run.end().min(range.end());
+            self.doubts.insert(ByteRange::new(run.start, end - run.start), grain_len);
+            at = end.next_multiple_of(grain_len);
+            if at >= range.end() {
+                break;
+            }
+        }
+    }
+
+    /// The peer may have lost what it had applied: whatever is marked may differ.
+    pub fn forget_doubts(&mut self) {
+        self.doubts = Doubts::default();
+    }
+
+    /// What is marked and equal, as long as the peer lives on: whole grains, in order, cut at the disk's end.
+    #[must_use]
+    pub fn doubts(&self) -> Vec<ByteRange> {
+        let geometry = self.dirty.geometry();
+        self.doubts.ranges(geometry.grain_len(), geometry.size())
+    }
+
+    fn wipe(&mut self, range: ByteRange) {
+        self.dirty.clear(range);
+        self.doubts.remove(range, self.dirty.geometry().grain_len());
     }
 
     /// Marks of long changes are not theirs alone any more: none of them is cleared with its change.
@@ -333,14 +373,14 @@ impl Record {
             if unsettled.any(|long| long.overlaps(*range)) {
                 self.long_written.push(*range);
             } else {
-                self.dirty.clear(*range);
+                self.wipe(*range);
             }
         }
     }
 
     /// The source of our copy has all our bits on record.
     pub fn clear_all(&mut self) {
-        self.dirty.clear(ByteRange::new(0, self.dirty.geometry().size()));
+        self.wipe(ByteRange::new(0, self.dirty.geometry().size()));
     }
 
     /// A peer applies what we write from now on.
@@ -365,9 +405,20 @@ impl Record {
     }
 
     fn mark_unconfirmed(&mut self) {
-        let dirty = &mut self.dirty;
+        let (dirty, doubts) = (&mut self.dirty, &mut self.doubts);
+        let grain_len = dirty.geometry().grain_len();
         self.activity.for_each_unconfirmed(|range| {
-            let _ = dirty.set(range);
+            // What is marked already may differ for another reason.
+            let mut at = range.start;
+            while at < range.end() {
+                let end = (at + grain_len).min(range.end());
+                let grain = ByteRange::new(at, end - at);
+                if dirty.window(at) & 1 == 0 {
+                    let _ = dirty.set(grain);
+                    doubts.insert(grain, grain_len);
+                }
+                at = end;
+            }
         });
     }
 
@@ -435,7 +486,7 @@ impl Record {
         // A later long change may rest on the same grains.
         if checkpoint.live && self.long.is_empty() && !self.long_ended {
             for range in std::mem::take(&mut self.long_settling) {
-                self.dirty.clear(range);
+                self.wipe(range);
             }
         } else {
             self.long_written.append(&mut self.long_settling);

@@ -11,8 +11,11 @@
 //! - A flush completes only when all that landed before it is durable here and, while a session is up, there.
 //! - From the failure of the local disk to the peer's record of it nothing completes: a failover in between must find
 //!   that record, or would take this disk for as good as the peer's (promise 5, the other way round).
-//! - A session numbers its changes from 1. What a lost session left unreleased is posted again in the next one, under
-//!   new numbers: its range is still locked, so its bytes are the same.
+//! - A session numbers its changes from 1, over as many links as it takes. When a link breaks the session is *parted*:
+//!   nothing completes and nothing is forgotten. Over the next link it goes on ([`Event::SessionGoesOn`]): what the peer
+//!   says it had applied is released, the rest is posted again under the numbers it has, so that nothing is applied twice.
+//! - What a session that was given up left unreleased is posted again in the next one under new numbers: its range is
+//!   still locked, so its bytes are the same.
 
 use crate::error::Violation;
 use crate::limits::WINDOW_LEN;
@@ -45,6 +48,20 @@ pub enum Event {
     },
     /// The session ended; whatever the peer has not acknowledged, it may lack. A record of its absence is void as well.
     SessionDown,
+    /// The session's link broke, and the session may go on over another.
+    SessionParted,
+    /// It does: the peer has applied everything up to here, and nothing else.
+    SessionGoesOn {
+        /// Within [`Pipeline::unsure`].
+        applied: Seq,
+    },
+    /// A parted session does not go on. The same as [`Event::SessionDown`], but nobody is asked for a record of the peer's
+    /// absence: the caller has decided what comes instead.
+    SessionGivenUp {
+        /// The peer may lack what it has not acknowledged. False where everything that was posted is on stable storage
+        /// there, so that only what landed since is to be posted.
+        lacking: bool,
+    },
     /// The peer's absence is on durable record: complete without it.
     GoAlone,
     /// The background copy is done and on record: the peer is UpToDate.
@@ -123,6 +140,8 @@ enum Peer {
     Alone,
     /// Session up.
     Live,
+    /// The session's link broke, and it may go on.
+    Parted,
 }
 
 /// The pipeline of one volume.
@@ -191,7 +210,24 @@ impl Pipeline {
             Event::Ack { applied, durable } => self.acked(applied, durable, actions)?,
             Event::FlushedLocal => self.flushed_local(actions),
             Event::SessionUp { in_sync } => self.session_up(in_sync, actions),
-            Event::SessionDown => self.session_down(actions),
+            Event::SessionDown => {
+                if self.session_down(true, actions) {
+                    self.alone_asked = true;
+                    actions.push(Action::AskAlone);
+                }
+            }
+            Event::SessionParted => {
+                assert!(self.peer == Peer::Live, "only a session that is up is parted");
+                self.peer = Peer::Parted;
+                // Two memories had it; now this disk alone may have to keep it.
+                if self.landings > self.local_durable {
+                    self.want_local_flush(self.landings, actions);
+                }
+            }
+            Event::SessionGoesOn { applied } => self.session_goes_on(applied, actions),
+            Event::SessionGivenUp { lacking } => {
+                self.session_down(lacking, actions);
+            }
             Event::GoAlone => self.go_alone(actions),
             Event::PeerInSync => {
                 self.peer_in_sync = true;
@@ -234,7 +270,28 @@ impl Pipeline {
     /// Whether completions wait for a peer that is away or not in sync.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        self.peer == Peer::Absent || self.is_held()
+        matches!(self.peer, Peer::Absent | Peer::Parted) || self.is_held()
+    }
+
+    /// Whether somebody waits for a peer whose link broke.
+    #[must_use]
+    pub fn waits_for_parted(&self) -> bool {
+        self.peer == Peer::Parted
+            && (!self.flushes.is_empty()
+                || !self.waiting.is_empty()
+                || self.window.iter().any(|entry| !entry.completed))
+    }
+
+    /// What the peer has acknowledged as applied, and the last change that has a number: in between nothing is known.
+    #[must_use]
+    pub fn unsure(&self) -> (Seq, Seq) {
+        (self.peer_applied, Seq(self.next_seq.0 - 1))
+    }
+
+    /// Comparisons numbered up to `applied` whose outcome the peer has not told.
+    pub fn comparisons_upto(&self, applied: Seq) -> impl Iterator<Item = Token> + '_ {
+        let open = self.window.iter().take_while(move |entry| entry.seq <= applied);
+        open.filter(|entry| entry.change.kind == Kind::Verify).map(|entry| entry.change.token)
     }
 
     /// Whether the peer holds what this node holds, but for what is in flight.
@@ -288,7 +345,7 @@ impl Pipeline {
     /// Whether everything that landed is on stable storage here and on the peer of the present session.
     #[must_use]
     pub fn is_durable_on_both(&self) -> bool {
-        self.peer == Peer::Live
+        matches!(self.peer, Peer::Live | Peer::Parted)
             && self.window.is_empty()
             && self.local_durable >= self.landings
             && !self.peer_lags_durably()
@@ -313,6 +370,8 @@ impl Pipeline {
         let mut entry = Entry { change, seq: Seq::ZERO, landing: self.landings, completed: false };
         match self.peer {
             Peer::Live => entry.seq = self.post(change, actions),
+            // It is posted when the session goes on.
+            Peer::Parted => entry.seq = self.number(),
             Peer::Alone => {}
             Peer::Absent if self.alone_asked => {}
             Peer::Absent => {
@@ -334,15 +393,24 @@ impl Pipeline {
         }
     }
 
-    fn post(&mut self, mut change: Change, actions: &mut Vec<Action>) -> Seq {
+    fn number(&mut self) -> Seq {
         let seq = self.next_seq;
         self.next_seq = seq.next();
+        seq
+    }
+
+    fn post(&mut self, change: Change, actions: &mut Vec<Action>) -> Seq {
+        let seq = self.number();
+        self.post_as(seq, change, actions);
+        seq
+    }
+
+    fn post_as(&mut self, seq: Seq, mut change: Change, actions: &mut Vec<Action>) {
         if self.wants_durability(change) {
             change.flags |= flags::FUA;
             self.peer_flush_asked = seq;
         }
         actions.push(Action::Post(seq, change));
-        seq
     }
 
     fn wants_durability(&self, change: Change) -> bool {
@@ -351,7 +419,8 @@ impl Pipeline {
     }
 
     fn flush(&mut self, token: Token, background: bool, actions: &mut Vec<Action>) {
-        let seq = if self.peer == Peer::Live { Seq(self.next_seq.0 - 1) } else { Seq::ZERO };
+        let session = matches!(self.peer, Peer::Live | Peer::Parted);
+        let seq = if session { Seq(self.next_seq.0 - 1) } else { Seq::ZERO };
         self.flushes.push(PendingFlush { token, landing: self.landings, seq, background });
         if self.peer == Peer::Absent && !self.alone_asked {
             self.alone_asked = true;
@@ -408,8 +477,15 @@ impl Pipeline {
             };
             return Err(Violation::AckWentBack { found, before });
         }
-        self.peer_applied = applied;
         self.peer_durable = durable;
+        self.release_upto(applied, actions);
+        self.settle(actions);
+        Ok(())
+    }
+
+    /// The peer has applied everything up to here.
+    fn release_upto(&mut self, applied: Seq, actions: &mut Vec<Action>) {
+        self.peer_applied = applied;
         while let Some(&entry) = self.window.front().filter(|entry| entry.seq <= applied) {
             self.window.pop_front();
             actions.push(Action::Release(entry.change));
@@ -417,12 +493,33 @@ impl Pipeline {
                 self.waiting.push(entry);
             }
         }
+    }
+
+    fn session_goes_on(&mut self, applied: Seq, actions: &mut Vec<Action>) {
+        let (acknowledged, numbered) = self.unsure();
+        assert!(self.peer == Peer::Parted, "only a parted session goes on");
+        assert!(
+            acknowledged <= applied && applied <= numbered,
+            "the caller has compared the two ends' words"
+        );
+        self.peer = Peer::Live;
+        // What was asked of the link that broke may never have arrived.
+        self.peer_flush_asked = self.peer_durable;
+        self.release_upto(applied, actions);
+        for at in 0..self.window.len() {
+            let Entry { change, seq, .. } = self.window[at];
+            self.post_as(seq, change, actions);
+        }
+        // Before that no flush of this session's may be asked for: the peer refuses one of changes it has not seen.
+        if !self.flushes.is_empty() || self.awaits_durability() {
+            self.want_peer_flush(numbered, actions);
+        }
+        self.complete_async(actions);
         self.settle(actions);
-        Ok(())
     }
 
     fn session_up(&mut self, in_sync: bool, actions: &mut Vec<Action>) {
-        assert!(self.peer != Peer::Live, "a session begins after the last one ended");
+        assert!(!matches!(self.peer, Peer::Live | Peer::Parted), "a session begins after the last one ended");
         self.was_alone = self.peer == Peer::Alone && !in_sync;
         self.peer = Peer::Live;
         self.peer_in_sync = in_sync;
@@ -458,11 +555,12 @@ impl Pipeline {
         self.flushes.clear();
     }
 
-    fn session_down(&mut self, actions: &mut Vec<Action>) {
+    /// Returns whether anybody waits for what comes instead.
+    fn session_down(&mut self, lacking: bool, actions: &mut Vec<Action>) -> bool {
         if self.peer == Peer::Absent {
-            return;
+            return false;
         }
-        if self.peer == Peer::Live && self.landings > self.local_durable {
+        if matches!(self.peer, Peer::Live | Peer::Parted) && self.landings > self.local_durable {
             // Two memories had it; now this disk alone can keep it.
             self.want_local_flush(self.landings, actions);
         }
@@ -484,15 +582,14 @@ impl Pipeline {
             // A peer that is gone makes nothing durable: what it had applied, the record of its absence covers.
             entry.seq = Seq::ZERO;
             waits |= !entry.completed;
-            actions.push(Action::MarkDirty(entry.change.range));
+            if lacking {
+                actions.push(Action::MarkDirty(entry.change.range));
+            }
         }
         for entry in &mut self.waiting {
             entry.seq = Seq::ZERO;
         }
-        if waits {
-            self.alone_asked = true;
-            actions.push(Action::AskAlone);
-        }
+        waits
     }
 
     fn go_alone(&mut self, actions: &mut Vec<Action>) {
@@ -539,7 +636,7 @@ impl Pipeline {
 
     /// Completes whatever may complete by now, and forgets it.
     fn settle(&mut self, actions: &mut Vec<Action>) {
-        if self.peer == Peer::Absent || self.local == Local::Failing {
+        if matches!(self.peer, Peer::Absent | Peer::Parted) || self.local == Local::Failing {
             return;
         }
         let held = self.is_held();

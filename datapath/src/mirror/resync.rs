@@ -66,6 +66,10 @@ pub struct Resync {
     flushing: Option<Vec<ByteRange>>,
     /// When `applied` got its first.
     waiting_since: Option<Instant>,
+    /// What is marked and was applied by the peer in a session before this one; in order, whole grains.
+    equal: Vec<ByteRange>,
+    /// The last flush has ended.
+    ended: bool,
 }
 
 impl Resync {
@@ -90,6 +94,8 @@ impl Resync {
             applied_len: 0,
             flushing: None,
             waiting_since: None,
+            equal: Vec::new(),
+            ended: false,
         }
     }
 
@@ -101,13 +107,42 @@ impl Resync {
         in_turn
     }
 
-    /// The peer has told all: the copy of everything marked in `dirty` begins. False when it has said so before.
+    /// The peer has told all: the copy of everything marked in `dirty` begins, but for what is `equal` by what the two
+    /// remember of a session before, which only waits for a flush. That is of whole grains, in order. False when the peer has
+    /// said so before.
     #[must_use]
-    pub fn told_all(&mut self, dirty: &DirtyMap) -> bool {
-        let first = self.stage == Stage::Told;
+    pub fn told_all(&mut self, dirty: &DirtyMap, equal: Vec<ByteRange>) -> bool {
+        if self.stage != Stage::Told {
+            return false;
+        }
         self.stage = Stage::Copying;
-        self.total = dirty.dirty_bytes();
-        first
+        self.total = dirty.dirty_bytes().saturating_sub(equal.iter().map(|range| range.len).sum());
+        for range in &equal {
+            self.applied.insert(*range);
+        }
+        self.equal = equal;
+        true
+    }
+
+    /// The session goes on over another link. A peer that has not told all its marks tells them again from the first on.
+    /// Returns whether it may still wait for the word that its marks are on our record.
+    pub fn goes_on(&mut self) -> bool {
+        self.told_until = 0;
+        self.kept
+    }
+
+    /// The session is given up: whole grains that the peer has applied, or holds the same bytes of, and whose marks no flush
+    /// has cleared yet.
+    pub fn applied_whole(&mut self) -> Vec<ByteRange> {
+        let mut whole = self.flushing.take().unwrap_or_default();
+        whole.append(&mut self.applied.take_whole(self.grain_len, self.size));
+        whole
+    }
+
+    /// Whether all is copied, and durable.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.ended
     }
 
     /// Whether the peer still has marks to tell.
@@ -144,10 +179,23 @@ impl Resync {
         if self.cursor >= self.size {
             return None;
         }
-        let marked = dirty.next_dirty(self.cursor, RESYNC_HOLE_LEN_MAX)?;
-        // The cursor may stand within a grain.
-        let start = marked.start.max(self.cursor);
-        Some(Wanted { range: ByteRange::new(start, marked.end() - start), differs: false })
+        let mut cursor = self.cursor;
+        while cursor < self.size {
+            let marked = dirty.next_dirty(cursor, RESYNC_HOLE_LEN_MAX)?;
+            // The cursor may stand within a grain.
+            let start = marked.start.max(cursor);
+            let equal = self.equal.get(self.equal.partition_point(|equal| equal.end() <= start));
+            let end = match equal {
+                Some(equal) if equal.start <= start => {
+                    cursor = equal.end();
+                    continue;
+                }
+                Some(equal) => marked.end().min(equal.start),
+                None => marked.end(),
+            };
+            return Some(Wanted { range: ByteRange::new(start, end - start), differs: false });
+        }
+        None
     }
 
     /// How much of `dirty`, from its start on, is known to be data. A file system in memory looks at every page to find
@@ -237,7 +285,8 @@ impl Resync {
     /// # Panics
     /// When none was under way.
     pub fn flushed(&mut self) -> (Vec<ByteRange>, bool) {
-        (self.flushing.take().expect("a flush was under way"), self.stage == Stage::Flushing)
+        self.ended = self.stage == Stage::Flushing;
+        (self.flushing.take().expect("a flush was under way"), self.ended)
     }
 
     /// The map's grain.

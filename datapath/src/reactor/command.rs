@@ -7,7 +7,7 @@ use crate::disk::image::DiskImage;
 use crate::disk::record::Record;
 use crate::front::queue::QueueServer;
 use crate::transport::Link;
-use crate::units::{AckLevel, Epoch, OnPeerLoss};
+use crate::units::{AckLevel, Epoch, OnPeerLoss, Seq};
 use crate::volume::Verified;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -47,6 +47,38 @@ pub enum Direction {
     Idle,
 }
 
+/// What both nodes still know, when a session begins, of the one before it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Before {
+    /// Nothing that counts: whatever is on record as possibly different may differ.
+    Unknown,
+    /// The peer has what it had applied in it, as no daemon ended since; but changes were made without it. Only a source
+    /// is told so.
+    Kept,
+    /// All: the session goes on over this link.
+    GoesOn {
+        /// The target has applied up to here, and nothing else.
+        applied: Seq,
+        /// The source has heard all of the target's map, where that is told.
+        map_told: bool,
+    },
+}
+
+/// What one end of a session knows when its link broke and it may go on over another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Parted {
+    /// This node is the source.
+    pub source: bool,
+    /// The session's epoch.
+    pub epoch: Epoch,
+    /// Source: the target has acknowledged that it applied up to here. Target: it has applied up to here.
+    pub applied: Seq,
+    /// Source: the last change that the target may have. Target: the same as `applied`.
+    pub numbered: Seq,
+    /// Source: the target has told all of its map.
+    pub map_told: bool,
+}
+
 /// What control tells the reactor.
 pub enum Command {
     /// One more volume, whose index is the next one. From [`ReactorHandle::add_volume`](super::ReactorHandle::add_volume)
@@ -74,6 +106,8 @@ pub enum Command {
     Session {
         /// Index of the volume.
         volume: usize,
+        /// How it stands to the session before.
+        before: Before,
         /// The link, connected.
         link: Box<dyn Link>,
         /// Which way.
@@ -198,6 +232,10 @@ pub enum Event {
         undurable: bool,
         /// The dirty map is not empty.
         dirty: bool,
+        /// Some change got through over its link.
+        moved: bool,
+        /// What is known of it, if it may go on over another link.
+        parted: Option<Parted>,
     },
     /// The session goes on over another link; the one before it is closed. Another [`Command::SwitchLink`] may follow.
     LinkSwitched {

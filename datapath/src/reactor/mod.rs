@@ -588,9 +588,9 @@ impl Reactor {
                     tracing::error!(%error, "cannot watch an address for NBD clients, which are not served there");
                 }
             }
-            Command::Session { volume, mut link, direction, epoch } => {
+            Command::Session { volume, before, mut link, direction, epoch } => {
                 self.watch(volume, link.as_mut());
-                self.wake(volume).attach(link, direction, epoch, now);
+                self.wake(volume).attach_after(before, link, direction, epoch, now);
                 self.link_ready[volume] = true;
                 // When its first sign of life is due.
                 self.next_deadline = self.next_deadline.min(now + self.peer_timeout / 4);

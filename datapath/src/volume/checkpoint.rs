@@ -13,7 +13,6 @@ use crate::error::IoError;
 use crate::limits::IDLE_RETIRE_MS;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::reactor::command::Event;
-use crate::transport::DownReason;
 use crate::units::Token;
 use crate::wire::Kind;
 use std::time::{Duration, Instant};
@@ -44,6 +43,7 @@ impl Volume {
             return;
         }
         let _ = self.record.dirty.set_all();
+        self.record.forget_doubts();
         let round = self.record.ask_store();
         self.marked_all.push((round, done));
         self.tell_marked_all();
@@ -139,7 +139,14 @@ impl Volume {
             self.record.written(token, request.range, touched);
             // A session goes on only between disks that are equal; without a disk there is but one.
             if !self.diskless.is_active() {
-                self.close_link(DownReason::Local("a change was given up half-way"));
+                self.end_session("a change was given up half-way");
+                if self.parted.is_some() {
+                    let waits = self.pipeline.waits_for_parted();
+                    self.end_parting(true);
+                    if waits {
+                        self.events.push(Event::AskAlone { volume: self.index });
+                    }
+                }
             }
         }
         self.unlock_and_fail(token, error);

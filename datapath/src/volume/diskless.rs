@@ -17,7 +17,8 @@
 //! - Memory is given back only where no change and no reply stands.
 //!
 //! Failures survived: a page, a range or all of the disk lost at any moment. Lost with it: writes whose bytes were on
-//! such a page and nowhere else. Not survived: the loss of the peer as well, which ends the service.
+//! such a page and nowhere else; a link that breaks and is back within the peer's timeout, once the peer has it on record. Not
+//! survived: the loss of the peer as well, which ends the service.
 
 use super::checkpoint::Quiesce;
 use super::{Origin, Outgoing, Request, Volume};
@@ -283,6 +284,15 @@ impl Volume {
         let id = self.diskless.fetches_begun;
         self.diskless.fetches.push_back(Fetch { id, token, range, got: 0, asked: false });
         self.outbox.push_back(Outgoing::Read { id, range });
+    }
+
+    /// The session goes on over another link: the questions that were under way, from where their answers have come to.
+    pub(super) fn ask_again(&mut self) {
+        for fetch in &mut self.diskless.fetches {
+            fetch.asked = false;
+            let range = ByteRange::new(fetch.range.start + fetch.got, fetch.range.len - fetch.got);
+            self.outbox.push_back(Outgoing::Read { id: fetch.id, range });
+        }
     }
 
     pub(super) fn is_fetching(&self, token: Token) -> bool {

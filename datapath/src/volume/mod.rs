@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 mod checkpoint;
 mod diskless;
 mod links;
+mod parting;
 mod requests;
 mod resync;
 mod session;
@@ -171,14 +172,6 @@ enum Outgoing {
     MarksKept,
 }
 
-/// How a session ended.
-#[derive(Debug)]
-struct LinkEnd {
-    reason: String,
-    undurable: bool,
-    was_target: bool,
-}
-
 /// A volume.
 pub struct Volume {
     index: usize,
@@ -237,6 +230,16 @@ pub struct Volume {
     switch: Option<Box<links::Switching>>,
     /// The peer broke the protocol; the link's end is on its way.
     link_distrusted: bool,
+    /// This node broke the session's order itself: it cannot go on over another link.
+    session_void: bool,
+    /// A session without a link, which may go on. `source` holds for that one then.
+    parted: Option<parting::Parting>,
+    /// The session went on over this link or one before.
+    gone_on: bool,
+    /// Counts the flushes after a target's session.
+    settle_serial: u64,
+    /// Something of the session got through over the present link.
+    link_moved: bool,
     source: bool,
     outbox: VecDeque<Outgoing>,
     access: Option<Access>,
@@ -245,7 +248,7 @@ pub struct Volume {
     arrived: VecDeque<Slot>,
     access_job: Option<Slot>,
     /// A session ended; control hears of it once nothing is being applied any more.
-    down_deferred: Option<LinkEnd>,
+    down_deferred: Option<parting::LinkEnd>,
     heard_bytes: u64,
     last_heard: Instant,
     last_sent: Instant,
@@ -309,6 +312,11 @@ impl Volume {
             switch: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
             link_distrusted: false,
+            session_void: false,
+            parted: None,
+            gone_on: false,
+            settle_serial: 0,
+            link_moved: false,
             source: false,
             outbox: VecDeque::with_capacity(WINDOW_LEN),
             access: None,
@@ -378,6 +386,7 @@ impl Volume {
     pub fn stop_serving(&mut self) {
         self.serving = false;
         self.quiesce = Quiesce::No;
+        self.end_parting(true);
         self.end_verify("this node stopped serving the volume");
         self.end_diskless();
         self.fail_all(IoError::NotPrimary);
@@ -392,6 +401,7 @@ impl Volume {
 
     /// The peer's absence is on record.
     pub fn go_alone(&mut self) {
+        self.end_parting(true);
         self.pipeline_event(crate::mirror::pipeline::Event::GoAlone);
     }
 
@@ -420,7 +430,8 @@ impl Volume {
                 }
             }
             Token(token) if token >= ACCESS_FLUSH_BASE => {
-                if let Some(access) = &mut self.access
+                let parted = self.parted.as_mut().and_then(parting::Parting::access_mut);
+                if let Some(access) = self.access.as_mut().or(parted)
                     && token == ACCESS_FLUSH_BASE + self.session_serial
                     && !failed
                 {
@@ -471,6 +482,7 @@ impl Volume {
         self.stalled = Duration::ZERO;
         self.pace_due = None;
         self.pump_detach(now);
+        self.ask_if_parted_long(now);
         self.serve_granted();
         if let Some(token) = self.inflight.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
@@ -617,7 +629,8 @@ impl Volume {
             return;
         }
         self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
-        self.close_link(crate::transport::DownReason::Local("the local disk failed"));
+        self.end_session("the local disk failed");
+        self.end_parting(true);
         self.end_verify("the local disk failed");
         self.fail_all(IoError::DiskFailed);
         for (_, done) in self.marked_all.drain(..) {
@@ -631,7 +644,7 @@ impl Volume {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.source && self.pipeline.in_flight() > 0 {
             // Numbers were given out that will never be posted, and the copy counts on steps that never end.
-            self.close_link(crate::transport::DownReason::Local("what was under way was given up"));
+            self.end_session("what was under way was given up");
         }
         self.fail_parked(error);
         self.pipeline.abandon(&mut tokens, &mut locked);

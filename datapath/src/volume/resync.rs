@@ -128,15 +128,17 @@ impl Volume {
             return Err(Violation::Epoch { found: header.epoch, ours: self.epoch });
         }
         if header.kind == Kind::DirtyKept {
-            if !matches!(self.telling.take(), Some(Telling::All)) {
-                return Err(wrong("a receipt for marks that were not told"));
+            match self.telling.take() {
+                Some(Telling::All) => self.record.clear_all(),
+                // It is said again where a link broke before it was known to have arrived.
+                None if self.gone_on => {}
+                _ => return Err(wrong("a receipt for marks that were not told")),
             }
-            self.record.clear_all();
             return Ok(());
         }
         let Some(resync) = &mut self.resync else { return Err(wrong("marks that nobody asked for")) };
         if header.kind == Kind::DirtyEnd {
-            if !resync.told_all(&self.record.dirty) {
+            if !resync.told_all(&self.record.dirty, self.record.doubts()) {
                 return Err(wrong("a second end of the marks"));
             }
             self.map_round = Some(self.record.ask_store());
@@ -209,7 +211,7 @@ impl Volume {
     /// Begins what steps may begin, and the flush that is due behind what was applied.
     pub(super) fn step_resync(&mut self, now: Instant) {
         let urgent = self.pipeline.waits_for_copy();
-        if self.copy_paused && !urgent {
+        if self.parted.is_some() || (self.copy_paused && !urgent) {
             return;
         }
         self.begin_steps(now, urgent);

@@ -1,8 +1,9 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
 use super::diskless::{Diskless, post_reply};
+use super::parting::{LinkEnd, Parting};
 use super::resync::{Telling, Told};
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, LinkEnd, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::digest::Digest;
 use crate::disk::image::DiskImage;
@@ -11,7 +12,7 @@ use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS, TURN_MS_MAX};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::mirror::resync::Resync;
-use crate::reactor::command::{Direction, Event};
+use crate::reactor::command::{Before, Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind, flags};
@@ -22,22 +23,48 @@ use std::time::{Duration, Instant};
 const ZERO_IN_PLACE_LEN_MAX: u64 = 64 << 10;
 
 impl Volume {
-    /// A session begins over `link`.
+    /// A session begins over `link`, of whose peer nothing is known.
     ///
     /// # Panics
     /// When the last one has not ended: control hands over one at a time.
     pub fn attach(&mut self, link: Box<dyn Link>, direction: Direction, epoch: Epoch, now: Instant) {
+        self.attach_after(Before::Unknown, link, direction, epoch, now);
+    }
+
+    /// A session begins over `link`, or goes on: `before` says what both nodes still know of the one before.
+    ///
+    /// # Panics
+    /// When the last one has not ended: control hands over one at a time.
+    pub fn attach_after(
+        &mut self,
+        before: Before,
+        link: Box<dyn Link>,
+        direction: Direction,
+        epoch: Epoch,
+        now: Instant,
+    ) {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
         assert!(self.switch.is_none(), "a change of link ends with its session");
-        tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, "session begins");
+        tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, ?before, "session begins");
+        let holds = self.settle_parting(before, direction, epoch);
         self.link = Some(link);
         self.link_distrusted = false;
+        self.session_void = false;
+        self.link_moved = false;
+        self.gone_on = matches!(before, Before::GoesOn { .. });
         self.heard_bytes = 0;
         self.last_heard = now;
         self.last_sent = now;
         self.last_answer = now;
         self.last_kept = now;
-        self.direct(direction, epoch);
+        match before {
+            Before::GoesOn { applied, map_told } if holds => self.go_on(applied, map_told, direction),
+            Before::GoesOn { .. } => {
+                self.target_refused = matches!(direction, Direction::Target { .. });
+                self.end_session("the session that should go on was given up here");
+            }
+            Before::Unknown | Before::Kept => self.direct(direction, epoch),
+        }
     }
 
     /// The roles over the live session are now these.
@@ -51,16 +78,17 @@ impl Volume {
             // Numbering goes on: the peer was told of no change.
             return;
         }
+        self.end_parting(true);
         if self.access.is_some() && (self.access_job.is_some() || !self.arrived.is_empty()) {
             // They belong to the role that ends and must not reach the disk under the new one.
             self.arrived.clear();
-            self.close_link(DownReason::Local("the roles changed while changes were still being applied"));
+            self.end_session("the roles changed while changes were still being applied");
             return;
         }
         if matches!(direction, Direction::Target { .. }) && self.receiving > 0 {
             // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
             self.target_refused = true;
-            self.close_link(DownReason::Local("changes of the role before are still being made"));
+            self.end_session("changes of the role before are still being made");
             return;
         }
         self.epoch = epoch;
@@ -74,6 +102,8 @@ impl Volume {
             self.end_copy();
             self.end_verify("the roles changed");
             self.end_source_record();
+            // They are about a session that cannot go on.
+            self.record.forget_doubts();
             // Numbers of the session that ends; what must go again comes again under new ones.
             self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
             self.pipeline_event(PipelineEvent::SessionDown);
@@ -86,7 +116,7 @@ impl Volume {
         }
         if self.disk.is_failed() {
             // Nothing of it may be sent, and nothing that arrives be acknowledged; its end was told once already.
-            self.close_link(DownReason::Local("the local disk failed"));
+            self.end_session("the local disk failed");
             return;
         }
         match direction {
@@ -167,6 +197,9 @@ impl Volume {
         let epoch = self.epoch;
         let interval = timeout / 4;
         let switch_due = self.time_switch(now, interval);
+        if self.link.is_none() {
+            return self.time_parting(now, timeout);
+        }
         let link = self.link.as_mut()?;
         if link.arm().is_some_and(|(_, interest)| !interest.readable) {
             // It is we who do not listen: our ring is full.
@@ -234,6 +267,7 @@ impl Volume {
                 let (before, wants_durable) = (self.pipeline.peer_word(), self.pipeline.awaits_durability());
                 let outcome = self.pipeline.handle(event, &mut self.actions);
                 let after = self.pipeline.peer_word();
+                self.link_moved |= after > before;
                 if after.1 > before.1 || (after.0 > before.0 && !wants_durable) {
                     self.last_answer = self.last_heard;
                 }
@@ -322,6 +356,7 @@ impl Volume {
         }
         if let Some(access) = &mut self.access {
             access.applied(&slot.header);
+            self.link_moved = true;
             if slot.header.kind != Kind::Verify {
                 self.pipeline.applied_as_standby();
                 self.counters.changes_applied.fetch_add(1, Ordering::Relaxed);
@@ -333,8 +368,14 @@ impl Volume {
     pub(super) fn access_job_done(&mut self, failed: bool) {
         let slot = self.access_job.take().expect("a job was under way");
         if self.link.is_none() {
-            // Nobody is told of this change any more, but a flush after a takeover covers what the disk holds.
+            // A flush after a takeover covers what the disk holds, and a session that goes on what it had applied.
             self.pipeline.applied_as_standby();
+            if let Some(access) = self.parted.as_mut().and_then(Parting::access_mut)
+                && !failed
+            {
+                access.applied(&slot.header);
+                access.part();
+            }
             self.report_link_end();
             return;
         }
@@ -359,16 +400,29 @@ impl Volume {
         self.close_switch();
         self.switch = None;
         self.link = None;
-        let was_target = self.access.take().is_some() | std::mem::take(&mut self.target_refused);
         self.arrived.clear();
         self.outbox.clear();
-        self.end_copy();
+        let parts = self.may_part(reason);
+        let was_target = self.access.is_some() | std::mem::take(&mut self.target_refused);
+        let undurable = undurable || (self.session_void && !was_target);
+        let moved = self.link_moved;
+        let end = LinkEnd { reason: reason.to_string(), undurable, was_target, moved };
         self.end_verify("the session ended");
+        if parts {
+            self.part();
+            self.down_deferred = Some(end);
+            if self.access_job.is_none() {
+                self.report_link_end();
+            }
+            return;
+        }
+        self.access = None;
+        self.end_copy();
         self.telling = None;
         if self.source {
             self.end_source_record();
         }
-        self.down_deferred = Some(LinkEnd { reason: reason.to_string(), undurable, was_target });
+        self.down_deferred = Some(end);
         if self.access_job.is_none() {
             self.report_link_end();
         }
@@ -385,21 +439,20 @@ impl Volume {
     /// The session is over and nothing is being applied any more. A target's disk is then brought to stable storage, so
     /// that control may note down that it is a clean prefix even after a loss of power; nobody waits for that.
     fn report_link_end(&mut self) {
-        let LinkEnd { reason, undurable, was_target } = self.down_deferred.take().expect("a session ended");
-        if was_target && !self.disk.is_failed() {
-            let token = Token(SETTLE_FLUSH_BASE + self.session_serial);
+        let end = self.down_deferred.take().expect("a session ended");
+        if end.was_target && !self.disk.is_failed() {
+            self.settle_serial += 1;
+            let token = Token(SETTLE_FLUSH_BASE + self.settle_serial);
             self.workers.submit(Job { kind: JobKind::Flush, token });
         }
-        self.events.push(Event::LinkDown {
-            volume: self.index,
-            reason,
-            undurable,
-            dirty: self.record.is_dirty(),
-        });
+        self.tell_link_end(end);
     }
 
-    pub(super) fn settled(&mut self, session_serial: u64) {
-        if session_serial == self.session_serial && self.access.is_none() {
+    pub(super) fn settled(&mut self, settle_serial: u64) {
+        if settle_serial == self.settle_serial && self.access.is_none() {
+            if let Some(access) = self.parted.as_mut().and_then(Parting::access_mut) {
+                access.settled();
+            }
             self.events.push(Event::Settled { volume: self.index });
         }
     }

@@ -5,7 +5,7 @@ use super::*;
 use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
-use crate::reactor::command::Direction;
+use crate::reactor::command::{Before, Direction};
 use crate::transport::loopback;
 use crate::transport::{DownReason, Link};
 use crate::units::{AckLevel, OnPeerLoss};
@@ -19,6 +19,7 @@ mod delta;
 mod diskless;
 mod faults;
 mod links;
+mod parting;
 mod random;
 mod verify;
 
@@ -159,9 +160,14 @@ impl Pair {
 
     /// A session; with `resync` a copy of what either has marked.
     fn join(&mut self, resync: bool) {
+        self.join_after(Before::Unknown, resync);
+    }
+
+    /// The same where the source knows `before` of the target.
+    fn join_after(&mut self, before: Before, resync: bool) {
         let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
         let now = Instant::now();
-        self.a.volume.attach(Box::new(here), Direction::Source { resync }, self.epoch, now);
+        self.a.volume.attach_after(before, Box::new(here), Direction::Source { resync }, self.epoch, now);
         self.b.volume.attach(Box::new(there), Direction::Target { resync }, self.epoch, now);
     }
 
@@ -211,6 +217,19 @@ impl Pair {
         });
         self.a.saw(|e| matches!(e, Event::LinkDown { .. }));
         undurable.expect("reported")
+    }
+
+    /// The session whose link was cut goes on over another.
+    fn go_on(&mut self) {
+        let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
+        let parted = self.b.volume.told_of_parting().expect("the target's session may go on");
+        let map_told = self.a.volume.told_of_parting().expect("the source's too").map_told;
+        let before = Before::GoesOn { applied: parted.applied, map_told };
+        let resync = self.a.volume.resync.is_some();
+        let now = Instant::now();
+        let (source, target) = (Direction::Source { resync }, Direction::Target { resync });
+        self.a.volume.attach_after(before, Box::new(here), source, self.epoch, now);
+        self.b.volume.attach_after(before, Box::new(there), target, self.epoch, now);
     }
 
     fn assert_equal_and_clean(&self) {

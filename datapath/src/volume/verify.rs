@@ -172,7 +172,7 @@ impl Volume {
             self.begin_copy(false);
             if let Some(resync) = &mut self.resync {
                 // The peer has no marks of its own: it is in sync but for what was found here.
-                let first = resync.told_all(&self.record.dirty);
+                let first = resync.told_all(&self.record.dirty, Vec::new());
                 assert!(first, "a copy begins once");
                 resync.kept();
             }
@@ -198,6 +198,11 @@ impl Volume {
         if let Some(Verifying { verify, .. }) = self.verifying.take() {
             self.tell_verified(Verified { findings: verify.findings().clone(), repaired, unfinished: None });
         }
+    }
+
+    /// Whether a verification's own copy is under way.
+    pub(super) fn repairs(&self) -> bool {
+        self.verifying.as_ref().is_some_and(|verifying| verifying.repairing)
     }
 
     /// A copy has ended, durable on both nodes. Returns whether it was a verification's own.

@@ -29,6 +29,7 @@
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
 //!   since the disks were equal, only those that were written to since no record named them;
 //! - `empty-over-data`: of two new disks an empty one is not copied over one with data (see `new_disks`);
+//! - `copied-after-a-reset`: no copy follows where a session in sync lost its link and nothing else happened;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
 use super::clock::Nanos;
@@ -358,6 +359,13 @@ impl Checker {
     /// An operator has given up what `node` holds: only its peer holds all of it from now on.
     pub(super) fn invalidated(&mut self, node: usize) {
         self.duties[node].behind = true;
+    }
+
+    /// A copy begins. `undisturbed`: the disks were in sync, and nothing but links ended since.
+    pub(super) fn copies_after(&mut self, undisturbed: bool) -> Verdict {
+        self.count("copied-after-a-reset");
+        let text = || "a copy begins where only a link was lost".to_owned();
+        if undisturbed { broken("copied-after-a-reset", text()) } else { Ok(()) }
     }
 
     /// A flush is asked for.

@@ -148,9 +148,9 @@ impl World {
         let now = self.now();
         let instant = self.nodes[at].skew.instant(now);
         match command {
-            Command::Session { link, direction, epoch, .. } => {
-                self.tell(at, format_args!("session begins: {direction:?}, epoch {epoch}"));
-                self.volume(at).attach(link, direction, epoch, instant);
+            Command::Session { before, link, direction, epoch, .. } => {
+                self.tell(at, format_args!("session begins: {direction:?}, epoch {epoch}, {before:?}"));
+                self.volume(at).attach_after(before, link, direction, epoch, instant);
                 self.live(at).next_deadline = now;
             }
             Command::Direct { direction, epoch, .. } => {
@@ -281,6 +281,7 @@ impl World {
         for event in events {
             if let ReactorEvent::DiskFailed { .. } = event {
                 let now = self.now();
+                self.undisturbed = false;
                 self.checker.gave_up(now, at);
             }
             self.post_input(at, Input::Reactor(event));

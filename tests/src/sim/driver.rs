@@ -17,7 +17,7 @@ use costandby_control::hello::{Message, Ready};
 use costandby_control::role::{self, Action, Connection, ReplyId, Role, SessionSide, VolumeController, code};
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
-use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
+use costandby_datapath::reactor::command::{Before, Command, Direction, Event as ReactorEvent};
 use costandby_datapath::transport::Link;
 use costandby_datapath::units::Epoch;
 use std::collections::VecDeque;
@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex};
 /// As in `VolumeTask`.
 pub(super) const TICK: Nanos = 100 * MS;
 const DIAL_PAUSE_MAX: Nanos = 500 * MS;
+const DIAL_PAUSE_FIRST: Nanos = 4 * MS;
 
 /// What the task is told.
 pub(super) enum Input {
@@ -188,6 +189,7 @@ impl World {
             }
             Input::Operator { id, command } => {
                 self.tell(at, format_args!("operator: {command:?}"));
+                self.undisturbed = false;
                 self.note_command(at, command);
                 self.handle(at, role::Event::Operator { id, command }, false)
             }
@@ -204,14 +206,14 @@ impl World {
 
     fn take_reactor(&mut self, at: usize, event: ReactorEvent) -> Verdict {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, dirty, .. } => {
-                self.tell(at, format_args!("link down: {reason}; undurable: {undurable}"));
+            ReactorEvent::LinkDown { reason, undurable, dirty, parted, .. } => {
+                self.tell(at, format_args!("link down: {reason}; undurable: {undurable}; {parted:?}"));
                 self.driver(at).link_up = false;
-                self.pause_dialling(at, false);
+                self.pause_after_session(at);
                 if self.driver(at).controller.status().connection == Connection::Connected {
                     self.check_prefix(at)?;
                 }
-                role::Event::LinkDown { reason, undurable, dirty }
+                role::Event::LinkDown { reason, undurable, dirty, parted }
             }
             ReactorEvent::Settled { .. } => role::Event::Settled,
             ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
@@ -248,15 +250,40 @@ impl World {
         }
     }
 
-    fn pause_dialling(&mut self, at: usize, longer: bool) {
+    fn pause_dialling(&mut self, at: usize) {
         let now = self.now();
         let driver = self.driver(at);
-        driver.dial_pause = if longer { (driver.dial_pause * 2).min(DIAL_PAUSE_MAX) } else { TICK };
+        driver.dial_pause = (driver.dial_pause * 2).min(DIAL_PAUSE_MAX);
         driver.next_dial = now + driver.dial_pause;
+        self.look_at_dialling(at);
+    }
+
+    fn pause_after_session(&mut self, at: usize) {
+        let now = self.now();
+        let driver = self.driver(at);
+        driver.dial_pause = DIAL_PAUSE_FIRST / 2;
+        driver.next_dial = now;
+        self.look_at_dialling(at);
+    }
+
+    /// The task wakes when the next dial is due.
+    fn look_at_dialling(&mut self, at: usize) {
+        let (life, due) = (self.nodes[at].life, self.driver(at).next_dial);
+        self.agenda.at(due.max(self.now() + US), Event::DialDue { at, life });
+    }
+
+    /// It is.
+    pub(super) fn dial_due(&mut self, at: usize) {
+        if self.driver(at).work.is_some() {
+            // The task is busy, and looks again a little later.
+            let (life, due) = (self.nodes[at].life, self.now() + MS);
+            return self.agenda.at(due, Event::DialDue { at, life });
+        }
+        self.dial_if_due(at);
     }
 
     fn dialled(&mut self, at: usize, stream: Option<StreamId>) {
-        let Some(stream) = stream else { return self.pause_dialling(at, true) };
+        let Some(stream) = stream else { return self.pause_dialling(at) };
         let driver = self.driver(at);
         if !driver.dials || driver.conversation.is_some() || driver.link_up {
             return self.close_stream(at, stream);
@@ -291,7 +318,7 @@ impl World {
             }
         };
         if matches!(event, role::Event::SessionFailed { .. } | role::Event::PeerRefused(_)) {
-            self.pause_dialling(at, true);
+            self.pause_dialling(at);
         }
         self.handle(at, event, true)
     }
@@ -410,6 +437,7 @@ impl World {
             self.send(at, Command::CloseLink { volume: 0, reason: "the metadata cannot be stored" });
             self.send(at, Command::StopServing { volume: 0 });
             let now = self.now();
+            self.undisturbed = false;
             self.checker.gave_up(now, at);
             let local = self.nodes[at].skew.duration(now);
             let driver = self.driver(at);
@@ -423,7 +451,7 @@ impl World {
             // A controller that neither answered nor made a session of it is done with the connection.
             let over = self.driver(at).conversation.take().expect("just seen");
             self.drop_conversation(at, &over);
-            self.pause_dialling(at, true);
+            self.pause_dialling(at);
         }
         Ok(())
     }
@@ -436,7 +464,14 @@ impl World {
             let (volume, reason) = (0, error.to_owned());
             self.post_input(
                 at,
-                Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true }),
+                Input::Reactor(ReactorEvent::LinkDown {
+                    volume,
+                    reason,
+                    undurable: true,
+                    dirty: true,
+                    moved: false,
+                    parted: None,
+                }),
             );
             self.post_input(at, Input::Reactor(ReactorEvent::Settled { volume }));
         }
@@ -480,9 +515,11 @@ impl World {
                     self.say(at, stream, &Message::Refuse(refuse));
                     self.close_stream(at, stream);
                 }
-                self.pause_dialling(at, true);
+                self.pause_dialling(at);
             }
-            Action::StartSession { side, serve, epoch } => self.start_session(at, side, serve, epoch)?,
+            Action::StartSession { side, before, serve, epoch } => {
+                self.start_session(at, side, before, serve, epoch)?;
+            }
             Action::AdoptEpoch(epoch) => {
                 self.driver(at).epoch = epoch;
                 let direction = self.as_target(at);
@@ -507,7 +544,10 @@ impl World {
                     self.send(at, Command::Direct { volume, direction, epoch });
                 }
             }
-            Action::GoAlone => self.send(at, Command::GoAlone { volume }),
+            Action::GoAlone => {
+                self.undisturbed = false;
+                self.send(at, Command::GoAlone { volume });
+            }
             Action::CloseLink => {
                 if let Some(over) = self.driver(at).conversation.take() {
                     self.drop_conversation(at, &over);
@@ -565,7 +605,14 @@ impl World {
         }
     }
 
-    fn start_session(&mut self, at: usize, side: SessionSide, serve: bool, epoch: Epoch) -> Verdict {
+    fn start_session(
+        &mut self,
+        at: usize,
+        side: SessionSide,
+        before: Before,
+        serve: bool,
+        epoch: Epoch,
+    ) -> Verdict {
         let conversation = self.driver(at).conversation.take();
         self.driver(at).epoch = epoch;
         self.driver(at).link_up = true;
@@ -588,15 +635,37 @@ impl World {
                 SessionSide::Target { resync } => Direction::Target { resync },
             };
             self.sessions += 1;
+            match before {
+                Before::Unknown => {}
+                Before::Kept => drop(self.seen.insert("a copy of what was written alone")),
+                Before::GoesOn { .. } if side == (SessionSide::Source { resync: true }) => {
+                    self.seen.insert("a copy went on over another link");
+                }
+                Before::GoesOn { .. } => drop(self.seen.insert("a session went on over another link")),
+            }
+            match side {
+                SessionSide::Source { resync: true } => {
+                    self.checker.copies_after(self.undisturbed)?;
+                }
+                SessionSide::Source { resync: false } => self.undisturbed = both,
+                SessionSide::Target { .. } => {}
+            }
             if both {
                 self.check_session()?;
             }
-            self.send(at, Command::Session { volume, link, direction, epoch });
+            self.send(at, Command::Session { volume, before, link, direction, epoch });
         } else {
             let reason = "the connection is gone".to_owned();
             self.post_input(
                 at,
-                Input::Reactor(ReactorEvent::LinkDown { volume, reason, undurable: true, dirty: true }),
+                Input::Reactor(ReactorEvent::LinkDown {
+                    volume,
+                    reason,
+                    undurable: true,
+                    dirty: true,
+                    moved: false,
+                    parted: None,
+                }),
             );
         }
         if serve {

@@ -5,7 +5,8 @@
 //! link and a stream, may overtake each other.
 //!
 //! Faults: delay; a blocked path (frames wait, as TCP retransmits, until it heals or an end gives up); the end of a
-//! process (what it had sent still arrives, then the end); the loss of a host's power (some of what was on the wire is
+//! process (what it had sent still arrives, then the end); a reset of the connection between two that live (some of what was
+//! on the wire is lost, and an end may hear of that late or never); the loss of a host's power (some of what was on the wire is
 //! lost, and no end is told until the host is back).
 
 use super::clock::{Clock, Nanos, US};
@@ -142,6 +143,44 @@ impl Wire {
             .pending
             .extend(cut.into_iter().filter(|(_, event)| matches!(event, LinkEvent::Down(_))));
         self.ends[to].last_due = NEVER;
+    }
+
+    /// The connection is reset: a part of what was on its way never arrives. `told`: who hears of it, and how much later.
+    pub(super) fn reset(&mut self, told: [Option<Nanos>; 2]) {
+        for at in 0..2 {
+            self.absorb(at);
+        }
+        let mut ether = lock(&self.ether);
+        for end in &mut self.ends {
+            let kept = usize::try_from(ether.rng.below(end.pending.len() as u64 + 1)).expect("few");
+            let cut = end.pending.split_off(kept);
+            end.pending.extend(cut.into_iter().filter(|(_, event)| matches!(event, LinkEvent::Down(_))));
+        }
+        let now = ether.clock.now();
+        drop(ether);
+        for (at, told) in told.into_iter().enumerate() {
+            if told.is_some()
+                && let Some(inner) = &mut self.ends[at].inner
+            {
+                inner.close(DownReason::Io(std::io::ErrorKind::ConnectionReset.into()));
+            }
+        }
+        for (at, told) in told.into_iter().enumerate() {
+            self.absorb(at);
+            // One that hears nothing finds out by the silence, or by a newer connection.
+            let at_last = told.map_or(NEVER, |late| now + US + late);
+            let mut ether = lock(&self.ether);
+            let end = &mut self.ends[at];
+            for (due, event) in &mut end.pending {
+                if matches!(event, LinkEvent::Down(_)) {
+                    *due = at_last;
+                }
+            }
+            end.last_due = NEVER;
+            if told.is_some() {
+                ether.wakes.push((at, at_last));
+            }
+        }
     }
 
     /// Nothing is on its way.

@@ -239,7 +239,7 @@ impl World {
         let pause = self.config.fault_pause / 4 + self.rng.below(2 * self.config.fault_pause);
         self.agenda.at(self.now() + pause, Event::Fault);
         let at = usize::from(self.rng.below(2) == 0);
-        let name = match self.rng.below(42) {
+        let name = match self.rng.below(56) {
             0..=5 => self.cut_path(at),
             6..=12 => self.crash(at),
             13..=14 => {
@@ -281,6 +281,7 @@ impl World {
                 self.wake(at, now);
                 "unreadable page"
             }
+            42..=51 => self.reset_links(at),
             _ => self.change_delay(),
         };
         self.count_fault(at, name);
@@ -301,6 +302,42 @@ impl World {
         }
         self.block();
         if both { "path cut" } else { "path cut one way" }
+    }
+
+    /// The connections between the nodes are reset, as by a router in between; more than once, mostly.
+    fn reset_links(&mut self, at: usize) -> &'static str {
+        let (next, again) = (self.now() + self.short_or_long(20 * MS, 1500 * MS), self.rng.below(4) > 0);
+        if again {
+            self.agenda.at(next, Event::Reset { at });
+        }
+        self.reset_now(at);
+        "link reset"
+    }
+
+    /// The same again.
+    pub(super) fn reset_again(&mut self, at: usize) {
+        if !self.calm {
+            let name = self.reset_links(at);
+            self.count_fault(at, name);
+        }
+    }
+
+    fn reset_now(&mut self, at: usize) {
+        let late = |world: &mut Self| match world.rng.below(6) {
+            0..=3 => Some(world.rng.below(3 * MS)),
+            4 => Some(world.rng.below(200 * MS)),
+            _ => None,
+        };
+        let (first, second) = (late(self), late(self));
+        let told = if at == 0 { [first, second] } else { [second, first] };
+        let wires: Vec<_> = self.wires.clone();
+        for wire in wires {
+            super::network::lock(&wire).reset(told);
+        }
+        if self.rng.below(2) == 0 {
+            self.reset_streams();
+        }
+        self.deliver_wakes();
     }
 
     fn short_or_long(&mut self, short: Nanos, long: Nanos) -> Nanos {

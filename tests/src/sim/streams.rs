@@ -181,6 +181,16 @@ impl World {
         (wire, both)
     }
 
+    /// The network resets every connection that is not a link yet.
+    pub(super) fn reset_streams(&mut self) {
+        let ids: Vec<StreamId> = self.streams.keys().copied().collect();
+        for id in ids {
+            for to in 0..2 {
+                self.transmit(to, id, None);
+            }
+        }
+    }
+
     fn forget_stream(&mut self, id: StreamId) {
         let done = |stream: &Stream| (0..2).all(|at| stream.taken[at] || stream.closed[at]);
         if self.streams.get(&id).is_some_and(|stream| done(stream) && stream.held.is_empty()) {

@@ -41,6 +41,7 @@ pub(super) enum Event {
     Call { at: usize, life: u64, call: u64 },
     MetadataCall { at: usize, life: u64 },
     Land { at: usize, life: u64, op: OpId },
+    DialDue { at: usize, life: u64 },
     Dialled { at: usize, life: u64, stream: Option<StreamId> },
     Spoken { stream: StreamId, to: usize, said: Said },
     Patience { stream: StreamId, at: usize, serial: u64 },
@@ -48,6 +49,7 @@ pub(super) enum Event {
     Operator,
     Fault,
     Heal { to: usize },
+    Reset { at: usize },
     Boot { at: usize },
     WriteBack { at: usize },
     Hush,
@@ -124,6 +126,8 @@ pub(super) struct World {
     pub(super) calm: bool,
     pub(super) hush_until: Nanos,
     pub(super) sessions: u64,
+    /// A session in sync began, and since then no process ended, nobody went alone and no operator did anything.
+    pub(super) undisturbed: bool,
     pub(super) faults: BTreeMap<&'static str, u64>,
     pub(super) seen: BTreeSet<&'static str>,
 }
@@ -249,6 +253,7 @@ impl World {
             calm: false,
             hush_until: 0,
             sessions: 0,
+            undisturbed: false,
             faults: BTreeMap::new(),
             seen: BTreeSet::new(),
         };
@@ -282,6 +287,7 @@ impl World {
             | Event::Work { at, life }
             | Event::Tick { at, life }
             | Event::Call { at, life, .. }
+            | Event::DialDue { at, life }
             | Event::MetadataCall { at, life }
             | Event::Land { at, life, .. }
             | Event::Dialled { at, life, .. }
@@ -298,6 +304,10 @@ impl World {
             Event::Tick { at, life } => {
                 self.post_input(at, Input::Tick);
                 self.agenda.at(self.now() + TICK, Event::Tick { at, life });
+                Ok(())
+            }
+            Event::DialDue { at, .. } => {
+                self.dial_due(at);
                 Ok(())
             }
             Event::Call { at, call, .. } => {
@@ -333,6 +343,9 @@ impl World {
             Event::Client(at) => self.client(at),
             Event::Operator => return self.operate(),
             Event::TakeOver { at } => self.take_over(at),
+            Event::Reset { at } => {
+                self.reset_again(at);
+            }
             Event::Fault => return self.fault(),
             Event::Heal { to } => {
                 self.cut[to] = false;
@@ -438,6 +451,7 @@ impl World {
         if self.nodes[at].process.is_none() {
             return;
         }
+        self.undisturbed = false;
         self.tell(at, format_args!("ends"));
         self.nodes[at].life += 1;
         self.abandon_metadata_call(at);

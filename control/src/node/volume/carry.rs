@@ -13,12 +13,12 @@ use crate::link::Kind;
 use crate::role::{Event, SessionSide};
 use crate::secure::channel::Channel;
 use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
-use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
+use costandby_datapath::reactor::command::{Before, Command, Direction, Event as ReactorEvent};
 use costandby_datapath::transport::tcp::TcpLink;
 use costandby_datapath::transport::{Link, ring_takes};
 use costandby_datapath::units::Epoch;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Largest ring a peer may announce: more than any release of ours offers; it only bounds what we keep in flight.
 const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
@@ -240,7 +240,8 @@ impl VolumeTask {
         }
     }
 
-    pub(super) fn start_session(&mut self, side: SessionSide, serve: bool, epoch: Epoch) {
+    pub(super) fn start_session(&mut self, side: SessionSide, before: Before, serve: bool, epoch: Epoch) {
+        self.session_began = Some(Instant::now());
         let conversation = self.conversation.take();
         self.epoch = epoch;
         self.link_up = true;
@@ -265,7 +266,7 @@ impl VolumeTask {
                     SessionSide::Source { resync } => Direction::Source { resync },
                     SessionSide::Target { resync } => Direction::Target { resync },
                 };
-                self.send(Command::Session { volume, link, direction, epoch });
+                self.send(Command::Session { volume, before, link, direction, epoch });
             }
             Err(error) => {
                 // The controller hears of it as of any link that ends: nothing was applied that could be torn.
@@ -274,6 +275,8 @@ impl VolumeTask {
                     reason: error.to_string(),
                     undurable: true,
                     dirty: true,
+                    moved: false,
+                    parted: None,
                 };
                 for event in [down, ReactorEvent::Settled { volume }] {
                     let _ = self.shared.inbox.send(super::Input::Reactor(event));

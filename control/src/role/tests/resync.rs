@@ -38,7 +38,7 @@ fn a_whole_copy_is_on_the_sources_record_before_it_is_ready_and_on_the_targets_a
     let (given_up, begun) = (stored(given_up), stored(begun));
     assert_eq!((given_up.disk_state, given_up.copying), (DiskState::Inconsistent, COPYING_WHOLE));
     assert_eq!(begun.copying, Generation(5));
-    target.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: false });
+    target.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: false, parted: None });
     assert_eq!(scope_of(&target.greet()), Scope::Delta, "it goes on where it was");
     target.on(Event::SessionFailed { text: "cut".to_owned() });
     target.peer.generations.advance(Generation(6), true);
@@ -124,7 +124,7 @@ fn with_async_an_acknowledgement_promises_nothing_about_the_peer() {
 fn what_may_differ_is_copied_although_nothing_else_says_so() {
     let mut one = One::new("alpha", |superblock| superblock.primary = true);
     one.connect();
-    one.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: true });
+    one.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: true, parted: None });
     one.connect();
     assert_eq!(one.controller.connection, Connection::SyncSource);
     one.on(Event::ResyncDone);

@@ -25,7 +25,7 @@ fn only_a_primary_in_sync_verifies_and_one_at_a_time() {
     let actions = standby.command(Command::Verify { repair: false });
     assert!(reply(&actions).expect_err("it does not serve").contains("verify on the node that does"));
     let mut alone = One::primary("alpha", OnPeerLoss::Continue);
-    alone.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: false });
+    alone.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: false, parted: None });
     let actions = alone.command(Command::Verify { repair: false });
     assert!(reply(&actions).expect_err("nobody there").contains("not connected"));
     let mut one = verifying();
@@ -60,7 +60,7 @@ fn what_was_found_before_an_early_end_counts() {
     let mut one = verifying();
     one.on(outcome(4096, false, Some("it was stopped")));
     assert!(one.controller.dirty && one.controller.unrepaired);
-    one.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: true });
+    one.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: true, parted: None });
     assert!(one.controller.dirty && !one.controller.unrepaired, "the next session copies it");
     let record = one.stored();
     assert!(record.generations.base == Generation(5) && !record.peer_has_current, "and never from the peer");

@@ -442,3 +442,63 @@ fn abandoning_hands_back_each_request_once_and_every_lock() {
     assert_eq!(rig.on(Event::FlushedLocal), [], "the flush under way ends into the void");
     assert_eq!(rig.on(Event::SessionDown), []);
 }
+
+#[test]
+fn parted_nothing_completes_and_the_window_is_posted_again_behind_the_peers_word() {
+    for ack_level in [AckLevel::Async, AckLevel::Memory, AckLevel::Durable] {
+        let mut rig = Rig::live(ack_level);
+        for token in 1..=4 {
+            rig.land(token);
+        }
+        rig.ack(1, 0);
+        rig.on(Event::Flush(Token(9)));
+        let parted = rig.on(Event::SessionParted);
+        assert!(parted.iter().all(|action| *action == Action::FlushLocal), "{parted:?}");
+        let five = rig.land(5);
+        assert!(five.iter().all(|action| *action == Action::FlushLocal), "{ack_level:?}: {five:?}");
+        while rig.pipeline.local_flush.is_some() {
+            assert!(!rig.on(Event::FlushedLocal).iter().any(|action| matches!(action, Action::Complete(_))));
+        }
+        assert!(rig.pipeline.is_frozen() && rig.pipeline.waits_for_parted());
+        assert_eq!(rig.pipeline.unsure(), (Seq(1), Seq(5)));
+        // The peer had applied one more than it could say.
+        let on = rig.on(Event::SessionGoesOn { applied: Seq(2) });
+        let fua = if ack_level == AckLevel::Durable { flags::FUA } else { 0 };
+        let posts: Vec<_> = on.iter().filter(|action| matches!(action, Action::Post(..))).copied().collect();
+        assert_eq!(
+            posts,
+            [post(3, 3, fua), post(4, 4, fua), post(5, 5, fua)],
+            "each once, as it was numbered"
+        );
+        let released: Vec<_> =
+            on.iter().filter(|action| matches!(action, Action::Release(_))).copied().collect();
+        assert_eq!(released, [release(2)]);
+        if ack_level != AckLevel::Durable {
+            let flush = on.iter().position(|action| *action == Action::FlushPeer(Seq(5)));
+            assert!(
+                flush > on.iter().position(|action| *action == posts[2]),
+                "asked again, behind them: {on:?}"
+            );
+        }
+        let last = rig.ack(5, 5);
+        assert!(last.contains(&complete(9)), "{ack_level:?}: {last:?}");
+        assert_eq!(rig.pipeline.in_flight(), 0);
+    }
+}
+
+#[test]
+fn a_parted_session_that_is_given_up_leaves_nothing_unmarked_and_asks_nobody() {
+    let mut rig = Rig::live(AckLevel::Memory);
+    for token in 1..=3 {
+        rig.land(token);
+    }
+    rig.ack(1, 1);
+    rig.on(Event::SessionParted);
+    rig.land(4);
+    let given_up = rig.on(Event::SessionGivenUp { lacking: true });
+    let marked: Vec<_> = given_up.iter().filter(|a| matches!(a, Action::MarkDirty(_))).copied().collect();
+    assert_eq!(marked, [2, 3, 4].map(|token| Action::MarkDirty(range(token))));
+    assert!(!given_up.iter().any(|a| matches!(a, Action::AskAlone | Action::Complete(_))), "{given_up:?}");
+    let alone = rig.on(Event::GoAlone);
+    assert!([2, 3, 4].iter().all(|token| alone.contains(&complete(*token))), "{alone:?}");
+}

@@ -20,7 +20,7 @@ fn full(size: u64) -> DirtyMap {
 fn begun(dirty: &DirtyMap, size: u64, compares: bool) -> Resync {
     let mut resync = Resync::new(G, size, compares);
     assert_eq!(resync.next(dirty), None, "the peer has not told yet");
-    assert!(resync.told_all(dirty) && !resync.told_all(dirty));
+    assert!(resync.told_all(dirty, Vec::new()) && !resync.told_all(dirty, Vec::new()));
     resync
 }
 
@@ -95,7 +95,7 @@ fn a_map_is_told_forwards_and_once() {
     let mut resync = Resync::new(G, 8 * G, false);
     assert!(resync.told(ByteRange::new(G, G)) && resync.told(ByteRange::new(2 * G, G)));
     assert!(!resync.told(ByteRange::new(2 * G, G)), "goes back");
-    assert!(resync.told_all(&full(8 * G)));
+    assert!(resync.told_all(&full(8 * G), Vec::new()));
     assert!(!resync.told(ByteRange::new(5 * G, G)), "after its end");
 }
 

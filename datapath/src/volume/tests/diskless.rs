@@ -330,6 +330,13 @@ fn without_the_peer_too_everything_fails_and_control_hears_of_the_link_first() {
         pair.a.begin(3, Op::Change(Kind::Trim), grains(6, 1), false);
         pair.a.volume.close_link(DownReason::Local("cut by the test"));
         let down = |event: &Event| matches!(event, Event::LinkDown { .. });
+        if gone {
+            // The session may go on: what waits, waits, but not for ever.
+            pair.some_turns();
+            assert!(pair.a.events.iter().any(down) && !pair.a.events.iter().any(is_failed));
+            assert!(pair.a.told(2).is_empty() && pair.a.told(3).is_empty());
+            pair.a.volume.end_patience();
+        }
         while !pair.a.events.iter().any(is_failed) {
             pair.a.turn();
         }
@@ -346,6 +353,32 @@ fn without_the_peer_too_everything_fails_and_control_hears_of_the_link_first() {
         assert!(matches!(pair.a.begin(4, Op::Read, grains(4, 1), false), Begin::Failed(IoError::DiskFailed)));
         pair.a.assert_nothing_left();
     }
+}
+
+#[test]
+fn without_a_disk_a_link_that_breaks_costs_a_pause() {
+    let (_file, mut pair) = pair_on_file(AckLevel::Memory);
+    pair.lose_disk();
+    pair.a.write(1, grains(3, 1), 3);
+    pair.until_told(1);
+    for round in 1..4 {
+        let (read, written, late) = (10 * round, 10 * round + 1, 10 * round + 2);
+        pair.a.begin(read, Op::Read, grains(3, 1), false);
+        pair.a.write(written, grains(5, 1), 7);
+        pair.a.turn();
+        pair.cut();
+        pair.a.begin(late, Op::Read, grains(3, 1), false);
+        pair.some_turns();
+        assert!(pair.a.told(written).is_empty() && pair.a.granted.is_empty(), "nobody has answered");
+        pair.go_on();
+        for slot in [read, late] {
+            assert!(pair.take_read(slot, grains(3, 1)).iter().all(|byte| *byte == 3));
+        }
+        pair.until_told(written);
+        assert_eq!(pair.a.told(written), [Ok(())]);
+    }
+    assert!(!pair.b.volume.disk.span(grains(5, 1)).is_zero());
+    assert!(!pair.a.saw(is_failed));
 }
 
 #[test]
@@ -453,6 +486,12 @@ fn answers_that_are_not_due_close_the_link_and_reach_no_client() {
         link.post(permit, header, Some(bytes), Token(u64::MAX));
         link.kick();
         pair.a.volume.poll(Instant::now());
+        if wrong == 3 {
+            // Damage on the way says nothing about the peer: the session could go on.
+            pair.until("the link's end", |pair| pair.a.saw(|event| matches!(event, Event::LinkDown { .. })));
+            assert!(!pair.a.saw(is_failed));
+            pair.a.volume.end_patience();
+        }
         pair.until("the end", |pair| pair.a.saw(is_failed));
         assert_eq!(pair.a.volume.counters.violations.load(Ordering::Relaxed), 1, "case {wrong}");
         assert!(pair.a.granted.is_empty());

@@ -137,6 +137,12 @@ fn the_lost_link_is_told_before_the_wish_to_go_on_without_it() {
     pair.a.write(1, grains(0, 1), 1);
     pair.a.volume.close_link(DownReason::Local("cut by the test"));
     pair.a.turn();
+    let asked = |pair: &Pair| pair.a.events.iter().any(|e| matches!(e, Event::AskAlone { .. }));
+    pair.a.volume.keep_alive(Instant::now(), Duration::from_secs(60));
+    assert!(!asked(&pair), "the peer was heard a moment ago");
+    pair.a.volume.end_patience();
+    pair.a.volume.keep_alive(Instant::now(), Duration::from_secs(60));
+    pair.a.turn();
     let place = |wanted: fn(&Event) -> bool| pair.a.events.iter().position(wanted).expect("told");
     assert!(place(is_link_down) < place(|e| matches!(e, Event::AskAlone { .. })));
 }

@@ -1,4 +1,4 @@
-//! Random clients, cuts, copies and changes of link: whatever happens, both disks end equal, everyone is answered once,
+//! Random clients, cuts, sessions that go on and others, copies and changes of link: whatever happens, both disks end equal, everyone is answered once,
 //! nothing is left, and at every moment what differs is what a crash of both nodes would leave marked.
 
 use super::delta::{marked_after_a_crash, stored};
@@ -284,8 +284,15 @@ impl Run {
             return;
         }
         (self.said, self.heard) = ([0; 2], [0; 2]);
+        let recalls = [&self.pair.a, &self.pair.b].map(|node| node.volume.told_of_parting().is_some());
+        // Now and then one of the two was restarted, as far as the other knows.
+        let restarted = self.asked.len() % 5 == 4;
         if full {
             self.pair.connect(true);
+        } else if recalls == [true, true] && !restarted {
+            self.pair.go_on();
+        } else if recalls[1] && !recalls[0] && !restarted && self.pair.a.volume.record.is_dirty() {
+            self.pair.join_after(Before::Kept, true);
         } else {
             let dirty = [&self.pair.a, &self.pair.b].map(|node| node.volume.record.is_dirty());
             self.pair.join(dirty != [false, false]);

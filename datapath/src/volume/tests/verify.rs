@@ -122,6 +122,7 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0, "to compare is not to change");
     assert!(pair.verified().expect_err("cut").contains("session ended"));
     pair.a.volume.landed(token);
+    pair.a.volume.keep_alive(Instant::now(), Duration::ZERO);
     pair.until("the wish", |pair| pair.a.saw(|e| matches!(e, Event::AskAlone { .. })));
     pair.a.volume.go_alone();
     pair.until_quiet();

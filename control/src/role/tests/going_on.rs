@@ -1,0 +1,187 @@
+//! Two controllers whose link broke while both live: what they tell each other, and what comes of it.
+
+use super::*;
+use costandby_datapath::units::Seq;
+
+/// Hello and ready between two controllers, both as they are.
+fn meet(alpha: &mut One, beta: &mut One) -> [Vec<Action>; 2] {
+    let hellos = [&mut *alpha, &mut *beta].map(|one| one.controller.hello(1 << 20, &["tcp"]));
+    let [from_alpha, from_beta] = hellos.map(Box::new);
+    let mut actions = [alpha.on(Event::HelloReceived(from_beta)), beta.on(Event::HelloReceived(from_alpha))];
+    let ready = |actions: &[Action]| match actions.last() {
+        Some(Action::SendReady(ready)) => *ready,
+        other => panic!("no ready but {other:?}"),
+    };
+    let readies = [ready(&actions[0]), ready(&actions[1])];
+    actions[0].extend(alpha.on(Event::SessionReady(readies[1])));
+    actions[1].extend(beta.on(Event::SessionReady(readies[0])));
+    actions
+}
+
+/// A pair in sync, of which alpha serves.
+fn in_session() -> (One, One) {
+    let serves = |superblock: &mut Superblock| superblock.primary = true;
+    let (mut alpha, mut beta) = (One::new("alpha", serves), One::new("beta", |_| {}));
+    let actions = meet(&mut alpha, &mut beta);
+    assert!(actions.iter().all(|list| before(list) == Before::Unknown));
+    (alpha, beta)
+}
+
+fn before(actions: &[Action]) -> Before {
+    match actions.last() {
+        Some(Action::StartSession { before, .. }) => *before,
+        other => panic!("no session but {other:?}"),
+    }
+}
+
+fn broke(source: bool, applied: u64, numbered: u64) -> Event {
+    let (epoch, applied, numbered) = (Epoch(3), Seq(applied), Seq(numbered));
+    let parted = Some(Parted { source, epoch, applied, numbered, map_told: true });
+    Event::LinkDown { reason: "cut".to_owned(), undurable: source, dirty: false, parted }
+}
+
+fn goes_on(applied: u64) -> Before {
+    Before::GoesOn { applied: Seq(applied), map_told: true }
+}
+
+#[test]
+fn a_broken_link_between_living_daemons_changes_no_record_but_that_the_standby_applies() {
+    let (mut alpha, mut beta) = in_session();
+    for applied in [7, 9] {
+        let generation = alpha.stored().generations;
+        // Nobody goes alone at once, although writes are on their way.
+        assert_eq!(alpha.on(broke(true, applied - 1, applied + 5)), [Action::Dial]);
+        assert_eq!(beta.on(broke(false, applied, applied)), []);
+        let actions = meet(&mut alpha, &mut beta);
+        assert_eq!(actions.each_ref().map(|list| before(list)), [goes_on(applied); 2]);
+        assert!(
+            !actions.iter().flatten().any(|action| matches!(action, Action::StoreMetadata(_))),
+            "{actions:?}"
+        );
+        for one in [&alpha, &beta] {
+            assert_eq!(one.stored().generations, generation);
+            assert_eq!(one.stored().disk_state, DiskState::UpToDate);
+            assert_eq!(one.controller.status().connection, Connection::Connected);
+        }
+        assert!(beta.stored().applying && alpha.stored().peer_has_current);
+    }
+}
+
+#[test]
+fn who_waited_long_enough_goes_alone_on_record_and_copies_what_it_wrote_since() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.on(broke(true, 6, 12));
+    beta.on(broke(false, 7, 7));
+    let alone = alpha.on(Event::NeedAlone);
+    assert!(
+        matches!(&alone[..], [Action::StoreMetadata(stored), Action::GoAlone] if !stored.peer_has_current)
+    );
+    let actions = meet(&mut alpha, &mut beta);
+    assert_eq!(before(&actions[0]), Before::Kept, "beta lives and has what it had");
+    assert_eq!(beta.stored().disk_state, DiskState::Inconsistent);
+    // The same with a beta that was restarted.
+    let (mut alpha, mut beta) = in_session();
+    alpha.on(broke(true, 6, 12));
+    alpha.on(Event::NeedAlone);
+    let record = Superblock { applying: false, ..beta.stored().clone() };
+    beta.controller = controller(record, OnPeerLoss::Continue);
+    let actions = meet(&mut alpha, &mut beta);
+    assert_eq!(before(&actions[0]), Before::Unknown);
+}
+
+#[test]
+fn a_wish_to_go_alone_while_the_session_comes_back_is_none() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.on(broke(true, 6, 12));
+    beta.on(broke(false, 7, 7));
+    let hellos = [&mut alpha, &mut beta].map(|one| Box::new(one.controller.hello(1 << 20, &["tcp"])));
+    let [from_alpha, from_beta] = hellos;
+    let Some(Action::SendReady(_)) = alpha.on(Event::HelloReceived(from_beta)).last().cloned() else {
+        panic!("no ready")
+    };
+    assert_eq!(alpha.on(Event::NeedAlone), [], "the peer may be about to go on");
+    let Some(Action::SendReady(ready)) = beta.on(Event::HelloReceived(from_alpha)).last().cloned() else {
+        panic!("no ready")
+    };
+    assert_eq!(before(&alpha.on(Event::SessionReady(ready))), goes_on(7));
+}
+
+#[test]
+fn a_restarted_standby_is_copied_to() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.on(broke(true, 6, 12));
+    // What it had applied was brought to its stable storage before it ended.
+    let record = Superblock { applying: false, clean: true, ..beta.stored().clone() };
+    beta.controller = controller(record, OnPeerLoss::Continue);
+    let actions = meet(&mut alpha, &mut beta);
+    assert_eq!(before(&actions[0]), Before::Unknown);
+    assert_eq!(alpha.controller.status().connection, Connection::SyncSource);
+}
+
+#[test]
+fn a_standby_that_was_promoted_meanwhile_has_ended_the_session() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.on(broke(true, 6, 12));
+    beta.on(broke(false, 7, 7));
+    assert_eq!(reply(&beta.command(promote(false))), Ok("volume db: beta is primary, without alpha"));
+    let actions = meet(&mut alpha, &mut beta);
+    assert!(actions.iter().all(|list| before(list) == Before::Unknown));
+    assert_eq!(alpha.controller.status().connection, Connection::SyncTarget);
+    assert_eq!(alpha.controller.role, Role::Standby);
+}
+
+#[test]
+fn an_operators_disconnect_waits_for_nobody() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Disconnect);
+    let actions = alpha.on(broke(true, 6, 12));
+    assert!(actions.contains(&Action::GoAlone), "{actions:?}");
+    beta.on(broke(false, 7, 7));
+    alpha.command(Command::Connect { discard_my_data: false });
+    assert_eq!(before(&meet(&mut alpha, &mut beta)[0]), Before::Kept);
+}
+
+#[test]
+fn frozen_clients_wait_and_the_session_goes_on_whenever_the_peer_is_back() {
+    let serves = |superblock: &mut Superblock| superblock.primary = true;
+    let mut alpha = One::with("alpha", OnPeerLoss::Freeze, serves, |_| {});
+    let mut beta = One::with("beta", OnPeerLoss::Freeze, |_| {}, |_| {});
+    meet(&mut alpha, &mut beta);
+    alpha.on(broke(true, 6, 12));
+    beta.on(broke(false, 7, 7));
+    assert_eq!(alpha.on(Event::NeedAlone), []);
+    assert_eq!(before(&meet(&mut alpha, &mut beta)[0]), goes_on(7));
+}
+
+#[test]
+fn a_primary_without_a_disk_goes_on_over_the_next_link_and_ends_where_none_comes() {
+    for comes in [true, false] {
+        let (mut alpha, mut beta) = in_session();
+        let asked = alpha.on(Event::DiskFailing { text: "EIO".to_owned() });
+        let Some(Action::SendPeer { code: code::DISK_FAILED, arg }) = asked.first().cloned() else {
+            panic!("{asked:?}")
+        };
+        beta.message(code::DISK_FAILED, arg);
+        let noted = beta.stored().generations;
+        alpha.message(code::DISK_FAILED_NOTED, noted.current.0);
+        let actions = alpha.on(broke(true, 6, 12));
+        assert_eq!(actions, [Action::Dial], "no generation of its own, and no end");
+        assert_eq!(alpha.controller.status().disk_state, DiskState::Diskless);
+        beta.on(broke(false, 7, 7));
+        if comes {
+            let actions = meet(&mut alpha, &mut beta);
+            assert_eq!(actions.each_ref().map(|list| before(list)), [goes_on(7); 2]);
+            assert_eq!(alpha.controller.role, Role::Primary);
+            assert_eq!((alpha.stored().primary, alpha.stored().disk_state), (false, DiskState::Failed));
+            assert_eq!(beta.stored().generations, noted, "the failed disk stays behind");
+            assert!(!beta.stored().peer_has_current);
+            assert_eq!(alpha.controller.status().disk_state, DiskState::Diskless);
+            assert_eq!(beta.controller.status().peer_state, Some(DiskState::Diskless));
+        } else {
+            let actions = alpha.on(Event::DiskFailed { text: "the link is gone".to_owned() });
+            assert!(actions.contains(&Action::StopServing), "{actions:?}");
+            assert_eq!(alpha.controller.status().disk_state, DiskState::Failed);
+            assert_eq!(reply(&beta.command(promote(false))), Ok("volume db: beta is primary, without alpha"));
+        }
+    }
+}
