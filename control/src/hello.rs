@@ -433,6 +433,7 @@ mod stored_view {
 mod tests {
     use super::*;
     use crate::generation::{Scope, Side, Verdict, Why};
+    use costandby_datapath::disk::metadata::header::SESSIONS_MAX;
     use proptest::prelude::*;
 
     fn any_message() -> impl Strategy<Value = Message> {
@@ -457,8 +458,8 @@ mod tests {
             lost_power: bits[6],
             dirty: bits[7],
             copying: Generation(numbers.5),
-            sessions_offered: numbers.1 % EPOCH_MAX,
-            sessions_begun: numbers.1 % EPOCH_MAX / 2,
+            sessions_offered: numbers.1 % SESSIONS_MAX,
+            sessions_begun: numbers.1 % SESSIONS_MAX / 2,
             role: if bits[5] { ServingRole::Primary } else { ServingRole::Standby },
             configured_primary: bits[0],
             proposed,

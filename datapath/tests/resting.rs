@@ -2,7 +2,7 @@
 
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::disk::record::Record;
-use costandby_datapath::reactor::command::{Command, Direction, VolumeSpec};
+use costandby_datapath::reactor::command::{Before, Command, Direction, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig};
 use costandby_datapath::transport::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
 use costandby_datapath::units::{AckLevel, Epoch, OnPeerLoss, PollMode, Token};
@@ -103,7 +103,7 @@ fn links_of_volumes_that_nobody_uses_are_not_asked_each_turn_and_wake_with_their
         asked.push(Arc::<Asked>::default());
         let link = Box::new(Counting { socket, heard: 0, asked: Arc::clone(&asked[volume]) });
         let direction = Direction::Target { resync: false };
-        handle.send(Command::Session { volume, link, direction, epoch: Epoch(1) });
+        handle.send(Command::Session { volume, before: Before::Unknown, link, direction, epoch: Epoch(1) });
     }
     // But for the one that is in use.
     let polls = || asked[1..].iter().map(|asked| asked.polls.load(Relaxed)).sum::<u64>();

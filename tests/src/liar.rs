@@ -75,6 +75,9 @@ impl Liar {
             lost_power: false,
             dirty: false,
             copying: Generation::ZERO,
+            sessions_offered: 0,
+            sessions_begun: 0,
+            recall: None,
             role: ServingRole::Standby,
             configured_primary: false,
             proposed: Lineage { volume_id: [9; 16], generation: 9 },
@@ -85,8 +88,10 @@ impl Liar {
             ring_len: 128 << 20,
             links: vec!["tcp".to_owned()],
             nonce: 1,
+            incarnation: 1,
             rdma: None,
             no_rdma: None,
+            settings: Default::default(),
             view,
         }
     }

@@ -177,7 +177,8 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
             if let Some(proved) = proved.filter(|_| !matches!(error, HelloError::Secure(_))) {
                 // For whichever volume that was.
                 for shared in registry.volumes.iter().filter(|shared| shared.peer.as_str() == proved) {
-                    let _ = shared.inbox.send(Input::PeerUnable { text: plain(&error.to_string()) });
+                    let asked = Err(Obstacle::Failed { text: plain(&error.to_string()) });
+                    let _ = shared.inbox.send(Input::Probed { asked });
                 }
             }
             return door.refused(from, &error.to_string());
@@ -186,7 +187,6 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
     let (volume, from_node, first) = match message {
         Message::Hello(hello) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
         Message::Upgrade(upgrade) => (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade)),
-        Message::Unable(unable) => (unable.volume.clone(), unable.node.clone(), First::Unable(unable)),
         _ => {
             return door.refused(
                 from,
