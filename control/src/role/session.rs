@@ -19,7 +19,13 @@ impl VolumeController {
                 "expected {} about volume {}, got {} about volume {}: the configurations differ",
                 settings.peer, settings.volume, hello.node, hello.volume
             );
-            return self.refuse(RefuseCode::Configuration, &text, actions);
+            self.refuse(RefuseCode::Configuration, &text, actions);
+            // It dials again and again: said once, and shown until the right one is here.
+            if self.connection == Connection::Connecting && self.refusal.as_ref() != Some(&text) {
+                self.log(Level::Warn, &text, actions);
+                self.refusal = Some(text);
+            }
+            return;
         }
         if let Some(refuse) = self.will_refuse() {
             return actions.push(Action::Refuse(refuse));
