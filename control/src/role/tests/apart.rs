@@ -216,3 +216,28 @@ fn disks_that_are_no_pair_come_with_a_next_step_and_its_price() {
         );
     }
 }
+
+#[test]
+fn a_peer_of_another_name_is_refused_said_once_and_shown_until_the_right_one_is_here() {
+    let mut one = One::new("beta", |_| {});
+    one.on(Event::Start);
+    let mut hello = one.peer_hello();
+    hello.node = "gamma".to_owned();
+    let mut said = |hello: &Hello| {
+        let mut actions = Vec::new();
+        one.controller.handle(NOW, Event::HelloReceived(Box::new(hello.clone())), &mut actions);
+        let refused =
+            matches!(&actions[0], Action::Refuse(refuse) if refuse.code == RefuseCode::Configuration);
+        assert!(refused, "{actions:?}");
+        actions.iter().filter(|action| matches!(action, Action::Log { .. })).count()
+    };
+    assert_eq!((said(&hello), said(&hello)), (1, 0), "once");
+    hello.node = "delta".to_owned();
+    assert_eq!(said(&hello), 1, "and on change");
+    let advice = one.controller.status().advice.expect("shown");
+    assert!(advice.contains("expected alpha") && advice.contains("got delta"), "{advice}");
+    one.peer_serves = true;
+    one.connect();
+    let over = one.controller.status().advice;
+    assert!(over.is_none_or(|advice| !advice.contains("delta")));
+}
