@@ -97,11 +97,11 @@ fn what_was_written_alone_is_copied_and_what_was_mirrored_before_only_waits_for_
     pair.assert_equal_and_clean();
     // A target that was restarted may have lost the rest.
     let mut pair = Pair::in_sync(AckLevel::Memory);
-    pair.a.write(1, grains(0, 8), 1);
+    pair.a.write(1, grains(0, 1), 1);
     pair.until_told(1);
     pair.cut();
     pair.a.volume.go_alone();
-    pair.b.fill(grains(0, 8), 9);
+    pair.b.fill(grains(0, 1), 9);
     pair.join(true);
     pair.until("the end of the copy", |pair| pair.a.saw(|event| matches!(event, Event::ResyncDone { .. })));
     pair.a.volume.peer_in_sync();
