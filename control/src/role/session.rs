@@ -108,12 +108,12 @@ impl VolumeController {
         let before = self.superblock.clone();
         let superblock = &mut self.superblock;
         superblock.epoch = Epoch(agreement.epoch);
-        // On record before `ready`, so that no session begins at the peer that this node does not know of.
-        superblock.sessions_offered = superblock
-            .sessions_offered
-            .max(pending.peer.sessions_offered)
-            .saturating_add(1)
-            .min(SESSIONS_MAX);
+        if agreement.goes_on.is_none() {
+            // On record before `ready`, so that no session begins at the peer that this node does not know of. One that
+            // goes on keeps its number: both daemons have held their disks since, so neither disk is of an earlier time.
+            let last = superblock.sessions_offered.max(pending.peer.sessions_offered);
+            superblock.sessions_offered = last.saturating_add(1).min(SESSIONS_MAX);
+        }
         match agreement.verdict {
             Verdict::InSync { adopt: Some(_) }
             | Verdict::Resync { source: Side::Mine, why: Why::BothFresh, .. } => {
@@ -203,7 +203,9 @@ impl VolumeController {
         self.all_marked = false;
         superblock.clean = false;
         superblock.applying = peer_serves;
-        superblock.sessions_begun = superblock.sessions_offered;
+        if !goes_on {
+            superblock.sessions_begun = superblock.sessions_offered;
+        }
         let (connection, resync) = match agreement.verdict {
             Verdict::Resync { source: Side::Mine, .. } => (Connection::SyncSource, true),
             Verdict::Resync { .. } => {

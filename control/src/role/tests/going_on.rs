@@ -124,10 +124,17 @@ fn a_standby_that_was_promoted_meanwhile_has_ended_the_session() {
     alpha.on(broke(true, 6, 12));
     beta.on(broke(false, 7, 7));
     assert_eq!(reply(&beta.command(promote(false))), Ok("volume db: beta is primary, without alpha"));
+    // Alpha, which serves, is not overwritten unasked; demoted, it is copied to.
+    let hello = Box::new(beta.controller.hello(1 << 20, &["tcp"]));
+    let _ = alpha.controller.hello(1 << 20, &["tcp"]);
+    let refused = alpha.on(Event::HelloReceived(hello));
+    assert!(matches!(refused.last(), Some(Action::Refuse(_) | Action::Log { .. })), "{refused:?}");
+    assert_eq!(alpha.controller.role, Role::Primary);
+    let made_way = alpha.command(Command::Demote);
+    assert_eq!(reply(&made_way), Ok("volume db: alpha is standby, and is copied from beta"));
     let actions = meet(&mut alpha, &mut beta);
     assert!(actions.iter().all(|list| before(list) == Before::Unknown));
     assert_eq!(alpha.controller.status().connection, Connection::SyncTarget);
-    assert_eq!(alpha.controller.role, Role::Standby);
 }
 
 #[test]
