@@ -16,3 +16,4 @@ pub mod nbd_client;
 pub mod node;
 pub mod progress;
 pub mod role;
+mod socket_file;
