@@ -277,7 +277,7 @@ impl Config {
             let message = error.message().lines().collect::<Vec<_>>().join(", ");
             source.error(error.span().map(|span| span.start), Problem::Toml { message })
         })?;
-        let top = Table::new(source, "the top of the file", 0, document.get_ref());
+        let top = Table::new(source, error::TOP, 0, document.get_ref());
         top.only(&["insecure", "peer_timeout", "nodes", "volumes"])?;
         let mut checker = check::Checker::new(source, top.boolean("insecure")?.unwrap_or(false));
         let peer_timeout = peer_timeout(&top)?;
