@@ -241,7 +241,6 @@ impl<W: Write> Writer<W> {
                 Err(RecvTimeoutError::Timeout) => self.tell_missing(),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.counters.untold.store(self.missing.count() > 0, Ordering::Relaxed);
         }
     }
 
@@ -253,6 +252,7 @@ impl<W: Write> Writer<W> {
             self.missing.unwritten += 1;
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        self.counters.untold.store(self.missing.count() > 0, Ordering::Relaxed);
     }
 
     /// Says what is missing, where nothing is queued that would say it.
@@ -261,6 +261,7 @@ impl<W: Write> Writer<W> {
         if self.missing.count() > 0 {
             self.note();
         }
+        self.counters.untold.store(self.missing.count() > 0, Ordering::Relaxed);
     }
 
     /// Whether the log now says what is missing.
