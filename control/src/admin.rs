@@ -15,6 +15,7 @@
 //! shuts down (they are cut off).
 
 pub use crate::role::Command;
+use crate::socket_file::{self, InTheWay, SocketFile};
 pub use asked::{Asked, DEADLINE_HEADER, boot_clock};
 use axum::Router;
 use axum::body::Bytes;
@@ -31,7 +32,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -61,6 +62,9 @@ pub struct Status {
     /// Lines of the daemon's log that could not be written since it began.
     #[serde(default)]
     pub log_lines_dropped: u64,
+    /// Lines are still being dropped: the log cannot be written now, or not fast enough.
+    #[serde(default)]
+    pub log_dropping: bool,
     /// Addresses of its configuration that it cannot listen on, and tries again.
     #[serde(default)]
     pub not_listening: Vec<NotListening>,
@@ -255,6 +259,15 @@ pub enum AdminError {
         /// The socket.
         path: PathBuf,
     },
+    /// A program holds the socket and takes no connections.
+    #[error(
+        "a program holds {path} and takes no connections, as a daemon that is stuck or stopped does: `ss -xlp` says which; end \
+         it, or give this node another `admin` path"
+    )]
+    Stuck {
+        /// The socket.
+        path: PathBuf,
+    },
     /// A file that is no socket stands in the way.
     #[error("{path} is not a socket: move it away, or give this node another `admin` path")]
     NotASocket {
@@ -278,35 +291,6 @@ pub enum AdminError {
 pub struct AdminServer {
     listener: UnixListener,
     socket: SocketFile,
-}
-
-/// A socket's file, removed with its server and only if it still is this server's.
-#[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    identity: Option<(u64, u64)>,
-}
-
-impl SocketFile {
-    /// The file of a socket that was just bound.
-    pub(crate) fn at(path: &Path) -> Self {
-        Self { path: path.to_owned(), identity: identity(path) }
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.identity.is_some() && self.identity == identity(&self.path) {
-            // Nothing is lost by a socket that stays: the next start replaces it.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::symlink_metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
 }
 
 impl AdminServer {
@@ -348,8 +332,11 @@ impl AdminServer {
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), AdminError> {
         let Self { listener, socket } = self;
-        let io =
-            |source| AdminError::Io { doing: "serving the admin socket", path: socket.path.clone(), source };
+        let io = |source| AdminError::Io {
+            doing: "serving the admin socket",
+            path: socket.path().to_owned(),
+            source,
+        };
         let listener = tokio::net::UnixListener::from_std(listener).map_err(io)?;
         let (stopping, stopped) = tokio::sync::oneshot::channel();
         let service = router(backend).into_make_service_with_connect_info::<Operator>();
@@ -373,23 +360,15 @@ impl AdminServer {
 }
 
 fn remove_stale(path: &Path) -> Result<(), AdminError> {
-    use std::os::unix::fs::FileTypeExt;
-    let io = |doing| move |source| AdminError::Io { doing, path: path.to_owned(), source };
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(io("looking at")(error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(AdminError::NotASocket { path: path.to_owned() });
+    socket_file::remove_stale(path).map_err(|found| {
+        let path = path.to_owned();
+        match found {
+            InTheWay::NotASocket => AdminError::NotASocket { path },
+            InTheWay::Answers => AdminError::AlreadyRuns { path },
+            InTheWay::Stuck => AdminError::Stuck { path },
+            InTheWay::Io { doing, source } => AdminError::Io { doing, path, source },
         }
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(AdminError::AlreadyRuns { path: path.to_owned() }),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(io("removing the stale socket"))
-        }
-        Err(error) => Err(io("asking who answers on")(error)),
-    }
+    })
 }
 
 fn listen(path: &Path) -> io::Result<UnixListener> {

@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -31,6 +32,23 @@ pub enum ClientError {
         path: PathBuf,
         /// Whose daemon it would be.
         node: String,
+    },
+    /// A file that is no socket is at the socket's path.
+    #[error(
+        "{path} is no socket but another file, so a daemon that runs cannot be asked: move that file away, and the daemon makes \
+         its socket within seconds; or give this node another `admin` path"
+    )]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket is held by a program that takes no connections.
+    #[error(
+        "a program holds {path} and takes no connections: `ss -xlp` says which, as root; where that is the daemon, see its log"
+    )]
+    Stuck {
+        /// The socket.
+        path: PathBuf,
     },
     /// The socket is another user's.
     #[error("{path} may not be opened: run this as the user that runs the daemon (often root, through sudo)")]
@@ -169,6 +187,10 @@ impl AdminClient {
         let path = || self.path.clone();
         let http = |source| ClientError::Http { path: path(), source };
         let stream = UnixStream::connect(&self.path).await.map_err(|source| match source.kind() {
+            io::ErrorKind::ConnectionRefused if is_no_socket(&self.path) => {
+                ClientError::NotASocket { path: path() }
+            }
+            io::ErrorKind::WouldBlock => ClientError::Stuck { path: path() },
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 ClientError::NoDaemon { path: path(), node: self.node.clone() }
             }
@@ -198,4 +220,9 @@ impl AdminClient {
         connection.abort();
         Ok((status, body))
     }
+}
+
+/// Whether there is a file that nobody can listen on.
+fn is_no_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| !metadata.file_type().is_socket())
 }

@@ -279,7 +279,7 @@ impl Config {
             let message = error.message().lines().collect::<Vec<_>>().join(", ");
             source.error(error.span().map(|span| span.start), Problem::Toml { message })
         })?;
-        let top = Table::new(source, "the top of the file", 0, document.get_ref());
+        let top = Table::new(source, error::TOP, 0, document.get_ref());
         top.only(&["key", "insecure", "peer_timeout", "nodes", "volumes"])?;
         let insecure = top.boolean("insecure")?.unwrap_or(false);
         let mut checker = check::Checker::new(source, insecure);

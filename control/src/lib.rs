@@ -19,5 +19,6 @@ pub mod node;
 pub mod progress;
 pub mod role;
 pub mod secure;
+mod socket_file;
 pub mod users;
 pub mod worth;

@@ -91,6 +91,12 @@ pub fn lines_dropped() -> u64 {
     QUEUE.get().map_or(0, Queue::lines_dropped)
 }
 
+/// Whether lines of this process's log are missing and the log does not say so yet, for it cannot be written.
+#[must_use]
+pub fn is_dropping() -> bool {
+    QUEUE.get().is_some_and(Queue::is_dropping)
+}
+
 /// Whether stderr is a terminal.
 #[must_use]
 pub fn is_terminal() -> bool {

@@ -2,11 +2,16 @@
 //! `Failed` and says why to operators, clients and the peer; the address is tried again.
 
 use costandby_control::admin::Command;
+use costandby_control::nbd_client::{NbdClient, Options};
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{costandby_binary, run};
 use costandby_tests::wait_for;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::fs;
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// Long enough for a peer to ask or dial again.
@@ -36,7 +41,7 @@ fn a_missing_disk_keeps_its_own_volume_down_and_says_why_to_everyone() {
         let why = format!("disk {} is missing", disk.display());
         let status = pair.wait_status(node, "db", "failed", |status| status.disk_state == "Failed");
         let advice = status.advice.expect("advice");
-        assert!(advice.contains(&why) && advice.contains("`costandby connect db`"), "{advice}");
+        assert!(advice.contains(&why) && advice.contains(" connect db`"), "{advice}");
         assert_ne!(status.generation, format!("{:016x}", 0), "what its metadata says is shown");
         let commands = [
             Command::Promote { force: true },
@@ -102,10 +107,12 @@ fn up_before_create_names_the_command_that_makes_the_disk() {
     let status = pair.wait_status(ALPHA, "db", "failed", |status| status.disk_state == "Failed");
     let advice = status.advice.expect("advice");
     let command = advice.split('`').find(|quoted| quoted.contains(" create ")).expect("a command");
-    let mut words = command.split_whitespace();
-    assert_eq!(words.next(), Some("costandby"), "{advice}");
-    run(std::process::Command::new(costandby_binary()).args(words)).ok();
-    pair.cli_ok(ALPHA, &["connect", "db"]);
+    let again = advice.split('`').find(|quoted| quoted.contains(" connect ")).expect("a command");
+    for command in [command, again] {
+        let mut words = command.split_whitespace();
+        assert_eq!(words.next(), Some("costandby"), "{advice}");
+        run(std::process::Command::new(costandby_binary()).args(words)).ok();
+    }
     pair.wait_in_sync("db");
 }
 
@@ -150,8 +157,82 @@ fn an_admin_socket_that_cannot_be_made_keeps_no_client_out() {
     pair.up_unasked(ALPHA);
     wait_for("a client is served", LIMIT, || pair.connect(ALPHA, "db").ok());
     pair.wait_log(ALPHA, &["cannot listen", "not a socket"]);
+    let ran = pair.cli(ALPHA, &["status"]);
+    assert!(ran.stderr.contains(&format!("{} is no socket", path.display())), "{}", ran.stderr);
     assert_eq!(fs::read_to_string(&path).expect("the file"), "precious");
     fs::remove_file(&path).expect("the file is moved away");
     pair.wait_in_sync("db");
     pair.stop(ALPHA);
+}
+
+/// A program that holds a socket and takes no connections, with as many waiting as the kernel holds for it.
+fn stuck_program(path: &Path) -> (OwnedFd, UnixStream) {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).expect("a socket");
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).expect("a path")).expect("bound");
+    rustix::net::listen(&socket, 0).expect("listens");
+    (socket, UnixStream::connect(path).expect("the one place"))
+}
+
+#[test]
+fn a_socket_that_a_stuck_program_holds_keeps_nothing_else_down() {
+    let mut pair = Pair::create(two_volumes());
+    let path = pair.nbd_socket(ALPHA);
+    let held = stuck_program(&path);
+    pair.up(ALPHA);
+    pair.up(BETA);
+    for volume in ["db", "web"] {
+        pair.wait_in_sync(volume);
+    }
+    let refused = pair.not_listening(ALPHA);
+    let addresses: Vec<_> = refused.iter().map(|refused| refused.address.clone()).collect();
+    assert_eq!(addresses, [format!("unix:{}", path.display())], "{refused:?}");
+    assert!(refused[0].reason.contains("takes no connections"), "{refused:?}");
+    NbdClient::connect(&pair.uri_tcp(ALPHA, "db"), &Options::default()).expect("the other address serves");
+    pair.stop(ALPHA);
+    assert!(path.exists(), "the socket is its holder's");
+    pair.up(ALPHA);
+    drop(held);
+    wait_for("alpha listens everywhere", LIMIT, || pair.not_listening(ALPHA).is_empty().then_some(()));
+    pair.wait_in_sync("db");
+    wait_for("a client is served", LIMIT, || pair.connect(ALPHA, "db").ok());
+}
+
+#[test]
+fn an_admin_socket_that_a_stuck_program_holds_keeps_no_client_out() {
+    let mut pair = Pair::create(two_volumes());
+    let path = pair.path("alpha.sock");
+    let held = stuck_program(&path);
+    pair.up_unasked(ALPHA);
+    pair.up(BETA);
+    wait_for("a client is served", LIMIT, || pair.connect(ALPHA, "db").ok());
+    pair.wait_log(ALPHA, &["cannot listen", "takes no connections"]);
+    let ran = pair.cli(ALPHA, &["status"]);
+    assert!(ran.stderr.contains("takes no connections"), "{}", ran.stderr);
+    pair.stop(ALPHA);
+    drop(held);
+}
+
+#[test]
+fn metadata_that_is_a_pipe_is_refused_by_name_and_waited_for_by_nobody() {
+    let mut pair = Pair::create(two_volumes());
+    let metadata = pair.metadata(ALPHA, "web");
+    let hidden = rename(&metadata, "hidden");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, &metadata, mode).expect("a FIFO");
+    pair.up(ALPHA);
+    pair.up(BETA);
+    pair.wait_in_sync("db");
+    let status = pair.wait_status(ALPHA, "web", "failed", |status| status.disk_state == "Failed");
+    let advice = status.advice.expect("advice");
+    let what = format!("metadata {} is neither a file nor a block device", metadata.display());
+    assert!(advice.contains(&what) && advice.contains("connect web"), "{advice}");
+    for look in ["dump-metadata", "doctor"] {
+        let ran = pair.cli(ALPHA, &[look]);
+        assert!((ran.stdout.clone() + &ran.stderr).contains(&what), "{look}: {} {}", ran.stdout, ran.stderr);
+    }
+    fs::remove_file(&metadata).expect("the FIFO is taken away");
+    fs::rename(&hidden, &metadata).expect("the metadata is put back");
+    pair.cli_ok(ALPHA, &["connect", "web"]);
+    pair.wait_in_sync("web");
 }

@@ -43,7 +43,13 @@ fn db() -> VolumeStatus {
 impl AdminBackend for Fake {
     fn status(&self) -> Answer<'_, Status> {
         Box::pin(async {
-            Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0, not_listening: vec![] }
+            Status {
+                node: "alpha".into(),
+                volumes: vec![db()],
+                log_lines_dropped: 0,
+                log_dropping: false,
+                not_listening: vec![],
+            }
         })
     }
 
@@ -121,7 +127,13 @@ async fn status_and_commands_make_the_round_trip() {
     let status = client.status().await.expect("answered");
     assert_eq!(
         status,
-        Status { node: "alpha".into(), volumes: vec![db()], log_lines_dropped: 0, not_listening: vec![] }
+        Status {
+            node: "alpha".into(),
+            volumes: vec![db()],
+            log_lines_dropped: 0,
+            log_dropping: false,
+            not_listening: vec![]
+        }
     );
     let commands = [
         Command::Promote { force: true },

@@ -4,7 +4,7 @@
 //! daemon's advice; under the table, in a few words, which links are not RDMA for want of it.
 //!
 //! The table fits the terminal, and 80 columns where there is none to ask: the columns that only repeat the configuration,
-//! and the epoch, give way. `--json` has them all.
+//! and the epoch, give way, then the middle of long names. `--json` has all of it.
 
 use super::{CliError, Colour, block_on, colours_wanted, print};
 use crate::admin::{CONNECTED, NotListening, SYNC_SOURCE, SYNC_TARGET, Status, UP_TO_DATE, VolumeStatus};
@@ -48,6 +48,9 @@ const HEADER: [&str; COLUMNS] = ["VOLUME", "ROLE", "DISK", "PEER", "LINK", "ACK"
 /// Columns that give way where the table is too wide, the first one first.
 const EXPENDABLE: [&str; 3] = ["EPOCH", "ACK", "SIZE"];
 
+/// Characters of a volume's name that are shown in any case.
+const NAME_LEN_MIN: usize = 16;
+
 /// Characters between two columns.
 const GAP: usize = 2;
 
@@ -65,7 +68,7 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
     if status.volumes.is_empty() {
         return format!("node {}: no volumes here; the configuration gives it no disk\n", status.node);
     }
-    let rows: Vec<_> = status.volumes.iter().map(row).collect();
+    let mut rows: Vec<_> = status.volumes.iter().map(row).collect();
     let mut widths = HEADER.map(str::len);
     for row in &rows {
         for (width, (text, _)) in widths.iter_mut().zip(row) {
@@ -73,14 +76,26 @@ pub fn render_within(status: &Status, colours: bool, width: usize) -> String {
         }
     }
     let shown = columns_within(&widths, width);
+    let too_much = taken(&widths, &shown).saturating_sub(width + GAP);
+    if too_much > 0 {
+        widths[0] = widths[0].saturating_sub(too_much).max(widths[0].min(NAME_LEN_MIN));
+        for [(name, _), ..] in &mut rows {
+            *name = shortened(name, widths[0]);
+        }
+    }
     let mut out = format!("node {}\n", status.node);
     for NotListening { address, reason } in &status.not_listening {
         out.push_str(&Colour::Bad.paint(&format!("  not listening on {address}: {reason}"), colours));
         out.push('\n');
     }
     if status.log_lines_dropped > 0 {
+        let ask = if status.log_dropping {
+            ", and more are being dropped; is its reader stuck, its disk full?"
+        } else {
+            ""
+        };
         let line = format!(
-            "  log: lines that could not be written: {}; is its reader stuck, its disk full?",
+            "  log: lines that could not be written and were dropped since the start: {}{ask}",
             status.log_lines_dropped
         );
         out.push_str(&Colour::Attention.paint(&line, colours));
@@ -146,14 +161,29 @@ fn without_rdma(volumes: &[VolumeStatus]) -> String {
 fn columns_within(widths: &[usize; COLUMNS], width: usize) -> [bool; COLUMNS] {
     let mut shown = [true; COLUMNS];
     for given_up in EXPENDABLE {
-        let taken: usize =
-            widths.iter().zip(shown).filter(|(_, shown)| *shown).map(|(width, _)| width + GAP).sum();
-        if taken <= width + GAP {
+        if taken(widths, &shown) <= width + GAP {
             break;
         }
         shown[HEADER.iter().position(|&column| column == given_up).expect("one of them")] = false;
     }
     shown
+}
+
+/// Characters of a line with these columns, and of a gap behind it.
+fn taken(widths: &[usize; COLUMNS], shown: &[bool; COLUMNS]) -> usize {
+    widths.iter().zip(shown).filter(|(_, shown)| **shown).map(|(width, _)| width + GAP).sum()
+}
+
+/// `name` in `len` characters: both its ends, for names that begin alike differ in their last letters.
+fn shortened(name: &str, len: usize) -> String {
+    let letters: Vec<char> = name.chars().collect();
+    if letters.len() <= len {
+        return name.to_owned();
+    }
+    let behind = (len - 1) / 2;
+    let before = len - 1 - behind;
+    let (before, behind) = (&letters[..before], &letters[letters.len() - behind..]);
+    before.iter().chain(&['…']).chain(behind).collect()
 }
 
 fn push_line(

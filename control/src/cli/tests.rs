@@ -166,6 +166,7 @@ fn status_is_a_table_read_at_a_glance() {
         node: "alpha".into(),
         volumes: vec![catching_up(), db(), alone()],
         log_lines_dropped: 0,
+        log_dropping: false,
         not_listening: vec![],
     };
     let expected = "\
@@ -194,7 +195,13 @@ link of archive: no RDMA on alpha (no device); see `costandby doctor`
 fn the_table_fits_80_columns_in_any_state() {
     let table = |volumes: Vec<VolumeStatus>| {
         let text = status::render(
-            &Status { node: "alpha".into(), volumes, log_lines_dropped: 0, not_listening: vec![] },
+            &Status {
+                node: "alpha".into(),
+                volumes,
+                log_lines_dropped: 0,
+                log_dropping: false,
+                not_listening: vec![],
+            },
             false,
         );
         let lines: Vec<_> = text.lines().skip(1).map(str::to_owned).collect();
@@ -229,6 +236,37 @@ fn the_table_fits_80_columns_in_any_state() {
 }
 
 #[test]
+fn a_long_name_gives_way_in_its_middle() {
+    let name = format!("{}tail", "a".repeat(60));
+    let long = VolumeStatus { name: name.clone(), ..db() };
+    let status = Status {
+        node: "alpha".into(),
+        volumes: vec![long, db()],
+        log_lines_dropped: 0,
+        log_dropping: false,
+        not_listening: vec![],
+    };
+    let text = status::render(&status, false);
+    let row = text.lines().nth(2).expect("a row");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(row.starts_with("aaaa") && row.contains("…") && row.contains("tail  "), "{row}");
+    let wide = status::render_within(&status, false, 200);
+    assert!(wide.contains(&name) && wide.contains("ACK"), "{wide}");
+}
+
+#[test]
+fn lost_lines_of_the_log_are_a_question_only_while_more_are_lost() {
+    let text = |log_dropping| {
+        let node = "alpha".into();
+        let status =
+            Status { node, volumes: vec![db()], log_lines_dropped: 3, log_dropping, not_listening: vec![] };
+        status::render(&status, false)
+    };
+    assert!(text(false).contains("dropped since the start: 3\n"), "{}", text(false));
+    assert!(text(true).contains("since the start: 3, and more are being dropped; is its"), "{}", text(true));
+}
+
+#[test]
 fn what_the_peer_lacks_is_counted_or_not_known() {
     let behind = |volume: VolumeStatus| {
         let text = status::render(
@@ -236,6 +274,7 @@ fn what_the_peer_lacks_is_counted_or_not_known() {
                 node: "alpha".into(),
                 volumes: vec![volume],
                 log_lines_dropped: 0,
+                log_dropping: false,
                 not_listening: vec![],
             },
             false,
@@ -257,7 +296,13 @@ fn want_of_rdma_is_one_short_line_and_a_failed_attempt_a_whole_one() {
     let volume = |name: &str| VolumeStatus { name: name.into(), link_note: Some(note.clone()), ..db() };
     let render = |volumes| {
         status::render(
-            &Status { node: "alpha".into(), volumes, log_lines_dropped: 0, not_listening: vec![] },
+            &Status {
+                node: "alpha".into(),
+                volumes,
+                log_lines_dropped: 0,
+                log_dropping: false,
+                not_listening: vec![],
+            },
             false,
         )
     };
@@ -282,6 +327,7 @@ fn status_shows_addresses_that_are_not_bound() {
         volumes: vec![db()],
         not_listening: vec![refused],
         log_lines_dropped: 0,
+        log_dropping: false,
     };
     let lines = status::render(&status, false);
     let lines: Vec<_> = lines.lines().collect();
@@ -291,7 +337,13 @@ fn status_shows_addresses_that_are_not_bound() {
 #[test]
 fn status_without_volumes_says_so() {
     let text = status::render(
-        &Status { node: "alpha".into(), volumes: vec![], log_lines_dropped: 0, not_listening: vec![] },
+        &Status {
+            node: "alpha".into(),
+            volumes: vec![],
+            log_lines_dropped: 0,
+            log_dropping: false,
+            not_listening: vec![],
+        },
         true,
     );
     assert_eq!(text, "node alpha: no volumes here; the configuration gives it no disk\n");
@@ -303,6 +355,7 @@ fn status_json_has_the_fixed_keys() {
         node: "alpha".into(),
         volumes: vec![db()],
         log_lines_dropped: 0,
+        log_dropping: false,
         not_listening: vec![],
     })
     .expect("serializes");
@@ -509,6 +562,7 @@ impl AdminBackend for CatchingUp {
                 node: "alpha".into(),
                 volumes: vec![volume],
                 log_lines_dropped: 0,
+                log_dropping: false,
                 not_listening: vec![],
             }
         })

@@ -56,10 +56,12 @@ impl<'a> Checker<'a> {
     ) -> Result<SocketAddr, ConfigError> {
         let bad = |reason| table.place(key, at, text, reason);
         let numeric = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
-        let address: SocketAddr =
-            numeric.as_deref().unwrap_or(text).parse().map_err(|_| {
-                bad("write an IP address and a port, such as 10.9.0.1:7790 or [fd00::1]:7790")
-            })?;
+        let address: SocketAddr = numeric.as_deref().unwrap_or(text).parse().map_err(|_| {
+            if has_large_port(text) {
+                return bad("a port is a number from 1 to 65535");
+            }
+            bad("write an IP address and a port, such as 10.9.0.1:7790 or [fd00::1]:7790")
+        })?;
         if address.port() == 0 {
             return Err(bad("port 0 is a different one at each start: name a port"));
         }
@@ -301,4 +303,13 @@ fn lexical(path: &Path) -> PathBuf {
         }
     }
     plain
+}
+
+/// Whether all that is wrong with an address is a port that is too large.
+fn has_large_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        let large =
+            port.len() >= 5 && port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_err();
+        large && (host == "localhost" || format!("{host}:1").parse::<SocketAddr>().is_ok())
+    })
 }

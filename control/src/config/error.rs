@@ -35,6 +35,9 @@ impl std::error::Error for ConfigError {
     }
 }
 
+/// How the table of the keys before the first `[…]` is called.
+pub(super) const TOP: &str = "the top of the file";
+
 /// What is wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
@@ -89,7 +92,7 @@ pub enum Problem {
         example: String,
     },
     /// A string where a number belongs, and the like.
-    #[error("{key} of {table} is {found}, {expected} belongs there")]
+    #[error("{} is {found}, {expected} belongs there", of(key, table))]
     Type {
         /// Where.
         table: String,
@@ -101,7 +104,7 @@ pub enum Problem {
         expected: &'static str,
     },
     /// One of a few words was expected.
-    #[error("{key} of {table} is {found:?}: {hint}")]
+    #[error("{} is {found:?}: {hint}", of(key, table))]
     Choice {
         /// Where.
         table: String,
@@ -113,7 +116,7 @@ pub enum Problem {
         hint: String,
     },
     /// A size or duration.
-    #[error("{key} of {table}: {source}")]
+    #[error("{}: {source}", of(key, table))]
     Quantity {
         /// Where.
         table: String,
@@ -123,7 +126,7 @@ pub enum Problem {
         source: QuantityError,
     },
     /// A number outside its bounds.
-    #[error("{key} of {table} is {found}: it must be {bounds}")]
+    #[error("{} is {found}: it must be {bounds}", of(key, table))]
     Bounds {
         /// Where.
         table: String,
@@ -145,7 +148,7 @@ pub enum Problem {
         reason: &'static str,
     },
     /// An address, endpoint or path that cannot be used.
-    #[error("{key} of {table} is {found:?}: {reason}")]
+    #[error("{} is {found:?}: {reason}", of(key, table))]
     Place {
         /// Where.
         table: String,
@@ -250,4 +253,9 @@ pub enum Problem {
         /// Which volume.
         volume: String,
     },
+}
+
+/// How the value of `key` in `table` is called.
+fn of(key: &str, table: &str) -> String {
+    if table == TOP { format!("{key} at {TOP}") } else { format!("{key} of {table}") }
 }

@@ -13,7 +13,7 @@ use super::settings::Format;
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::MakeWriter;
@@ -37,6 +37,8 @@ struct Counters {
     dropped: AtomicU64,
     /// Those of them that found no room, and that no message has told the thread of.
     unqueued: AtomicU64,
+    /// The thread knows of missing lines that the log says nothing of yet, for it cannot be written.
+    untold: AtomicBool,
     /// Bytes in the queue.
     queued_len: AtomicUsize,
 }
@@ -99,6 +101,11 @@ impl Queue {
 
     pub(super) fn lines_dropped(&self) -> u64 {
         self.counters.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Whether lines are missing that the log does not say are missing: it cannot be written now, or not fast enough.
+    pub(super) fn is_dropping(&self) -> bool {
+        self.counters.untold.load(Ordering::Relaxed) || self.counters.unqueued.load(Ordering::Relaxed) > 0
     }
 
     pub(super) fn format(&self) -> Format {
@@ -245,6 +252,7 @@ impl<W: Write> Writer<W> {
             self.missing.unwritten += 1;
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        self.counters.untold.store(self.missing.count() > 0, Ordering::Relaxed);
     }
 
     /// Says what is missing, where nothing is queued that would say it.
@@ -253,6 +261,7 @@ impl<W: Write> Writer<W> {
         if self.missing.count() > 0 {
             self.note();
         }
+        self.counters.untold.store(self.missing.count() > 0, Ordering::Relaxed);
     }
 
     /// Whether the log now says what is missing.

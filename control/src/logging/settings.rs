@@ -103,13 +103,19 @@ fn parse_filter(value: &OsStr) -> Result<Targets, SettingsError> {
             value: value.clone().into_owned(),
             part: part.to_owned(),
             problem,
-            suggestion: suggestion.map(|word| format!(", did you mean `{word}`?")).unwrap_or_default(),
+            suggestion: suggestion.map(|word| format!(" (did you mean `{word}`?)")).unwrap_or_default(),
         };
         let known = LEVELS.map(|(word, _)| word);
         match part.split_once('=') {
             None => match level(part) {
                 Some(level) => filter = filter.with_default(level),
                 None if is_ours(part) => return Err(refuse("a module without a level", None)),
+                None if is_silence(part) => {
+                    return Err(refuse(
+                        "no level: a daemon's errors are always logged, and `error` is the quietest",
+                        None,
+                    ));
+                }
                 None => return Err(refuse("no level", meant(part, &known))),
             },
             Some((target, word)) => {
@@ -117,7 +123,12 @@ fn parse_filter(value: &OsStr) -> Result<Targets, SettingsError> {
                     let name = target.split("::").next().unwrap_or_default();
                     return Err(refuse("for no module that logs", meant(name, &CRATES)));
                 }
-                let level = level(word).ok_or_else(|| refuse("for no level", meant(word, &known)))?;
+                let level = level(word).ok_or_else(|| match is_silence(word) {
+                    true => {
+                        refuse("for no level: errors are always logged, and `error` is the quietest", None)
+                    }
+                    false => refuse("for no level", meant(word, &known)),
+                })?;
                 filter = filter.with_target(target, level);
             }
         }
@@ -127,6 +138,11 @@ fn parse_filter(value: &OsStr) -> Result<Targets, SettingsError> {
 
 fn level(word: &str) -> Option<LevelFilter> {
     LEVELS.iter().find(|(known, _)| known.eq_ignore_ascii_case(word)).map(|(_, level)| *level)
+}
+
+/// Whether `word` means no log at all where other programs have one.
+fn is_silence(word: &str) -> bool {
+    ["off", "none", "quiet", "silent"].iter().any(|known| known.eq_ignore_ascii_case(word))
 }
 
 /// Whether events come from `target`, as far as its crate tells.

@@ -142,8 +142,10 @@ fn a_full_queue_drops_and_says_so_where_the_lines_are_missing() {
     (1..11).for_each(push);
     assert!(since.elapsed() < Duration::from_secs(1), "logging waited: {:?}", since.elapsed());
     assert_eq!(queue.lines_dropped(), 6);
+    assert!(queue.is_dropping());
     output.block(false);
     log.finish(LIMIT);
+    assert!(!queue.is_dropping(), "all is told");
     push(11);
     log.finish(LIMIT);
     let text = output.text();
@@ -260,7 +262,11 @@ fn words_that_are_refused() {
         ("tarce", "`trace`"),
     ] {
         let text = error(OsStr::new(filter), "");
-        assert!(text.contains(&format!("did you mean {meant}?")), "{filter}: {text}");
+        assert!(text.contains(&format!("(did you mean {meant}?); valid are")), "{filter}: {text}");
+    }
+    for filter in ["off", "costandby_control=none"] {
+        let text = error(OsStr::new(filter), "");
+        assert!(text.contains("`error` is the quietest"), "{filter}: {text}");
     }
     for filter in [
         "off",

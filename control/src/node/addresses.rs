@@ -17,6 +17,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 /// Longest pause: nobody waits longer than this for an address that has come.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// How long an attempt may take before `status` shows that it is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// The addresses that are not bound.
 #[derive(Default)]
 pub(super) struct Addresses {
@@ -35,9 +38,26 @@ impl Addresses {
         refused.iter().map(entry).collect()
     }
 
-    /// One attempt on `address`.
-    pub(super) fn attempt<T>(&self, address: &str, bind: impl FnOnce() -> Result<T, String>) -> Option<T> {
-        self.note(address, bind())
+    /// One attempt on `address`, on a thread that may block.
+    pub(super) async fn attempt<T: Send + 'static>(
+        &self,
+        address: &str,
+        bind: impl FnOnce() -> Result<T, String> + Send + 'static,
+    ) -> Option<T> {
+        let mut bound = tokio::task::spawn_blocking(bind);
+        let ended = match tokio::time::timeout(PATIENCE, &mut bound).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                // A directory may be on a file system that hangs.
+                let reason = format!(
+                    "the system has not answered within {} s: does its directory answer (`ls`), is its file system reached?",
+                    PATIENCE.as_secs()
+                );
+                self.note::<T>(address, Err(reason));
+                bound.await
+            }
+        };
+        self.note(address, ended.expect("a panic has ended the process"))
     }
 
     /// Tries until it succeeds, the first time after a pause.
@@ -50,16 +70,14 @@ impl Addresses {
         loop {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
-            // A directory may be on a file system that hangs.
-            let attempt = tokio::task::spawn_blocking(bind.clone());
-            let bound = attempt.await.expect("a panic has ended the process");
-            if let Some(bound) = self.note(address, bound) {
+            if let Some(bound) = self.attempt(address, bind.clone()).await {
                 return bound;
             }
         }
     }
 
-    fn note<T>(&self, address: &str, bound: Result<T, String>) -> Option<T> {
+    /// How an attempt on `address` ended.
+    pub(super) fn note<T>(&self, address: &str, bound: Result<T, String>) -> Option<T> {
         let mut refused = self.refused.lock().expect("nobody panics with it");
         match bound {
             Ok(bound) => {
@@ -88,8 +106,8 @@ mod tests {
     #[tokio::test]
     async fn an_address_is_tried_until_it_is_bound_and_shown_until_then() {
         let addresses = Addresses::default();
-        assert_eq!(addresses.attempt("unix:/a", || Ok(1)), Some(1));
-        assert_eq!(addresses.attempt("tcp:b", || Err::<u8, _>("taken".to_owned())), None);
+        assert_eq!(addresses.attempt("unix:/a", || Ok(1)).await, Some(1));
+        assert_eq!(addresses.attempt("tcp:b", || Err::<u8, _>("taken".to_owned())).await, None);
         let shown = addresses.not_listening();
         assert_eq!(shown, [NotListening { address: "tcp:b".into(), reason: "taken".into() }]);
         let tries = Arc::new(AtomicU32::new(0));

@@ -75,9 +75,7 @@ impl Case<'_> {
                 format!("disk {} is in use: another program has it locked", path.display()),
                 self.again("stop that program (another costandby, QEMU), for no two may write to one disk"),
             ),
-            DiskError::WrongType { .. } => {
-                (error.to_string(), "correct its path in the configuration and restart the daemon".to_owned())
-            }
+            DiskError::WrongType { .. } => (error.to_string(), self.wrong_path()),
             other => (other.to_string(), self.medium()),
         }
     }
@@ -107,6 +105,17 @@ impl Case<'_> {
                     )),
                 )
             }
+            (_, Some(Errno::PERM)) => (
+                format!("{what} {shown} may not be written: {source}"),
+                self.again(
+                    "take the attribute away that forbids it (`lsattr` shows `i`, immutable, and `a`, append only; `chattr -i -a` \
+                     as root); where neither is set, let the security module or the unit's sandbox allow it",
+                ),
+            ),
+            (_, Some(Errno::ISDIR | Errno::LOOP | Errno::NXIO | Errno::NOTDIR | Errno::NAMETOOLONG | Errno::NODEV)) => (
+                format!("{what} {shown} is {}: {source}", wrong_kind(errno, path)),
+                self.wrong_path(),
+            ),
             (io::ErrorKind::PermissionDenied, _) => (
                 format!("{what} {shown} may not be opened by the daemon's user: {source}"),
                 self.again(&format!(
@@ -170,6 +179,10 @@ impl Case<'_> {
                 SuperblockError::Newer { .. } => {
                     (error.to_string(), "then start the daemon of that release".to_owned())
                 }
+                SuperblockError::WrongType { path } => (
+                    format!("metadata {} is neither a file nor a block device", path.display()),
+                    self.again("move it away, and put the disk's metadata back"),
+                ),
                 SuperblockError::Foreign { path, what, found, expected } => (
                     format!(
                         "metadata {} belongs to {what} {found}, the configuration says {expected}",
@@ -231,8 +244,16 @@ impl Case<'_> {
         )
     }
 
+    /// Something else than a disk is where the configuration has it.
+    fn wrong_path(&self) -> String {
+        format!(
+            "correct its path in the configuration and restart the daemon; or put the disk where the path says, and {}",
+            self.opens_it()
+        )
+    }
+
     fn opens_it(&self) -> String {
-        format!("`costandby connect {}` opens it without a restart", self.volume)
+        format!("`{} connect {}` opens it without a restart", self.command_line, self.volume)
     }
 
     fn again(&self, step: &str) -> String {
@@ -264,6 +285,21 @@ impl Case<'_> {
                  written meanwhile"
             )
         })
+    }
+}
+
+/// What stands where a disk should be, by the system's refusal to open it.
+fn wrong_kind(errno: Option<Errno>, path: &Path) -> &'static str {
+    use std::os::unix::fs::FileTypeExt;
+    match errno {
+        Some(Errno::ISDIR) => "a directory, not a disk",
+        Some(Errno::LOOP) => "a symbolic link that leads back to itself",
+        Some(Errno::NOTDIR) => "below something that is no directory",
+        Some(Errno::NAMETOOLONG) => "a path that is too long",
+        _ if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) => {
+            "a socket, not a disk"
+        }
+        _ => "a device or a file that nothing stands behind",
     }
 }
 

@@ -20,7 +20,7 @@ use crate::config::Disk;
 use crate::hello::{Refuse, RefuseCode};
 use crate::link::reason;
 use crate::role::{self, Connection, Found, Random, Role, Verification, VolumeController, VolumeSettings};
-use costandby_datapath::disk::superblock::{DiskState, Superblock};
+use costandby_datapath::disk::superblock::{DiskState, Location, Superblock};
 use costandby_datapath::reactor::command::{Command, VolumeSpec};
 use costandby_datapath::units::{Epoch, Generation};
 use std::sync::Arc;
@@ -125,7 +125,8 @@ impl Attachment {
     /// One try, with answers to whoever asks meanwhile.
     async fn open(&mut self, distrusted: bool) -> Tried {
         let (volume, node) = (self.settings.volume.clone(), self.settings.node.clone());
-        let advice = format!("{node} is opening its disk of volume {volume}");
+        let mut advice = format!("{node} is opening its disk of volume {volume}");
+        let late = self.late();
         self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(advice.clone()), None));
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
@@ -151,6 +152,7 @@ impl Attachment {
         tokio::pin!(opening);
         let began = Instant::now();
         let mut waiting: Vec<Input> = Vec::new();
+        let mut is_late = false;
         loop {
             tokio::select! {
                 opened = &mut opening => {
@@ -170,13 +172,32 @@ impl Attachment {
                     }
                     Some(input) => self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later")),
                 },
-                () = tokio::time::sleep_until(began + COMMAND_WAIT_MAX), if !waiting.is_empty() => {
+                () = tokio::time::sleep_until(began + COMMAND_WAIT_MAX), if !is_late => {
+                    is_late = true;
+                    tracing::warn!(volume, "{late}");
+                    advice.clone_from(&late);
+                    self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(late.clone()), None));
                     for input in waiting.drain(..) {
                         self.decline(input, RefuseCode::Busy, &advice, &format!("volume {volume}: {advice}: try again later"));
                     }
                 }
             }
         }
+    }
+
+    /// What is waited for, where opening takes longer than it should.
+    fn late(&self) -> String {
+        let VolumeSettings { node, volume, .. } = &self.settings;
+        let place = match &self.disk {
+            Disk::Path(path) if path.starts_with("/dev") => path.display().to_string(),
+            Disk::Path(path) => format!("{} or {}", path.display(), Location::beside(path).path.display()),
+            Disk::Memory => "memory".to_owned(),
+        };
+        format!(
+            "{node} is opening its disk of volume {volume} for more than {} s: {place} does not answer, or is being flushed \
+             after a daemon that was killed; look into the kernel's log, and at its file system",
+            COMMAND_WAIT_MAX.as_secs()
+        )
     }
 
     fn publish(&self, failure: &Failure) {

@@ -3,17 +3,19 @@
 use super::addresses::Addresses;
 use super::peers;
 use super::registry::Registry;
-use crate::admin::SocketFile;
 use crate::config::{Endpoint, Node};
+use crate::socket_file::{self, InTheWay, SocketFile};
 use costandby_datapath::reactor::command::Command;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// Connections the kernel holds until the reactor takes them: 16 connections of several clients at once.
@@ -21,6 +23,10 @@ const NBD_BACKLOG: i32 = 128;
 
 /// The same for peers, which dial for all their volumes at once. The kernel cuts it to `net.core.somaxconn`.
 const PEERS_BACKLOG: i32 = 4096;
+
+/// How long the admin API, and the line that says that the daemon is up, wait for the first try of each address: a bind takes
+/// microseconds, but for a directory on a file system that hangs.
+const FIRST_TRIES_MAX: Duration = Duration::from_secs(1);
 
 /// A socket for NBD clients.
 struct NbdListener {
@@ -35,35 +41,40 @@ pub(super) struct Listening {
     files: Arc<Mutex<Vec<SocketFile>>>,
     nbd: Vec<JoinHandle<()>>,
     peers: JoinHandle<()>,
+    /// Ends when each address was tried once.
+    tried: mpsc::Receiver<Infallible>,
 }
 
 impl Listening {
-    /// Binds what can be bound, and keeps trying the rest.
+    /// Binds what can be bound, and keeps trying the rest: each address in a task of its own, so that none waits for another.
     pub(super) fn start(node: &Node, registry: &Arc<Registry>, addresses: &Arc<Addresses>) -> Self {
         let files = Arc::new(Mutex::new(Vec::new()));
-        let mut nbd = Vec::new();
-        for endpoint in &node.nbd {
+        let (trying, tried) = mpsc::channel(1);
+        let listen = |endpoint: &Endpoint| {
             let (registry, files) = (Arc::clone(registry), Arc::clone(&files));
-            let hand_over = move |listener: NbdListener| {
-                files.lock().expect("nobody panics with it").extend(listener.file);
-                registry.reactor.send(Command::Listen { listener: listener.socket });
-            };
-            let address = endpoint.to_string();
-            match addresses.attempt(&address, || bind_nbd(endpoint)) {
-                Some(listener) => hand_over(listener),
-                None => {
-                    let (addresses, endpoint) = (Arc::clone(addresses), endpoint.clone());
-                    nbd.push(tokio::spawn(async move {
-                        hand_over(addresses.insist(&address, move || bind_nbd(&endpoint)).await);
-                    }));
+            let (addresses, endpoint, trying) = (Arc::clone(addresses), endpoint.clone(), trying.clone());
+            tokio::spawn(async move {
+                let address = endpoint.to_string();
+                let bind = move || bind_nbd(&endpoint);
+                let bound = addresses.attempt(&address, bind.clone()).await;
+                let bound_at_once = bound.is_some();
+                let hand_over = |listener: NbdListener| {
+                    files.lock().expect("nobody panics with it").extend(listener.file);
+                    registry.reactor.send(Command::Listen { listener: listener.socket });
+                };
+                bound.map(hand_over);
+                drop(trying);
+                if !bound_at_once {
+                    hand_over(addresses.insist(&address, bind).await);
                 }
-            }
-        }
+            })
+        };
+        let nbd = node.nbd.iter().map(listen).collect();
         let (registry, addresses, listen) = (Arc::clone(registry), Arc::clone(addresses), node.listen);
-        let address = format!("tcp:{listen}");
-        let bound = addresses.attempt(&address, || bind_peers(listen));
         let peers = tokio::spawn(async move {
-            let mut bound = bound;
+            let address = format!("tcp:{listen}");
+            let mut bound = addresses.attempt(&address, move || bind_peers(listen)).await;
+            drop(trying);
             loop {
                 let listener = match bound.take() {
                     Some(listener) => listener,
@@ -72,12 +83,18 @@ impl Listening {
                 match tokio::net::TcpListener::from_std(listener) {
                     Ok(listener) => return peers::accept(listener, registry).await,
                     Err(error) => {
-                        addresses.attempt(&address, || Err::<(), _>(error.to_string()));
+                        addresses.note::<()>(&address, Err(error.to_string()));
                     }
                 }
             }
         });
-        Self { files, nbd, peers }
+        Self { files, nbd, peers, tried }
+    }
+
+    /// Waits until each address was tried once, but not for one that takes long.
+    pub(super) async fn tried(&mut self) {
+        // Nothing is ever sent: it ends with the last sender.
+        let _ = tokio::time::timeout(FIRST_TRIES_MAX, self.tried.recv()).await;
     }
 
     /// Takes no more connections from peers.
@@ -152,24 +169,20 @@ fn bind_unix(path: &Path) -> Result<NbdListener, String> {
     Ok(NbdListener { socket, file: Some(SocketFile::at(path)) })
 }
 
-/// Removes a socket that nobody answers on, which is what a killed daemon left behind.
+/// Removes what a killed daemon left behind.
 fn remove_stale(path: &Path) -> Result<(), String> {
-    use std::os::unix::fs::FileTypeExt;
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error.to_string()),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err("there is a file that is no socket: move it away, or choose another path".to_owned());
+    socket_file::remove_stale(path).map_err(|found| match found {
+        InTheWay::NotASocket => {
+            "there is a file that is no socket: move it away, or choose another path".to_owned()
         }
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Err("another program answers there: end it, or choose another path".to_owned()),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|error| format!("a socket that was left over: {error}"))
+        InTheWay::Answers => "another program answers there: end it, or choose another path".to_owned(),
+        InTheWay::Stuck => {
+            "another program holds that socket and takes no connections: `ss -xlp` says which; end it, \
+                            or choose another path"
+                .to_owned()
         }
-        Err(error) => Err(format!("asking who answers there: {error}")),
-    }
+        InTheWay::Io { doing, source } => format!("{doing} that path: {source}"),
+    })
 }
 
 /// Whether an interface has to have the address already.

@@ -60,6 +60,10 @@ const KEY_LOOK: Duration = Duration::from_secs(1);
 /// How long a shutdown may take before the daemon ends all the same: a flush of a slow disk and then some.
 const SHUTDOWN_MAX: Duration = Duration::from_secs(40);
 
+/// How long a start waits for the first try of the admin socket, whose directory may be on a file system that hangs. The disks
+/// are locked against a second daemon all the same.
+const ADMIN_BIND_MAX: Duration = Duration::from_secs(2);
+
 /// Why a daemon could not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -109,9 +113,10 @@ pub fn run(config: &Config, node: &str) -> Result<(), NodeError> {
     let keys = Arc::new(Keyring::open(config.key.as_deref())?);
     let addresses = Arc::new(Addresses::default());
     // Two daemons of a node would be at each other's throat; anything else that is wrong with the socket can wait.
-    let admin = match AdminServer::bind(&this.admin) {
-        Err(error @ AdminError::AlreadyRuns { .. }) => return Err(error.into()),
-        bound => addresses.attempt(&admin_address(&this), || bound.map_err(|error| error.to_string())),
+    let admin = match bind_admin(&this) {
+        Some(Err(error @ AdminError::AlreadyRuns { .. })) => return Err(error.into()),
+        Some(bound) => addresses.note(&admin_address(&this), bound.map_err(|error| error.to_string())),
+        None => None,
     };
     if config.volumes_of(node).next().is_none() {
         return Err(NodeError::NoVolumes { node: node.into(), file: config.file.clone() });
@@ -191,6 +196,17 @@ fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::Sock
     }
 }
 
+/// The first try of the admin socket. `None`: the system does not answer, and what comes of this try does not count.
+fn bind_admin(node: &Node) -> Option<Result<AdminServer, AdminError>> {
+    let (sender, bound) = crossbeam_channel::bounded(1);
+    let path = node.admin.clone();
+    std::thread::spawn(move || {
+        // Nobody waits any more: the server is dropped, and its socket removed.
+        let _ = sender.send(AdminServer::bind(&path));
+    });
+    bound.recv_timeout(ADMIN_BIND_MAX).ok()
+}
+
 /// How a node's admin socket is called in messages.
 fn admin_address(node: &Node) -> String {
     format!("unix:{}", node.admin.display())
@@ -218,7 +234,9 @@ impl Start<'_> {
         let tasks: Vec<_> =
             attachments.into_iter().map(|attachment| tokio::spawn(attachment.run())).collect();
         let keys = tokio::spawn(keep_fresh(Arc::clone(&self.keys)));
-        let listening = listeners::Listening::start(self.node, &registry, &self.addresses);
+        let mut listening = listeners::Listening::start(self.node, &registry, &self.addresses);
+        // Whoever asks for the status hears of every address that cannot be bound.
+        listening.tried().await;
         let (stop_admin, admin_stopped) = oneshot::channel::<()>();
         let backend = Arc::new(Backend::new(Arc::clone(&registry), Arc::clone(&self.addresses)));
         let admin = tokio::spawn(serve_admin(
@@ -345,7 +363,7 @@ async fn serve_admin(
         };
         // It is bound anew.
         let ended = served.err().map_or_else(|| "it ended".to_owned(), |error| error.to_string());
-        addresses.attempt(&address, || Err::<(), _>(ended));
+        addresses.note::<()>(&address, Err(ended));
     }
 }
 

@@ -50,6 +50,7 @@ impl AdminBackend for Backend {
                 volumes: volumes.map(|shared| volume_status(&self.registry, shared)).collect(),
                 not_listening: self.addresses.not_listening(),
                 log_lines_dropped: crate::logging::lines_dropped(),
+                log_dropping: crate::logging::is_dropping(),
             }
         })
     }

@@ -102,6 +102,8 @@ pub(super) struct VolumeTask {
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
     link: LinkKeeper,
+    /// What the log last said of it.
+    link_logged: Option<String>,
     /// Room for RDMA listeners.
     listeners: Arc<Semaphore>,
     /// From the making of its link to its end.
@@ -163,6 +165,7 @@ impl VolumeTask {
             queue,
             surroundings,
             link,
+            link_logged: None,
             listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
             session: None,
             began: now,

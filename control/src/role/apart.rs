@@ -178,6 +178,17 @@ impl VolumeController {
                 "this machine lost power while it served: {peer} may have acknowledged writes that this disk lacks; waiting for \
                  it, to sync from it and serve again"
             )
+        } else if self.superblock.is_fresh() {
+            format!(
+                "a new disk that has never met {peer}'s: start the daemon of {peer}, and the two agree on what the volume holds"
+            )
+        } else if self.failed_ahead() {
+            format!(
+                "this disk failed while {peer} did not have all of its data: IT MAY HOLD WRITES THAT {peer} LACKS. Save what can \
+                 be read of it before anything else. `costandby promote {volume} --force` here serves what its medium still gives; \
+                 `costandby promote {volume}` on {peer}, or `costandby create {volume} --force` here with the daemon stopped, gives \
+                 those writes up"
+            )
         } else {
             format!("waiting for {peer}, to sync from it")
         };

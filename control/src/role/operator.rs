@@ -184,11 +184,34 @@ impl VolumeController {
         self.obstacle = None;
     }
 
-    /// What a disk that is not up to date holds, and what is given up by serving it.
-    fn forced_price(&self) -> String {
-        let peer = &self.settings.peer;
+    /// Whether this disk is on record as failed, and as one that went on from what the peer has, or was still copied to it.
+    pub(super) fn failed_ahead(&self) -> bool {
+        let superblock = &self.superblock;
+        superblock.disk_state == DiskState::Failed
+            && !superblock.is_fresh()
+            && superblock.copying == Generation::ZERO
+            && (!superblock.peer_has_current || superblock.generations.base != Generation::ZERO)
+    }
+
+    /// Why a disk that may not be served unasked is not, and what serving it all the same gives up.
+    fn unusable_text(&self) -> String {
+        let VolumeSettings { volume, peer, .. } = &self.settings;
+        let state = self.shown_disk_state().as_str();
+        if self.superblock.is_fresh() {
+            return format!(
+                "the disk is new and has never met {peer}'s: start the daemon of {peer}, and the two agree on what the volume \
+                 holds. --force serves this disk as it is, and {peer} is copied from it: only if {peer}'s disk is new as well, or its \
+                 data is lost for good"
+            );
+        }
+        if self.failed_ahead() {
+            return format!(
+                "the disk is {state}, and MAY HOLD WRITES THAT {peer} LACKS. Save what can be read of it first. --force serves what \
+                 its medium still gives, and {peer} is copied from it: only if {peer} was not promoted meanwhile. \
+                 `costandby promote {volume}` on {peer} instead gives those writes up"
+            );
+        }
         let holds = match self.shown_disk_state() {
-            _ if self.superblock.is_fresh() => "a new disk's content",
             DiskState::Outdated if self.superblock.disk_state == DiskState::Outdated => {
                 "in which a verification found bytes that differ from the peer's"
             }
@@ -197,7 +220,8 @@ impl VolumeController {
             _ => "a mixture of older and newer data",
         };
         format!(
-            "--force serves what it holds, {holds}, and gives up what {peer} has: only if {peer}'s data is lost for good"
+            "the disk is {state}: let it sync from {peer}. --force serves what it holds, {holds}, and gives up what {peer} has: only \
+             if {peer}'s data is lost for good"
         )
     }
 
@@ -230,7 +254,7 @@ impl VolumeController {
         if ahead {
             return format!(
                 "IT MAY HOLD WRITES THAT {peer} LACKS. Save what can be read of it before anything else; if it can be made to \
-                 work, restart the daemon of {node}. `costandby promote {volume}` on {peer}, or `costandby create {volume} \
+                 work, restart the daemon of {node}, and `costandby promote {volume} --force` there serves it. `costandby promote {volume}` on {peer}, or `costandby create {volume} \
                  --force` on {node}, gives those writes up"
             );
         }
@@ -256,9 +280,7 @@ impl VolumeController {
         let peer_name = &self.settings.peer;
         let Some(peer) = &self.peer else {
             if !self.is_usable() && !force {
-                let text =
-                    format!("the disk is {state}: let it sync from {peer_name}. {}", self.forced_price());
-                return self.reply(id, Err(text), actions);
+                return self.reply(id, Err(self.unusable_text()), actions);
             }
             return self.promote_alone(id, actions);
         };

@@ -437,6 +437,14 @@ pub enum SuperblockError {
         /// Its words.
         source: io::Error,
     },
+    /// A directory, a FIFO, a socket or another device.
+    #[error(
+        "metadata {path} is neither a file nor a block device: move it away, and put the disk's metadata back"
+    )]
+    WrongType {
+        /// What is there instead.
+        path: PathBuf,
+    },
     /// There is no such file.
     #[error(
         "no metadata at {path}: a new disk gets it from `costandby create`; if this disk had some, it is lost, and \

@@ -45,7 +45,18 @@ fn a_disk_to_be_made_is_made_by_the_very_command_that_is_named() {
 fn errors() -> Vec<OpenError> {
     let path = || PathBuf::from("/nonexistent/db.img");
     let io = |errno: Errno| io::Error::from(errno);
-    let errnos = [Errno::NOENT, Errno::ACCESS, Errno::IO, Errno::ROFS, Errno::MFILE, Errno::BUSY];
+    let errnos = [
+        Errno::NOENT,
+        Errno::ACCESS,
+        Errno::PERM,
+        Errno::ISDIR,
+        Errno::LOOP,
+        Errno::NXIO,
+        Errno::IO,
+        Errno::ROFS,
+        Errno::MFILE,
+        Errno::BUSY,
+    ];
     let mut all: Vec<_> = errnos
         .into_iter()
         .flat_map(|errno| {
@@ -87,7 +98,11 @@ fn every_text_names_the_thing_and_a_next_step() {
     for error in errors() {
         let text = text(&error, None);
         assert!(text.contains("/nonexistent/db.img") || text.contains("/dev/urandom"), "{text}");
-        let step = ["`costandby connect db`", "restart the daemon", "start the daemon of that release"];
+        let step = [
+            "`costandby --config /etc/pair.toml --node alpha connect db`",
+            "restart the daemon",
+            "start the daemon of that release",
+        ];
         assert!(step.iter().any(|step| text.contains(step)), "no next step: {text}");
         assert!(
             !text.contains("restore"),
@@ -141,5 +156,29 @@ fn memory_that_is_refused_is_said_to_be_memory() {
     let source = io::Error::from(Errno::NOMEM);
     let error = OpenError::Disk(DiskError::Map { path: "memory:db".into(), len: 1 << 40, source });
     let text = Case { size: 1 << 40, ..case(&Disk::Memory, &error, None) }.text();
-    assert!(text.contains("no 1 TiB of memory") && text.contains("`costandby connect db`"), "{text}");
+    assert!(text.contains("no 1 TiB of memory") && text.contains(" connect db`"), "{text}");
+}
+
+#[test]
+fn a_path_that_is_no_disks_is_named_and_no_disk_is_called_lost() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let [round, socket] = ["round", "socket"].map(|name| dir.path().join(name));
+    std::os::unix::fs::symlink(&round, &round).expect("a link to itself");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+    let directory = dir.path().to_owned();
+    for (path, what) in [(round, "a symbolic link"), (socket, "a socket"), (directory, "a directory")] {
+        let error = costandby_datapath::disk::image::DiskImage::open(&path, 4096).expect_err("no disk");
+        let said = text(&OpenError::Disk(error), None);
+        assert!(said.contains(what) && said.contains(&path.display().to_string()), "{said}");
+        assert!(said.contains("correct its path") && said.contains("connect db"), "{said}");
+        assert!(!said.contains("lost") && !said.contains("kernel's log"), "{said}");
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_changed_is_not_put_down_to_its_owner_or_mode() {
+    let source = io::Error::from(Errno::PERM);
+    let error = OpenError::Disk(DiskError::Open { path: "/nonexistent/db.img".into(), source });
+    let said = text(&error, None);
+    assert!(said.contains("immutable") && !said.contains("owner"), "{said}");
 }

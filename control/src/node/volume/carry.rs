@@ -9,7 +9,7 @@ use super::{Surroundings, VolumeTask};
 use crate::compared::{Settings, differences};
 use crate::config::LinkKind;
 use crate::hello::{Refuse, RefuseCode, Upgrade};
-use crate::link::Kind;
+use crate::link::{Kind, short_note};
 use crate::role::{Event, SessionSide};
 use crate::secure::channel::Channel;
 use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
@@ -225,19 +225,29 @@ impl VolumeTask {
         self.publish_link();
     }
 
-    /// Makes public what there is to say about the link, and logs what is new.
-    pub(super) fn publish_link(&self) {
+    /// Makes public what there is to say about the link, and logs what is new: in a few words, `doctor` has the rest.
+    pub(super) fn publish_link(&mut self) {
         let status = self.link.status();
-        let before = self.shared.link.lock().expect("nobody panics with it").replace(status.clone());
-        if before.as_ref() == Some(&status) {
+        *self.shared.link.lock().expect("nobody panics with it") = Some(status.clone());
+        let only_rdma = self.shared.config.link == LinkKind::Rdma;
+        // Without a session nothing is carried, and what will be is not known for certain.
+        if !only_rdma && self.session.is_none() {
             return;
         }
         let (volume, link) = (self.shared.config.name.as_str(), status.kind.as_str());
-        match (&status.note, self.shared.config.link) {
-            (Some(why), LinkKind::Rdma) => tracing::warn!(volume, "no link: {why}"),
-            (Some(why), _) => tracing::info!(volume, "the link is {link}: {why}"),
-            (None, _) => tracing::info!(volume, "the link is {link}"),
+        let text = match &status.note {
+            Some(why) if only_rdma => format!("no link: {why}"),
+            Some(why) => format!("the link is {link}: {}", short_note(why)),
+            None => format!("the link is {link}"),
+        };
+        if self.link_logged.as_ref() == Some(&text) {
+            return;
         }
+        match &status.note {
+            Some(_) if only_rdma => tracing::warn!(volume, "{text}"),
+            _ => tracing::info!(volume, "{text}"),
+        }
+        self.link_logged = Some(text);
     }
 
     pub(super) fn start_session(&mut self, side: SessionSide, before: Before, serve: bool, epoch: Epoch) {

@@ -134,11 +134,10 @@ fn a_promotion_without_the_peer_is_never_advised_without_its_price() {
         let advice = one.controller.status().advice.expect("what to do");
         assert!(advice.contains("costandby promote db") && advice.contains("writes is lost"), "{advice}");
     }
-    let changes: [fn(&mut Superblock); 4] = [
+    let changes: [fn(&mut Superblock); 3] = [
         |superblock| superblock.disk_state = DiskState::Inconsistent,
         |superblock| superblock.disk_state = DiskState::Outdated,
         |superblock| superblock.disk_state = DiskState::Failed,
-        |superblock| *superblock = Superblock::fresh("db", "beta", 1 << 20, true),
     ];
     for change in changes {
         let mut one = One::new("beta", change);
@@ -185,6 +184,46 @@ fn a_failed_disk_says_who_has_the_data() {
     standby.on(Event::DiskFailed { text: "EIO".to_owned() });
     let advice = standby.controller.status().advice.expect("what to do");
     assert!(advice.contains("alpha has the data. Repair or replace the disk of beta"), "{advice}");
+}
+
+#[test]
+fn a_failed_disk_that_was_alone_is_the_newer_one_after_a_restart_too() {
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(lost(true));
+    one.on(Event::DiskFailed { text: "EIO".to_owned() });
+    let found = one.stored().clone();
+    let mut again = One::new("alpha", |superblock| superblock.clone_from(&found));
+    again.on(Event::Start);
+    let advice = again.controller.status().advice.expect("what to do");
+    let actions = again.command(promote(false));
+    let refused = reply(&actions).expect_err("refused");
+    for text in [advice.as_str(), refused] {
+        assert!(text.contains("MAY HOLD WRITES THAT beta LACKS"), "{text}");
+        assert!(!text.contains("sync from") && !text.contains("what beta has"), "beta has less: {text}");
+    }
+
+    // One whose peer has the data says so.
+    let mut one = One::primary("alpha", OnPeerLoss::Continue);
+    one.on(Event::DiskFailed { text: "EIO".to_owned() });
+    let found = one.stored().clone();
+    let mut again = One::new("alpha", |superblock| superblock.clone_from(&found));
+    again.on(Event::Start);
+    let advice = again.controller.status().advice.expect("what to do");
+    assert!(advice.ends_with("waiting for beta, to sync from it"), "{advice}");
+}
+
+#[test]
+fn a_new_disk_does_not_say_that_the_peer_has_data() {
+    let mut one =
+        One::new("alpha", |superblock| *superblock = Superblock::fresh("db", "alpha", 1 << 20, true));
+    one.on(Event::Start);
+    let advice = one.controller.status().advice.expect("what to do");
+    let actions = one.command(promote(false));
+    let refused = reply(&actions).expect_err("refused");
+    for text in [advice.as_str(), refused] {
+        assert!(text.contains("new") && text.contains("has never met beta's"), "{text}");
+        assert!(!text.contains("sync from") && !text.contains("what beta has"), "{text}");
+    }
 }
 
 #[test]

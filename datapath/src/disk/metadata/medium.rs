@@ -9,9 +9,11 @@
 //! Everything here blocks.
 
 use crate::disk::superblock::{self, SuperblockError};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Mode of a metadata file, as of a disk that `create` makes: what it says is nobody else's business, and whoever could
@@ -111,7 +113,7 @@ impl FileMedium {
     /// [`SuperblockError::Exists`], [`SuperblockError::Locked`], [`SuperblockError::Io`].
     pub fn create(path: &Path, force: bool) -> Result<Self, SuperblockError> {
         let device = superblock::is_block_device(path);
-        let medium = Self::from_options(&making(device, force), path)?;
+        let medium = Self::from_options(&mut making(device, force), path)?;
         superblock::lock(&medium.file, path)?;
         medium.narrow();
         if !device {
@@ -123,13 +125,25 @@ impl FileMedium {
         Ok(medium)
     }
 
-    fn from_options(options: &OpenOptions, path: &Path) -> Result<Self, SuperblockError> {
-        let file = options.open(path).map_err(|source| match source.kind() {
+    /// Opens a file or a block device and nothing else: opening a FIFO waits for a program at its other end.
+    fn from_options(options: &mut OpenOptions, path: &Path) -> Result<Self, SuperblockError> {
+        let io = |source| SuperblockError::Io { doing: "opening", path: path.into(), source };
+        let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).expect("open flags fit an int");
+        let file = options.custom_flags(nonblocking).open(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => SuperblockError::Missing { path: path.into() },
             io::ErrorKind::AlreadyExists => SuperblockError::Exists { path: path.into() },
-            _ => SuperblockError::Io { doing: "opening", path: path.into(), source },
+            io::ErrorKind::IsADirectory => SuperblockError::WrongType { path: path.into() },
+            // A socket, a FIFO that nobody reads, a device without a driver.
+            _ if Errno::from_io_error(&source) == Some(Errno::NXIO) => {
+                SuperblockError::WrongType { path: path.into() }
+            }
+            _ => io(source),
         })?;
-        Ok(Self { file, path: path.into(), device: superblock::is_block_device(path) })
+        let kind = file.metadata().map_err(io)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(SuperblockError::WrongType { path: path.into() });
+        }
+        Ok(Self { file, path: path.into(), device: kind.is_block_device() })
     }
 
     /// Takes from a file that is there what others than its owner may do with it. A device's mode is its administrator's.
@@ -186,6 +200,39 @@ impl Medium for FileMedium {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_refused_by_name_and_never_waited_for() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let [fifo, directory, socket, device] =
+            ["fifo", "directory", "socket", "device"].map(|name| dir.path().join(name));
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, mode).expect("a FIFO");
+        std::fs::create_dir(&directory).expect("a directory");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        std::os::unix::fs::symlink("/dev/zero", &device).expect("a link");
+        for path in [fifo, directory, socket, device] {
+            let (sender, ended) = std::sync::mpsc::channel();
+            let opened = path.clone();
+            std::thread::spawn(move || {
+                let ends = [
+                    FileMedium::look(&opened).map(|_| ()),
+                    FileMedium::open(&opened).map(|_| ()),
+                    FileMedium::create(&opened, true).map(|_| ()),
+                ];
+                // An error means that the test gave up.
+                let _ = sender.send(ends);
+            });
+            let ends = ended.recv_timeout(std::time::Duration::from_secs(20)).expect("nothing is waited for");
+            for end in ends {
+                assert!(
+                    matches!(&end, Err(SuperblockError::WrongType { path: named }) if *named == path),
+                    "{}: {end:?}",
+                    path.display()
+                );
+            }
+        }
+    }
 
     #[test]
     fn a_metadata_file_is_its_owners_alone_from_the_moment_it_exists() {
