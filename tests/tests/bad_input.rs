@@ -282,7 +282,7 @@ fn foreign_and_truncated_disks_are_refused() {
     fs::copy(pair.metadata(BETA, "db"), &meta).expect("metadata");
     expect(&pair, &["db", &path, "belongs to", "beta"]);
     fs::remove_file(&meta).expect("metadata");
-    expect(&pair, &["db", &path, "is missing", "costandby create"]);
+    expect(&pair, &["db", &path, "is missing", "create db --force"]);
     fs::write(&meta, &good).expect("metadata");
 
     let file = fs::File::options().write(true).open(&disk).expect("a disk");

@@ -12,27 +12,26 @@
 //!   the peer's (levels `memory` and `durable`); `freeze` adds that the peer is whole, or an operator forced it;
 //! - `durable-here`, `durable-there`: after a flush everything acknowledged before it was asked is on the media of both,
 //!   alone on record aside; a FUA write and the level `durable` promise it of the write itself;
-//! - `answered-or-closed`: a client is told of an error only where the disk has failed; where a node does not serve, or stops
-//!   serving, its connection ends instead;
+//! - `answered-or-closed`: a client is told of an error only where the disk has failed; where a node does not serve, or
+//!   stops serving, its connection ends instead;
 //! - `stale-read`: a read shows nothing older than what was acknowledged on this disk, or was read from it, before;
 //! - `read-there`: of a write that is not acknowledged yet a read shows only what the peer has too, so that a failover
 //!   takes nothing back that was seen;
 //! - `prefix`: a disk that holds a write holds all that was acknowledged before that write was asked for;
-//! - `lost`: what a settled disk has to hold is there after a power failure, and no copy overwrites a disk that has to
-//!   hold more than its source, but where an operator said so;
+//! - `lost`: what a settled disk has to hold is there after a power failure, and no copy overwrites a disk that has to hold
+//!   more than its source, but where an operator said so;
 //! - `unmarked`: a disk is on record as a mixture before the first byte of a copy may reach it;
 //! - `serving`: answers come only from a disk on record as up to date and primary, and not from a standby's that lost power
-//!   while it applied, until that is made good; writes under one pair of
-//!   generation and epoch are acknowledged by one node;
+//!   while it applied, until that is made good; writes under one pair of generation and epoch are acknowledged by one node;
 //! - `uncovered`: what is on record on neither side as possibly different is the same on both media (see `coverage`);
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
-//! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended
-//!   since the disks were equal, only those that were written to since no record named them;
+//! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended since
+//!   the disks were equal, only those that were written to since no record named them;
 //! - `empty-over-data`: of two new disks an empty one is not copied over one with data (see `new_disks`);
 //! - `copied-after-a-reset`: no copy follows where a session in sync lost its link and nothing else happened;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
 
-use super::clock::Nanos;
+use super::clock::{Nanos, seconds};
 use super::coverage::Coverage;
 use super::metadata::Record;
 use super::storage::{SECTOR_LEN, SimDisk};
@@ -781,14 +780,6 @@ impl Checker {
 
 /// The nodes' names, by index.
 pub(super) const NAMES: [&str; 2] = ["alpha", "beta"];
-
-pub(super) fn seconds(at: Nanos) -> String {
-    if at == Nanos::MAX {
-        "?".to_owned()
-    } else {
-        format!("{}.{:06}", at / super::clock::S, at % super::clock::S / 1000)
-    }
-}
 
 fn raise(floor: &mut [Nanos], to: Nanos) {
     for at in floor {

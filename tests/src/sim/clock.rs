@@ -15,6 +15,11 @@ pub(super) const US: Nanos = 1_000;
 pub(super) const MS: Nanos = 1_000_000;
 pub(super) const S: Nanos = 1_000_000_000;
 
+/// As the story tells it.
+pub(super) fn seconds(at: Nanos) -> String {
+    if at == Nanos::MAX { "?".to_owned() } else { format!("{}.{:06}", at / S, at % S / 1000) }
+}
+
 /// The one clock; links hold a copy of the handle.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clock(Arc<AtomicU64>);

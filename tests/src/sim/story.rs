@@ -3,8 +3,8 @@
 //! Lines are only written where somebody will read them; the checksum is always kept, so two runs of one seed can be
 //! told to be the same.
 
-use super::checker::seconds;
 use super::clock::Nanos;
+use super::clock::seconds;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 
