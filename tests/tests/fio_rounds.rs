@@ -12,7 +12,7 @@ use costandby_tests::{Rng, seed, wait_for};
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ROUNDS: u64 = 10;
 const SIZE_MIB: u64 = 24;
@@ -23,6 +23,9 @@ const JOBS: u64 = 4;
 
 /// Writes a second of each, so that once over the volume takes longer than the latest kill.
 const RATE: u64 = 1000;
+
+/// How long fio's state has not grown when it is whole: fio writes it in a few calls, between which a busy machine may leave it.
+const STATE_WRITTEN: Duration = Duration::from_millis(300);
 
 /// How long a survivor may need until it may be promoted.
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(5);
@@ -77,11 +80,14 @@ impl Rounds {
         File::create(self.directory().join("gone")).expect("a file");
         for job in 0..JOBS {
             let state = self.directory().join(format!("local-round-{job}-verify.state"));
-            let mut before = 0;
+            let (mut before, mut since) = (0, Instant::now());
             wait_for("fio has saved its state", LIMIT, || {
                 let len = state.metadata().ok()?.len();
-                // One look later it has not grown: that is all of it.
-                (std::mem::replace(&mut before, len) == len && len > 0).then_some(())
+                if std::mem::replace(&mut before, len) != len {
+                    since = Instant::now();
+                }
+                // It has not grown for a while: that is all of it.
+                (len > 0 && since.elapsed() >= STATE_WRITTEN).then_some(())
             });
         }
         let ended = fio.ended();
