@@ -265,7 +265,7 @@ fn with_a_key_no_word_is_needed_to_listen_and_without_one_no_daemon_starts() {
         let error = parse(&EXAMPLE.replace("insecure = true", &format!("key = {value}")))
             .expect_err(value)
             .to_string();
-        assert!(error.contains("c.toml:1: key of the top of the file") && error.contains(word), "{error}");
+        assert!(error.contains("c.toml:1: key at the top of the file") && error.contains(word), "{error}");
     }
 }
 
