@@ -100,8 +100,15 @@ fn a_standby_whose_link_just_broke_can_be_promoted_at_once() {
     there.read(0, &mut found).expect("served");
     assert_eq!(found, [7; BLOCK_LEN]);
     there.write(0, &[8; BLOCK_LEN], false).expect("served");
-    // The session of before is over for good: alpha has lost its turn, and is copied to.
+    // The session of before is over for good. Alpha serves on until somebody says that it has lost its turn, and is then copied to.
     pair.proxy().refuse(false);
+    pair.wait_status(ALPHA, "db", "told of beta", |alpha| {
+        alpha
+            .advice
+            .as_deref()
+            .is_some_and(|advice| advice.contains("beta went on without alpha, which serves"))
+    });
+    pair.cli_ok(ALPHA, &["demote", "db"]);
     pair.wait_in_sync("db");
     assert_eq!(pair.status(ALPHA, "db").expect("it answers").role, "standby");
     assert!(!pair.log(ALPHA).contains(GOES_ON));
