@@ -64,7 +64,8 @@ fn a_missing_disk_keeps_its_own_volume_down_and_says_why_to_everyone() {
         });
         assert!(status.parted, "it waits for an operator");
         let advice = status.advice.expect("advice");
-        let meanwhile = if node == ALPHA { "waiting for alpha" } else { "serving without beta" };
+        let meanwhile =
+            if node == ALPHA { "waiting for alpha" } else { "nothing was acknowledged without beta since" };
         assert!(advice.contains(meanwhile), "{advice}");
         let shown = pair.cli_ok(1 - node, &["status"]);
         assert_eq!(shown.matches("cannot use its disk").count(), 1, "{shown}");

@@ -12,7 +12,7 @@
 //! - From the failure of the local disk to the peer's record of it nothing completes: a failover in between must find
 //!   that record, or would take this disk for as good as the peer's (promise 5, the other way round).
 //! - A session numbers its changes from 1, over as many links as it takes. When a link breaks the session is *parted*:
-//!   nothing completes and nothing is forgotten. Over the next link it goes on ([`Event::SessionGoesOn`]): what the peer
+//!   nothing completes, but flushes of what the peer has said to be durable there, and nothing is forgotten. Over the next link it goes on ([`Event::SessionGoesOn`]): what the peer
 //!   says it had applied is released, the rest is posted again under the numbers it has, so that nothing is applied twice.
 //! - What a session that was given up left unreleased is posted again in the next one under new numbers: its range is
 //!   still locked, so its bytes are the same.
@@ -273,13 +273,14 @@ impl Pipeline {
         matches!(self.peer, Peer::Absent | Peer::Parted) || self.is_held()
     }
 
-    /// Whether somebody waits for a peer whose link broke.
+    /// Whether a client waits for a peer whose link broke. The background copy may wait for as long as it takes.
     #[must_use]
     pub fn waits_for_parted(&self) -> bool {
+        let foreground = |entry: &Entry| entry.change.flags & flags::RESYNC == 0;
         self.peer == Peer::Parted
-            && (!self.flushes.is_empty()
-                || !self.waiting.is_empty()
-                || self.window.iter().any(|entry| !entry.completed))
+            && (self.flushes.iter().any(|flush| !flush.background)
+                || self.waiting.iter().any(foreground)
+                || self.window.iter().any(|entry| !entry.completed && foreground(entry)))
     }
 
     /// What the peer has acknowledged as applied, and the last change that has a number: in between nothing is known.
@@ -636,10 +637,13 @@ impl Pipeline {
 
     /// Completes whatever may complete by now, and forgets it.
     fn settle(&mut self, actions: &mut Vec<Action>) {
-        if matches!(self.peer, Peer::Absent | Peer::Parted) || self.local == Local::Failing {
+        if self.peer == Peer::Absent || self.local == Local::Failing {
             return;
         }
         let held = self.is_held();
+        if self.peer == Peer::Parted {
+            return self.settle_flushes(held, actions);
+        }
         let mut waiting = std::mem::take(&mut self.waiting);
         waiting.retain(|entry| {
             let background = entry.change.flags & flags::RESYNC != 0;
@@ -661,7 +665,7 @@ impl Pipeline {
     }
 
     fn settle_flushes(&mut self, held: bool, actions: &mut Vec<Action>) {
-        let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer == Peer::Live);
+        let (local, peer, live) = (self.local_durable, self.peer_durable, self.peer != Peer::Alone);
         let running_clean = self.local_flush.is_none();
         let gone = self.local == Local::Gone;
         self.flushes.retain(|flush| {

@@ -234,6 +234,8 @@ pub struct Volume {
     session_void: bool,
     /// A session without a link, which may go on. `source` holds for that one then.
     parted: Option<parting::Parting>,
+    /// Clients wait, and have since the peer was heard then: links came and went, and nothing of the session got through.
+    stalled_since: Option<Instant>,
     /// The session went on over this link or one before.
     gone_on: bool,
     /// Counts the flushes after a target's session.
@@ -314,6 +316,7 @@ impl Volume {
             link_distrusted: false,
             session_void: false,
             parted: None,
+            stalled_since: None,
             gone_on: false,
             settle_serial: 0,
             link_moved: false,

@@ -11,8 +11,10 @@
 //! is on record for it: the activity log covers what is under way, so a crash costs what it always costs.
 //!
 //! Invariants:
-//! - While a session is parted nothing completes and nothing is unlocked. Before anything is acknowledged without the peer
-//!   the session is given up.
+//! - While a session is parted nothing is unlocked, and nothing completes but a flush of what both nodes had durable before.
+//!   Before anything is acknowledged without the peer the session is given up.
+//! - Clients wait for the peer once: where the session goes on and nothing of it gets through, the next parting does not begin
+//!   their time anew.
 //! - What is given up is marked in the dirty map before anything else happens. Marks that only stand for changes which the
 //!   peer had applied are known as such ([`Record::doubt`]) as long as the peer lives on; and they are cleared only after a
 //!   flush, like any others.
@@ -46,7 +48,7 @@ pub(super) struct LinkEnd {
 /// A session without a link.
 #[derive(Debug)]
 pub(super) struct Parting {
-    /// When the peer was last heard.
+    /// When the peer was last heard, or had last been when clients began to wait.
     heard: Instant,
     /// From when on a client need not wait any longer, once the peer's timeout is known.
     due: Option<Instant>,
@@ -91,8 +93,11 @@ impl Volume {
             }
             self.pipeline_event(PipelineEvent::SessionParted);
         }
+        let waits = self.pipeline.waits_for_parted() || self.diskless.is_fetching();
+        let heard = self.stalled_since.filter(|_| waits && !self.link_moved).unwrap_or(self.last_heard);
+        self.stalled_since = waits.then_some(heard);
         let telling = self.telling.take();
-        self.parted = Some(Parting { heard: self.last_heard, due: None, asked: false, access, telling });
+        self.parted = Some(Parting { heard, due: None, asked: false, access, telling });
     }
 
     /// What this end knows of the session, for the peer to compare with what it knows.

@@ -220,6 +220,7 @@ impl Volume {
         let awaits_map = self.telling.is_some() || self.resync.as_ref().is_some_and(Resync::awaits_map);
         if !self.pipeline.awaits_peer() && !self.diskless.is_fetching() && !awaits_map {
             self.last_answer = now;
+            self.stalled_since = None;
         } else if now.duration_since(self.last_answer) >= Duration::from_secs(PEER_ANSWER_S_MAX) {
             link.close(DownReason::Unanswering);
             return Some(now);

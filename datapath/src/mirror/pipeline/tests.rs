@@ -487,6 +487,34 @@ fn parted_nothing_completes_and_the_window_is_posted_again_behind_the_peers_word
 }
 
 #[test]
+fn parted_a_flush_of_what_both_have_durable_needs_no_peer() {
+    let mut rig = Rig::live(AckLevel::Memory);
+    rig.land(1);
+    rig.on(Event::Flush(Token(8)));
+    rig.on(Event::FlushedLocal);
+    assert!(rig.ack(1, 1).contains(&complete(8)));
+    rig.on(Event::SessionParted);
+    assert_eq!(rig.on(Event::Flush(Token(9))), [complete(9)]);
+    assert!(!rig.pipeline.waits_for_parted());
+    rig.land(2);
+    let flush = rig.on(Event::Flush(Token(10)));
+    assert!(!flush.contains(&complete(10)) && !rig.on(Event::FlushedLocal).contains(&complete(10)));
+    assert!(rig.pipeline.waits_for_parted());
+}
+
+#[test]
+fn a_parted_copy_is_nobody_who_waits() {
+    let mut rig = Rig::new(AckLevel::Memory, OnPeerLoss::Continue);
+    rig.on(Event::SessionUp { in_sync: false });
+    rig.on(Event::Landed(change(1, flags::RESYNC)));
+    rig.on(Event::FlushBackground(Token(2)));
+    rig.on(Event::SessionParted);
+    assert!(!rig.pipeline.waits_for_parted());
+    rig.land(3);
+    assert!(rig.pipeline.waits_for_parted());
+}
+
+#[test]
 fn a_parted_session_that_is_given_up_leaves_nothing_unmarked_and_asks_nobody() {
     let mut rig = Rig::live(AckLevel::Memory);
     for token in 1..=3 {

@@ -129,3 +129,30 @@ fn a_session_that_was_given_up_here_does_not_go_on() {
     });
     assert!(pair.a.volume.record.is_dirty());
 }
+
+#[test]
+fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    pair.a.write(1, grains(0, 1), 1);
+    pair.cut();
+    let since = pair.a.volume.stalled_since.expect("a client waits");
+    let timeout = Duration::from_millis(20);
+    std::thread::sleep(timeout);
+    pair.go_on();
+    pair.cut();
+    assert_eq!(pair.a.volume.stalled_since, Some(since));
+    pair.a.volume.keep_alive(Instant::now(), timeout);
+    pair.a.turn();
+    assert!(pair.a.saw(|event| matches!(event, Event::AskAlone { .. })), "its time is up");
+
+    // What gets through begins it anew.
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    pair.a.write(1, grains(0, 1), 1);
+    pair.cut();
+    pair.go_on();
+    pair.until_told(1);
+    pair.a.write(2, grains(1, 1), 2);
+    pair.cut();
+    let since = pair.a.volume.stalled_since.expect("a client waits");
+    assert_eq!(since, pair.a.volume.last_heard);
+}
