@@ -37,7 +37,8 @@ read_backports() {
     local found keyring=/usr/share/keyrings/debian-archive-keyring.gpg options=
     found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
         sed -nE 's,^(deb( +\[[^]]*\])?|URIs:) +(https?://[^ ]*/debian)/?( .*)?$,\3,p' | head -n 1) || true
-    mirror=${found:-http://deb.debian.org/debian}
+    mirror=${COSTANDBY_DEBIAN_MIRROR:-$found}
+    [ -n "$mirror" ] || fail "apt's sources name no Debian mirror on this machine: name one in COSTANDBY_DEBIAN_MIRROR"
     if [ -f "$keyring" ]; then options="[signed-by=$keyring] "; fi
     mkdir -p "$dir/apt/sources"
     echo "deb $options$mirror bookworm-backports main" >"$dir/apt/sources/backports.list"
