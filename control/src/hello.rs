@@ -11,18 +11,19 @@
 //! ══ frames (`datapath::wire`) ══      here, or over RDMA with this connection as its companion
 //! ```
 //!
-//! A session over TCP may be taken on to RDMA over a second connection, which the dialer begins with `Upgrade`:
+//! A session over TCP may be taken on to RDMA over a second connection, which the dialer begins with `Ask`:
 //!
 //! ```text
-//! dialer ── Upgrade ──▶ acceptor      names the session by the nonces of its hellos
+//! dialer ── Ask ──▶ acceptor          for RDMA
 //!        ◀── Offer ──
 //!        ══ RDMA connect ══▶
 //!        ── Link ──▶
-//!        ◀── Link ──                  the acceptor has the RDMA connection too: both switch
+//!        ◀── Link ──                  the acceptor has the RDMA connection too; the dialer closes the session's link
+//!        ── Hello ──▶                 and so on as above, over these connections: the session goes on
 //! ```
 //!
 //! A node whose disk cannot be opened has no hello, and dials nobody: it refuses whoever begins with a `Hello`, or with the
-//! `Upgrade` by which a peer that waits to be dialled asks why it is not.
+//! `Ask` by which a peer that waits to be dialled asks why it is not.
 //!
 //! An envelope is `magic[8] version[1] len[4] crc32c[4]`, little-endian, then `len` bytes of JSON, which the CRC-32C
 //! covers. Unknown keys are ignored, so a later release may add some. Decoding never panics, and never allocates more
@@ -117,17 +118,16 @@ pub struct Settled {
     pub why: Option<String>,
 }
 
-/// Asks to take a session over TCP on to RDMA.
+/// A question about a volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Upgrade {
+pub struct Ask {
     /// Who speaks.
     pub node: String,
-    /// The session's volume.
+    /// The volume.
     pub volume: String,
-    /// The nonces of the session's hellos, the dialer's first.
-    pub session: [u64; 2],
-    /// Counts the attempts on this session, from 1 on.
-    pub serial: u64,
+    /// Asks for RDMA, to take the session over TCP on to. Otherwise, whether there would be a session.
+    #[serde(default)]
+    pub rdma: bool,
 }
 
 /// A node has decided, stored what it agreed to, and is ready for the session.
@@ -173,10 +173,10 @@ pub struct Refuse {
 pub enum Message {
     /// The first message of both.
     Hello(Box<Hello>),
-    /// What became of the acceptor's offer; from the dialer, and of an upgrade from the acceptor as well.
+    /// What became of the acceptor's offer; from the dialer, and of one that was asked for from the acceptor as well.
     Link(Settled),
-    /// The first message on a connection that shall take a session on to RDMA.
-    Upgrade(Upgrade),
+    /// The first message on a connection that does not begin with a hello.
+    Ask(Ask),
     /// The answer to it.
     Offer(RdmaOffer),
     /// The last message before frames.
@@ -292,7 +292,7 @@ fn checked(message: Message) -> Result<Message, serde_json::Error> {
                 || wordy(&hello.no_rdma)
                 || !is_bounded(&hello.settings)
         }
-        Message::Upgrade(upgrade) => long(&[&upgrade.node, &upgrade.volume]),
+        Message::Ask(ask) => long(&[&ask.node, &ask.volume]),
         Message::Link(settled) => wordy(&settled.why),
         Message::Offer(_) | Message::Ready(_) | Message::Refuse(_) => false,
     };
@@ -500,11 +500,10 @@ mod tests {
         let link = (any::<bool>(), proptest::option::of(".{0,40}")).prop_map(|(rdma, why)| {
             Message::Link(Settled { kind: if rdma { Kind::Rdma } else { Kind::Tcp }, why })
         });
-        let upgrade = (".{0,20}", any::<[u64; 2]>(), any::<u64>()).prop_map(|(node, session, serial)| {
-            Message::Upgrade(Upgrade { node, volume: "db".to_owned(), session, serial })
-        });
+        let ask = (".{0,20}", any::<bool>())
+            .prop_map(|(node, rdma)| Message::Ask(Ask { node, volume: "db".to_owned(), rdma }));
         let offered = any::<u64>().prop_map(|seed| Message::Offer(offer(seed)));
-        prop_oneof![hello, ready, refuse, link, upgrade, offered]
+        prop_oneof![hello, ready, refuse, link, ask, offered]
     }
 
     fn offer(seed: u64) -> RdmaOffer {

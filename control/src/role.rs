@@ -222,6 +222,9 @@ pub enum Event {
         /// What this end knows of the session, where it may go on over another link.
         parted: Option<Parted>,
     },
+    /// From here on this node leaves the session's link for another one on purpose, or no longer does. Both nodes have the
+    /// new connection already; the session goes on over it, and there is nothing to tell an operator.
+    LinkChanges(bool),
     /// What a target had applied when its session ended is on stable storage. It may take as long as a flush does, and
     /// a promotion does not wait for it: until then the disk is a clean prefix unless this node loses power.
     Settled,
@@ -470,6 +473,8 @@ pub struct VolumeController {
     undurable: bool,
     /// A target's session ended, and what it had applied is being flushed.
     settling: bool,
+    /// The link is being left for another one that is there already.
+    link_changes: bool,
     /// A write waits to go alone until the handshake under way has ended.
     need_alone: bool,
     /// The map has everything, on record, and no session took anything off it since.
@@ -547,6 +552,7 @@ impl VolumeController {
             medium_failed: false,
             diskless: diskless::Diskless::default(),
             verification: Verification::default(),
+            link_changes: false,
             unrepaired: false,
         }
     }
@@ -571,6 +577,21 @@ impl VolumeController {
         }
     }
 
+    /// Whether the session would go on unharmed over another link: nothing is under way that a broken link ends.
+    #[must_use]
+    pub fn may_change_link(&self) -> bool {
+        self.in_session()
+            && matches!(self.role, Role::Primary | Role::Standby)
+            && self.pending.is_none()
+            && self.promotion.is_none()
+            && self.demoted.is_none()
+            && self.invalidating.is_none()
+            && self.shutdown_deadline.is_none()
+            && !self.verification.running
+            && !self.unrepaired
+            && (self.diskless.text().is_none() || self.diskless.is_gone())
+    }
+
     /// Takes one event and appends what is to be done. `now` counts from any fixed moment and never goes back.
     pub fn handle(&mut self, now: Duration, event: Event, actions: &mut Vec<Action>) {
         match event {
@@ -584,6 +605,7 @@ impl VolumeController {
             Event::LinkDown { reason, undurable, dirty, parted } => {
                 self.on_link_down(&reason, undurable, dirty, parted, actions);
             }
+            Event::LinkChanges(on_purpose) => self.link_changes = on_purpose,
             Event::Settled => self.on_settled(actions),
             Event::NeedAlone => self.on_need_alone(actions),
             Event::ResyncDone => self.on_resync_done(actions),

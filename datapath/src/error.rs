@@ -97,18 +97,6 @@ pub enum Violation {
         /// Bytes of the frame.
         frame_len: usize,
     },
-    /// A frame that the change to another link does not allow where it came.
-    #[error(
-        "{what} (link number {serial}, step {step}): the nodes do not agree on the change to another link"
-    )]
-    Switch {
-        /// What came.
-        what: &'static str,
-        /// The link's number as sent, 0 for a frame that names none.
-        serial: u64,
-        /// The step as sent, 0 for a frame that is none.
-        step: u64,
-    },
     /// A piece of a dirty map that cannot be one, or that nobody asked for.
     #[error("{what} (bytes {range}): the nodes do not agree on what may differ between their disks")]
     DirtyMap {

@@ -127,20 +127,6 @@ pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 /// than any disk's own timeout (30 s in the kernel), after which it would report an error instead.
 pub const PEER_ANSWER_S_MAX: u64 = 45;
 
-/// Seconds the peer may take to come to a new link that was offered to a live session, before the offer is taken back
-/// and the session goes on over the link it has: the two controllers hand their ends over within milliseconds of each
-/// other, and nothing is held up meanwhile.
-pub const SWITCH_OFFER_S_MAX: u64 = 5;
-
-/// Events of a new link kept until the peer's last frame over the old one is here; then the new link is not read for a
-/// while. A peer has at most [`WINDOW_LEN`] changes under way, each with two acks at most and a few flushes, so one
-/// that behaves never reaches it.
-pub const SWITCH_HELD_MAX: usize = 4 * WINDOW_LEN;
-
-/// Seconds without any progress after which a change to another link that both have begun is given up, and the session
-/// with it: as long as the peer may take over a change or a flush, which is what the last frame may stand behind.
-pub const SWITCH_STUCK_S_MAX: u64 = PEER_ANSWER_S_MAX;
-
 /// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
 /// for any live client, short enough that a hung one does not hold a range for good.
 pub const PAYLOAD_STALL_S_MAX: u64 = 30;

@@ -37,8 +37,6 @@ pub enum Kind {
     KeepAlive = 6,
     /// A message between the two controllers: `aux` names it, `seq` is its argument. See `control`.
     Control = 7,
-    /// A step of the change to another link: `aux` names the change, `seq` the step. See `volume::switch`.
-    Switch = 8,
     /// Target to source, before a copy: `range` may differ. With `aux` not 0, `range` is 64 grains of the target's and bit
     /// n of `aux` (from the lowest) says that of grain n; the last ones may lie behind the disk's end, with their bits 0.
     Dirty = 9,
@@ -70,7 +68,6 @@ impl Kind {
             5 => Self::Ack,
             6 => Self::KeepAlive,
             7 => Self::Control,
-            8 => Self::Switch,
             9 => Self::Dirty,
             10 => Self::DirtyEnd,
             11 => Self::DirtyKept,
@@ -338,7 +335,6 @@ mod tests {
             Just(Kind::Ack),
             Just(Kind::KeepAlive),
             Just(Kind::Control),
-            Just(Kind::Switch),
             Just(Kind::Dirty),
             Just(Kind::DirtyEnd),
             Just(Kind::DirtyKept),

@@ -258,7 +258,7 @@ fn no_lie_after_the_hello_ends_a_daemon_or_changes_a_byte() {
         json!({"offer": {"address": "127.0.0.1:1"}}),
         json!({"refuse": {"code": "disks", "text": "x".repeat(50_000)}}),
         json!({"unable": {"node": "alpha", "volume": "db", "text": "\u{1b}[2J"}}),
-        json!({"upgrade": {"node": "alpha", "volume": "db", "session": [1, 2], "serial": u64::MAX}}),
+        json!({"ask": {"node": "alpha", "volume": "db", "rdma": true}}),
         json!({"surprise": 1}),
         json!([]),
     ] {

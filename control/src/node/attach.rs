@@ -241,14 +241,15 @@ impl Attachment {
             Input::Admin { reply, .. } => {
                 let _ = reply.send(Err(to_operator.to_owned()));
             }
-            Input::Accepted { stream, .. } | Input::UpgradeAsked { stream, .. } => {
+            Input::Accepted { stream, .. } | Input::Asked { stream, .. } => {
                 peers::part(stream, Refuse { code, text: to_peer.to_owned() });
             }
             // Of sessions and conversations, which there are none of.
             Input::Reactor(_)
             | Input::Dialled { .. }
             | Input::Met { .. }
-            | Input::Upgraded { .. }
+            | Input::Made { .. }
+            | Input::CameOver { .. }
             | Input::Heard { .. }
             | Input::Probed { .. }
             | Input::Shutdown => {}

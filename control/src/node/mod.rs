@@ -377,8 +377,6 @@ fn forward_events(
         for event in events {
             let volume = match &event {
                 ReactorEvent::LinkDown { volume, .. }
-                | ReactorEvent::LinkSwitched { volume, .. }
-                | ReactorEvent::SwitchFailed { volume, .. }
                 | ReactorEvent::Settled { volume }
                 | ReactorEvent::AskAlone { volume }
                 | ReactorEvent::ResyncDone { volume }

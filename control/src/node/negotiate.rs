@@ -5,8 +5,9 @@
 //! hello names it. An RDMA connection that fails costs its time limit once, then both go on over TCP where their
 //! configurations allow it; [`super::link`] keeps the next attempt away for a while.
 //!
-//! A session that had to begin over TCP is taken on to RDMA in the same way over a second connection, which becomes the
-//! companion; that conversation ends without harm to the session wherever it fails.
+//! For a session that had to begin over TCP the same is done over a second connection ([`ask_rdma`], [`offer_rdma`]), without
+//! harm to the session wherever it fails. When both nodes have the RDMA connection, the session's link is closed, and that
+//! connection carries the hellos by which it goes on ([`greet_over`]).
 //!
 //! Invariants: both sides end with the same kind, or the conversation ends. A secret is one conversation's, which makes one
 //! offer; it follows from the handshake of that connection and is never sent over it. Every wait
@@ -22,7 +23,7 @@
 use super::peers::{MESSAGE_MAX, Route, listen, listen_for, say};
 use super::rdma::{Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
 use crate::config::LinkKind;
-use crate::hello::{Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, Settled, Upgrade};
+use crate::hello::{Ask, Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, Settled};
 use crate::link::{Choice, Kind, Voice, choose, reason};
 use crate::secure::channel::Channel;
 use std::net::IpAddr;
@@ -147,7 +148,7 @@ fn name(message: &Message) -> &'static str {
     match message {
         Message::Hello(_) => "a hello",
         Message::Link(_) => "what became of an offer",
-        Message::Upgrade(_) => "a wish to upgrade",
+        Message::Ask(_) => "a question",
         Message::Offer(_) => "an offer",
         Message::Ready(_) => "that it is ready",
         Message::Refuse(_) => "no",
@@ -255,16 +256,13 @@ pub(super) async fn answer(
     Ok(Met { hello: theirs, carrier })
 }
 
-/// The dialer's part in taking a session on to RDMA: a second connection to the peer, and RDMA beside it.
-pub(super) async fn ask_upgrade(
-    route: &Route,
-    upgrade: Upgrade,
-    terms: &Terms,
-) -> Result<(Channel, Prepared), NoLink> {
+/// The dialer's part in getting an RDMA connection for a session over TCP: a second connection to the peer, and RDMA beside
+/// it. Nothing of the session is touched.
+pub(super) async fn ask_rdma(route: &Route, ask: Ask, terms: &Terms) -> Result<(Channel, Prepared), NoLink> {
     // Mostly it fails here, and costs the peer nothing.
     terms.ready().await.map_err(|why| NoLink::Rdma(format!("{} has no RDMA: {why}", terms.node)))?;
     let mut stream = route.connect().await.map_err(HelloError::from)?;
-    say(&mut stream, &Message::Upgrade(upgrade)).await?;
+    say(&mut stream, &Message::Ask(ask)).await?;
     let offer = match listen(&mut stream).await? {
         Message::Offer(offer) => offer,
         other => return Err(out_of_turn(other, "an offer")),
@@ -279,8 +277,8 @@ pub(super) async fn ask_upgrade(
     }
 }
 
-/// The acceptor's part in that, once the volume's task has found the session that is meant.
-pub(super) async fn offer_upgrade(stream: &mut Channel, terms: &Terms) -> Result<Prepared, NoLink> {
+/// The acceptor's part in that. The dialer waits for [`confirm`].
+pub(super) async fn offer_rdma(stream: &mut Channel, terms: &Terms) -> Result<Prepared, NoLink> {
     let opened = match terms.ready().await {
         Ok(()) => terms.listen(link_secret(stream)).await,
         Err(why) => Err(why),
@@ -292,14 +290,40 @@ pub(super) async fn offer_upgrade(stream: &mut Channel, terms: &Terms) -> Result
     let accepting = accept(listener);
     say(stream, &Message::Offer(offer)).await?;
     match listen_for(stream, SETTLE_MAX).await? {
-        Message::Link(Settled { kind: Kind::Rdma, .. }) => {
-            let prepared = accepted(accepting, terms).await?;
-            say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
-            Ok(prepared)
-        }
+        Message::Link(Settled { kind: Kind::Rdma, .. }) => accepted(accepting, terms).await,
         Message::Link(Settled { kind: Kind::Tcp, why }) => Err(NoLink::Rdma(why.unwrap_or_default())),
         other => Err(out_of_turn(other, "what became of the RDMA offer")),
     }
+}
+
+/// Says that the RDMA connection is here too, and waits for the hello of a dialer that has left the session's link.
+pub(super) async fn confirm(stream: &mut Channel) -> Result<Box<Hello>, NoLink> {
+    say(stream, &Message::Link(Settled { kind: Kind::Rdma, why: None })).await?;
+    match listen(stream).await? {
+        Message::Hello(hello) => Ok(hello),
+        other => Err(out_of_turn(other, "its hello")),
+    }
+}
+
+/// A conversation over a connection beside which both nodes have RDMA already: hellos, and nothing to settle. `theirs` has
+/// come where the peer dialled.
+pub(super) async fn greet_over(
+    stream: &mut Channel,
+    mut ours: Hello,
+    theirs: Option<Box<Hello>>,
+    prepared: Prepared,
+    terms: &Terms,
+) -> Result<Met, NoLink> {
+    ours.set_voice(Voice::new(terms.wanted, Ok(())));
+    say(stream, &Message::Hello(Box::new(ours))).await?;
+    let hello = match theirs {
+        Some(hello) => hello,
+        None => match listen(stream).await? {
+            Message::Hello(hello) => hello,
+            other => return Err(out_of_turn(other, "its hello")),
+        },
+    };
+    Ok(Met { hello, carrier: Carrier::Rdma(prepared) })
 }
 
 /// The wait for a connection that was asked for by an offer. Dropped, it ends.

@@ -9,10 +9,12 @@
 //! time, and the log a line now and then.
 
 use super::negotiate::{self, Terms};
+use super::rdma::Prepared;
 use super::registry::Registry;
 use super::strangers::{Refusals, Strangers};
 use super::volume::Input;
-use crate::hello::{self, Hello, HelloError, Message, Refuse, RefuseCode, Upgrade};
+use super::volume::relink::Next;
+use crate::hello::{self, Ask, Hello, HelloError, Message, Refuse, RefuseCode};
 use crate::role::{Obstacle, Reach};
 use crate::secure::channel::Channel;
 use crate::secure::handshake::SecureError;
@@ -155,7 +157,7 @@ pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
 /// What a connection to our port begins with.
 enum First {
     Hello(Box<Hello>),
-    Upgrade(Upgrade),
+    Ask(Ask),
 }
 
 /// Lets a connection in that proves the key, and hands it to the task of the volume it is for.
@@ -186,7 +188,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
     };
     let (volume, from_node, first) = match message {
         Message::Hello(hello) => (hello.volume.clone(), hello.node.clone(), First::Hello(hello)),
-        Message::Upgrade(upgrade) => (upgrade.volume.clone(), upgrade.node.clone(), First::Upgrade(upgrade)),
+        Message::Ask(ask) => (ask.volume.clone(), ask.node.clone(), First::Ask(ask)),
         _ => {
             return door.refused(
                 from,
@@ -202,7 +204,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
             // A task that has ended drops the stream, which tells the peer enough.
             let _ = shared.inbox.send(match first {
                 First::Hello(hello) => Input::Accepted { stream: channel, hello },
-                First::Upgrade(upgrade) => Input::UpgradeAsked { stream: channel, upgrade },
+                First::Ask(ask) => Input::Asked { stream: channel, ask },
             });
             return;
         }
@@ -286,21 +288,20 @@ fn unreachable(address: SocketAddr, error: &std::io::Error) -> Obstacle {
 
 /// Asks a peer that dials us whether it would have a session about a volume, and tells the volume's task.
 ///
-/// The question is a wish to take a session on that there is not. Every release answers with a refusal: that there is no such
-/// session, where it would have one, and else why not.
+/// The answer is a refusal in any case: `busy` where it would have one, and else why not.
 pub(super) fn probe(route: Route, volume: String, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let no_session = Upgrade { node: route.node.clone(), volume, session: [0; 2], serial: 0 };
+        let question = Ask { node: route.node.clone(), volume, rdma: false };
         let asked = match route.reach().await {
-            Ok(mut stream) => ask(&mut stream, no_session).await,
+            Ok(mut stream) => ask(&mut stream, question).await,
             Err(obstacle) => Err(obstacle),
         };
         let _ = inbox.send(Input::Probed { asked });
     });
 }
 
-async fn ask(stream: &mut Channel, question: Upgrade) -> Result<(), Obstacle> {
-    let answer = match say(stream, &Message::Upgrade(question)).await {
+async fn ask(stream: &mut Channel, question: Ask) -> Result<(), Obstacle> {
+    let answer = match say(stream, &Message::Ask(question)).await {
         Ok(()) => listen(stream).await,
         Err(error) => Err(error),
     };
@@ -312,27 +313,61 @@ async fn ask(stream: &mut Channel, question: Upgrade) -> Result<(), Obstacle> {
     }
 }
 
-/// Asks the peer to take a session on to RDMA, and tells the volume's task what came of it.
-pub(super) fn ask_upgrade(route: Route, upgrade: Upgrade, terms: Terms, inbox: mpsc::UnboundedSender<Input>) {
+/// Makes an RDMA connection to the peer for a session over TCP, and tells the volume's task what came of it.
+pub(super) fn ask_for_rdma(
+    serial: u64,
+    route: Route,
+    ask: Ask,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
     tokio::spawn(async move {
-        let (session, serial) = (upgrade.session, upgrade.serial);
-        let upgraded = negotiate::ask_upgrade(&route, upgrade, &terms).await;
-        let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
+        let made = negotiate::ask_rdma(&route, ask, &terms).await;
+        let _ = inbox.send(Input::Made { serial, made });
     });
 }
 
 /// Makes the peer the offer that it asked for, and tells the volume's task what came of it.
-pub(super) fn offer_upgrade(
+pub(super) fn offer_rdma(
+    serial: u64,
     mut stream: Channel,
-    upgrade: &Upgrade,
     terms: Terms,
     inbox: mpsc::UnboundedSender<Input>,
 ) {
-    let (session, serial) = (upgrade.session, upgrade.serial);
     tokio::spawn(async move {
-        let upgraded = negotiate::offer_upgrade(&mut stream, &terms).await;
-        let upgraded = upgraded.map(|prepared| (stream, prepared));
-        let _ = inbox.send(Input::Upgraded { session, serial, upgraded });
+        let made = negotiate::offer_rdma(&mut stream, &terms).await;
+        let made = made.map(|prepared| (stream, prepared));
+        let _ = inbox.send(Input::Made { serial, made });
+    });
+}
+
+/// Says that the RDMA connection is here, waits for the peer's hello, and tells the volume's task.
+pub(super) fn await_hello(
+    serial: u64,
+    mut stream: Channel,
+    prepared: Prepared,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let hello = negotiate::confirm(&mut stream).await;
+        let next = hello.map(|hello| Next { stream, prepared, hello: Some(hello) });
+        let _ = inbox.send(Input::CameOver { serial, next });
+    });
+}
+
+/// Begins, or answers where `theirs` has come, a conversation that RDMA is there for already, and tells the volume's task.
+pub(super) fn greet_over(
+    serial: u64,
+    mut stream: Channel,
+    ours: Hello,
+    theirs: Option<Box<Hello>>,
+    prepared: Prepared,
+    terms: Terms,
+    inbox: mpsc::UnboundedSender<Input>,
+) {
+    tokio::spawn(async move {
+        let met = negotiate::greet_over(&mut stream, ours, theirs, prepared, &terms).await;
+        let _ = inbox.send(Input::Met { serial, stream, met });
     });
 }
 

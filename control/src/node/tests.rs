@@ -6,10 +6,12 @@ use super::*;
 use crate::role::{Found, VolumeController};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::disk::superblock::Superblock;
+use costandby_datapath::front::queue::{Operation, OperationKind, queue};
 use costandby_datapath::reactor::command::VolumeSpec;
 use costandby_datapath::units::{AckLevel, OnPeerLoss, PollMode};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use volume::VolumeTask;
 
@@ -165,6 +167,51 @@ async fn a_session_over_tcp_goes_on_to_rdma_when_both_have_it_without_ending() {
     both(&nodes, "over RDMA again", over("rdma")).await;
 }
 
+/// Writes one block after another through a queue until told to end, and gives how long each took.
+fn write_on(node: &TestNode, end: Arc<AtomicBool>) -> std::thread::JoinHandle<Vec<Duration>> {
+    let (mut client, server) = queue(1, node.registry.reactor.waker()).expect("a queue");
+    node.send(Command::Attach { volume: 0, queue: server });
+    std::thread::spawn(move || {
+        let mut took = Vec::new();
+        while !end.load(Ordering::Relaxed) {
+            let tag = took.len() as u64;
+            let offset = tag % (SIZE / 4096) * 4096;
+            let buffer = vec![u8::try_from(tag % 251).expect("a byte"); 4096];
+            let (kind, began) = (OperationKind::Write, Instant::now());
+            client.submit(Operation { tag, kind, offset, len: 4096, fua: false, buffer }).expect("room");
+            let done = client.wait(LIMIT).expect("answered");
+            assert_eq!((done.tag, done.result), (tag, Ok(())));
+            took.push(began.elapsed());
+        }
+        took
+    })
+}
+
+/// Also the measure of how long a change of link holds up the writes: run with `--nocapture`.
+#[tokio::test]
+async fn a_change_of_link_under_load_is_the_going_on_of_the_session_after_a_short_pause() {
+    let nodes = pair("auto", Script::default(), no("no device")).await;
+    both(&nodes, "over TCP", over("tcp")).await;
+    let told =
+        |nodes: &[TestNode; 2]| nodes.each_ref().map(|node| (node.status().epoch, node.status().generation));
+    let before = told(&nodes);
+    let end = Arc::new(AtomicBool::new(false));
+    let writer = write_on(&nodes[0], Arc::clone(&end));
+    nodes[1].rdma.set(Script::default());
+    both(&nodes, "over RDMA", |status| over("rdma")(status) && status.link_note.is_none()).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    end.store(true, Ordering::Relaxed);
+    let mut took = writer.join().expect("no panic");
+    took.sort_unstable();
+    let longest = took.last().copied().expect("some writes");
+    println!("{} writes, the median took {:?}, the longest {longest:?}", took.len(), took[took.len() / 2]);
+    assert!(longest < Duration::from_secs(2), "the change held a write up for {longest:?}");
+    assert_eq!(told(&nodes), before, "no new generation: the same session went on");
+    let moved =
+        |node: &TestNode| node.registry.reactor.counters(0).resync_total_bytes.load(Ordering::Relaxed);
+    assert_eq!(nodes.each_ref().map(moved), [0, 0], "nothing was copied");
+}
+
 #[tokio::test]
 async fn rdma_that_cannot_connect_leaves_tcp_and_is_tried_again_over_the_session() {
     let unreachable = Script { dial: Some("no route"), ..Script::default() };
@@ -205,17 +252,19 @@ async fn a_volume_set_to_rdma_waits_for_it_and_says_why() {
 }
 
 #[tokio::test]
-async fn a_holder_of_the_key_cannot_change_the_link_of_a_session_that_is_not_its_own() {
-    use crate::hello::{Message, Refuse, RefuseCode, Upgrade};
+async fn a_question_for_rdma_that_comes_to_nothing_leaves_the_session_alone() {
+    use crate::hello::{Ask, Message, Refuse, RefuseCode};
     let nodes = pair("auto", no("no device"), no("no device")).await;
     both(&nodes, "over TCP", over("tcp")).await;
     for (node, peer) in nodes.iter().zip(["beta", "alpha"]) {
         let name = if peer == "beta" { "alpha" } else { "beta" };
         let mut stream = Route::to(name, node.address, peer, keys()).connect().await.expect("proved");
-        let upgrade = Upgrade { node: peer.into(), volume: "db".into(), session: [1, 2], serial: 1 };
-        peers::say(&mut stream, &Message::Upgrade(upgrade)).await.expect("said");
+        let ask = Ask { node: peer.into(), volume: "db".into(), rdma: true };
+        peers::say(&mut stream, &Message::Ask(ask)).await.expect("said");
         let heard = peers::listen(&mut stream).await;
-        assert!(matches!(heard, Ok(Message::Refuse(Refuse { code: RefuseCode::Busy, .. }))), "{heard:?}");
+        // The dialler is asked by nobody; the acceptor has none.
+        let wanted = if name == "alpha" { RefuseCode::Busy } else { RefuseCode::Link };
+        assert!(matches!(&heard, Ok(Message::Refuse(Refuse { code, .. })) if *code == wanted), "{heard:?}");
     }
     both(&nodes, "over TCP still", over("tcp")).await;
 }

@@ -13,7 +13,7 @@ use super::registry::{Shared, Source};
 use super::watch::hangs_text;
 use crate::admin;
 use crate::compared::Settings;
-use crate::hello::{Hello, Message, Upgrade};
+use crate::hello::{Ask, Hello, Message};
 use crate::progress::Sample;
 use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
 use crate::secure::channel::Channel;
@@ -33,10 +33,12 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 mod carry;
 mod probe;
 mod redial;
+pub(super) mod relink;
 
 use carry::{PeerEnd, SessionState};
 use probe::Prober;
 use redial::Redial;
+use relink::{Next, Relink};
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
 const TICK: Duration = Duration::from_millis(100);
@@ -62,10 +64,12 @@ pub(super) enum Input {
     Probed { asked: Result<(), Obstacle> },
     /// It is settled what carries the conversation of this serial, or that nothing does.
     Met { serial: u64, stream: Channel, met: Result<Met, NoLink> },
-    /// A peer connected and wants to take the session on to RDMA.
-    UpgradeAsked { stream: Channel, upgrade: Upgrade },
-    /// What came of taking that session on, in this attempt.
-    Upgraded { session: [u64; 2], serial: u64, upgraded: Result<(Channel, Prepared), NoLink> },
+    /// A peer connected and asks this.
+    Asked { stream: Channel, ask: Ask },
+    /// The connections for the change of link of this serial are there, or not.
+    Made { serial: u64, made: Result<(Channel, Prepared), NoLink> },
+    /// In that change the peer said hello over the new connection, or it did not.
+    CameOver { serial: u64, next: Result<Next, NoLink> },
     /// The peer said something in the conversation of this serial.
     Heard { serial: u64, stream: Channel, heard: Heard },
     /// An operator's command.
@@ -79,16 +83,14 @@ struct Conversation {
     serial: u64,
     /// We dialled.
     dialled: bool,
-    /// Our hello's.
-    nonce: u64,
     stream: Option<Channel>,
     /// What its hello came to.
     peer: Option<PeerEnd>,
 }
 
 impl Conversation {
-    fn new(serial: u64, dialled: bool, nonce: u64) -> Self {
-        Self { serial, dialled, nonce, stream: None, peer: None }
+    fn new(serial: u64, dialled: bool) -> Self {
+        Self { serial, dialled, stream: None, peer: None }
     }
 }
 
@@ -117,6 +119,7 @@ pub(super) struct VolumeTask {
     next_dial: Instant,
     redial: Redial,
     prober: Prober,
+    relink: Relink,
     /// From the handing over of a link to its end.
     link_up: bool,
     /// Since when.
@@ -177,6 +180,7 @@ impl VolumeTask {
             next_dial: now,
             redial: Redial::default(),
             prober: Prober::new(now),
+            relink: Relink::default(),
             link_up: false,
             session_began: None,
             epoch: Epoch::ZERO,
@@ -204,7 +208,7 @@ impl VolumeTask {
                     self.handle(Event::Tick).await;
                     self.dial_if_due();
                     self.probe_if_due();
-                    self.upgrade_if_due();
+                    self.ask_for_rdma_if_due();
                     self.note_progress();
                 }
             }
@@ -215,6 +219,7 @@ impl VolumeTask {
         match input {
             Input::Reactor(event) => self.take_reactor(event).await,
             Input::Accepted { stream, hello } => {
+                self.end_change().await;
                 if self.conversation.take().is_some() {
                     // Only the peer dials us, so it has given up the older one.
                     self.handle(Event::SessionFailed { text: "it began anew".into() }).await;
@@ -233,8 +238,9 @@ impl VolumeTask {
                     self.met(stream, met).await;
                 }
             }
-            Input::UpgradeAsked { stream, upgrade } => self.upgrade_asked(stream, &upgrade),
-            Input::Upgraded { session, serial, upgraded } => self.upgraded(session, serial, upgraded),
+            Input::Asked { stream, ask } => self.asked(stream, &ask),
+            Input::Made { serial, made } => self.made(serial, made),
+            Input::CameOver { serial, next } => self.came_over(serial, next).await,
             Input::Heard { serial, stream, heard } => {
                 if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
                     self.heard(stream, heard).await;
@@ -262,8 +268,14 @@ impl VolumeTask {
                 self.link_up = false;
                 self.shared.warn(Source::PeersCalls, &[]);
                 self.link_ended(&reason);
-                self.pause_after_session(moved);
-                Event::LinkDown { reason, undurable, dirty, parted }
+                if self.relink.is_on_purpose() {
+                    self.no_pause_after_session();
+                    self.handle(Event::LinkChanges(true)).await;
+                } else {
+                    self.pause_after_session(moved);
+                }
+                self.handle(Event::LinkDown { reason, undurable, dirty, parted }).await;
+                return self.left_link().await;
             }
             ReactorEvent::Settled { .. } => Event::Settled,
             ReactorEvent::AskAlone { .. } => Event::NeedAlone,
@@ -283,8 +295,6 @@ impl VolumeTask {
             ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => Event::Quiesced,
-            ReactorEvent::LinkSwitched { serial, .. } => return self.switched(serial, Ok(())),
-            ReactorEvent::SwitchFailed { serial, reason, .. } => return self.switched(serial, Err(reason)),
             ReactorEvent::Stopped => return,
         };
         self.handle(event).await;
@@ -295,12 +305,13 @@ impl VolumeTask {
         // What it says about links is settled by the conversation.
         let mut ours = self.controller.hello(RING_LEN, &[]);
         ours.settings = self.surroundings.settings.clone();
-        self.conversation = Some(Conversation::new(self.serial, dialled, ours.nonce));
+        self.conversation = Some(Conversation::new(self.serial, dialled));
         ours
     }
 
     fn wants_to_dial(&self) -> bool {
-        self.dials && self.conversation.is_none() && !self.link_up && !self.dial_under_way
+        let idle = self.conversation.is_none() && !self.link_up && !self.dial_under_way;
+        self.dials && idle && !self.relink.is_leaving()
     }
 
     fn dial_if_due(&mut self) {
@@ -368,6 +379,7 @@ impl VolumeTask {
     async fn converse(&mut self, event: Event) {
         if matches!(event, Event::SessionFailed { .. } | Event::PeerRefused(_)) {
             self.pause_dialling();
+            self.handle(Event::LinkChanges(false)).await;
         }
         self.handle(event).await;
         // A controller that neither answered nor made a session of it is done with the connection.

@@ -191,6 +191,7 @@ impl VolumeController {
         let peer_serves = agreement.primary == Some(Side::Theirs);
         let before = self.before(&agreement, &pending.peer);
         let goes_on = agreement.goes_on.is_some();
+        let link_changes = std::mem::take(&mut self.link_changes);
         let diskless = goes_on && self.recall.is_some_and(|recall| recall.diskless);
         let restarted = self.peer_incarnation.is_some_and(|known| known != pending.incarnation);
         self.peer_incarnation = Some(pending.incarnation);
@@ -275,6 +276,9 @@ impl VolumeController {
             );
             self.log(Level::Warn, &text, actions);
         }
+        if goes_on && link_changes {
+            return;
+        }
         let role = if begins { format!("; {} is primary", self.settings.node) } else { String::new() };
         self.log(Level::Info, &(text + &role), actions);
     }
@@ -338,7 +342,9 @@ impl VolumeController {
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
         self.demotion_known(Some("the link broke"), actions);
-        self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
+        if !self.link_changes {
+            self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
+        }
         if self.recall.is_none() {
             self.end_diskless(actions);
         }

@@ -124,17 +124,6 @@ pub enum Command {
         /// The epoch both agreed on.
         epoch: Epoch,
     },
-    /// The live session goes on over another link, without ending. Both nodes are to be told within
-    /// [`crate::limits::SWITCH_OFFER_S_MAX`] of each other. Answered by exactly one of [`Event::LinkSwitched`],
-    /// [`Event::SwitchFailed`] (the session goes on as before) and [`Event::LinkDown`].
-    SwitchLink {
-        /// Index of the volume.
-        volume: usize,
-        /// The new link, connected; nothing was sent over it yet. Its rings take what the old one's take.
-        link: Box<dyn Link>,
-        /// Names the new link: both nodes pass the same number, and never the same one twice in a session.
-        serial: u64,
-    },
     /// End the session; an [`Event::LinkDown`] follows if there was one.
     CloseLink {
         /// Index of the volume.
@@ -236,24 +225,6 @@ pub enum Event {
         moved: bool,
         /// What is known of it, if it may go on over another link.
         parted: Option<Parted>,
-    },
-    /// The session goes on over another link; the one before it is closed. Another [`Command::SwitchLink`] may follow.
-    LinkSwitched {
-        /// Index of the volume.
-        volume: usize,
-        /// As in the command.
-        serial: u64,
-        /// [`Link::name`] of the link in use now.
-        name: &'static str,
-    },
-    /// The session goes on over the link it has; the new one is closed.
-    SwitchFailed {
-        /// Index of the volume.
-        volume: usize,
-        /// As in the command.
-        serial: u64,
-        /// Why.
-        reason: String,
     },
     /// What was applied in a target's session that has ended is on stable storage.
     Settled {

@@ -595,12 +595,6 @@ impl Reactor {
                 // When its first sign of life is due.
                 self.next_deadline = self.next_deadline.min(now + self.peer_timeout / 4);
             }
-            Command::SwitchLink { volume, mut link, serial } => {
-                self.watch(volume, link.as_mut());
-                self.wake(volume).switch_link(link, serial, now);
-                self.link_ready[volume] = true;
-                self.next_deadline = now;
-            }
             Command::Direct { volume, direction, epoch } => self.wake(volume).direct(direction, epoch),
             Command::CloseLink { volume, reason } => {
                 self.wake(volume).close_link(DownReason::Local(reason));

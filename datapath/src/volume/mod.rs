@@ -26,12 +26,10 @@ use std::time::{Duration, Instant};
 
 mod checkpoint;
 mod diskless;
-mod links;
 mod parting;
 mod requests;
 mod resync;
 mod session;
-mod switch;
 mod verify;
 
 pub use requests::{Begin, NewRequest, Op};
@@ -226,8 +224,6 @@ pub struct Volume {
     session_serial: u64,
     link: Option<Box<dyn Link>>,
     link_events: Vec<LinkEvent>,
-    /// The session is changing its link, and has two.
-    switch: Option<Box<links::Switching>>,
     /// The peer broke the protocol; the link's end is on its way.
     link_distrusted: bool,
     /// This node broke the session's order itself: it cannot go on over another link.
@@ -311,7 +307,6 @@ impl Volume {
             epoch: Epoch::ZERO,
             session_serial: 0,
             link: None,
-            switch: None,
             link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
             link_distrusted: false,
             session_void: false,
@@ -455,17 +450,12 @@ impl Volume {
     /// Whether the link is to be looked at each turn, as that costs nothing.
     #[must_use]
     pub fn link_polls_for_free(&self) -> bool {
-        let other = self.switch.as_ref().and_then(|switch| switch.read_too());
         self.link.as_ref().is_some_and(|link| link.polls_for_free())
-            || other.is_some_and(Link::polls_for_free)
     }
 
-    /// Before the reactor sleeps on the link's descriptor, or both links'. False when the link has something to tell already.
+    /// Before the reactor sleeps on the link's descriptor. False when the link has something to tell already.
     pub fn prepare_sleep(&mut self) -> bool {
-        let link = self.link.as_mut().is_none_or(|link| link.prepare_sleep());
-        let other = self.switch.as_mut().and_then(|switch| switch.read_too_mut());
-        // Each is to be asked, whatever the first says.
-        other.is_none_or(|link| link.prepare_sleep()) && link
+        self.link.as_mut().is_none_or(|link| link.prepare_sleep())
     }
 
     /// A turn begins.

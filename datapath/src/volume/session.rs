@@ -44,7 +44,6 @@ impl Volume {
         now: Instant,
     ) {
         assert!(self.link.is_none() && self.down_deferred.is_none(), "one session at a time");
-        assert!(self.switch.is_none(), "a change of link ends with its session");
         tracing::debug!(volume = %self.name, link = link.name(), ?direction, %epoch, ?before, "session begins");
         let holds = self.settle_parting(before, direction, epoch);
         self.link = Some(link);
@@ -148,12 +147,11 @@ impl Volume {
     /// Whether the link holds something to tell that the poller will not announce.
     #[must_use]
     pub fn has_backlog(&self) -> bool {
-        self.link.as_ref().is_some_and(|link| link.has_backlog()) || self.switch_has_backlog()
+        self.link.as_ref().is_some_and(|link| link.has_backlog())
     }
 
     /// Ends the session; [`Event::LinkDown`] follows.
     pub fn close_link(&mut self, reason: DownReason) {
-        self.close_switch();
         if let Some(link) = &mut self.link {
             link.close(reason);
         }
@@ -168,10 +166,6 @@ impl Volume {
 
     /// Takes what the link has. Returns whether there was anything.
     pub fn poll(&mut self, now: Instant) -> bool {
-        if self.switch.is_some() { self.poll_both(now) } else { self.poll_link(now) }
-    }
-
-    pub(super) fn poll_link(&mut self, now: Instant) -> bool {
         let Some(link) = &mut self.link else { return false };
         let mut events = std::mem::take(&mut self.link_events);
         link.poll(&mut events);
@@ -196,7 +190,6 @@ impl Volume {
     pub fn keep_alive(&mut self, now: Instant, timeout: Duration) -> Option<Instant> {
         let epoch = self.epoch;
         let interval = timeout / 4;
-        let switch_due = self.time_switch(now, interval);
         if self.link.is_none() {
             return self.time_parting(now, timeout);
         }
@@ -233,23 +226,31 @@ impl Volume {
             self.last_sent = now;
         }
         let patience_ends = self.last_heard + timeout;
-        let due =
-            (self.last_sent + interval).min(if patience_ends > now { patience_ends } else { now + interval });
-        Some(switch_due.map_or(due, |at| at.min(due)))
+        Some((self.last_sent + interval).min(if patience_ends > now {
+            patience_ends
+        } else {
+            now + interval
+        }))
     }
 
-    pub(super) fn link_event(&mut self, event: LinkEvent) {
-        let event = if self.switch.is_some() { self.in_turn(event) } else { Ok(Some(event)) };
-        let outcome = event.and_then(|event| match event {
+    /// Gives a slot back to the link.
+    pub(super) fn release(&mut self, slot: Slot) {
+        if let Some(link) = &mut self.link {
+            link.release(slot);
+        }
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        let outcome = match event {
             // Ranges unlock by the peer's word alone.
-            None | Some(LinkEvent::Sent(_) | LinkEvent::Failed(_)) => Ok(()),
-            Some(LinkEvent::Arrived(slot)) => self.arrived(slot),
-            Some(LinkEvent::Message(header)) => self.message(&header),
-            Some(LinkEvent::Down(reason)) => {
+            LinkEvent::Sent(_) | LinkEvent::Failed(_) => Ok(()),
+            LinkEvent::Arrived(slot) => self.arrived(slot),
+            LinkEvent::Message(header) => self.message(&header),
+            LinkEvent::Down(reason) => {
                 self.link_down(&reason);
                 Ok(())
             }
-        });
+        };
         if let Err(violation) = outcome {
             self.distrust_link(violation);
         }
@@ -288,7 +289,6 @@ impl Volume {
                 Ok(())
             }
             Kind::Dirty | Kind::DirtyEnd | Kind::DirtyKept => self.map_message(header),
-            Kind::Switch => Err(super::switch::unexpected(header)),
             Kind::Read => self.read_asked(header),
             Kind::ReadReply | Kind::Write | Kind::WriteZeroes | Kind::Trim | Kind::Verify => {
                 panic!("changes arrive in slots")
@@ -398,8 +398,6 @@ impl Volume {
         }
         // A copy that was not finished leaves the peer behind, whatever was durable.
         let undurable = self.source && (self.pipeline.peer_lags_durably() || self.resync.is_some());
-        self.close_switch();
-        self.switch = None;
         self.link = None;
         self.arrived.clear();
         self.outbox.clear();
@@ -467,14 +465,7 @@ impl Volume {
             let token = Token(ACCESS_FLUSH_BASE + self.session_serial);
             self.workers.submit(Job { kind: JobKind::Flush, token });
         }
-        if self.switch.is_some() {
-            self.pump_switch(now);
-        }
-        let link = match (&mut self.switch, &mut self.link) {
-            (Some(switch), Some(link)) => Some(switch.speaks(link)),
-            (_, link) => link.as_mut(),
-        };
-        let Some(link) = link else {
+        let Some(link) = self.link.as_mut() else {
             self.outbox.clear();
             return;
         };

@@ -12,6 +12,7 @@ use crate::units::{AckLevel, OnPeerLoss};
 use crate::waker::Waker;
 use crate::wire::Header;
 use crossbeam_channel::Receiver;
+use links::{Ends, Make};
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -221,15 +222,19 @@ impl Pair {
 
     /// The session whose link was cut goes on over another.
     fn go_on(&mut self) {
-        let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
+        self.go_on_over(Make::Loopback.ends());
+    }
+
+    /// The same over this link.
+    fn go_on_over(&mut self, (here, there): Ends) {
         let parted = self.b.volume.told_of_parting().expect("the target's session may go on");
         let map_told = self.a.volume.told_of_parting().expect("the source's too").map_told;
         let before = Before::GoesOn { applied: parted.applied, map_told };
         let resync = self.a.volume.resync.is_some();
         let now = Instant::now();
         let (source, target) = (Direction::Source { resync }, Direction::Target { resync });
-        self.a.volume.attach_after(before, Box::new(here), source, self.epoch, now);
-        self.b.volume.attach_after(before, Box::new(there), target, self.epoch, now);
+        self.a.volume.attach_after(before, here, source, self.epoch, now);
+        self.b.volume.attach_after(before, there, target, self.epoch, now);
     }
 
     fn assert_equal_and_clean(&self) {

@@ -185,7 +185,6 @@ impl World {
             }
             // Disks here are of memory, which nothing takes the place of.
             Command::Detach { .. }
-            | Command::SwitchLink { .. }
             | Command::Attach { .. }
             | Command::AddVolume { .. }
             | Command::Absent { .. }

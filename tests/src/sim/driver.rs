@@ -224,9 +224,6 @@ impl World {
             ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
             ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
             ReactorEvent::Quiesced { .. } => role::Event::Quiesced,
-            ReactorEvent::LinkSwitched { .. } | ReactorEvent::SwitchFailed { .. } => {
-                panic!("the simulator changes no links")
-            }
             ReactorEvent::Stopped => return Ok(()),
         };
         self.handle(at, event, false)
@@ -308,7 +305,7 @@ impl World {
                 self.close_stream(at, stream);
                 role::Event::PeerRefused(refuse)
             }
-            Ok(Message::Link(_) | Message::Upgrade(_) | Message::Offer(_)) => {
+            Ok(Message::Link(_) | Message::Ask(_) | Message::Offer(_)) => {
                 panic!("the simulated nodes speak TCP only")
             }
             Err(text) => {

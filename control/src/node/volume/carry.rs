@@ -1,14 +1,12 @@
 //! The part of a volume's task that deals with what carries its sessions: it brings its terms to each conversation, makes
-//! the link that came out of it, says which one it is, and takes a session that had to begin over TCP on to RDMA.
+//! the link that came out of it, and says which one it is.
 
 use super::super::negotiate::{Carrier, Met, NoLink, Terms};
-use super::super::peers;
-use super::super::rdma::Prepared;
 use super::super::registry::Source;
 use super::{Surroundings, VolumeTask};
 use crate::compared::{Settings, differences};
 use crate::config::LinkKind;
-use crate::hello::{Refuse, RefuseCode, Upgrade};
+use crate::hello::RefuseCode;
 use crate::link::{Kind, short_note};
 use crate::role::{Event, SessionSide};
 use crate::secure::channel::Channel;
@@ -25,8 +23,6 @@ const RING_LEN_ANNOUNCED_MAX: u64 = 16 << 30;
 
 /// The peer of a conversation whose link is settled.
 pub(super) struct PeerEnd {
-    /// Its hello's nonce.
-    nonce: u64,
     ring_len: u64,
     /// It takes RDMA when it can.
     wants_rdma: bool,
@@ -35,16 +31,10 @@ pub(super) struct PeerEnd {
 
 /// A session as far as its link may change.
 pub(super) struct SessionState {
-    /// The nonces of its hellos, the dialer's first: its name.
-    nonces: [u64; 2],
     /// We dialled, and ask for changes.
-    dialled: bool,
-    /// What it goes on over.
-    kind: Kind,
-    /// Of the latest attempt to change it.
-    serial: u64,
-    /// The attempt under way.
-    switching: Option<u64>,
+    pub(super) dialled: bool,
+    /// What carries it.
+    pub(super) kind: Kind,
 }
 
 /// A conversation's connection as the datapath takes it.
@@ -97,9 +87,9 @@ impl VolumeTask {
                 if fits {
                     let conversation = self.conversation.as_mut().expect("the caller looked");
                     conversation.stream = Some(stream);
-                    let (nonce, ring_len) = (hello.nonce, hello.ring_len);
+                    let ring_len = hello.ring_len;
                     let wants_rdma = hello.voice().wants_rdma();
-                    conversation.peer = Some(PeerEnd { nonce, ring_len, wants_rdma, carrier });
+                    conversation.peer = Some(PeerEnd { ring_len, wants_rdma, carrier });
                     Event::HelloReceived(hello)
                 } else {
                     self.conversation = None;
@@ -138,84 +128,6 @@ impl VolumeTask {
             // The controller tells of these.
             NoLink::Refused(_) | NoLink::Hello(_) | NoLink::OutOfTurn { .. } => {}
         }
-    }
-
-    /// Asks the peer to take the session on to RDMA, when it is time for that.
-    pub(super) fn upgrade_if_due(&mut self) {
-        let now = self.now();
-        let Some(session) = self.session.as_mut().filter(|s| s.dialled && s.switching.is_none()) else {
-            return;
-        };
-        if !self.link.probe_due(now) {
-            return;
-        }
-        session.serial += 1;
-        session.switching = Some(session.serial);
-        let upgrade = Upgrade {
-            node: self.surroundings.node.clone(),
-            volume: self.shared.config.name.as_str().to_owned(),
-            session: session.nonces,
-            serial: session.serial,
-        };
-        let inbox = self.shared.inbox.clone();
-        peers::ask_upgrade(self.surroundings.route.clone(), upgrade, self.terms(), inbox);
-    }
-
-    /// The peer asks for it.
-    pub(super) fn upgrade_asked(&mut self, stream: Channel, upgrade: &Upgrade) {
-        let auto = self.shared.config.link == LinkKind::Auto;
-        let session = self.session.as_mut().filter(|session| {
-            let over_tcp = auto && session.kind == Kind::Tcp && session.switching.is_none();
-            over_tcp
-                && !session.dialled
-                && session.nonces == upgrade.session
-                && upgrade.serial > session.serial
-        });
-        let Some(session) = session else {
-            let text = "there is no such session over TCP, or it is changing its link already".to_owned();
-            // A peer that waits to be dialled asks in this way why it is not.
-            let refuse = self.controller.will_refuse().unwrap_or(Refuse { code: RefuseCode::Busy, text });
-            return peers::part(stream, refuse);
-        };
-        session.serial = upgrade.serial;
-        session.switching = Some(upgrade.serial);
-        peers::offer_upgrade(stream, upgrade, self.terms(), self.shared.inbox.clone());
-    }
-
-    /// Both nodes have an RDMA connection for the session, or not. The reactor tells how the change itself ends.
-    pub(super) fn upgraded(
-        &mut self,
-        nonces: [u64; 2],
-        serial: u64,
-        upgraded: Result<(Channel, Prepared), NoLink>,
-    ) {
-        let current = |session: &SessionState| session.nonces == nonces && session.switching == Some(serial);
-        if !self.session.as_ref().is_some_and(current) {
-            return;
-        }
-        let link = upgraded.map_err(|error| error.note()).and_then(|(stream, prepared)| {
-            let link = companion(stream).and_then(|stream| prepared.into_link(stream));
-            link.map_err(|error| format!("making the RDMA link: {error}"))
-        });
-        match link {
-            Ok(link) => self.send(Command::SwitchLink { volume: self.index, link, serial }),
-            Err(why) => self.switched(serial, Err(why)),
-        }
-    }
-
-    /// The session goes on over RDMA, or over what it had.
-    pub(super) fn switched(&mut self, serial: u64, outcome: Result<(), String>) {
-        let now = self.now();
-        let Some(session) = self.session.as_mut().filter(|s| s.switching == Some(serial)) else { return };
-        session.switching = None;
-        match outcome {
-            Ok(()) => {
-                session.kind = Kind::Rdma;
-                self.link.began(now, Kind::Rdma, None, true);
-            }
-            Err(why) => self.link.tell(&why),
-        }
-        self.publish_link();
     }
 
     /// The session is over.
@@ -259,13 +171,8 @@ impl VolumeTask {
         let linked = conversation
             .and_then(|c| {
                 let peer = c.peer?;
-                let mut nonces = [c.nonce, peer.nonce];
-                if !c.dialled {
-                    nonces.reverse();
-                }
                 let kind = if matches!(peer.carrier, Carrier::Rdma(_)) { Kind::Rdma } else { Kind::Tcp };
-                let dialled = c.dialled;
-                self.session = Some(SessionState { nonces, dialled, kind, serial: 0, switching: None });
+                self.session = Some(SessionState { dialled: c.dialled, kind });
                 Some((c.stream?, peer))
             })
             .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))

@@ -1,4 +1,4 @@
-//! Random clients, cuts, sessions that go on and others, copies and changes of link: whatever happens, both disks end equal, everyone is answered once,
+//! Random clients, cuts, sessions that go on and others, copies and links of other kinds: whatever happens, both disks end equal, everyone is answered once,
 //! nothing is left, and at every moment what differs is what a crash of both nodes would leave marked.
 
 use super::delta::{marked_after_a_crash, stored};
@@ -28,16 +28,13 @@ enum Step {
         recorded: bool,
         by_peer: bool,
     },
+    /// A session goes on over a link of this kind.
     Connect {
         full: bool,
+        make: Make,
     },
     /// A checkpoint, or, where that has nothing to do, an empty log.
     Settle,
-    /// Another link is made; each end is told of it later.
-    NewLink(Make),
-    Tell {
-        source: bool,
-    },
     /// The peers' controllers say something.
     Say {
         source: bool,
@@ -56,6 +53,7 @@ fn ranges() -> impl Strategy<Value = ByteRange> {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let kind = prop_oneof![3 => Just(Kind::Write), 1 => Just(Kind::WriteZeroes), 1 => Just(Kind::Trim)];
     let change = (kind, ranges(), 1..=255u8, prop::bool::weighted(0.2), prop::bool::weighted(0.1));
+    let makes = prop::sample::select(vec![Make::Loopback, Make::Rdma, Make::Slow]);
     let step = prop_oneof![
         10 => change.prop_map(|(kind, range, byte, fua, breaks_off)| Step::Change { kind, range, byte, fua, breaks_off }),
         2 => ranges().prop_map(|range| Step::Read { range }),
@@ -63,10 +61,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => any::<prop::sample::Index>().prop_map(Step::Land),
         8 => (1..6u8).prop_map(Step::Turns),
         1 => any::<(bool, bool)>().prop_map(|(recorded, by_peer)| Step::Cut { recorded, by_peer }),
-        2 => prop::bool::weighted(0.2).prop_map(|full| Step::Connect { full }),
+        2 => (prop::bool::weighted(0.2), makes).prop_map(|(full, make)| Step::Connect { full, make }),
         2 => Just(Step::Settle),
-        1 => prop::sample::select(vec![Make::Loopback, Make::Rdma, Make::Slow]).prop_map(Step::NewLink),
-        3 => any::<bool>().prop_map(|source| Step::Tell { source }),
         2 => any::<bool>().prop_map(|source| Step::Say { source }),
     ];
     prop::collection::vec(step, 1..100)
@@ -88,9 +84,6 @@ struct Run {
     /// A copy is under way that control waits for.
     copying: bool,
     media: [Simulated; 2],
-    /// The ends of a new link that were not handed over yet, and its number.
-    new_link: [Option<Box<dyn Link>>; 2],
-    serial: u64,
     /// Messages said and heard in this session, by who hears them.
     said: [u64; 2],
     heard: [u64; 2],
@@ -125,8 +118,6 @@ impl Run {
             media: media.try_into().expect("two"),
             asked: Vec::new(),
             open: Vec::new(),
-            new_link: [None, None],
-            serial: 0,
             said: [0; 2],
             heard: [0; 2],
         }
@@ -158,28 +149,14 @@ impl Run {
             Step::Land(index) => self.land(index.index(self.open.len())),
             Step::Turns(count) => (0..count).for_each(|_| self.turn()),
             Step::Cut { recorded, by_peer } => self.cut(recorded, by_peer),
-            Step::Connect { full } => self.connect(full),
+            Step::Connect { full, make } => self.connect(full, make),
             Step::Settle => self.settle(),
-            Step::NewLink(make) => {
-                let (here, there) = make.ends();
-                self.new_link = [Some(here), Some(there)];
-            }
-            Step::Tell { source } => self.tell(usize::from(!source)),
             Step::Say { source } => self.say(usize::from(!source)),
         }
     }
 
     fn node(&mut self, who: usize) -> &mut Node {
         if who == 0 { &mut self.pair.a } else { &mut self.pair.b }
-    }
-
-    fn tell(&mut self, who: usize) {
-        let Some(link) = self.new_link[who].take() else { return };
-        if self.new_link[1 - who].is_some() {
-            self.serial += 1;
-        }
-        let serial = self.serial;
-        self.node(who).volume.switch_link(link, serial, Instant::now());
     }
 
     fn say(&mut self, who: usize) {
@@ -190,7 +167,7 @@ impl Run {
         }
     }
 
-    /// Messages come in order and none is missing, whatever links they came over.
+    /// Messages come in order and none is missing.
     fn listen(&mut self) {
         for who in 0..2 {
             let messages = self.node(who).events.extract_if(.., |e| matches!(e, Event::PeerMessage { .. }));
@@ -279,7 +256,7 @@ impl Run {
         }
     }
 
-    fn connect(&mut self, full: bool) {
+    fn connect(&mut self, full: bool, make: Make) {
         if self.pair.a.volume.has_link() || self.pair.b.volume.has_link() {
             return;
         }
@@ -290,7 +267,7 @@ impl Run {
         if full {
             self.pair.connect(true);
         } else if recalls == [true, true] && !restarted {
-            self.pair.go_on();
+            self.pair.go_on_over(make.ends());
         } else if recalls[1] && !recalls[0] && !restarted && self.pair.a.volume.record.is_dirty() {
             self.pair.join_after(Before::Kept, true);
         } else {
@@ -301,8 +278,7 @@ impl Run {
     }
 
     fn finish(mut self) {
-        self.connect(false);
-        (0..2).for_each(|who| self.tell(who));
+        self.connect(false, Make::Loopback);
         let began = Instant::now();
         loop {
             while !self.open.is_empty() {
