@@ -192,3 +192,71 @@ fn a_primary_without_a_disk_goes_on_over_the_next_link_and_ends_where_none_comes
         }
     }
 }
+
+/// The lines that an event leaves in the log.
+fn logged(one: &mut One, event: Event) -> Vec<String> {
+    let mut actions = Vec::new();
+    one.controller.handle(NOW, event, &mut actions);
+    let lines = actions.into_iter().filter_map(|action| match action {
+        Action::Log { text, .. } => Some(text),
+        _ => None,
+    });
+    lines.collect()
+}
+
+/// A break of the link and the going on of the session, and what both nodes log of that.
+fn lines_of_a_break(alpha: &mut One, beta: &mut One) -> Vec<String> {
+    let mut lines = logged(alpha, broke(true, 6, 12));
+    lines.extend(logged(beta, broke(false, 7, 7)));
+    let [from_alpha, from_beta] =
+        [&mut *alpha, &mut *beta].map(|one| Box::new(one.controller.hello(1 << 20, &["tcp"])));
+    let mut readies = Vec::new();
+    for (one, hello) in [(&mut *alpha, from_beta), (&mut *beta, from_alpha)] {
+        match one.on(Event::HelloReceived(hello)).last() {
+            Some(Action::SendReady(ready)) => readies.push(*ready),
+            other => panic!("no ready but {other:?}"),
+        }
+    }
+    lines.extend(logged(alpha, Event::SessionReady(readies[1])));
+    lines.extend(logged(beta, Event::SessionReady(readies[0])));
+    lines
+}
+
+#[test]
+fn a_link_that_is_left_on_purpose_leaves_no_line_and_one_that_breaks_does() {
+    let (mut alpha, mut beta) = in_session();
+    for one in [&mut alpha, &mut beta] {
+        one.on(Event::LinkChanges(true));
+    }
+    assert_eq!(lines_of_a_break(&mut alpha, &mut beta), [""; 0]);
+    let lines = lines_of_a_break(&mut alpha, &mut beta);
+    assert!(lines[0].contains("lost beta: cut") && lines[1].contains("lost alpha: cut"), "{lines:?}");
+    assert!(lines.len() == 4 && lines[2..].iter().all(|line| line.contains("goes on")), "{lines:?}");
+    // What was to be a change of link and is none.
+    for one in [&mut alpha, &mut beta] {
+        one.on(Event::LinkChanges(true));
+        one.on(Event::LinkChanges(false));
+    }
+    assert_eq!(lines_of_a_break(&mut alpha, &mut beta), lines);
+}
+
+#[test]
+fn a_link_is_left_only_while_nothing_is_under_way_that_its_end_would_end() {
+    let may = |one: &One| one.controller.may_change_link();
+    let (mut alpha, mut beta) = in_session();
+    assert!(may(&alpha) && may(&beta));
+    alpha.command(Command::Verify { repair: false });
+    assert!(!may(&alpha), "a verification");
+    alpha.on(Event::Verified(Box::default()));
+    assert!(may(&alpha));
+    alpha.on(Event::DiskFailing { text: "gone".to_owned() });
+    assert!(!may(&alpha), "the peer does not know yet that it stands in for the disk");
+    let (mut alpha, _) = in_session();
+    alpha.command(Command::Demote);
+    assert!(!may(&alpha), "a demotion");
+    beta.on(Event::Shutdown);
+    assert!(!may(&beta), "the daemon ends");
+    let (mut alpha, _) = in_session();
+    alpha.on(broke(true, 6, 12));
+    assert!(!may(&alpha), "there is no link");
+}
