@@ -34,7 +34,7 @@ fn sixteen_tebibytes_open_at_once_and_cost_little() {
         let before = resident_bytes();
         let began = std::time::Instant::now();
         let mut opened =
-            open(FileMedium::open(&path).expect("locks"), 0, "db", "alpha", size, 1).expect("opens");
+            open(FileMedium::open(&path).expect("locks"), 0, "db", "alpha", size).expect("opens");
         opened.recover().expect("recovers");
         let took = began.elapsed();
         let held = opened.dirty.memory_len() + opened.activity.memory_len();

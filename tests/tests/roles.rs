@@ -242,7 +242,7 @@ fn a_primary_killed_with_its_standby_resumes_by_itself() {
 fn lose_power(pair: &Pair, node: usize) {
     let location = Location { path: pair.metadata(node, "db"), offset: 0 };
     let name = ["alpha", "beta"][node];
-    let mut opened = open_at(&location, "db", name, SIZE_MIB << 20, 1).expect("the metadata it left");
+    let mut opened = open_at(&location, "db", name, SIZE_MIB << 20).expect("the metadata it left");
     let found = Superblock { boot: [9; 16], ..opened.superblock.clone() };
     opened.superblocks.store(&found).expect("stored");
 }

@@ -323,10 +323,6 @@ fn metadata_check(
         return Check::warn(what, text);
     }
     match area {
-        None => Check::ok(
-            what,
-            format!("{text}; its metadata is of format 1, which the daemon upgrades in place"),
-        ),
         Some(area) if area.activity_damage.is_some() || area.dirty_damage.sectors > 0 => {
             let text = format!(
                 "{text}; the record of what may differ is damaged, so {} count as differing: check the medium",
@@ -334,7 +330,8 @@ fn metadata_check(
             );
             Check::warn(what, text)
         }
-        Some(_) => Check::ok(what, text),
+        // Where a copy is good, there is an area.
+        Some(_) | None => Check::ok(what, text),
     }
 }
 

@@ -171,10 +171,10 @@ fn render(look: &Look) -> String {
     };
     for (at, copy) in inspection.copies.iter().enumerate() {
         let text = match copy {
-            Ok((header, sequence)) => {
+            Ok((_, sequence)) => {
                 let newest = matches!(&inspection.newest, Ok((newest, _)) if *newest == at);
                 let mark = if newest { ", the newest" } else { "" };
-                format!("good, format {}, sequence {sequence}{mark}", format_of(header))
+                format!("good, format {}, sequence {sequence}{mark}", header::FORMAT)
             }
             Err(error) => format!("not good: {error}"),
         };
@@ -187,9 +187,6 @@ fn render(look: &Look) -> String {
     match &inspection.area {
         Some(Ok(area)) => area_lines(area, &mut line),
         Some(Err(error)) => line("refused", &error.to_string()),
-        None if inspection.newest.is_ok() => {
-            line("bitmap", "none in format 1; a daemon of this release upgrades it when it first uses it");
-        }
         None => {}
     }
     if let Ok((_, superblock)) = &inspection.newest
@@ -198,10 +195,6 @@ fn render(look: &Look) -> String {
         line("refused", &text);
     }
     out
-}
-
-fn format_of(header: &header::Header) -> u32 {
-    if header.shape.is_some() { header::FORMAT } else { 1 }
 }
 
 fn superblock_lines(superblock: &Superblock, line: &mut impl FnMut(&str, &str)) {
@@ -308,7 +301,7 @@ fn copy_to_json(copy: &header::Copy) -> Value {
     let generations = &superblock.generations;
     json!({
         "good": true,
-        "format": format_of(header),
+        "format": header::FORMAT,
         "sequence": sequence,
         "volume_id": hex(&superblock.volume_id),
         "volume": superblock.volume,

@@ -40,7 +40,6 @@ impl Case<'_> {
             OpenError::Metadata(error) => self.metadata(error),
             OpenError::Unflushed { source, on_record } => self.unflushed(source, *on_record),
             OpenError::Taken { step, .. } => (self.error.to_string(), self.again(step)),
-            OpenError::System { .. } => (self.error.to_string(), self.again("mend that")),
         }
     }
 
@@ -176,7 +175,7 @@ impl Case<'_> {
                 SuperblockError::Unreadable { path, first, second } => {
                     unusable(path, &format!("is unreadable: copy 0 {first}; copy 1 {second}"))
                 }
-                SuperblockError::Newer { .. } => {
+                SuperblockError::Format { .. } => {
                     (error.to_string(), "then start the daemon of that release".to_owned())
                 }
                 SuperblockError::WrongType { path } => (

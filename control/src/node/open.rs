@@ -9,7 +9,6 @@
 
 use crate::config::quantity::display_size;
 use crate::config::{Disk, Volume};
-use crate::kernel::random_number;
 use crate::users;
 use costandby_datapath::disk::image::{DiskError, DiskImage};
 use costandby_datapath::disk::metadata::file::open_at;
@@ -60,14 +59,6 @@ pub(super) enum OpenError {
         /// What an operator can do.
         step: &'static str,
     },
-    /// The system refuses something basic.
-    #[error("{doing}: {source}")]
-    System {
-        /// What.
-        doing: &'static str,
-        /// The system's word.
-        source: io::Error,
-    },
 }
 
 impl From<MetadataError> for OpenError {
@@ -104,8 +95,7 @@ pub(super) fn open_volume(
     check_unused(path, others)?;
     let disk = DiskImage::open(path, volume.size).map_err(|error| in_use(path, error))?;
     let location = place::find(path, volume.size)?;
-    let area = random_number().map_err(|source| OpenError::System { doing: "/dev/urandom", source })?;
-    let mut opened = open_at(&location, name, node, volume.size, area)?;
+    let mut opened = open_at(&location, name, node, volume.size)?;
     tell_report(name, &opened.report);
     // What a crash left in the log must be in the map, on record.
     opened.recover()?;
@@ -179,13 +169,9 @@ pub(super) fn look(volume: &Volume, disk: &Disk, node: &str) -> Option<Superbloc
 
 /// What an operator may want to know of how metadata was found.
 fn tell_report(volume: &str, report: &Report) {
-    let Report { damaged_copy, upgraded, hot_extents, torn_transaction, activity_damage, dirty_damage } =
-        report;
+    let Report { damaged_copy, hot_extents, torn_transaction, activity_damage, dirty_damage } = report;
     if let Some((copy, error)) = damaged_copy {
         tracing::warn!(volume, copy, %error, "one copy of the metadata was damaged; the other serves");
-    }
-    if *upgraded {
-        tracing::info!(volume, "the metadata is of format 2 now; earlier releases refuse it");
     }
     if *hot_extents > 0 || *torn_transaction {
         tracing::info!(

@@ -1,20 +1,20 @@
 //! The superblock: what a disk knows about itself across a crash, as one block of 4096 bytes.
 //!
 //! It stands in two copies at the beginning of the metadata area, beside the disk (`<disk>.meta`) or in the last MiB of a
-//! block device. Here is the block, encoded and decoded: format 1, which has nothing else, and the part of it that every later
-//! format keeps. The [`metadata`](super::metadata) module stores it with what format 2 adds, and upgrades format 1.
+//! block device. Here is the block, encoded and decoded but for what the [`metadata`](super::metadata) module adds to it, which
+//! stores it.
 //!
 //! ```text
 //! 0        4096     8192                65536
-//! │ copy 0 │ copy 1 │ reserved, zeros   │ format 2: activity log, dirty bitmap …
+//! │ copy 0 │ copy 1 │ reserved, zeros   │ activity log, dirty bitmap …
 //! ```
 //!
 //! Invariants: every copy carries a sequence number and a CRC-32C in its last four bytes, whatever its version; a name is
 //! at most [`NAME_LEN_MAX`] bytes of UTF-8; a value that means nothing is refused, never guessed.
 //!
-//! Survives: damage, garbage, another volume's block, a newer release's format, each as an error of its own.
+//! Survives: damage, garbage, another volume's block, another release's format, each as an error of its own.
 //!
-//! Also here, because every format shares them: where metadata stands ([`Location`]), the exclusive lock on it, and why it
+//! Also here: where metadata stands ([`Location`]), the exclusive lock on it, and why it
 //! cannot be read ([`SuperblockError`]).
 
 use crate::limits::GENERATION_HISTORY_LEN;
@@ -41,9 +41,6 @@ pub const DEVICE_METADATA_LEN: u64 = 1 << 20;
 
 /// First bytes of every superblock copy.
 pub const MAGIC: [u8; 8] = *b"costndSB";
-
-/// Version of the format that is this block alone.
-pub const VERSION: u32 = 1;
 
 /// Bytes of a volume's or node's name: what a file name may have on any common file system.
 pub const NAME_LEN_MAX: usize = 255;
@@ -163,15 +160,15 @@ pub struct Superblock {
     pub applying: bool,
     /// The peer may hold the current generation as `UpToDate`, so going on without it needs a new one.
     pub peer_has_current: bool,
-    /// Format 2. On an `Inconsistent` disk: the generation that it is being overwritten with, once the source's map of
+    /// On an `Inconsistent` disk: the generation that it is being overwritten with, once the source's map of
     /// what is left to copy is on record there; [`COPYING_WHOLE`] from the agreement to copy everything until then; 0 where
     /// only maps that are on record say what of `generations` it may lack.
     pub copying: Generation,
-    /// Format 2. Number of the newest session that this node was ready for, counted by both nodes together.
+    /// Number of the newest session that this node was ready for, counted by both nodes together.
     pub sessions_offered: u64,
-    /// Format 2. Number of the newest session that began here. The peer had it in `sessions_offered` before.
+    /// Number of the newest session that began here. The peer had it in `sessions_offered` before.
     pub sessions_begun: u64,
-    /// Format 2. The kernel's boot that `primary` or `applying` was stored in; zeros: not known.
+    /// The kernel's boot that `primary` or `applying` was stored in; zeros: not known.
     pub boot: [u8; 16],
 }
 
@@ -228,16 +225,10 @@ impl Superblock {
         self.generations.current == Generation::ZERO
     }
 
-    /// The block of format 1, as releases before format 2 stored it, under `sequence`.
+    /// The block under `sequence`, in a format `version` that keeps `extension` in front of the reserved bytes.
     ///
     /// # Panics
     /// When a name is longer than [`NAME_LEN_MAX`] or the disk state is `Diskless`.
-    #[must_use]
-    pub fn encode(&self, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
-        self.encode_as(VERSION, sequence, &[])
-    }
-
-    /// The block of a format `version`, with what that version has beyond the first in front of the reserved bytes.
     pub(super) fn encode_as(&self, version: u32, sequence: u64, extension: &[u8]) -> [u8; SUPERBLOCK_LEN] {
         let flags = [
             (self.primary, flag::PRIMARY),
@@ -274,16 +265,11 @@ impl Superblock {
         zerocopy::transmute!(raw)
     }
 
-    /// Reads one copy of format 1 and its sequence number.
+    /// Reads one copy of format `version` and its sequence number, without what that format has behind.
     ///
     /// # Errors
-    /// Names what is wrong with the copy. The checksum comes before the version, so a newer format is told from damage.
-    pub fn decode(bytes: &[u8]) -> Result<(Self, u64), CopyError> {
-        Self::decode_up_to(VERSION, bytes).map(|(superblock, sequence, _)| (superblock, sequence))
-    }
-
-    /// Reads one copy of any format up to `newest`, and says which it is.
-    pub(super) fn decode_up_to(newest: u32, bytes: &[u8]) -> Result<(Self, u64, u32), CopyError> {
+    /// Names what is wrong with the copy. The checksum comes before the version, so another format is told from damage.
+    pub(super) fn decode_as(version: u32, bytes: &[u8]) -> Result<(Self, u64), CopyError> {
         let raw =
             RawSuperblock::read_from_bytes(bytes).map_err(|_| CopyError::Length { found: bytes.len() })?;
         if raw.magic != MAGIC {
@@ -293,9 +279,8 @@ impl Superblock {
         if raw.crc.get() != computed {
             return Err(CopyError::Checksum { found: raw.crc.get(), computed });
         }
-        let version = raw.version.get();
-        if version == 0 || version > newest {
-            return Err(CopyError::Version { found: version, newest });
+        if raw.version.get() != version {
+            return Err(CopyError::Version { found: raw.version.get(), known: version });
         }
         let flags = raw.flags.get();
         if flags & !flag::ALL != 0 {
@@ -325,7 +310,7 @@ impl Superblock {
             sessions_begun: 0,
             boot: [0; 16],
         };
-        Ok((superblock, raw.sequence.get(), version))
+        Ok((superblock, raw.sequence.get()))
     }
 }
 
@@ -341,7 +326,7 @@ mod flag {
 const NAME_FIELD_LEN: usize = NAME_LEN_MAX + 1;
 const FIXED_LEN: usize =
     8 + 4 + 4 + 8 + 16 + 8 + 8 + 8 + 8 + 8 * GENERATION_HISTORY_LEN + 3 + 2 * NAME_FIELD_LEN + 4;
-/// Where a copy's reserved bytes begin: later formats keep what they add there.
+/// Where a copy's reserved bytes begin: the metadata module keeps there what it adds.
 pub(super) const RESERVED_AT: usize = FIXED_LEN - 4;
 const RESERVED_LEN: usize = SUPERBLOCK_LEN - FIXED_LEN;
 
@@ -405,12 +390,12 @@ pub enum CopyError {
         computed: u32,
     },
     /// Whole, but of another format.
-    #[error("format version {found}, this program reads up to {newest}")]
+    #[error("format version {found}, this program reads version {known}")]
     Version {
         /// As stored.
         found: u32,
-        /// The newest that the reader knows.
-        newest: u32,
+        /// The one that the reader knows.
+        known: u32,
     },
     /// Whole, of our version, but with a value that means nothing.
     #[error("unknown value in field {field}")]
@@ -502,17 +487,17 @@ pub enum SuperblockError {
         /// Of the second copy.
         second: CopyError,
     },
-    /// Written by a release that knows more.
+    /// Written by a release with another format.
     #[error(
-        "metadata {path} has format version {found}, this program reads up to {newest}: run the release that wrote it"
+        "metadata {path} has format version {found}, this program reads version {known}: run the release that wrote it"
     )]
-    Newer {
+    Format {
         /// Which file.
         path: PathBuf,
         /// As stored.
         found: u32,
-        /// The newest that this program knows.
-        newest: u32,
+        /// The one that this program knows.
+        known: u32,
     },
     /// The disk of another volume, node or size than configured.
     #[error(

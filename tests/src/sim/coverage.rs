@@ -81,7 +81,7 @@ impl Coverage {
         self.named.resize(usize::try_from(size).expect("small") / SECTOR_LEN, true);
         let copies = [0, SUPERBLOCK_LEN].map(|at| Header::decode(&medium[at..at + SUPERBLOCK_LEN]).ok());
         let newest = copies.into_iter().flatten().max_by_key(|(_, sequence)| *sequence);
-        let Some(shape) = newest.and_then(|(header, _)| header.shape) else { return };
+        let Some(shape) = newest.map(|(header, _)| header.shape) else { return };
         let geometry = shape.geometry;
         self.grain_len = geometry.grain_len();
         let Some(hot) = hot_extents(medium, shape.area, geometry.slots() as usize) else { return };

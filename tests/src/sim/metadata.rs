@@ -13,7 +13,7 @@ use crate::Rng;
 use costandby_datapath::disk::metadata::layout::Geometry;
 use costandby_datapath::disk::metadata::medium::Medium;
 use costandby_datapath::disk::metadata::{self, Opened};
-use costandby_datapath::disk::superblock::{AREA_LEN, DiskState, SUPERBLOCK_LEN, Superblock};
+use costandby_datapath::disk::superblock::{DiskState, SUPERBLOCK_LEN, Superblock};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -188,19 +188,6 @@ impl SimMeta {
         meta
     }
 
-    /// As an earlier release left it, in format 1.
-    pub(super) fn of_format_1(superblock: &Superblock, geometry: Geometry) -> Self {
-        let medium = SimMedium::default();
-        medium.grow(AREA_LEN).expect("memory holds it");
-        for (sequence, at) in [(1, 0), (2, SUPERBLOCK_LEN as u64)] {
-            medium.write(at, &superblock.encode(sequence)).expect("memory holds it");
-        }
-        medium.sync().expect("memory");
-        let mut meta = Self { medium, geometry, record: Record::default(), coverage: Coverage::default() };
-        meta.look();
-        meta
-    }
-
     /// As `costandby create --force` does.
     pub(super) fn recreate(&mut self, superblock: &Superblock, area: u64) {
         metadata::create(&self.medium, 0, superblock, self.geometry, area, true).expect("memory holds it");
@@ -208,15 +195,9 @@ impl SimMeta {
     }
 
     /// As a daemon opens it. With `cut_after`, it is cut off after so many sectors and syncs.
-    pub(super) fn open(
-        &mut self,
-        node: &str,
-        size: u64,
-        area: u64,
-        cut_after: Option<u64>,
-    ) -> Result<Start, String> {
+    pub(super) fn open(&mut self, node: &str, size: u64, cut_after: Option<u64>) -> Result<Start, String> {
         lock(&self.medium.0).budget = cut_after;
-        let opened = metadata::open(self.medium.clone(), 0, "db", node, size, area);
+        let opened = metadata::open(self.medium.clone(), 0, "db", node, size);
         let opened = opened.map_err(|error| error.to_string()).and_then(|mut opened| {
             opened.recover().map_err(|error| error.to_string())?;
             Ok(opened)

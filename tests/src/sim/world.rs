@@ -197,12 +197,7 @@ impl World {
             disk: SimDisk::new(NAMES[at], &content),
             meta: {
                 let fresh = Superblock::fresh("db", NAMES[at], config.size, config.zeroed[at]);
-                // An upgrade gives the usual shape.
-                if config.extent_len == 4 << 20 && rng.below(3) == 0 {
-                    SimMeta::of_format_1(&fresh, config.geometry())
-                } else {
-                    SimMeta::new(&fresh, config.geometry(), rng.next_u64())
-                }
+                SimMeta::new(&fresh, config.geometry(), rng.next_u64())
             },
             boot_id: random_id(rng),
             skew: Skew::new(base, offset, 950 + rng.below(101)),
@@ -388,7 +383,7 @@ impl World {
         node.store_fails = false;
         node.call_fails = false;
         let cut_after = (!self.calm && self.rng.below(8) == 0).then(|| self.rng.below(120));
-        let opened = match node.meta.open(NAMES[at], self.config.size, self.rng.next_u64(), cut_after) {
+        let opened = match node.meta.open(NAMES[at], self.config.size, cut_after) {
             Ok(Start::Open(opened)) => opened,
             Ok(Start::CutOff) => return self.start_cut_off(at),
             Err(error) => return broken("metadata", error),

@@ -5,7 +5,6 @@ use costandby_datapath::disk::activity_log::Touch;
 use costandby_datapath::disk::metadata::layout::Geometry;
 use costandby_datapath::disk::metadata::medium::Medium;
 use costandby_datapath::disk::metadata::{create, open};
-use costandby_datapath::disk::superblock::{AREA_LEN, SUPERBLOCK_LEN};
 use std::path::PathBuf;
 
 const SIZE: u64 = 1 << 30;
@@ -45,7 +44,7 @@ impl Bench {
         let superblock = Superblock::fresh("db", "alpha", SIZE, true);
         let geometry = Geometry::for_volume(SIZE).expect("usual");
         create(&medium, 0, &superblock, geometry, 0xfeed, false).expect("made");
-        let mut opened = open(medium, 0, "db", "alpha", SIZE, 1).expect("opens");
+        let mut opened = open(medium, 0, "db", "alpha", SIZE).expect("opens");
         let _ = opened.dirty.set(ByteRange::new(0, 4096));
         opened.area.store_unsaved(&mut opened.dirty).expect("stored");
         assert!(matches!(opened.activity.touch(ByteRange::new(8 << 20, 1)), Touch::Wait(_)));
@@ -96,26 +95,6 @@ fn it_prints_superblocks_log_and_bitmap_and_changes_nothing() {
     bench.run(false).expect("good");
     bench.run(true).expect("good");
     assert_eq!(std::fs::read(bench.meta()).expect("there"), before);
-}
-
-#[test]
-fn format_1_is_printed_too() {
-    let bench = Bench::new();
-    let disk = bench.directory.path().join("a.img");
-    let superblock = Superblock::fresh("db", "alpha", SIZE, false);
-    let path = costandby_datapath::disk::superblock::Location::beside(&disk).path;
-    let mut area = vec![0; usize::try_from(AREA_LEN).expect("64 KiB")];
-    for (sequence, at) in [(1, 0), (2, SUPERBLOCK_LEN)] {
-        area[at..at + SUPERBLOCK_LEN].copy_from_slice(&superblock.encode(sequence));
-    }
-    std::fs::write(path, area).expect("written");
-    let before = std::fs::read(bench.meta()).expect("there");
-    let text = render(&bench.look());
-    assert!(text.contains("superblock 1  good, format 1, sequence 2, the newest\n"), "{text}");
-    assert!(text.contains("none in format 1"), "{text}");
-    assert_eq!(to_json(&bench.look())["area"], Value::Null);
-    bench.run(false).expect("good");
-    assert_eq!(std::fs::read(bench.meta()).expect("there"), before, "and not upgraded");
 }
 
 #[test]

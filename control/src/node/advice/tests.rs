@@ -73,7 +73,7 @@ fn errors() -> Vec<OpenError> {
         OpenError::Disk(DiskError::Map { path: path(), len: 1, source: io(Errno::NOMEM) }),
         missing(),
         metadata(SuperblockError::Truncated { path: path(), found: 1 }),
-        metadata(SuperblockError::Newer { path: path(), found: 9, newest: 2 }),
+        metadata(SuperblockError::Format { path: path(), found: 9, known: 2 }),
         metadata(SuperblockError::Locked { path: path() }),
         metadata(SuperblockError::Foreign {
             path: path(),
@@ -84,7 +84,6 @@ fn errors() -> Vec<OpenError> {
         metadata(SuperblockError::Io { doing: "reading", path: path(), source: io(Errno::IO) }),
         OpenError::Metadata(MetadataError::Truncated { path: path(), found: 1, needed: 2 }),
         OpenError::Metadata(MetadataError::Moved { path: path() }),
-        OpenError::System { doing: "/dev/urandom", source: io(Errno::NOENT) },
     ]);
     all.extend([true, false].map(|on_record| {
         let source = DiskError::Call { path: path(), call: "fdatasync", source: io(Errno::IO) };

@@ -44,7 +44,7 @@ fn sealed_store(superblock: &Superblock) -> SuperblockStore<FileMedium> {
     create(&medium, 0, superblock, geometry, 1, false).expect("made");
     drop(medium);
     let location = Location { path, offset: 0 };
-    let store = open_at(&location, "db", "alpha", SIZE, 1).expect("opens").superblocks;
+    let store = open_at(&location, "db", "alpha", SIZE).expect("opens").superblocks;
     rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).expect("seals");
     store
 }

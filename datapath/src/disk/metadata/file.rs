@@ -27,7 +27,7 @@ pub fn create_at(
     super::create(&medium, location.offset, superblock, geometry, area, force)
 }
 
-/// Locks and opens the metadata at `location`. `fresh_area` is a random number, for one of format 1.
+/// Locks and opens the metadata at `location`.
 ///
 /// # Errors
 /// As [`FileMedium::open`] and [`open`](super::open).
@@ -36,7 +36,6 @@ pub fn open_at(
     volume: &str,
     node: &str,
     size: u64,
-    fresh_area: u64,
 ) -> Result<Opened<FileMedium>, MetadataError> {
-    super::open(FileMedium::open(&location.path)?, location.offset, volume, node, size, fresh_area)
+    super::open(FileMedium::open(&location.path)?, location.offset, volume, node, size)
 }

@@ -1,7 +1,7 @@
-//! The superblock of format 2: what format 1 says, and in its reserved bytes the shape and the mark of the area, the copy
+//! The superblock as it is stored: what the disk says of itself, and behind that the shape and the mark of the area, the copy
 //! under way and the kernel's boot.
 //!
-//! Either copy can be read without knowing anything else. Format 1 is read as well; a newer one than 2 is refused.
+//! Either copy can be read without knowing anything else. Any other format than 2 is refused: there is no release that wrote one.
 
 use super::MetadataError;
 use super::layout::{Geometry, Layout};
@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// Highest number of a session: no pair reaches it, and counting on from it cannot overflow.
 pub const SESSIONS_MAX: u64 = 1 << 62;
 
-/// The format written here.
+/// The format written and read here.
 pub const FORMAT: u32 = 2;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -35,7 +35,7 @@ struct RawExtension {
 
 const _: () = assert!(size_of::<RawExtension>() == 84);
 
-/// What format 2 says beyond format 1.
+/// What the area behind the superblocks is like.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shape {
     /// Random number of this area, in every sector of it.
@@ -51,10 +51,10 @@ pub struct Shape {
 /// One copy, decoded.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Header {
-    /// What every format says.
+    /// What the disk says of itself.
     pub superblock: Superblock,
-    /// What format 2 adds; absent in format 1.
-    pub shape: Option<Shape>,
+    /// The shape of its area.
+    pub shape: Shape,
 }
 
 /// One copy: what it says and its sequence number, or what is wrong with it.
@@ -77,7 +77,7 @@ impl Shape {
 }
 
 impl Header {
-    /// The block as it is stored, in format 2.
+    /// The block as it is stored.
     #[must_use]
     pub fn encode(superblock: &Superblock, shape: &Shape, sequence: u64) -> [u8; SUPERBLOCK_LEN] {
         let raw = RawExtension {
@@ -95,17 +95,14 @@ impl Header {
         superblock.encode_as(FORMAT, sequence, raw.as_bytes())
     }
 
-    /// Reads one copy of format 1 or 2.
+    /// Reads one copy.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn decode(bytes: &[u8]) -> Copy {
-        let (mut superblock, sequence, version) = Superblock::decode_up_to(FORMAT, bytes)?;
+        let (mut superblock, sequence) = Superblock::decode_as(FORMAT, bytes)?;
         if sequence >= NUMBER_END {
             return Err(CopyError::Field { field: "sequence" });
-        }
-        if version < FORMAT {
-            return Ok((Self { superblock, shape: None }, sequence));
         }
         let raw = RawExtension::ref_from_prefix(&bytes[RESERVED_AT..]).map(|(raw, _)| raw);
         let raw = raw.expect("the reserved bytes are long enough");
@@ -131,7 +128,7 @@ impl Header {
             dirty_at: raw.dirty_at.get(),
             activity_known: raw.activity_known.get(),
         };
-        Ok((Self { superblock, shape: Some(shape) }, sequence))
+        Ok((Self { superblock, shape }, sequence))
     }
 }
 
@@ -166,14 +163,14 @@ pub(super) type Newest<T> = (usize, T, u64, Option<(usize, CopyError)>);
 /// The newest good copy.
 ///
 /// # Errors
-/// [`SuperblockError::Newer`], [`SuperblockError::Unreadable`].
+/// [`SuperblockError::Format`], [`SuperblockError::Unreadable`].
 pub(super) fn newest(copies: [Copy; 2], medium: &dyn Medium) -> Result<Newest<Header>, SuperblockError> {
     let path = medium.path();
-    // A whole copy of a newer format means that a newer release ran here: the other copy is an older state, and
+    // A whole copy of another format means that another release ran here: the other copy may be an older state, and
     // falling back to it would undo promotions and resyncs.
     for copy in &copies {
-        if let Err(CopyError::Version { found, newest }) = copy {
-            return Err(SuperblockError::Newer { path: path.into(), found: *found, newest: *newest });
+        if let Err(CopyError::Version { found, known }) = copy {
+            return Err(SuperblockError::Format { path: path.into(), found: *found, known: *known });
         }
     }
     match copies {

@@ -1,6 +1,6 @@
 //! A look at a metadata area without changing it: what each part says, or why it cannot be believed.
 //!
-//! For `costandby dump-metadata`. Nothing is locked, repaired, upgraded or refused for being another volume's. While a
+//! For `costandby dump-metadata`. Nothing is locked, repaired or refused for being another volume's. While a
 //! daemon has the area, what is read may be in the middle of being written.
 
 use super::header::{self, Copy, Shape};
@@ -11,7 +11,7 @@ use crate::disk::activity_log::{extent_range, ring};
 use crate::disk::superblock::{Superblock, SuperblockError};
 use crate::units::ByteRange;
 
-/// What the area behind the superblocks says (format 2).
+/// What the area behind the superblocks says.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Area {
     /// Its shape.
@@ -43,7 +43,7 @@ pub struct Inspection {
     pub copies: [Copy; 2],
     /// Which copy a start would take and what it says, or why it would take none.
     pub newest: Result<(usize, Superblock), SuperblockError>,
-    /// What stands behind them; none in format 1 and where no copy is good.
+    /// What stands behind them; none where no copy is good.
     pub area: Option<Result<Area, MetadataError>>,
 }
 
@@ -55,7 +55,7 @@ pub fn inspect<M: Medium>(medium: &M, offset: u64, runs_max: usize) -> Result<In
     let copies = header::decode_both(&header::read_blocks(medium, offset)?);
     let newest = header::newest(copies.clone(), medium);
     let area = match &newest {
-        Ok((_, header, ..)) => header.shape.map(|shape| look(medium, offset, shape, runs_max)),
+        Ok((_, header, ..)) => Some(look(medium, offset, header.shape, runs_max)),
         Err(_) => None,
     };
     let newest = newest.map(|(copy, header, ..)| (copy, header.superblock));

@@ -1,6 +1,6 @@
 //! The metadata area of a disk: superblocks, activity log and dirty bitmap on stable storage (format 2).
 //!
-//! [`create`] makes an area, [`open`] reads one (format 1 is upgraded in place) and hands out its two halves: the
+//! [`create`] makes an area, [`open`] reads one and hands out its two halves: the
 //! [`SuperblockStore`] for control, whose stores are rare and ordered, and the [`AreaStore`] for the disk's worker
 //! threads, which store the transactions and blocks that the sans-IO [`ActivityLog`] and [`DirtyMap`] give them. Both
 //! write through one [`Medium`]. `docs/METADATA.md` is the format.
@@ -20,9 +20,9 @@
 
 use super::activity_log::{ActivityLog, Transaction, ring};
 use super::dirty_map::{DirtyBlock, DirtyMap};
-use super::superblock::{COPIES, CopyError, DiskState, GIVE_UP, SUPERBLOCK_LEN, Superblock, SuperblockError};
+use super::superblock::{COPIES, CopyError, GIVE_UP, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::limits::{DAMAGE_LISTED_MAX, DIRTY_STORE_BLOCKS_MAX};
-use crate::units::{ByteRange, Generation};
+use crate::units::ByteRange;
 use header::{Header, Newest, Shape};
 use layout::{ACTIVITY_LEN, BLOCK_WORDS, Geometry, GeometryError, Layout, SECTOR_BITS, SECTOR_WORDS};
 use medium::Medium;
@@ -97,8 +97,6 @@ pub struct DirtyDamage {
 pub struct Report {
     /// Which superblock copy was damaged and how; the next store replaces it.
     pub damaged_copy: Option<(usize, CopyError)>,
-    /// It was of format 1 and is of format 2 now.
-    pub upgraded: bool,
     /// Extents that were hot.
     pub hot_extents: usize,
     /// A transaction was under way when the daemon before this one stopped.
@@ -399,7 +397,6 @@ fn write_area_anew<M: Medium>(medium: &M, layout: Layout, geometry: Geometry) ->
 }
 
 /// Reads the metadata on `medium` with its superblocks at `offset`, and refuses that of another volume, node or size.
-/// An area of format 1 becomes one of format 2 with the random number `fresh_area`.
 ///
 /// What an earlier daemon only wrote is brought to stable storage first: it is about to be trusted, and the next store
 /// writes over the other copy. A sync alone would not do it. Where writing back failed, Linux tells one sync, takes the pages
@@ -415,7 +412,6 @@ pub fn open<M: Medium>(
     volume: &str,
     node: &str,
     size: u64,
-    fresh_area: u64,
 ) -> Result<Opened<M>, MetadataError> {
     medium.sync().map_err(|source| SuperblockError::Io {
         doing: "flushing",
@@ -428,13 +424,10 @@ pub fn open<M: Medium>(
     };
     let blocks = header::read_blocks(&medium, offset)?;
     let (newest, header, sequence, damaged_copy) = header::newest(header::decode_both(&blocks), &medium)?;
-    let superblock = header.superblock;
+    let Header { superblock, shape } = header;
     superblock.check_belongs(medium.path(), volume, node, size)?;
     let damaged = damaged_copy.as_ref().map(|(copy, _)| *copy);
     write_copies_anew(&medium, offset, &blocks, newest, damaged).map_err(io("rewriting"))?;
-    let Some(shape) = header.shape else {
-        return upgrade(medium, offset, (newest, superblock, sequence, damaged_copy), fresh_area);
-    };
     let layout = shape.layout(medium.path(), offset)?;
     let found = medium.len().map_err(io("reading"))?;
     if found < layout.end {
@@ -540,46 +533,6 @@ fn read_dirty_sector(shape: &Shape, sector: usize, bytes: &[u8], read: &mut Area
             }
         }
     }
-}
-
-/// Makes an area of format 1 one of format 2. Format 1 knew only "all of it" and "nothing": the bitmap starts with what
-/// the daemon that wrote it would have copied. The superblocks go last, and both, so that a crash in the middle leaves
-/// an area of format 1 and no later program of format 1 finds one of its own.
-fn upgrade<M: Medium>(
-    medium: M,
-    offset: u64,
-    (newest, superblock, sequence, damaged_copy): Newest<Superblock>,
-    area: u64,
-) -> Result<Opened<M>, MetadataError> {
-    let path = medium.path().to_owned();
-    let geometry_error = |source| MetadataError::Geometry { path: path.clone(), source };
-    let io = |source| SuperblockError::Io { doing: "upgrading", path: path.clone(), source };
-    let geometry = Geometry::for_volume(superblock.size).map_err(geometry_error)?;
-    let layout = Layout::new(geometry, offset).map_err(geometry_error)?;
-    medium.grow(layout.end).map_err(io)?;
-    blank(&medium, layout, geometry).map_err(io)?;
-    medium.sync().map_err(io)?;
-    let shape = shape_at(area, geometry, layout, offset);
-    let read = read_area(&medium, layout, &shape).map_err(io)?;
-    let in_sync = format_1_is_in_sync(&superblock);
-    let before = (newest, superblock.clone(), sequence, damaged_copy);
-    let mut opened = assemble(medium, offset, layout, shape, before, read);
-    opened.report.upgraded = true;
-    if !in_sync {
-        let _ = opened.dirty.set_all();
-        opened.area.store_unsaved(&mut opened.dirty)?;
-    }
-    for _ in COPIES {
-        opened.superblocks.store(&superblock)?;
-    }
-    Ok(opened)
-}
-
-/// Whether a daemon of format 1 would have copied nothing, or, on a disk that has met no peer, by other signs than ours.
-fn format_1_is_in_sync(superblock: &Superblock) -> bool {
-    let quiet = superblock.clean && !superblock.applying && superblock.disk_state == DiskState::UpToDate;
-    let peer_has_it = superblock.peer_has_current && superblock.generations.base == Generation::ZERO;
-    quiet && (superblock.is_fresh() || peer_has_it)
 }
 
 const _: () = assert!(BLOCK_WORDS * 8 == PAYLOAD_LEN * SECTORS_PER_BLOCK);

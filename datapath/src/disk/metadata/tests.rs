@@ -1,4 +1,4 @@
-//! The metadata area on simulated and real media: damage in every part, upgrades, foreign and newer areas, and size.
+//! The metadata area on simulated and real media: damage in every part, foreign areas and other formats, and size.
 
 use super::medium::FileMedium;
 use super::simulated::{Dice, Simulated};
@@ -28,7 +28,7 @@ fn created() -> Simulated {
 }
 
 fn reopen(medium: &Simulated) -> Opened<Simulated> {
-    open(medium.clone(), 0, "db", "alpha", SIZE, 77).expect("opens")
+    open(medium.clone(), 0, "db", "alpha", SIZE).expect("opens")
 }
 
 fn range(start: u64, len: u64) -> ByteRange {
@@ -172,7 +172,7 @@ fn a_superblock_that_only_the_cache_holds_is_on_record_after_a_restart() {
         opened.superblocks.store(&epoch(1)).expect_err("the medium fails");
         medium.restart(false, &mut dice);
         medium.cut_after(steps);
-        let went_by = open(medium.clone(), 0, "db", "alpha", SIZE, 1).map(|mut opened| {
+        let went_by = open(medium.clone(), 0, "db", "alpha", SIZE).map(|mut opened| {
             let found = opened.superblock.epoch;
             let stored = opened.recover().and_then(|()| opened.superblocks.store(&epoch(2)));
             (found, stored.is_ok())
@@ -208,7 +208,7 @@ fn one_damaged_copy_is_reported_and_two_are_an_error_that_says_what_to_do() {
     let opened = reopen(&medium);
     assert!(matches!(opened.report.damaged_copy, Some((0, CopyError::Checksum { .. }))));
     medium.flip(COPIES[1], 0x80);
-    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("neither is good");
+    let error = open(medium, 0, "db", "alpha", SIZE).expect_err("neither is good");
     let MetadataError::Superblock(SuperblockError::Unreadable { first, second, .. }) = &error else {
         panic!("{error}")
     };
@@ -290,35 +290,32 @@ fn another_volumes_metadata_is_refused_and_a_cut_one_too() {
         ("db", "beta", SIZE, "belongs to node alpha, the configuration says beta"),
         ("db", "alpha", 1 << 30, "belongs to a volume of size 8589934592, the configuration says 1073741824"),
     ] {
-        let error = open(medium.clone(), 0, volume, node, size, 1).expect_err("foreign");
+        let error = open(medium.clone(), 0, volume, node, size).expect_err("foreign");
         assert!(matches!(error, MetadataError::Superblock(SuperblockError::Foreign { .. })), "{error}");
         assert!(error.to_string().contains(named), "{error}");
     }
     let end = Layout::new(geometry(), 0).expect("a file").end;
     medium.truncate(end - 1);
-    let error = open(medium.clone(), 0, "db", "alpha", SIZE, 1).expect_err("cut");
+    let error = open(medium.clone(), 0, "db", "alpha", SIZE).expect_err("cut");
     assert!(
         matches!(error, MetadataError::Truncated { found, needed, .. } if (found, needed) == (end - 1, end)),
         "{error}"
     );
     medium.truncate(9000);
-    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("cut");
+    let error = open(medium, 0, "db", "alpha", SIZE).expect_err("cut");
     assert!(matches!(error, MetadataError::Superblock(SuperblockError::Truncated { .. })), "{error}");
 }
 
 #[test]
-fn a_newer_format_in_either_copy_is_refused() {
-    for copy in COPIES {
+fn another_format_in_either_copy_is_refused() {
+    for (copy, format) in COPIES.into_iter().flat_map(|copy| [1, 3].map(|format| (copy, format))) {
         let medium = used();
-        let newer = superblock().encode_as(FORMAT_AFTER, 1, &[]);
-        medium.write(copy, &newer).expect("simulated");
-        let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("newer");
-        let text = error.to_string();
-        assert!(text.contains("format version 3, this program reads up to 2: run the release"), "{text}");
+        medium.write(copy, &superblock().encode_as(format, 1, &[])).expect("simulated");
+        let error = open(medium, 0, "db", "alpha", SIZE).expect_err("another");
+        let wanted = format!("format version {format}, this program reads version 2: run the release");
+        assert!(error.to_string().contains(&wanted), "{error}");
     }
 }
-
-const FORMAT_AFTER: u32 = header::FORMAT + 1;
 
 #[test]
 fn metadata_is_not_made_over_other_metadata() {
@@ -331,63 +328,6 @@ fn metadata_is_not_made_over_other_metadata() {
     assert_eq!((opened.report, opened.dirty.dirty_bytes()), (Report::default(), 0), "nothing is left over");
 }
 
-/// What a daemon of format 1 leaves behind.
-fn format_1(superblock: &Superblock) -> Simulated {
-    let medium = Simulated::with_len(super::super::superblock::AREA_LEN);
-    medium.write(COPIES[0], &superblock.encode(4)).expect("simulated");
-    medium.write(COPIES[1], &superblock.encode(3)).expect("simulated");
-    medium.sync().expect("simulated");
-    medium
-}
-
-#[test]
-fn format_1_becomes_format_2_with_what_it_knew() {
-    let in_sync = Superblock {
-        generations: crate::disk::superblock::Generations { current: Generation(5), ..Default::default() },
-        peer_has_current: true,
-        ..superblock()
-    };
-    let base = crate::disk::superblock::Generations { base: Generation(4), ..in_sync.generations };
-    for (before, dirty) in [
-        (superblock(), 0),
-        (in_sync.clone(), 0),
-        (Superblock { clean: false, ..in_sync.clone() }, SIZE),
-        (Superblock { applying: true, ..in_sync.clone() }, SIZE),
-        (Superblock { disk_state: DiskState::Inconsistent, ..in_sync.clone() }, SIZE),
-        (Superblock { generations: base, ..in_sync.clone() }, SIZE),
-        (Superblock { peer_has_current: false, ..in_sync.clone() }, SIZE),
-    ] {
-        let medium = format_1(&before);
-        let opened = reopen(&medium);
-        assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, dirty));
-        assert!(opened.report.upgraded);
-        let opened = reopen(&medium);
-        assert!(!opened.report.upgraded, "once");
-        assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, dirty));
-        for at in COPIES {
-            let mut copy = [0; SUPERBLOCK_LEN];
-            medium.read(at, &mut copy).expect("simulated");
-            assert!(matches!(Superblock::decode(&copy), Err(CopyError::Version { found: 2, newest: 1 })));
-        }
-    }
-}
-
-#[test]
-fn an_upgrade_cut_short_at_any_point_loses_nothing() {
-    let before = Superblock { clean: false, peer_has_current: true, ..superblock() };
-    for steps in 0..80 {
-        for seed in 0..4 {
-            let medium = format_1(&before);
-            medium.cut_after(steps);
-            let cut = open(medium.clone(), 0, "db", "alpha", SIZE, AREA);
-            drop(cut);
-            medium.restart(true, &mut Dice::new(seed * 77 + steps));
-            let opened = reopen(&medium);
-            assert_eq!((&opened.superblock, opened.dirty.dirty_bytes()), (&before, SIZE), "{steps}");
-        }
-    }
-}
-
 #[test]
 fn a_device_keeps_its_bitmap_in_front_where_it_is_large() {
     let size = 1 << 40;
@@ -396,13 +336,13 @@ fn a_device_keeps_its_bitmap_in_front_where_it_is_large() {
     let medium = Simulated::with_len(offset + super::super::superblock::DEVICE_METADATA_LEN);
     let superblock = Superblock::fresh("db", "alpha", size, true);
     create(&medium, offset, &superblock, geometry, AREA, false).expect("made");
-    let mut opened = open(medium.clone(), offset, "db", "alpha", size, 1).expect("opens");
+    let mut opened = open(medium.clone(), offset, "db", "alpha", size).expect("opens");
     let _ = opened.dirty.set_all();
     opened.area.store_unsaved(&mut opened.dirty).expect("stored");
     let mut volume = vec![0; 1 << 20];
     medium.read(size - (1 << 20), &mut volume).expect("simulated");
     assert!(volume.iter().all(|byte| *byte == 0), "the volume's own bytes are not touched");
-    assert_eq!(open(medium, offset, "db", "alpha", size, 1).expect("opens").dirty.dirty_bytes(), size);
+    assert_eq!(open(medium, offset, "db", "alpha", size).expect("opens").dirty.dirty_bytes(), size);
     let full = Simulated::with_len(size + (1 << 20));
     let error = create(&full, size, &superblock, geometry, AREA, false).expect_err("no room");
     assert!(error.to_string().contains("the volume and its bitmap need"), "{error}");
@@ -414,7 +354,7 @@ fn an_area_that_moved_is_refused() {
     let layout = Layout::new(geometry(), 0).expect("a file");
     let shape = Shape { dirty_at: -4096, ..shape_at(AREA, geometry(), layout, 0) };
     medium.write(0, &Header::encode(&superblock(), &shape, 90)).expect("simulated");
-    let error = open(medium, 0, "db", "alpha", SIZE, 1).expect_err("moved");
+    let error = open(medium, 0, "db", "alpha", SIZE).expect_err("moved");
     assert!(matches!(error, MetadataError::Moved { .. }), "{error}");
 }
 
@@ -447,8 +387,6 @@ fn a_look_changes_nothing_and_says_it_all() {
     medium.flip(COPIES[1], 1);
     let seen = inspect::inspect(&medium, 0, 8).expect("readable");
     assert!(seen.newest.is_err() && seen.area.is_none());
-    let seen = inspect::inspect(&format_1(&superblock()), 0, 8).expect("readable");
-    assert!(seen.newest.is_ok() && seen.area.is_none(), "format 1 has nothing more");
 }
 
 #[test]
@@ -476,7 +414,7 @@ proptest! {
     fn arbitrary_shapes_never_panic(tail in proptest::collection::vec(any::<u8>(), 84), size in any::<u64>()) {
         let block = Superblock { size, ..superblock() }.encode_as(header::FORMAT, 1, &tail);
         if let Ok((header, sequence)) = Header::decode(&block) {
-            let shape = header.shape.expect("format 2");
+            let shape = header.shape;
             prop_assert_eq!(Header::encode(&header.superblock, &shape, sequence), block);
             let _ = shape.layout(std::path::Path::new("x"), 1 << 20);
         }

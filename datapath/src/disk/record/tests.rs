@@ -27,7 +27,7 @@ fn fresh() -> (Simulated, Record) {
 
 /// As a daemon does at its start.
 fn reopen(medium: &Simulated) -> Record {
-    let mut opened = open(medium.clone(), 0, "v", "alpha", SIZE, 1).expect("readable");
+    let mut opened = open(medium.clone(), 0, "v", "alpha", SIZE).expect("readable");
     opened.recover().expect("stored");
     Record::of(opened).0
 }
@@ -35,7 +35,7 @@ fn reopen(medium: &Simulated) -> Record {
 /// What a crash leaves marked.
 fn after_crash(medium: &Simulated) -> DirtyMap {
     medium.restart(true, &mut Dice::new(5));
-    open(medium.clone(), 0, "v", "alpha", SIZE, 1).expect("readable").dirty
+    open(medium.clone(), 0, "v", "alpha", SIZE).expect("readable").dirty
 }
 
 /// Carries the next job out. Returns whether there was one.
@@ -473,7 +473,7 @@ impl Model {
         self.job = None;
         self.flush = None;
         self.medium.restart(power_lost, &mut self.dice);
-        let marked = open(self.medium.clone(), 0, "v", "alpha", SIZE, 1).expect("readable").dirty;
+        let marked = open(self.medium.clone(), 0, "v", "alpha", SIZE).expect("readable").dirty;
         for grain in 0..self.seen[0].len() {
             let versions = [&self.seen[0], &self.seen[1], &self.kept[0], &self.kept[1]];
             let differs = versions.iter().any(|disk| disk[grain] != self.seen[0][grain]);

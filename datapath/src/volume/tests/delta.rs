@@ -14,14 +14,14 @@ pub(super) fn stored(size: u64) -> (Simulated, Record) {
     let medium = Simulated::default();
     let geometry = Geometry::new(size, crate::limits::DIRTY_GRAIN_LEN, 4 << 20, 64).expect("small");
     create(&medium, 0, &Superblock::fresh("v", "n", size, true), geometry, 3, false).expect("made");
-    let opened = open(medium.clone(), 0, "v", "n", size, 1).expect("readable");
+    let opened = open(medium.clone(), 0, "v", "n", size).expect("readable");
     let record = Record::of(opened).0;
     (medium, record)
 }
 
 /// What a daemon that died at this moment would find marked.
 pub(super) fn marked_after_a_crash(medium: &Simulated, size: u64) -> DirtyMap {
-    open(medium.clone(), 0, "v", "n", size, 1).expect("readable").dirty
+    open(medium.clone(), 0, "v", "n", size).expect("readable").dirty
 }
 
 fn large(size: u64, on_peer_loss: OnPeerLoss) -> Node {

@@ -175,11 +175,11 @@ fuzz_target!(|data: &[u8]| {
     let before = memory.0.lock().expect("one thread").clone();
     let _ = inspect::inspect(&memory, 0, 8);
     assert_eq!(*memory.0.lock().expect("one thread"), before, "a look changed something");
-    let Ok(mut opened) = open(memory.clone(), 0, "db", "alpha", SIZE, 9) else { return };
+    let Ok(mut opened) = open(memory.clone(), 0, "db", "alpha", SIZE) else { return };
     let dirty = opened.dirty.dirty_bytes();
     opened.recover().expect("memory does not fail");
     assert!(cycle_len(opened.activity.geometry()) < 32);
-    let again = open(memory, 0, "db", "alpha", SIZE, 9).expect("it opened before");
+    let again = open(memory, 0, "db", "alpha", SIZE).expect("it opened before");
     assert!(again.report.activity_damage.is_none(), "{:?}", again.report);
     assert_eq!(again.report.hot_extents, 0);
     assert!(again.dirty.dirty_bytes() >= dirty);

@@ -4,15 +4,16 @@
 //! not a whole block is filled up with zeros and given its right checksum, so that the search reaches the checks behind.
 #![no_main]
 
-use costandby_datapath::disk::superblock::{SUPERBLOCK_LEN, Superblock};
+use costandby_datapath::disk::metadata::header::Header;
+use costandby_datapath::disk::superblock::SUPERBLOCK_LEN;
 use libfuzzer_sys::fuzz_target;
 
 const CHECKSUM_LEN: usize = 4;
 
 fn decode(bytes: &[u8]) {
-    if let Ok((superblock, sequence)) = Superblock::decode(bytes) {
-        let again = Superblock::decode(&superblock.encode(sequence));
-        assert_eq!(again.as_ref(), Ok(&(superblock, sequence)), "changed by being stored");
+    if let Ok((header, sequence)) = Header::decode(bytes) {
+        let again = Header::decode(&Header::encode(&header.superblock, &header.shape, sequence));
+        assert_eq!(again.as_ref(), Ok(&(header, sequence)), "changed by being stored");
     }
 }
 

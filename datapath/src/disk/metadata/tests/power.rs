@@ -121,7 +121,7 @@ struct World {
 }
 
 fn reopen(medium: &Simulated) -> Opened<Simulated> {
-    open(medium.clone(), 0, "db", "alpha", EXTENTS * EXTENT, 1).expect("opens after any loss of power")
+    open(medium.clone(), 0, "db", "alpha", EXTENTS * EXTENT).expect("opens after any loss of power")
 }
 
 impl World {
@@ -350,7 +350,7 @@ impl World {
         }
         if let Some(steps) = self.cut_recovery.take() {
             self.medium.cut_after(steps);
-            let started = open(self.medium.clone(), 0, "db", "alpha", EXTENTS * EXTENT, 1);
+            let started = open(self.medium.clone(), 0, "db", "alpha", EXTENTS * EXTENT);
             let cut = started.map_or(true, |mut meta| meta.recover().is_err());
             self.medium.restart(cut, &mut self.dice);
         }
