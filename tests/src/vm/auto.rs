@@ -1,8 +1,8 @@
 //! The part of the rig inside a guest that has no RDMA device yet: a pair with `link = "auto"` begins over TCP, gets a
-//! device with `costandby soft-roce up`, and goes on over RDMA under load.
+//! device with `costandby soft-roce up`, leaves TCP, and goes on over RDMA under load.
 //!
-//! Invariants: the session is the same throughout (a lost one shows in the generation), no write fails, and both disks are
-//! equal in the end. A device in use is not taken away.
+//! Invariants: the session is the same throughout (a lost one shows in the generation), no write fails, the log says what the
+//! link is now and tells of no loss, and both disks are equal in the end. A device in use is not taken away.
 
 use crate::ledger::{Ledger, Writing};
 use crate::pair::{ALPHA, BETA, NODES, Pair, Settings, VolumeSettings};
@@ -58,6 +58,9 @@ pub fn run(netdev: &str) {
         let status = pair.wait_status(node, VOLUME, "over RDMA", |status| status.link == "rdma");
         assert!(began.elapsed() < scaled(FOUND_MAX), "{} took {:?}", NODES[node], began.elapsed());
         assert_eq!(status.link_note, None, "{status:?}");
+        let log = pair.log(node);
+        let said = log.lines().filter(|line| line.contains("the link is rdma")).count();
+        assert!(said == 1 && !log.contains("lost ") && !log.contains("goes on where"), "{log}");
     }
     println!("{}; in use after {:?}", up.stdout.trim(), began.elapsed());
     let packets = packets(netdev);
