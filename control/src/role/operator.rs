@@ -339,6 +339,8 @@ impl VolumeController {
         superblock.primary = true;
         superblock.clean = false;
         let epoch = superblock.epoch;
+        // The flush after the last session says nothing of what clients write from here on.
+        self.settling = false;
         // Going on from what it holds is the operator's word for it.
         self.lost_power = false;
         self.dirty = true;

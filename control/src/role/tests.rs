@@ -536,6 +536,18 @@ fn a_takeover_does_not_wait_for_the_disk_to_settle() {
 }
 
 #[test]
+fn a_shutdown_after_a_takeover_waits_for_what_clients_wrote_since() {
+    let mut one = One::new("beta", |_| {});
+    one.peer_serves = true;
+    one.connect();
+    one.on(lost(false));
+    reply(&one.command(promote(false))).expect("a clean prefix, if not a durable one yet");
+    assert!(one.on(Event::Shutdown).contains(&Action::Quiesce));
+    assert_eq!(one.on(Event::Settled), [], "the flush after the session began before the clients' writes");
+    assert!(one.on(Event::Quiesced).iter().any(|action| *action == Action::ShutdownComplete));
+}
+
+#[test]
 fn a_new_session_takes_over_from_one_that_has_not_settled() {
     let mut one = One::new("beta", |_| {});
     one.peer_serves = true;
