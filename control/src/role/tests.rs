@@ -544,7 +544,7 @@ fn a_shutdown_after_a_takeover_waits_for_what_clients_wrote_since() {
     reply(&one.command(promote(false))).expect("a clean prefix, if not a durable one yet");
     assert!(one.on(Event::Shutdown).contains(&Action::Quiesce));
     assert_eq!(one.on(Event::Settled), [], "the flush after the session began before the clients' writes");
-    assert!(one.on(Event::Quiesced).iter().any(|action| *action == Action::ShutdownComplete));
+    assert!(one.on(Event::Quiesced).contains(&Action::ShutdownComplete));
 }
 
 #[test]
