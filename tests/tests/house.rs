@@ -23,7 +23,7 @@ const PRINTING: [&str; 4] = ["print", "println", "eprint", "eprintln"];
 const STANDARD_OUTPUT: [&str; 1] = ["control/src/logging.rs"];
 
 /// Promises the specification makes.
-const PROMISES: usize = 13;
+const PROMISES: usize = 12;
 
 /// Which crates of this workspace each may depend on, tests and benches included.
 const IMPORTS: [(&str, &[&str]); 5] = [
@@ -388,30 +388,38 @@ fn test_exists(sources: &BTreeMap<String, String>, test: &str) -> bool {
     })
 }
 
-/// What is wrong with the specification: promises without a "Held by:", and tests named there that do not exist.
+/// What is wrong with the specification: promises that are missing, promises without a row in the table of tests, and tests
+/// named there that do not exist.
 fn specification_complaints(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut found = Vec::new();
-    let promises: Vec<&str> =
-        text.split("\n## ").skip(1).filter(|part| part.starts_with(char::is_numeric)).collect();
-    let numbers: Vec<&str> = promises.iter().filter_map(|part| Some(part.split_once('.')?.0)).collect();
+    let titles = text.split("\n## ").skip(1).filter(|part| part.starts_with(char::is_numeric));
+    let numbers: Vec<&str> = titles.filter_map(|part| Some(part.split_once('.')?.0)).collect();
     let expected: Vec<String> = (1..=PROMISES).map(|number| number.to_string()).collect();
     if numbers != expected {
         found.push(format!("the promises are numbered {numbers:?}, not 1 to {PROMISES}"));
     }
-    for promise in promises {
-        let title = promise.lines().next().unwrap_or_default();
-        let Some((_, held_by)) = promise.split_once("**Held by:**") else {
-            found.push(format!("\"{title}\" does not say what holds it"));
+    let mut without_test: BTreeSet<&str> = numbers.into_iter().collect();
+    let rows = text
+        .lines()
+        .filter(|line| line.strip_prefix("| ").is_some_and(|row| row.starts_with(char::is_numeric)));
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [number, _, test] = cells.as_slice() else {
+            found.push(format!("\"{row}\" has not three cells: promise, what, test"));
             continue;
         };
-        let named: BTreeSet<&str> = held_by.split('`').skip(1).step_by(2).collect();
-        if named.is_empty() && !has_word(held_by, "pending") {
-            found.push(format!("\"{title}\" names no test and does not say pending"));
-        }
-        for test in named.into_iter().filter(|test| !exists(test)) {
-            found.push(format!("\"{title}\" names {test}, which is no test"));
+        let named = test.strip_prefix('`').and_then(|test| test.strip_suffix('`'));
+        if !expected.iter().any(|promise| promise == number) {
+            found.push(format!("\"{row}\" names no promise"));
+        } else if *test == "pending" || named.is_some_and(&exists) {
+            without_test.remove(number);
+        } else {
+            found.push(format!("promise {number} names {test}, which is no test"));
         }
     }
+    found.extend(
+        without_test.iter().map(|number| format!("promise {number} has no row with a test or \"pending\"")),
+    );
     found
 }
 
@@ -612,17 +620,19 @@ fn an_import_against_the_stream_is_found() {
 
 #[test]
 fn a_promise_that_names_no_real_test_is_found() {
-    let promises = |last: &str| {
-        let kept: String =
-            (1..PROMISES).map(|n| format!("\n## {n}. Kept\n**Held by:** pending.\n")).collect();
-        format!("{kept}\n## {PROMISES}. Last\n{last}\n")
+    let titles: String = (1..=PROMISES).map(|n| format!("\n## {n}. Kept\nText.\n")).collect();
+    let kept: String = (1..PROMISES).map(|n| format!("| {n} | all of it | pending |\n")).collect();
+    let table = |last: &str| {
+        format!("{titles}\n## Tests\n| promise | what | test |\n| --- | --- | --- |\n{kept}{last}\n")
     };
     let check = |text: &str| specification_complaints(text, |test| test == "a::b").len();
-    assert_eq!(check(&promises("**Held by:** `a::b`")), 0);
-    assert_eq!(check(&promises("**Held by:** `a::c`")), 1, "no such test");
-    assert_eq!(check(&promises("**Held by:** hope")), 1, "neither test nor pending");
-    assert_eq!(check(&promises("")), 1, "not said");
-    assert_eq!(check("\n## 1. Alone\n**Held by:** pending\n"), 1, "promises missing");
+    assert_eq!(check(&table("| 12 | x | `a::b` |")), 0);
+    assert_eq!(check(&table("| 12 | x | `a::c` |")), 2, "no such test, and so none");
+    assert_eq!(check(&table("| 12 | x | hope |")), 2, "neither test nor pending");
+    assert_eq!(check(&table("| 12 | `a::b` |")), 2, "a cell is missing");
+    assert_eq!(check(&table("")), 1, "no row");
+    assert_eq!(check(&table("| 12 | x | `a::b` |\n| 13 | x | `a::b` |")), 1, "no such promise");
+    assert_eq!(check("\n## 1. Alone\n| 1 | x | pending |\n"), 1, "promises missing");
 }
 
 #[test]
