@@ -39,6 +39,7 @@ use std::time::Duration;
 
 mod apart;
 mod diskless;
+mod explain;
 mod operator;
 mod session;
 mod status;
