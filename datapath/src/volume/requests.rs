@@ -84,6 +84,7 @@ impl Volume {
             completed: false,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
