@@ -1,6 +1,6 @@
 //! What is on record about a disk besides its superblock: the activity log and the dirty map, and where they are stored.
 //!
-//! A [`Record`] goes into the reactor with its volume ([`crate::reactor::command::VolumeSpec`]); what it wants stored
+//! A [`Record`] goes into the reactor with its volume (`VolumeSpec`); what it wants stored
 //! ([`Record::next_job`]) is carried out on a thread of its own through a [`RecordStore`]. Sans-IO but for that name.
 //!
 //! ```text

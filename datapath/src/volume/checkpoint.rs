@@ -6,18 +6,16 @@
 //! Invariants: before control hears that a session has ended, all that the peer may lack is marked; a quiesce is reported
 //! only when both disks are flushed and the record is settled.
 
-use super::{Notice, Origin, RECORD_JOB, Request, Volume};
+use super::interface::{Event, Notice, Op, Origin};
+use super::{RECORD_JOB, Request, Volume};
 use crate::disk::record::{Round, Touched};
 use crate::disk::worker::Job;
 use crate::error::IoError;
 use crate::limits::IDLE_RETIRE_MS;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::reactor::command::Event;
 use crate::units::Token;
 use crate::wire::Kind;
 use std::time::{Duration, Instant};
-
-use super::requests::Op;
 
 /// How far a quiesce is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

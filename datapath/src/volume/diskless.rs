@@ -21,7 +21,8 @@
 //! survived: the loss of the peer as well, which ends the service.
 
 use super::checkpoint::Quiesce;
-use super::{Origin, Outgoing, Request, Volume};
+use super::interface::{Event, Notice, Origin};
+use super::{Outgoing, Request, Volume};
 use crate::access::Access;
 use crate::disk::image::DiskImage;
 use crate::disk::record::{Admit, Record, Touched};
@@ -31,10 +32,8 @@ use crate::limits::{
     READS_OWED_MAX, RESYNC_CHUNK_LEN,
 };
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::reactor::command::Event;
 use crate::transport::{DownReason, Link, Slot};
 use crate::units::{ByteRange, Epoch, Token};
-use crate::volume::Notice;
 use crate::wire::{Header, Kind, flags};
 use costandby_ffi::mapping::{Mapping, Span};
 use std::collections::VecDeque;

@@ -15,7 +15,6 @@ use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
 use crate::mirror::pace::{Landed, Pace};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
-use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
 use crate::transport::{Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::Kind;
@@ -26,16 +25,17 @@ use std::time::{Duration, Instant};
 
 mod checkpoint;
 mod diskless;
+pub mod interface;
 mod parting;
 mod requests;
 mod resync;
 mod session;
 mod verify;
 
-pub use requests::{Begin, NewRequest, Op};
-pub use verify::Verified;
+pub use interface::{Begin, NewRequest, Notice, Op, Origin, Verified};
 
 use checkpoint::{MarkedAllWaits, Quiesce};
+use interface::{Event, VolumeCounters, VolumeSpec};
 use resync::Telling;
 
 /// Token of the flush the pipeline asked for.
@@ -48,82 +48,6 @@ const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 const ACCESS_CHANGE: Token = Token(u64::MAX - 2);
 /// Token of the record's stores.
 const RECORD_JOB: Token = Token(u64::MAX - 3);
-
-/// Who made a request, and so who hears of its end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Origin {
-    /// An NBD connection of the reactor (index and serial) and its cookie.
-    Nbd {
-        /// Index of the connection.
-        connection: u32,
-        /// Tells it from an earlier one at the same index.
-        serial: u32,
-        /// The client's handle.
-        cookie: u64,
-    },
-    /// An in-process queue of the reactor.
-    Queue {
-        /// Index of the queue.
-        queue: u32,
-        /// Place of the operation in the queue's table.
-        slot: u32,
-    },
-    /// A step of the background copy number `serial`.
-    Resync {
-        /// Tells its steps from an earlier copy's.
-        serial: u64,
-    },
-    /// A flush for the background copy number `serial`.
-    ResyncFlush {
-        /// Tells it from an earlier copy's, which must not vouch for this one.
-        serial: u64,
-    },
-    /// A step of the verification number `serial`.
-    Verify {
-        /// Tells its steps from an earlier one's.
-        serial: u64,
-    },
-    /// The flush of the checkpoint number `serial`.
-    Checkpoint {
-        /// As the record numbered it.
-        serial: u64,
-    },
-    /// The flush that ends a quiesce.
-    Quiesce,
-    /// A client that is gone.
-    Nobody,
-}
-
-impl Origin {
-    /// A step that no client asked for.
-    fn is_background(self) -> bool {
-        matches!(self, Self::Resync { .. } | Self::Verify { .. })
-    }
-}
-
-/// What a front end gets to hear.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Notice {
-    /// A request that waited may go on, as after [`Begin::Go`].
-    Granted {
-        /// Whose.
-        origin: Origin,
-        /// Its token.
-        token: Token,
-    },
-    /// A request ended. Its token is void.
-    Done {
-        /// Whose.
-        origin: Origin,
-        /// How.
-        result: Result<(), IoError>,
-    },
-    /// A slow reader's reply stands in the way of a change: copy the rest of it out and unpin.
-    Unpin {
-        /// The token that pins.
-        token: Token,
-    },
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Request {

@@ -22,10 +22,10 @@
 //!   go alone with: when its clients have waited long enough, its service ends.
 //! - A session does not go on after this node broke its order itself: gave up a change, changed its role, lost its disk.
 
+use super::interface::{Before, Direction, Event, Parted};
 use super::{Outgoing, Volume};
 use crate::access::Access;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::reactor::command::{Before, Direction, Event, Parted};
 use crate::transport::DownReason;
 use crate::units::{Epoch, Seq};
 use std::time::{Duration, Instant};

@@ -1,56 +1,19 @@
 //! The front ends' side of a volume: admission, the record's word, landing.
 
 use super::checkpoint::Quiesce;
-use super::{Notice, Origin, Request, Volume};
+use super::interface::{Begin, NewRequest, Notice, Op, Origin};
+use super::{Request, Volume};
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::record::Admit;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::units::{ByteRange, Token};
+use crate::units::Token;
 use crate::wire::{Kind, flags};
 
 /// Longest range zeroed in place by the reactor itself; beyond it a worker thread does it. 64 KiB takes a few
 /// microseconds, less than the hand-over.
 const ZERO_IN_PLACE_LEN_MAX: u64 = 64 << 10;
-
-/// What a request does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Op {
-    /// Look at the range.
-    Read,
-    /// Change it: `Write`, `WriteZeroes` or `Trim`.
-    Change(Kind),
-    /// Everything acknowledged before is to be on stable storage.
-    Flush,
-}
-
-/// A checked request of a front end: its range fits the volume and is not empty (but for a flush).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NewRequest {
-    /// Who hears of it.
-    pub origin: Origin,
-    /// What.
-    pub op: Op,
-    /// Where.
-    pub range: ByteRange,
-    /// Complete only when durable on every in-sync replica.
-    pub fua: bool,
-}
-
-/// Answer to [`Volume::begin`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Begin {
-    /// Read: the range may be read now; end with [`Volume::read_done`]. Write: put the payload into the range, then
-    /// call [`Volume::landed`]. Other: nothing to do but wait for the notice.
-    Go(Token),
-    /// A [`Notice::Granted`] follows, to be treated as `Go`.
-    Waits(Token),
-    /// No room; try again after the next completion and take no further requests until then.
-    Full,
-    /// Refused at once; no notice follows.
-    Failed(IoError),
-}
 
 impl Volume {
     /// Starts a request.

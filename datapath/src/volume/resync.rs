@@ -10,7 +10,8 @@
 //!
 //! Survives a peer that tells ranges outside the volume, backwards, unasked or without end: its session ends.
 
-use super::{Origin, Outgoing, Request, Volume};
+use super::interface::{Event, Op, Origin};
+use super::{Outgoing, Request, Volume};
 use crate::disk::dirty_map::DirtyMap;
 use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
@@ -22,13 +23,10 @@ use crate::limits::{
 use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
-use crate::reactor::command::Event;
 use crate::transport::Link;
 use crate::units::{ByteRange, Epoch};
 use crate::wire::{Header, Kind, flags};
 use std::time::Instant;
-
-use super::requests::Op;
 
 /// Grains that one message with a mask stands for.
 const MASK_GRAINS: u64 = 64;

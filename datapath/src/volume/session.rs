@@ -1,6 +1,7 @@
 //! The link's side of a volume: sessions, what the peer posts, and what we post.
 
 use super::diskless::{Diskless, post_reply};
+use super::interface::{Before, Direction, Event};
 use super::parting::{LinkEnd, Parting};
 use super::resync::{Telling, Told};
 use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
@@ -12,7 +13,6 @@ use crate::error::Violation;
 use crate::limits::{PEER_ANSWER_S_MAX, RESYNC_READ_AHEAD_LEN, STALLED_PEER_TIMEOUTS, TURN_MS_MAX};
 use crate::mirror::pipeline::{Change, Event as PipelineEvent};
 use crate::mirror::resync::Resync;
-use crate::reactor::command::{Before, Direction, Event};
 use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind, flags};

@@ -1,11 +1,11 @@
 //! Two volumes joined by a loopback link in one thread: what clients are told, what both disks hold, and that nothing
 //! is left behind. Random runs are in `tests/random.rs`.
 
+use super::interface::{Before, Direction};
 use super::*;
 use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
-use crate::reactor::command::{Before, Direction};
 use crate::transport::loopback;
 use crate::transport::{DownReason, Link};
 use crate::units::{AckLevel, OnPeerLoss};

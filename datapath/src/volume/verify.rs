@@ -6,29 +6,18 @@
 //! stay, and the next session copies them.
 
 use super::checkpoint::Quiesce;
-use super::{Origin, Request, Volume};
+use super::interface::{Event, Origin, Verified};
+use super::{Request, Volume};
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
 use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::verify::{Findings, Verify};
-use crate::reactor::command::Event;
 use crate::units::ByteRange;
 use crate::wire::{Kind, flags};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-
-/// What became of a verification.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Verified {
-    /// What it compared, and what differed.
-    pub findings: Findings,
-    /// What differed is equal now, and durable on both nodes.
-    pub repaired: bool,
-    /// Why it did not come to its end, or could not begin.
-    pub unfinished: Option<String>,
-}
 
 /// One that is under way.
 #[derive(Debug)]
