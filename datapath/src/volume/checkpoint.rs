@@ -7,7 +7,8 @@
 //! only when both disks are flushed and the record is settled.
 
 use super::interface::{Event, Notice, Op, Origin};
-use super::{RECORD_JOB, Request, Volume};
+use super::request_table::Request;
+use super::{RECORD_JOB, Volume};
 use crate::disk::record::{Round, Touched};
 use crate::disk::worker::Job;
 use crate::error::IoError;
@@ -77,7 +78,7 @@ impl Volume {
 
     /// A change that was parked may be made.
     pub(super) fn unpark(&mut self, token: Token, touched: Touched) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         request.touched = Some(touched);
         let (origin, op) = (request.origin, request.op);
         self.make(token);
@@ -88,7 +89,7 @@ impl Volume {
 
     pub(super) fn begin_checkpoint(&mut self) {
         if let Some(serial) = self.record.begin_checkpoint() {
-            let token = self.add_request(Request::flush(Origin::Checkpoint { serial }));
+            let token = self.requests.add(Request::flush(Origin::Checkpoint { serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
@@ -115,10 +116,7 @@ impl Volume {
         record.session_ended(durable);
         self.riding = None;
         self.map_round = None;
-        for request in self.requests.iter_mut().flatten() {
-            // How long it will have taken is the peer's absence.
-            request.landed_at = None;
-        }
+        self.requests.forget_landing_times();
     }
 
     /// We begin to apply the peer's changes: what we wrote ourselves is accounted for by marks alone from here.
@@ -131,7 +129,7 @@ impl Volume {
     /// Ends a change that was let through and is given up: some of its bytes may have changed here, and the peer hears
     /// of none.
     pub(super) fn give_up_change(&mut self, token: Token, error: IoError) {
-        let request = *self.request_mut(token);
+        let request = *self.requests.get(token);
         if let Some(touched) = request.touched {
             self.record.mark(request.range);
             self.record.written(token, request.range, touched);
@@ -162,16 +160,16 @@ impl Volume {
         match self.quiesce {
             Quiesce::No | Quiesce::Flushing => {}
             Quiesce::Draining => {
-                if self.receiving == 0
+                if !self.requests.is_making()
                     && self.pipeline.in_flight() == 0
-                    && self.inflight.waiting_len() == 0
+                    && !self.requests.has_waiting()
                     && self.record.parked_len() == 0
                     && !self.diskless.is_fetching()
                     && !self.record.in_checkpoint()
                 {
                     self.quiesce = Quiesce::Flushing;
                     self.serving = false;
-                    let token = self.add_request(Request::flush(Origin::Quiesce));
+                    let token = self.requests.add(Request::flush(Origin::Quiesce));
                     if self.record.can_checkpoint() {
                         self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
                     }

@@ -22,7 +22,8 @@
 
 use super::checkpoint::Quiesce;
 use super::interface::{Event, Notice, Origin};
-use super::{Outgoing, Request, Volume};
+use super::request_table::Request;
+use super::{Outgoing, Volume};
 use crate::access::Access;
 use crate::disk::image::DiskImage;
 use crate::disk::record::{Admit, Record, Touched};
@@ -145,7 +146,7 @@ impl Volume {
         if self.diskless.state == State::Sound {
             self.diskless.state = State::Failing;
             self.end_verify("the local disk failed");
-            self.inflight.hold();
+            self.requests.hold();
             self.pipeline_event(PipelineEvent::LocalFailing);
             tracing::warn!(volume = %self.name, error, "the disk failed; requests are held until the peer knows");
             self.events.push(Event::DiskFailing { volume: self.index, error: error.to_owned() });
@@ -185,14 +186,14 @@ impl Volume {
             return self.disk_lost("and the peer did not take it on record in time");
         }
         // Replies under way are made of the disk's memory: what is left of them is copied out.
-        for (_, token) in self.inflight.pinned() {
+        for token in self.requests.pinned() {
             self.notices.push(Notice::Unpin { token });
         }
         let posts_left = self.outbox.iter().any(|outgoing| matches!(outgoing, Outgoing::Post(..)));
         let in_use = self.workers.are_busy()
             || !self.pipeline.all_released()
             || posts_left
-            || self.inflight.pinned().next().is_some();
+            || self.requests.pinned().next().is_some();
         if self.diskless.state == State::Agreed && !in_use {
             self.replace_disk();
         }
@@ -201,11 +202,11 @@ impl Volume {
     /// The sole user of the mapping is this thread now: no worker has a job, no link a frame, no front end a reply.
     fn replace_disk(&mut self) {
         // Payloads that are still arriving; the others' clients have yet to be let go on.
-        let arriving: Vec<_> = self.inflight.locked().map(|(_, token)| token).collect();
+        let arriving: Vec<_> = self.requests.locked().map(|(_, token)| token).collect();
         let keep: Vec<_> = arriving
             .iter()
             .map(|token| {
-                let request = self.request_mut(*token);
+                let request = self.requests.get(*token);
                 ByteRange::new(request.range.start, request.received)
             })
             .collect();
@@ -214,7 +215,7 @@ impl Volume {
             Err(error) => return self.disk_lost(&error.to_string()),
         };
         for (token, lost) in arriving.into_iter().zip(lost) {
-            let request = self.request_mut(token);
+            let request = self.requests.get_mut(token);
             request.lost |= lost && request.received > 0;
             let range = request.range;
             self.left_behind(range);
@@ -229,7 +230,7 @@ impl Volume {
         for (token, touched) in unparked {
             self.unpark(token, touched);
         }
-        self.inflight.resume(&mut self.granted);
+        self.requests.resume();
     }
 
     /// What was on record about the disk went with it: a record that is stored nowhere, and holds up nothing, takes its
@@ -237,16 +238,16 @@ impl Volume {
     fn replace_record(&mut self) -> Option<Vec<(Token, Touched)>> {
         let mut record = Record::in_memory(self.disk.size());
         record.session_began();
-        let let_through: Vec<_> = self.inflight.locked().collect();
+        let let_through: Vec<_> = self.requests.locked().collect();
         for (range, token) in let_through {
-            if self.request_mut(token).touched.is_some() {
+            if self.requests.get(token).touched.is_some() {
                 let Admit::Go(touched) = record.touch(token, range) else { return None };
-                self.request_mut(token).touched = Some(touched);
+                self.requests.get_mut(token).touched = Some(touched);
             }
         }
         let mut unparked = Vec::new();
         for token in self.record.parked() {
-            if let Admit::Go(touched) = record.touch(token, self.request_mut(token).range) {
+            if let Admit::Go(touched) = record.touch(token, self.requests.get(token).range) {
                 unparked.push((token, touched));
             }
         }
@@ -263,7 +264,7 @@ impl Volume {
         if self.diskless.is_active() {
             self.disk.fail();
             self.diskless.state = State::Sound;
-            self.inflight.resume(&mut self.granted);
+            self.requests.resume();
         }
     }
 
@@ -278,7 +279,7 @@ impl Volume {
 
     /// Asks the peer for a read's bytes, whose range is pinned.
     pub(super) fn fetch(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
+        let range = self.requests.get(token).range;
         self.diskless.fetches_begun += 1;
         let id = self.diskless.fetches_begun;
         self.diskless.fetches.push_back(Fetch { id, token, range, got: 0, asked: false });
@@ -302,7 +303,7 @@ impl Volume {
     pub(super) fn cancel_fetches(&mut self, cancelled: &mut Vec<Token>) {
         let fetches = std::mem::take(&mut self.diskless.fetches);
         for fetch in fetches {
-            self.inflight.unpin(fetch.token, &mut self.granted);
+            self.requests.unpin(fetch.token);
             cancelled.push(fetch.token);
         }
     }
@@ -335,7 +336,7 @@ impl Volume {
         if let Some(token) = token {
             self.diskless.fetches.pop_front();
             self.counters.reads_fetched.fetch_add(1, Ordering::Relaxed);
-            match self.request_mut(token).origin {
+            match self.requests.get(token).origin {
                 Origin::Nobody => self.read_done(token),
                 origin => self.notices.push(Notice::Granted { origin, token }),
             }
@@ -384,7 +385,7 @@ impl Volume {
             let page = self.disk.mapping().page_len() as u64;
             let start = oldest.start / page * page;
             let pages = ByteRange::new(start, oldest.end().next_multiple_of(page) - start);
-            if self.inflight.is_in_use(pages) {
+            if self.requests.is_in_use(pages) {
                 self.diskless.used.push_back(oldest);
             } else {
                 self.diskless.used_len -= oldest.len;

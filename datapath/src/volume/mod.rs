@@ -7,12 +7,11 @@
 
 use crate::access::Access;
 use crate::disk::image::DiskImage;
-use crate::disk::inflight::Inflight;
-use crate::disk::record::{Record, Round, Touched};
+use crate::disk::record::{Record, Round};
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
-use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
-use crate::mirror::pace::{Landed, Pace};
+use crate::limits::{CLIENTS_BUSY_MS, WINDOW_LEN};
+use crate::mirror::pace::Pace;
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
 use crate::transport::{Link, LinkEvent, Slot};
@@ -27,6 +26,7 @@ mod checkpoint;
 mod diskless;
 pub mod interface;
 mod parting;
+mod request_table;
 mod requests;
 mod resync;
 mod session;
@@ -36,6 +36,7 @@ pub use interface::{Begin, NewRequest, Notice, Op, Origin, Verified};
 
 use checkpoint::{MarkedAllWaits, Quiesce};
 use interface::{Event, VolumeCounters, VolumeSpec};
+use request_table::RequestTable;
 use resync::Telling;
 
 /// Token of the flush the pipeline asked for.
@@ -48,29 +49,6 @@ const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 const ACCESS_CHANGE: Token = Token(u64::MAX - 2);
 /// Token of the record's stores.
 const RECORD_JOB: Token = Token(u64::MAX - 3);
-
-#[derive(Clone, Copy, Debug)]
-struct Request {
-    origin: Origin,
-    op: Op,
-    range: ByteRange,
-    flags: u8,
-    /// Holds its range lock.
-    locked: bool,
-    /// How the record let it through.
-    touched: Option<Touched>,
-    /// The pipeline has it.
-    landed: bool,
-    completed: bool,
-    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
-    received: u64,
-    /// Its bytes were lost with the disk.
-    lost: bool,
-    /// A comparison, and the peer says that its bytes are others.
-    differs: bool,
-    /// When a client's change landed.
-    landed_at: Option<Landed>,
-}
 
 #[derive(Clone, Copy, Debug)]
 enum Outgoing {
@@ -109,11 +87,7 @@ pub struct Volume {
     copy_paused: bool,
     refusal: String,
 
-    requests: Vec<Option<Request>>,
-    requests_free: Vec<usize>,
-    receiving: usize,
-    inflight: Inflight,
-    granted: Vec<Token>,
+    requests: RequestTable,
     pipeline: Pipeline,
     actions: Vec<Action>,
     /// A copy asks the peer first whether its bytes are others.
@@ -204,11 +178,7 @@ impl Volume {
             serving: false,
             quiesce: Quiesce::No,
             copy_paused: false,
-            requests: Vec::with_capacity(WINDOW_LEN),
-            requests_free: Vec::with_capacity(WINDOW_LEN),
-            receiving: 0,
-            inflight: Inflight::new(WINDOW_LEN, WAITERS_LEN),
-            granted: Vec::with_capacity(WINDOW_LEN),
+            requests: RequestTable::new(),
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
             checksum_first: spec.checksum_first,
@@ -293,10 +263,8 @@ impl Volume {
         self.serving = true;
         self.quiesce = Quiesce::No;
         self.copy_paused = false;
-        for request in self.requests.iter_mut().flatten().filter(|r| r.origin == Origin::Quiesce) {
-            // Its flush may end long after: that must not vouch for the next quiesce.
-            request.origin = Origin::Nobody;
-        }
+        // Its flush may end long after: that must not vouch for the next quiesce.
+        self.requests.disown(Origin::Quiesce);
     }
 
     /// Sets what clients are told while they are turned away.
@@ -401,7 +369,7 @@ impl Volume {
         self.pump_detach(now);
         self.ask_if_parted_long(now);
         self.serve_granted();
-        if let Some(token) = self.inflight.pin_in_the_way() {
+        if let Some(token) = self.requests.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
         }
         if std::mem::take(&mut self.client_came) {
@@ -471,9 +439,8 @@ impl Volume {
     }
 
     fn released(&mut self, change: Change) {
-        self.inflight.release(change.token, change.range.start, &mut self.granted);
-        let request = self.request_mut(change.token);
-        request.locked = false;
+        self.requests.unlock(change.token);
+        let request = self.requests.get_mut(change.token);
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
@@ -489,7 +456,7 @@ impl Volume {
             self.step_compared(serial, change.range, equal);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
             if !completed && !self.source {
-                self.drop_request(change.token);
+                self.requests.remove(change.token);
                 return;
             }
         }
@@ -497,22 +464,22 @@ impl Volume {
             self.resync_step_released(serial, change.kind, change.range, !equal);
             // A step that a session's end cut off is never completed.
             if !completed && self.resync.is_none() {
-                self.drop_request(change.token);
+                self.requests.remove(change.token);
                 return;
             }
         }
         if completed {
-            self.drop_request(change.token);
+            self.requests.remove(change.token);
         }
     }
 
     fn completed(&mut self, token: Token) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         request.completed = true;
         let (origin, locked, op) = (request.origin, request.locked, request.op);
         let result = if request.lost { Err(IoError::DiskFailed) } else { Ok(()) };
         if !locked {
-            self.drop_request(token);
+            self.requests.remove(token);
         }
         if matches!(op, Op::Change(_)) && !origin.is_background() {
             self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
@@ -570,87 +537,31 @@ impl Volume {
             if change.kind != Kind::Verify {
                 self.record.mark(change.range);
             }
-            self.inflight.release(change.token, change.range.start, &mut self.granted);
-            let request = self.request_mut(change.token);
-            request.locked = false;
+            self.requests.unlock(change.token);
+            let request = self.requests.get_mut(change.token);
             let (touched, completed) = (request.touched.take(), request.completed);
             if let Some(touched) = touched {
                 self.record.written(change.token, change.range, touched);
             }
             if completed {
-                self.drop_request(change.token);
+                self.requests.remove(change.token);
             }
         }
-        self.inflight.cancel_all(&mut tokens);
+        self.requests.take_back_waiting(&mut tokens);
         self.cancel_fetches(&mut tokens);
         for token in tokens {
             self.fail(token, error);
         }
-        let granted = std::mem::take(&mut self.granted);
-        for token in granted {
-            let request = *self.request_mut(token);
-            if matches!(request.op, Op::Change(_)) {
-                self.inflight.release(token, request.range.start, &mut self.granted);
-            } else {
-                self.inflight.unpin(token, &mut self.granted);
-            }
+        while let Some(token) = self.requests.take_back_granted() {
             self.fail(token, error);
         }
     }
 
     fn fail(&mut self, token: Token, error: IoError) {
-        let origin = self.drop_request(token).origin;
+        let origin = self.requests.remove(token).origin;
         if matches!(origin, Origin::Nbd { .. } | Origin::Queue { .. }) {
             self.notices.push(Notice::Done { origin, result: Err(error) });
         }
-    }
-
-    fn add_request(&mut self, request: Request) -> Token {
-        let at = self.requests_free.pop().unwrap_or_else(|| {
-            self.requests.push(None);
-            self.requests.len() - 1
-        });
-        self.requests[at] = Some(request);
-        Token(at as u64)
-    }
-
-    fn request_mut(&mut self, token: Token) -> &mut Request {
-        let at = usize::try_from(token.0).expect("a token is an index");
-        self.requests[at].as_mut().unwrap_or_else(|| panic!("{token:?} names no request"))
-    }
-
-    fn drop_request(&mut self, token: Token) -> Request {
-        let at = usize::try_from(token.0).expect("a token is an index");
-        self.requests_free.push(at);
-        self.requests[at].take().unwrap_or_else(|| panic!("{token:?} names no request"))
-    }
-}
-
-impl Request {
-    fn flush(origin: Origin) -> Self {
-        Self {
-            origin,
-            op: Op::Flush,
-            range: ByteRange::new(0, 0),
-            flags: 0,
-            locked: false,
-            touched: None,
-            landed: true,
-            completed: false,
-            received: 0,
-            lost: false,
-            differs: false,
-            landed_at: None,
-        }
-    }
-
-    fn change_of(origin: Origin, kind: Kind, range: ByteRange, flags: u8) -> Self {
-        let op = Op::Change(kind);
-        Self { op, range, flags, landed: false, ..Self::flush(origin) }
-    }
-
-    fn change(&self, token: Token, kind: Kind) -> Change {
-        Change { token, kind, range: self.range, flags: self.flags }
     }
 }
 

@@ -87,10 +87,7 @@ impl Volume {
             access
         });
         if self.source {
-            for request in self.requests.iter_mut().flatten() {
-                // How long it will have taken is the peer's absence.
-                request.landed_at = None;
-            }
+            self.requests.forget_landing_times();
             self.pipeline_event(PipelineEvent::SessionParted);
         }
         let waits = self.pipeline.waits_for_parted() || self.diskless.is_fetching();
@@ -223,7 +220,7 @@ impl Volume {
         let untold: Vec<_> = self.pipeline.comparisons_upto(applied).collect();
         for token in untold {
             // What the peer found was lost with the link: as if it differed.
-            self.request_mut(token).differs = true;
+            self.requests.get_mut(token).differs = true;
         }
         if let Some(resync) = &mut self.resync
             && resync.goes_on()

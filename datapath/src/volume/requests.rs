@@ -1,9 +1,10 @@
 //! The front ends' side of a volume: admission, the record's word, landing.
 
+use super::Volume;
 use super::checkpoint::Quiesce;
 use super::interface::{Begin, NewRequest, Notice, Op, Origin};
-use super::{Request, Volume};
-use crate::disk::inflight::{Access, Admission};
+use super::request_table::Request;
+use crate::disk::inflight::Admission;
 use crate::disk::record::Admit;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
@@ -29,69 +30,48 @@ impl Volume {
         }
         self.client_came = true;
         if new.op == Op::Flush {
-            let token = self.add_request(Request::flush(new.origin));
+            let token = self.requests.add(Request::flush(new.origin));
             self.ride_on_flush(token);
             self.pipeline_event(PipelineEvent::Flush(token));
             return Begin::Go(token);
         }
         assert!(new.range.len > 0 && new.range.fits(self.disk.size()), "front ends check ranges");
-        let access = if new.op == Op::Read { Access::Read } else { Access::Change };
-        let token = self.add_request(Request {
-            origin: new.origin,
-            op: new.op,
-            range: new.range,
-            flags: if new.fua { flags::FUA } else { 0 },
-            locked: false,
-            touched: None,
-            landed: false,
-            completed: false,
-            received: 0,
-            lost: false,
-            differs: false,
-            landed_at: None,
-        });
-        match self.inflight.request(token, new.range, access) {
+        let flags = if new.fua { flags::FUA } else { 0 };
+        let token = self.requests.add(Request::of(new.origin, new.op, new.range, flags));
+        match self.requests.lock(token) {
             Admission::Granted if new.op == Op::Read && self.reads_from_peer() => {
-                self.inflight.pin(token, new.range);
+                self.requests.pin(token);
                 self.fetch(token);
                 Begin::Waits(token)
             }
             Admission::Granted if self.start(token) => Begin::Go(token),
             Admission::Granted => Begin::Waits(token),
             Admission::Waits => Begin::Waits(token),
-            Admission::Full => {
-                self.drop_request(token);
-                Begin::Full
-            }
+            Admission::Full => Begin::Full,
         }
     }
 
     /// A read's bytes are out of the mapping.
     pub fn read_done(&mut self, token: Token) {
-        if self.inflight.has_pin(token) {
-            self.inflight.unpin(token, &mut self.granted);
-        }
-        let request = self.drop_request(token);
-        self.passed_through(request.range);
+        let range = self.requests.end_read(token);
+        self.passed_through(range);
     }
 
     /// A read was granted, but its client takes no replies now: let the changes that want the range go first. Another
     /// [`Notice::Granted`] follows.
     pub fn put_back(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
-        self.inflight.put_back(token, range, &mut self.granted);
+        let range = self.requests.put_back(token);
         self.passed_through(range);
     }
 
     /// So many bytes of a write's payload are in place, and more are to come.
     pub fn received(&mut self, token: Token, bytes: usize) {
-        self.request_mut(token).received = bytes as u64;
+        self.requests.get_mut(token).received = bytes as u64;
     }
 
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
     pub fn pin(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
-        self.inflight.pin(token, range);
+        self.requests.pin(token);
     }
 
     /// The pinned bytes are out (or copied). Ends the read as well.
@@ -101,10 +81,10 @@ impl Volume {
 
     /// The payload of a write stands in the mapping: mirror it.
     pub fn landed(&mut self, token: Token) {
-        self.receiving -= 1;
+        self.requests.making_ends();
         if !self.serving {
             self.give_up_change(token, IoError::NotPrimary);
-        } else if self.request_mut(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
+        } else if self.requests.get(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
             self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
@@ -114,13 +94,13 @@ impl Volume {
     /// The client went away in mid-payload. Part of the range may have changed here, so the range as it stands now is
     /// mirrored like any write: both disks stay equal, and nobody is told. Without a disk to stand in it is given up.
     pub fn landed_in_part(&mut self, token: Token) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         request.origin = Origin::Nobody;
         let range = request.range;
         // Asked first: who goes on without a disk keeps the session.
         if (self.disk.is_failed() && self.outlives_failure()) || self.disk.is_detached() {
             // What did not arrive reads as nobody knows what here; the peer has the right bytes.
-            self.receiving -= 1;
+            self.requests.making_ends();
             self.give_up_change(token, IoError::DiskFailed);
             self.passed_through(range);
         } else {
@@ -132,41 +112,28 @@ impl Volume {
     pub fn cancel_waiting(&mut self, token: Token) {
         if self.is_fetching(token) {
             // The peer answers all the same, and nobody may change the range before.
-            self.request_mut(token).origin = Origin::Nobody;
+            self.requests.get_mut(token).origin = Origin::Nobody;
             return;
         }
         if self.record.give_up(token) {
-            let start = self.request_mut(token).range.start;
-            self.inflight.release(token, start, &mut self.granted);
-            self.drop_request(token);
-            return;
-        }
-        self.inflight.cancel(token, &mut self.granted);
-        // It may have been granted in this very turn.
-        if let Some(at) = self.granted.iter().position(|t| *t == token) {
-            self.granted.remove(at);
-            let request = *self.request_mut(token);
-            if matches!(request.op, Op::Change(_)) {
-                self.inflight.release(token, request.range.start, &mut self.granted);
-            }
-        } else if self.request_mut(token).locked {
-            // Its turn has come, and the news is on its way.
+            self.requests.unlock(token);
+            self.requests.remove(token);
+        } else if self.requests.take_back(token) {
+            self.read_done(token);
+        } else {
             self.landed_in_part(token);
-            return;
         }
-        self.read_done(token);
     }
 
     pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {
-        let start = self.request_mut(token).range.start;
-        self.inflight.release(token, start, &mut self.granted);
+        self.requests.unlock(token);
         self.fail(token, error);
     }
 
     fn hand_over(&mut self, token: Token) {
         let has_peer = self.source;
         let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         request.landed = true;
         // One that waits for no peer says nothing about what clients bear.
         if has_peer && !request.origin.is_background() {
@@ -179,7 +146,7 @@ impl Volume {
 
     /// The range is ours: do what needs no client. False when the change is parked until it is on record.
     pub(super) fn start(&mut self, token: Token) -> bool {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         let (range, op, origin) = (request.range, request.op, request.origin);
         if !matches!(op, Op::Change(_)) {
             return true;
@@ -191,7 +158,7 @@ impl Volume {
         }
         match self.record.touch(token, range) {
             Admit::Go(touched) => {
-                self.request_mut(token).touched = Some(touched);
+                self.requests.get_mut(token).touched = Some(touched);
                 self.make(token);
                 true
             }
@@ -201,9 +168,9 @@ impl Volume {
 
     /// The change may be made: makes it, but for a write, whose bytes the client brings.
     pub(super) fn make(&mut self, token: Token) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         let (range, op) = (request.range, request.op);
-        self.receiving += 1;
+        self.requests.making_begins();
         match op {
             Op::Change(Kind::Write) => {}
             Op::Change(_) if self.disk.is_detached() => self.landed(token),
@@ -221,7 +188,7 @@ impl Volume {
 
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
         if failed && !self.outlives_failure() {
-            self.receiving -= 1;
+            self.requests.making_ends();
             self.give_up_change(token, IoError::DiskFailed);
         } else {
             // The peer can do it all the same: nothing of it comes from this disk.
@@ -230,34 +197,27 @@ impl Volume {
     }
 
     pub(super) fn serve_granted(&mut self) {
-        while !self.granted.is_empty() {
-            let mut granted = std::mem::take(&mut self.granted);
-            for token in granted.drain(..) {
-                let request = *self.request_mut(token);
-                let holds = match request.origin {
-                    Origin::Resync { serial } => self.resync_step_holds(serial, &request),
-                    Origin::Verify { serial } => self.verify_step_counts(serial),
-                    _ => true,
-                };
-                if !holds {
-                    self.inflight.release(token, request.range.start, &mut self.granted);
-                    self.drop_request(token);
-                    continue;
-                }
-                if request.op == Op::Read && self.reads_from_peer() {
-                    self.fetch(token);
-                    continue;
-                }
-                if self.start(token)
-                    && matches!(request.op, Op::Read | Op::Change(Kind::Write))
-                    && !request.origin.is_background()
-                {
-                    self.notices.push(Notice::Granted { origin: request.origin, token });
-                }
+        while let Some(token) = self.requests.next_granted() {
+            let request = *self.requests.get(token);
+            let holds = match request.origin {
+                Origin::Resync { serial } => self.resync_step_holds(serial, &request),
+                Origin::Verify { serial } => self.verify_step_counts(serial),
+                _ => true,
+            };
+            if !holds {
+                self.requests.unlock(token);
+                self.requests.remove(token);
+                continue;
             }
-            if self.granted.is_empty() {
-                self.granted = granted;
-                return;
+            if request.op == Op::Read && self.reads_from_peer() {
+                self.fetch(token);
+                continue;
+            }
+            if self.start(token)
+                && matches!(request.op, Op::Read | Op::Change(Kind::Write))
+                && !request.origin.is_background()
+            {
+                self.notices.push(Notice::Granted { origin: request.origin, token });
             }
         }
     }

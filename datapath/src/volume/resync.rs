@@ -11,10 +11,11 @@
 //! Survives a peer that tells ranges outside the volume, backwards, unasked or without end: its session ends.
 
 use super::interface::{Event, Op, Origin};
-use super::{Outgoing, Request, Volume};
+use super::request_table::Request;
+use super::{Outgoing, Volume};
 use crate::disk::dirty_map::DirtyMap;
 use crate::disk::image::Extent;
-use crate::disk::inflight::{Access, Admission};
+use crate::disk::inflight::Admission;
 use crate::error::Violation;
 use crate::limits::{
     DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_CHUNK_LEN,
@@ -217,7 +218,7 @@ impl Volume {
         if let Some(resync) = &mut self.resync
             && resync.take_flush(&self.record.dirty, now)
         {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
+            let token = self.requests.add(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
@@ -252,15 +253,14 @@ impl Volume {
                 self.disk.read_ahead(ahead);
             }
             let origin = Origin::Resync { serial: self.resync_serial };
-            let token = self.add_request(Request::change_of(origin, kind, range, flags::RESYNC));
-            match self.inflight.request(token, range, Access::Change) {
+            let token = self.requests.add(Request::of(origin, Op::Change(kind), range, flags::RESYNC));
+            match self.requests.lock(token) {
                 Admission::Granted => {
                     self.start(token);
                 }
                 Admission::Waits => {}
                 // The table is full of clients' requests: copy on when there is room.
                 Admission::Full => {
-                    self.drop_request(token);
                     self.pace.step_ended();
                     let resync = self.resync.as_mut().expect("checked above");
                     resync.untake(range, wanted.differs);

@@ -3,8 +3,9 @@
 use super::diskless::{Diskless, post_reply};
 use super::interface::{Before, Direction, Event};
 use super::parting::{LinkEnd, Parting};
+use super::request_table::Request;
 use super::resync::{Telling, Told};
-use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, Request, SETTLE_FLUSH_BASE, Volume};
+use super::{ACCESS_CHANGE, ACCESS_FLUSH_BASE, Outgoing, SETTLE_FLUSH_BASE, Volume};
 use crate::access::Access;
 use crate::disk::digest::Digest;
 use crate::disk::image::DiskImage;
@@ -84,7 +85,7 @@ impl Volume {
             self.end_session("the roles changed while changes were still being applied");
             return;
         }
-        if matches!(direction, Direction::Target { .. }) && self.receiving > 0 {
+        if matches!(direction, Direction::Target { .. }) && self.requests.is_making() {
             // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
             self.target_refused = true;
             self.end_session("changes of the role before are still being made");
@@ -473,8 +474,7 @@ impl Volume {
         while let Some(outgoing) = self.outbox.front_mut() {
             let posted = match outgoing {
                 Outgoing::Post(seq, change) => {
-                    let at = usize::try_from(change.token.0).expect("a token is an index");
-                    let request = self.requests[at].as_mut().expect("what is posted is a request");
+                    let request = self.requests.get_mut(change.token);
                     let diskless = outlives.then_some(&mut self.diskless);
                     let background = change.flags & flags::RESYNC != 0;
                     let began = background.then(Instant::now);
@@ -569,7 +569,7 @@ impl Volume {
     fn differs(&mut self, header: &Header) -> Result<(), Violation> {
         let (seq, range) = (header.seq, header.range);
         let token = self.pipeline.comparison(seq, range).ok_or(Violation::Differs { seq, range })?;
-        self.request_mut(token).differs = true;
+        self.requests.get_mut(token).differs = true;
         Ok(())
     }
 }

@@ -120,11 +120,8 @@ impl Node {
 
     fn assert_nothing_left(&self) {
         let v = &self.volume;
-        let open: Vec<_> = v.requests.iter().flatten().collect();
-        assert!(open.is_empty(), "requests left: {open:?}");
-        assert_eq!(v.requests_free.len(), v.requests.len(), "a place was freed twice or never");
-        assert_eq!((v.inflight.locked_len(), v.inflight.waiting_len(), v.granted.len()), (0, 0, 0));
-        assert_eq!((v.pipeline.in_flight(), v.receiving, v.outbox.len()), (0, 0, 0));
+        v.requests.assert_nothing_left();
+        assert_eq!((v.pipeline.in_flight(), v.outbox.len()), (0, 0));
         assert!(v.access_job.is_none() && v.arrived.is_empty());
         assert_eq!(v.record.parked_len(), 0);
     }
@@ -200,7 +197,7 @@ impl Pair {
     fn until_quiet(&mut self) {
         self.until("quiet", |pair| {
             let v = &pair.a.volume;
-            v.requests.iter().all(Option::is_none) && v.inflight.locked_len() == 0
+            v.requests.is_empty() && v.requests.locked_len() == 0
         });
     }
 
@@ -358,7 +355,7 @@ fn a_cut_copy_leaves_no_trace_and_does_not_vouch_for_the_next() {
     pair.connect(true);
     // Up to the copy's last flush, which the peer never gets to answer.
     let mut turns = 0;
-    while !pair.a.volume.requests.iter().flatten().any(|r| matches!(r.origin, Origin::ResyncFlush { .. })) {
+    while !pair.a.volume.requests.iter().any(|r| matches!(r.origin, Origin::ResyncFlush { .. })) {
         pair.turn();
         turns += 1;
         assert!(turns < 1_000_000, "the copy never ends");
@@ -382,7 +379,7 @@ fn a_hole_that_a_client_fills_while_the_copy_waits_for_it_is_not_punched_on_the_
     let range = ByteRange::new(70_000, 5000);
     let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
     pair.connect(true);
-    pair.until("the copy's step over the hole", |pair| pair.a.volume.inflight.waiting_len() == 1);
+    pair.until("the copy's step over the hole", |pair| pair.a.volume.requests.waiting_len() == 1);
     pair.a.fill(range, 4);
     pair.a.volume.landed(token);
     pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));

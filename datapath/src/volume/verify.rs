@@ -5,10 +5,11 @@
 //! the running session by the background copy, which clears them once they are durable on both nodes; without, the marks
 //! stay, and the next session copies them.
 
+use super::Volume;
 use super::checkpoint::Quiesce;
-use super::interface::{Event, Origin, Verified};
-use super::{Request, Volume};
-use crate::disk::inflight::{Access, Admission};
+use super::interface::{Event, Op, Origin, Verified};
+use super::request_table::Request;
+use crate::disk::inflight::Admission;
 use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
 use crate::mirror::pace::Leave;
@@ -115,14 +116,14 @@ impl Volume {
             self.pace.step_began(now, range.len);
             self.disk.read_ahead(ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len));
             let origin = Origin::Verify { serial };
-            let token = self.add_request(Request::change_of(origin, Kind::Verify, range, flags::RESYNC));
-            match self.inflight.request(token, range, Access::Change) {
+            let token =
+                self.requests.add(Request::of(origin, Op::Change(Kind::Verify), range, flags::RESYNC));
+            match self.requests.lock(token) {
                 Admission::Granted => {
                     self.start(token);
                 }
                 Admission::Waits => {}
                 Admission::Full => {
-                    self.drop_request(token);
                     self.pace.step_ended();
                     if let Some(verifying) = &mut self.verifying {
                         verifying.verify.untake(range);
@@ -169,7 +170,7 @@ impl Volume {
         }
         verifying.marking = Some(self.record.ask_store());
         // Its steps count as changes: until a flush the peer would seem to lag behind.
-        let token = self.add_request(Request::flush(Origin::Nobody));
+        let token = self.requests.add(Request::flush(Origin::Nobody));
         self.pipeline_event(PipelineEvent::FlushBackground(token));
         self.tell_marked();
     }

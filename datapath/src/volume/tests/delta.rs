@@ -188,7 +188,7 @@ fn lies_about_marks_end_the_session_and_mark_nothing() {
         assert!(!node.volume.record.is_dirty(), "{lie:?}");
         // The copy's flush may have been asked for by then; it ends like any other.
         node.volume.go_alone();
-        turns_until(&mut node, "quiet", |node| node.volume.requests.iter().all(Option::is_none));
+        turns_until(&mut node, "quiet", |node| node.volume.requests.is_empty());
         node.assert_nothing_left();
     }
     // One that goes on and on repeats itself sooner or later.
@@ -230,7 +230,7 @@ fn scatter(pair: &mut Pair, first_slot: u32, extents: std::ops::Range<u64>) -> s
 /// Brings the bytes of what was granted.
 fn land_granted(pair: &mut Pair) {
     for (_, token) in std::mem::take(&mut pair.a.granted) {
-        let range = pair.a.volume.request_mut(token).range;
+        let range = pair.a.volume.requests.get(token).range;
         pair.a.fill(range, 1);
         pair.a.volume.landed(token);
     }

@@ -207,7 +207,7 @@ fn a_copy_cut_off_by_a_change_of_roles_leaves_nothing() {
     let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
     pair.a.fill(ByteRange::new(0, SIZE), 3);
     pair.connect(true);
-    pair.until("the copy's steps", |pair| pair.a.volume.inflight.locked_len() > 0);
+    pair.until("the copy's steps", |pair| pair.a.volume.requests.locked_len() > 0);
     pair.a.volume.direct(Direction::Idle, Epoch(2));
     pair.a.assert_nothing_left();
 }
@@ -482,7 +482,7 @@ fn no_disk_is_a_target_while_its_own_clients_changes_are_still_being_made() {
     let _raw = attach(&mut node);
     assert!(node.volume.access.is_none(), "the trim may fall upon what the peer sends");
     turns_until(&mut node, "the end", |node| node.saw(is_link_down));
-    turns_until(&mut node, "the trim's end", |node| node.volume.receiving == 0);
+    turns_until(&mut node, "the trim's end", |node| !node.volume.requests.is_making());
     let settled = |event: &Event| matches!(event, Event::Settled { .. });
     turns_until(&mut node, "rest, which control waits for", |node| node.saw(settled));
     assert_eq!(node.told(1), [Err(IoError::NotPrimary)]);

@@ -287,18 +287,10 @@ impl Run {
             self.turn();
             std::thread::yield_now();
             let v = &self.pair.a.volume;
-            if !self.copying
-                && v.has_link()
-                && v.requests.iter().all(Option::is_none)
-                && self.said == self.heard
-            {
+            if !self.copying && v.has_link() && v.requests.is_empty() && self.said == self.heard {
                 break;
             }
-            assert!(
-                began.elapsed() < PATIENCE,
-                "never quiet: {:?}",
-                v.requests.iter().flatten().collect::<Vec<_>>()
-            );
+            assert!(began.elapsed() < PATIENCE, "never quiet: {:?}", v.requests.iter().collect::<Vec<_>>());
         }
         self.pair.assert_equal_and_clean();
         for (slot, asked) in (0u32..).zip(&self.asked) {

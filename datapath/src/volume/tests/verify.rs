@@ -264,8 +264,7 @@ fn a_repair_copies_what_an_earlier_verification_left_marked() {
 fn only_changes_that_a_peer_answers_tell_how_long_clients_wait() {
     let mut node = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
     node.volume.serve();
-    let waits =
-        |node: &Node| node.volume.requests.iter().flatten().any(|request| request.landed_at.is_some());
+    let waits = |node: &Node| node.volume.requests.iter().any(|request| request.landed_at.is_some());
     node.write(1, ByteRange::new(0, 4096), 1);
     assert!(!waits(&node), "nobody is there");
     let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
