@@ -9,7 +9,7 @@
 use super::interface::{Event, Notice, Op, Origin};
 use super::request_table::Request;
 use super::{RECORD_JOB, Volume};
-use crate::disk::record::{Round, Touched};
+use crate::disk::record::{MarkedAll, Touched};
 use crate::disk::worker::Job;
 use crate::error::IoError;
 use crate::limits::IDLE_RETIRE_MS;
@@ -31,9 +31,6 @@ pub(super) enum Quiesce {
     Settling,
 }
 
-/// Hears the end of a [`Volume::mark_all`].
-pub(super) type MarkedAll = Box<dyn FnOnce(Result<(), String>) + Send>;
-
 impl Volume {
     /// Marks the whole disk dirty, on record.
     pub fn mark_all(&mut self, done: MarkedAll) {
@@ -41,17 +38,8 @@ impl Volume {
             done(Err("the disk failed".to_owned()));
             return;
         }
-        let _ = self.record.dirty.set_all();
-        self.record.forget_doubts();
-        let round = self.record.ask_store();
-        self.marked_all.push((round, done));
-        self.tell_marked_all();
-    }
-
-    fn tell_marked_all(&mut self) {
-        for (_, done) in self.marked_all.extract_if(.., |(round, _)| self.record.is_stored(*round)) {
-            done(Ok(()));
-        }
+        self.record.mark_all(done);
+        self.record.tell_marked_all();
     }
 
     /// Does what is due for the record: cheap when nothing is.
@@ -71,9 +59,7 @@ impl Volume {
             self.unpark(token, touched);
         }
         self.receipt_marks();
-        if !self.marked_all.is_empty() {
-            self.tell_marked_all();
-        }
+        self.record.tell_marked_all();
     }
 
     /// A change that was parked may be made.
@@ -96,15 +82,8 @@ impl Volume {
 
     /// A flush that covers everything and that no copy holds back is about to be asked for: a checkpoint rides on it.
     pub(super) fn ride_on_flush(&mut self, token: Token) {
-        if self.source && self.record.can_checkpoint() && !self.pipeline.is_frozen() {
-            self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
-        }
-    }
-
-    /// The flush `token` has ended well.
-    pub(super) fn flush_ended(&mut self, token: Token) {
-        if let Some((_, serial)) = self.riding.take_if(|(flush, _)| *flush == token) {
-            self.record.flushed(serial);
+        if self.source && !self.pipeline.is_frozen() {
+            self.record.ride_on(token);
         }
     }
 
@@ -114,8 +93,6 @@ impl Volume {
         let record = &mut self.record;
         self.pipeline.for_each_unreleased(|range| record.mark(range));
         record.session_ended(durable);
-        self.riding = None;
-        self.map_round = None;
         self.requests.forget_landing_times();
     }
 
@@ -170,9 +147,7 @@ impl Volume {
                     self.quiesce = Quiesce::Flushing;
                     self.serving = false;
                     let token = self.requests.add(Request::flush(Origin::Quiesce));
-                    if self.record.can_checkpoint() {
-                        self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
-                    }
+                    self.record.ride_on(token);
                     self.pipeline_event(PipelineEvent::FlushBackground(token));
                 }
             }
@@ -188,6 +163,3 @@ impl Volume {
         }
     }
 }
-
-/// The rounds that somebody outside waits for.
-pub(super) type MarkedAllWaits = Vec<(Round, MarkedAll)>;

@@ -251,11 +251,8 @@ impl Volume {
                 unparked.push((token, touched));
             }
         }
+        self.record.fail_marked_all("the disk failed");
         self.record = record;
-        self.riding = None;
-        for (_, done) in self.marked_all.drain(..) {
-            done(Err("the disk failed".to_owned()));
-        }
         Some(unparked)
     }
 

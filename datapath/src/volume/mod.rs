@@ -7,7 +7,7 @@
 
 use crate::access::Access;
 use crate::disk::image::DiskImage;
-use crate::disk::record::{Record, Round};
+use crate::disk::record::Record;
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WINDOW_LEN};
@@ -34,7 +34,7 @@ mod verify;
 
 pub use interface::{Begin, NewRequest, Notice, Op, Origin, Verified};
 
-use checkpoint::{MarkedAllWaits, Quiesce};
+use checkpoint::Quiesce;
 use interface::{Event, VolumeCounters, VolumeSpec};
 use request_table::RequestTable;
 use resync::Telling;
@@ -93,12 +93,6 @@ pub struct Volume {
     /// A copy asks the peer first whether its bytes are others.
     checksum_first: bool,
     record: Record,
-    /// The flush that a checkpoint rides on, and its number.
-    riding: Option<(Token, u64)>,
-    /// Stores after which somebody outside hears.
-    marked_all: MarkedAllWaits,
-    /// The store of what the target has marked.
-    map_round: Option<Round>,
     /// What we have to tell the source of our marks.
     telling: Option<Telling>,
     resync: Option<Resync>,
@@ -183,9 +177,6 @@ impl Volume {
             actions: Vec::with_capacity(2 * WINDOW_LEN),
             checksum_first: spec.checksum_first,
             record: spec.record,
-            riding: None,
-            marked_all: Vec::new(),
-            map_round: None,
             telling: None,
             resync: None,
             resync_serial: 0,
@@ -396,7 +387,7 @@ impl Volume {
 
     fn publish(&self) {
         let c = &self.counters;
-        c.dirty_bytes.store(self.record.dirty.dirty_bytes(), Ordering::Relaxed);
+        c.dirty_bytes.store(self.record.dirty().dirty_bytes(), Ordering::Relaxed);
         c.in_flight.store(self.pipeline.in_flight() as u64, Ordering::Relaxed);
         c.frozen.store(
             self.serving && self.pipeline.in_flight() > 0 && self.pipeline.is_frozen(),
@@ -485,7 +476,7 @@ impl Volume {
             self.counters.changes_done.fetch_add(1, Ordering::Relaxed);
         }
         if op == Op::Flush {
-            self.flush_ended(token);
+            self.record.flush_ended(token);
         }
         match origin {
             Origin::Resync { .. } | Origin::Verify { .. } | Origin::Nobody => {}
@@ -517,9 +508,7 @@ impl Volume {
         self.end_parting(true);
         self.end_verify("the local disk failed");
         self.fail_all(IoError::DiskFailed);
-        for (_, done) in self.marked_all.drain(..) {
-            done(Err(error.to_owned()));
-        }
+        self.record.fail_marked_all(error);
     }
 
     /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection

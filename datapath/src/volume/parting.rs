@@ -144,7 +144,7 @@ impl Volume {
         if self.parted.take().is_none() {
             return;
         }
-        self.map_round = None;
+        self.record.forget_told();
         if !self.source {
             return;
         }

@@ -137,10 +137,10 @@ impl Volume {
         }
         let Some(resync) = &mut self.resync else { return Err(wrong("marks that nobody asked for")) };
         if header.kind == Kind::DirtyEnd {
-            if !resync.told_all(&self.record.dirty, self.record.doubts()) {
+            if !resync.told_all(self.record.dirty(), self.record.doubts()) {
                 return Err(wrong("a second end of the marks"));
             }
-            self.map_round = Some(self.record.ask_store());
+            self.record.peer_told_all();
             return Ok(());
         }
         let ranges = told_ranges(header, self.disk.size())?;
@@ -156,7 +156,7 @@ impl Volume {
 
     /// Says that the target's marks are on our record, once they are.
     pub(super) fn receipt_marks(&mut self) {
-        if self.map_round.take_if(|round| self.record.is_stored(*round)).is_some()
+        if self.record.take_told_stored()
             && let Some(resync) = &mut self.resync
         {
             resync.kept();
@@ -167,7 +167,8 @@ impl Volume {
     /// Copies what is marked here and there, once the peer has told its marks.
     pub(super) fn begin_copy(&mut self, compares: bool) {
         self.resync_serial += 1;
-        self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len(), self.disk.size(), compares));
+        self.resync =
+            Some(Resync::new(self.record.dirty().geometry().grain_len(), self.disk.size(), compares));
     }
 
     /// No step of a copy counts any more.
@@ -216,7 +217,7 @@ impl Volume {
         self.begin_steps(now, urgent);
         // However many steps are under way: what is not cleared by the session's end is copied again.
         if let Some(resync) = &mut self.resync
-            && resync.take_flush(&self.record.dirty, now)
+            && resync.take_flush(self.record.dirty(), now)
         {
             let token = self.requests.add(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
@@ -225,7 +226,7 @@ impl Volume {
 
     fn begin_steps(&mut self, now: Instant, urgent: bool) {
         while let Some(resync) = &mut self.resync
-            && let Some(wanted) = resync.next(&self.record.dirty)
+            && let Some(wanted) = resync.next(self.record.dirty())
         {
             let grain = resync.grain_len();
             let len = match self.pace.leave(now, self.clients_busy && !urgent) {

@@ -548,7 +548,7 @@ impl Volume {
         }
         if let Some(telling) = &mut self.telling {
             // Behind the ack, so that a long map does not take its place in the queue.
-            let told = telling.go_on(&self.record.dirty, link.as_mut(), self.epoch);
+            let told = telling.go_on(self.record.dirty(), link.as_mut(), self.epoch);
             if told != Told::Nothing {
                 (sent, self.last_answer) = (true, now);
             }

@@ -53,7 +53,7 @@ impl Node {
     fn with_record(disk: Arc<DiskImage>, record: Record, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
         let bell = Waker::new().expect("bell");
-        let workers = DiskWorkers::in_pool(&WorkerPool::new(&done, &bell), 0, &disk, record.store.as_ref());
+        let workers = DiskWorkers::in_pool(&WorkerPool::new(&done, &bell), 0, &disk, record.store());
         let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
@@ -334,7 +334,7 @@ fn the_copy_makes_a_foreign_disk_equal_says_so_once_and_then_no_more() {
     pair.until_told(1);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "once");
     pair.until("its last word as durable", |pair| {
         if !pair.a.volume.pipeline.peer_lags_durably() {
@@ -450,7 +450,7 @@ fn a_copy_does_not_hold_up_a_quiesce_and_goes_on_after_the_service_ended() {
     pair.turn();
     pair.a.volume.quiesce();
     pair.until("the quiesce", |pair| pair.a.saw(|e| matches!(e, Event::Quiesced { .. })));
-    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "the copy's end was waited for");
+    assert!(pair.a.volume.record.dirty().dirty_bytes() > 0, "the copy's end was waited for");
     for _ in 0..10 {
         pair.turn();
     }

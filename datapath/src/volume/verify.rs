@@ -47,7 +47,7 @@ impl Volume {
             "the volume is being handed over"
         } else {
             self.verify_serial += 1;
-            let grain = self.record.dirty.geometry().grain_len();
+            let grain = self.record.dirty().geometry().grain_len();
             self.verifying = Some(Verifying {
                 verify: Verify::new(self.disk.size(), grain),
                 repair,
@@ -162,7 +162,7 @@ impl Volume {
             self.begin_copy(false);
             if let Some(resync) = &mut self.resync {
                 // The peer has no marks of its own: it is in sync but for what was found here.
-                let first = resync.told_all(&self.record.dirty, Vec::new());
+                let first = resync.told_all(self.record.dirty(), Vec::new());
                 assert!(first, "a copy begins once");
                 resync.kept();
             }

@@ -256,7 +256,7 @@ fn service_that_ends_answers_everyone_once() {
     }
     assert_eq!(pair.a.begin(7, Op::Read, grains(0, 1), false), Begin::Failed(IoError::NotPrimary));
     pair.a.assert_nothing_left();
-    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "what was given up may stand here and not there");
+    assert!(pair.a.volume.record.dirty().dirty_bytes() > 0, "what was given up may stand here and not there");
 }
 
 #[test]

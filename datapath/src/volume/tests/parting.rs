@@ -84,7 +84,7 @@ fn what_was_written_alone_is_copied_and_what_was_mirrored_before_only_waits_for_
     pair.a.write(30, grains(4, 1), 2);
     pair.a.volume.go_alone();
     pair.until_told(30);
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 20 * G, "on record all of it may differ");
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 20 * G, "on record all of it may differ");
     assert_eq!(pair.a.volume.record.doubts(), [grains(0, 4), grains(5, 15)]);
     let sent = |pair: &Pair| pair.a.volume.counters.resync_bytes_posted.load(Ordering::Relaxed);
     let before = sent(&pair);

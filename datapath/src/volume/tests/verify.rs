@@ -66,7 +66,7 @@ fn equal_disks_verify_as_equal_while_clients_write() {
     assert_eq!((verified.findings.differing, verified.findings.ranges, verified.repaired), (0, 0, false));
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn what_differs_is_found_marked_and_repaired() {
     let expected = [ByteRange::new(0, 2 * G), ByteRange::new(10 * G, G), ByteRange::new(24 * G, 4096)];
     assert_eq!(found.listed, expected);
     assert_eq!(
-        pair.a.volume.record.dirty.dirty_bytes(),
+        pair.a.volume.record.dirty().dirty_bytes(),
         3 * G + 4096,
         "marked, and left to the next session"
     );
@@ -98,7 +98,7 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!(verified.findings, found);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
     let applied = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - posted_before;
     assert!(applied <= 4, "{applied} writes for four grains");
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "control did not ask for a copy");
@@ -119,7 +119,7 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
         assert!(began.elapsed() < PATIENCE, "no step is ever under way");
     }
     pair.cut();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0, "to compare is not to change");
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0, "to compare is not to change");
     assert!(pair.verified().expect_err("cut").contains("session ended"));
     pair.a.volume.landed(token);
     pair.a.volume.keep_alive(Instant::now(), Duration::ZERO);
@@ -190,7 +190,7 @@ fn a_copy_that_compares_first_sends_only_what_differs() {
     let sent = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - before;
     // The grain at the end was never written: a hole, told without bytes.
     assert_eq!(sent, 2 + 1, "two grains and a hole");
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
 }
 
 #[test]
