@@ -49,7 +49,7 @@ impl Volume {
             self.begin_checkpoint();
         }
         let idle = Duration::from_millis(IDLE_RETIRE_MS);
-        if self.record.can_retire() && self.last_client.is_none_or(|at| now.duration_since(at) >= idle) {
+        if self.record.can_retire() && self.background.is_idle_for(now, idle) {
             self.record.settle();
         }
         while let Some(kind) = self.record.next_job(now) {
@@ -82,7 +82,7 @@ impl Volume {
 
     /// A flush that covers everything and that no copy holds back is about to be asked for: a checkpoint rides on it.
     pub(super) fn ride_on_flush(&mut self, token: Token) {
-        if self.source && !self.pipeline.is_frozen() {
+        if self.session.is_source() && !self.pipeline.is_frozen() {
             self.record.ride_on(token);
         }
     }
@@ -112,8 +112,8 @@ impl Volume {
             self.record.written(token, request.range, touched);
             // A session goes on only between disks that are equal; without a disk there is but one.
             if !self.diskless.is_active() {
-                self.end_session("a change was given up half-way");
-                if self.parted.is_some() {
+                self.session.end("a change was given up half-way");
+                if self.session.is_parted() {
                     let waits = self.pipeline.waits_for_parted();
                     self.end_parting(true);
                     if waits {

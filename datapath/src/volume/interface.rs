@@ -323,6 +323,14 @@ pub struct VolumeCounters {
 }
 
 impl VolumeCounters {
+    /// A verification of a disk of `size` bytes has come so far.
+    pub(super) fn compared(&self, findings: &Findings, size: u64) {
+        let percent = u128::from(findings.compared) * 10_000 / u128::from(size);
+        let percent = u64::try_from(percent).expect("10,000 at most");
+        self.verify_percent_x100.store(percent, Ordering::Relaxed);
+        self.verify_differing_bytes.store(findings.differing, Ordering::Relaxed);
+    }
+
     /// Payload went to the peer.
     pub(crate) fn posted(&self, bytes: u64, by_copy: bool) {
         self.bytes_posted.fetch_add(bytes, Ordering::Relaxed);

@@ -5,26 +5,23 @@
 //! [`Volume::events`]; the reactor empties both each turn. Nothing here blocks, and in the steady state nothing
 //! allocates.
 
-use crate::access::Access;
 use crate::disk::image::DiskImage;
 use crate::disk::record::Record;
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
-use crate::limits::{CLIENTS_BUSY_MS, WINDOW_LEN};
-use crate::mirror::pace::Pace;
+use crate::limits::WINDOW_LEN;
 use crate::mirror::pipeline::{Action, Change, Pipeline};
-use crate::mirror::resync::Resync;
-use crate::transport::{Link, LinkEvent, Slot};
-use crate::units::{ByteRange, Epoch, Seq, Token};
+use crate::units::Token;
 use crate::wire::Kind;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+mod background;
 mod checkpoint;
 mod diskless;
 pub mod interface;
+mod link;
 mod parting;
 mod request_table;
 mod requests;
@@ -34,43 +31,18 @@ mod verify;
 
 pub use interface::{Begin, NewRequest, Notice, Op, Origin, Verified};
 
+use background::Background;
 use checkpoint::Quiesce;
 use interface::{Event, VolumeCounters, VolumeSpec};
 use request_table::RequestTable;
-use resync::Telling;
+use session::{ACCESS_FLUSH_BASE, SETTLE_FLUSH_BASE, Session};
 
 /// Token of the flush the pipeline asked for.
 const PIPELINE_FLUSH: Token = Token(u64::MAX);
-/// The same for the flush after a target's session.
-const SETTLE_FLUSH_BASE: u64 = 1 << 61;
-/// Tokens of flushes the access side asked for: this plus the session's serial, so that one of an ended session is known.
-const ACCESS_FLUSH_BASE: u64 = 1 << 62;
 /// Token of the change the access side waits for.
 const ACCESS_CHANGE: Token = Token(u64::MAX - 2);
 /// Token of the record's stores.
 const RECORD_JOB: Token = Token(u64::MAX - 3);
-
-#[derive(Clone, Copy, Debug)]
-enum Outgoing {
-    Post(Seq, Change),
-    Flush(Seq),
-    Control {
-        code: u64,
-        arg: u64,
-    },
-    /// A question to the peer's disk.
-    Read {
-        id: u64,
-        range: ByteRange,
-    },
-    /// What is left of the answer to one of the peer's.
-    Reply {
-        id: u64,
-        range: ByteRange,
-    },
-    /// The target's marks are on our record.
-    MarksKept,
-}
 
 /// A volume.
 pub struct Volume {
@@ -82,70 +54,16 @@ pub struct Volume {
     workers: DiskWorkers,
     serving: bool,
     quiesce: Quiesce,
-    /// The copy starts no steps from a quiesce to what control makes of it: with a step always under way there would be
-    /// nothing to wait for, and afterwards nothing that could be stopped without ending the session.
-    copy_paused: bool,
     refusal: String,
 
     requests: RequestTable,
     pipeline: Pipeline,
     actions: Vec<Action>,
-    /// A copy asks the peer first whether its bytes are others.
-    checksum_first: bool,
     record: Record,
-    /// What we have to tell the source of our marks.
-    telling: Option<Telling>,
-    resync: Option<Resync>,
-    resync_serial: u64,
-    verifying: Option<verify::Verifying>,
-    verify_serial: u64,
-    /// How fast the copy and the verification may go, and when their next step is due.
-    pace: Pace,
-    pace_due: Option<Instant>,
+    background: Background,
+    session: Session,
     /// When the present turn began.
     now: Instant,
-    /// What the turn before spent on background steps: a request that came meanwhile waited for it unseen.
-    stalled: Duration,
-    /// A request came since the last turn's end; when the last one came; whether that is recent.
-    client_came: bool,
-    last_client: Option<Instant>,
-    clients_busy: bool,
-
-    epoch: Epoch,
-    /// Counts the access side's lives.
-    session_serial: u64,
-    link: Option<Box<dyn Link>>,
-    link_events: Vec<LinkEvent>,
-    /// The peer broke the protocol; the link's end is on its way.
-    link_distrusted: bool,
-    /// This node broke the session's order itself: it cannot go on over another link.
-    session_void: bool,
-    /// A session without a link, which may go on. `source` holds for that one then.
-    parted: Option<parting::Parting>,
-    /// Clients wait, and have since the peer was heard then: links came and went, and nothing of the session got through.
-    stalled_since: Option<Instant>,
-    /// The session went on over this link or one before.
-    gone_on: bool,
-    /// Counts the flushes after a target's session.
-    settle_serial: u64,
-    /// Something of the session got through over the present link.
-    link_moved: bool,
-    source: bool,
-    outbox: VecDeque<Outgoing>,
-    access: Option<Access>,
-    /// The session would have made us a target, and ends instead; control has it on record as one.
-    target_refused: bool,
-    arrived: VecDeque<Slot>,
-    access_job: Option<Slot>,
-    /// A session ended; control hears of it once nothing is being applied any more.
-    down_deferred: Option<parting::LinkEnd>,
-    heard_bytes: u64,
-    last_heard: Instant,
-    last_sent: Instant,
-    /// When [`Volume::keep_alive`] was last called.
-    last_kept: Instant,
-    /// When the peer last acknowledged something, or nothing waited for it.
-    last_answer: Instant,
 
     counters: Arc<VolumeCounters>,
     /// For front ends.
@@ -171,47 +89,13 @@ impl Volume {
             workers,
             serving: false,
             quiesce: Quiesce::No,
-            copy_paused: false,
             requests: RequestTable::new(),
             pipeline: Pipeline::new(spec.ack, spec.on_peer_loss),
             actions: Vec::with_capacity(2 * WINDOW_LEN),
-            checksum_first: spec.checksum_first,
             record: spec.record,
-            telling: None,
-            resync: None,
-            resync_serial: 0,
-            verifying: None,
-            verify_serial: 0,
-            pace: Pace::new(),
-            pace_due: None,
+            background: Background::new(spec.checksum_first),
+            session: Session::new(now),
             now,
-            stalled: Duration::ZERO,
-            client_came: false,
-            last_client: None,
-            clients_busy: false,
-            epoch: Epoch::ZERO,
-            session_serial: 0,
-            link: None,
-            link_events: Vec::with_capacity(crate::limits::LINK_EVENTS_MAX),
-            link_distrusted: false,
-            session_void: false,
-            parted: None,
-            stalled_since: None,
-            gone_on: false,
-            settle_serial: 0,
-            link_moved: false,
-            source: false,
-            outbox: VecDeque::with_capacity(WINDOW_LEN),
-            access: None,
-            target_refused: false,
-            arrived: VecDeque::new(),
-            access_job: None,
-            down_deferred: None,
-            heard_bytes: 0,
-            last_heard: now,
-            last_sent: now,
-            last_answer: now,
-            last_kept: now,
             counters: Arc::new(VolumeCounters::default()),
             notices: Vec::with_capacity(WINDOW_LEN),
             events: Vec::new(),
@@ -253,7 +137,7 @@ impl Volume {
     pub fn serve(&mut self) {
         self.serving = true;
         self.quiesce = Quiesce::No;
-        self.copy_paused = false;
+        self.background.resume();
         // Its flush may end long after: that must not vouch for the next quiesce.
         self.requests.disown(Origin::Quiesce);
     }
@@ -271,13 +155,13 @@ impl Volume {
         self.end_verify("this node stopped serving the volume");
         self.end_diskless();
         self.fail_all(IoError::NotPrimary);
-        self.copy_paused = false;
+        self.background.resume();
     }
 
     /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
     pub fn quiesce(&mut self) {
         self.quiesce = Quiesce::Draining;
-        self.copy_paused = true;
+        self.background.pause();
     }
 
     /// The peer's absence is on record.
@@ -289,7 +173,7 @@ impl Volume {
     /// The peer is in sync, on record.
     pub fn peer_in_sync(&mut self) {
         // Until here a lost link left the peer behind.
-        self.end_copy();
+        self.background.end_copy();
         self.pipeline_event(crate::mirror::pipeline::Event::PeerInSync);
     }
 
@@ -305,40 +189,11 @@ impl Volume {
             PIPELINE_FLUSH if !failed => self.pipeline_event(crate::mirror::pipeline::Event::FlushedLocal),
             ACCESS_CHANGE => self.access_job_done(failed),
             PIPELINE_FLUSH => {}
-            Token(token) if (SETTLE_FLUSH_BASE..ACCESS_FLUSH_BASE).contains(&token) => {
-                if !failed {
-                    self.settled(token - SETTLE_FLUSH_BASE);
-                }
-            }
-            Token(token) if token >= ACCESS_FLUSH_BASE => {
-                let parted = self.parted.as_mut().and_then(parting::Parting::access_mut);
-                if let Some(access) = self.access.as_mut().or(parted)
-                    && token == ACCESS_FLUSH_BASE + self.session_serial
-                    && !failed
-                {
-                    access.flushed();
-                }
-            }
+            Token(at) if at >= SETTLE_FLUSH_BASE && failed => {}
+            token if token.0 >= ACCESS_FLUSH_BASE => self.session.flushed(token),
+            token if token.0 >= SETTLE_FLUSH_BASE => self.settled(token),
             token => self.local_change_done(token, failed),
         }
-    }
-
-    /// Whether anything is under way that the link will answer soon: worth spinning for.
-    #[must_use]
-    pub fn expects_link(&self) -> bool {
-        self.link.is_some()
-            && (self.access.is_some() || self.pipeline.in_flight() > 0 || self.diskless.is_fetching())
-    }
-
-    /// Whether the link is to be looked at each turn, as that costs nothing.
-    #[must_use]
-    pub fn link_polls_for_free(&self) -> bool {
-        self.link.as_ref().is_some_and(|link| link.polls_for_free())
-    }
-
-    /// Before the reactor sleeps on the link's descriptor. False when the link has something to tell already.
-    pub fn prepare_sleep(&mut self) -> bool {
-        self.link.as_mut().is_none_or(|link| link.prepare_sleep())
     }
 
     /// A turn begins.
@@ -349,25 +204,19 @@ impl Volume {
     /// When something is due that no event will announce.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        self.pace_due
+        self.background.due()
     }
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
         self.now = now;
-        self.stalled = Duration::ZERO;
-        self.pace_due = None;
+        self.background.turn(now);
         self.pump_detach(now);
         self.ask_if_parted_long(now);
         self.serve_granted();
         if let Some(token) = self.requests.pin_in_the_way() {
             self.notices.push(Notice::Unpin { token });
         }
-        if std::mem::take(&mut self.client_came) {
-            self.last_client = Some(now);
-        }
-        let busy = Duration::from_millis(CLIENTS_BUSY_MS);
-        self.clients_busy = self.last_client.is_some_and(|at| now.duration_since(at) < busy);
         self.tend_record(now);
         self.step_resync(now);
         self.step_verify(now);
@@ -393,16 +242,7 @@ impl Volume {
             self.serving && self.pipeline.in_flight() > 0 && self.pipeline.is_frozen(),
             Ordering::Relaxed,
         );
-        c.resyncing.store(self.resync.is_some(), Ordering::Relaxed);
-        self.publish_verify();
-        if let Some(resync) = &self.resync {
-            let (total, done) = resync.progress();
-            c.resync_total_bytes.store(total, Ordering::Relaxed);
-            c.resync_done_bytes.store(done, Ordering::Relaxed);
-            let percent = u128::from(done) * 10_000 / u128::from(total.max(1));
-            let percent = if total == 0 { 0 } else { u64::try_from(percent).expect("10,000 at most") };
-            c.resync_percent_x100.store(percent, Ordering::Relaxed);
-        }
+        self.background.publish(c, self.disk.size());
     }
 
     fn pipeline_event(&mut self, event: crate::mirror::pipeline::Event) {
@@ -415,8 +255,8 @@ impl Volume {
         let mut actions = std::mem::take(&mut self.actions);
         for action in actions.drain(..) {
             match action {
-                Action::Post(seq, change) => self.outbox.push_back(Outgoing::Post(seq, change)),
-                Action::FlushPeer(seq) => self.outbox.push_back(Outgoing::Flush(seq)),
+                Action::Post(seq, change) => self.session.queue_post(seq, change),
+                Action::FlushPeer(seq) => self.session.queue_flush(seq),
                 Action::FlushLocal => {
                     self.workers.submit(Job { kind: JobKind::Flush, token: PIPELINE_FLUSH });
                 }
@@ -435,7 +275,7 @@ impl Volume {
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
-            self.pace.released(landed, self.now);
+            self.background.released(landed, self.now);
         }
         if let Some(touched) = touched {
             self.record.written(change.token, change.range, touched);
@@ -446,15 +286,15 @@ impl Volume {
         if let Origin::Verify { serial } = origin {
             self.step_compared(serial, change.range, equal);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
-            if !completed && !self.source {
+            if !completed && !self.session.is_source() {
                 self.requests.remove(change.token);
                 return;
             }
         }
         if let Origin::Resync { serial } = origin {
-            self.resync_step_released(serial, change.kind, change.range, !equal);
+            self.background.copy_step_released(serial, change.kind, change.range, !equal);
             // A step that a session's end cut off is never completed.
-            if !completed && self.resync.is_none() {
+            if !completed && !self.background.is_copying() {
                 self.requests.remove(change.token);
                 return;
             }
@@ -504,7 +344,7 @@ impl Volume {
             return;
         }
         self.events.push(Event::DiskFailed { volume: self.index, error: error.to_owned() });
-        self.end_session("the local disk failed");
+        self.session.end("the local disk failed");
         self.end_parting(true);
         self.end_verify("the local disk failed");
         self.fail_all(IoError::DiskFailed);
@@ -515,13 +355,13 @@ impl Volume {
     /// ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
-        if self.source && self.pipeline.in_flight() > 0 {
+        if self.session.is_source() && self.pipeline.in_flight() > 0 {
             // Numbers were given out that will never be posted, and the copy counts on steps that never end.
-            self.end_session("what was under way was given up");
+            self.session.end("what was under way was given up");
         }
         self.fail_parked(error);
         self.pipeline.abandon(&mut tokens, &mut locked);
-        self.outbox.retain(|outgoing| matches!(outgoing, Outgoing::Control { .. }));
+        self.session.keep_control_only();
         for change in locked {
             if change.kind != Kind::Verify {
                 self.record.mark(change.range);

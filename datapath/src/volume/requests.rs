@@ -28,7 +28,7 @@ impl Volume {
         if new.op == Op::Read && self.fetches_are_full() {
             return Begin::Full;
         }
-        self.client_came = true;
+        self.background.client_came();
         if new.op == Op::Flush {
             let token = self.requests.add(Request::flush(new.origin));
             self.ride_on_flush(token);
@@ -131,8 +131,8 @@ impl Volume {
     }
 
     fn hand_over(&mut self, token: Token) {
-        let has_peer = self.source;
-        let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
+        let has_peer = self.session.is_source();
+        let landed = self.background.landed(self.now);
         let request = self.requests.get_mut(token);
         request.landed = true;
         // One that waits for no peer says nothing about what clients bear.
@@ -200,8 +200,8 @@ impl Volume {
         while let Some(token) = self.requests.next_granted() {
             let request = *self.requests.get(token);
             let holds = match request.origin {
-                Origin::Resync { serial } => self.resync_step_holds(serial, &request),
-                Origin::Verify { serial } => self.verify_step_counts(serial),
+                Origin::Resync { serial } => self.copy_step_holds(serial, &request),
+                Origin::Verify { serial } => self.background.verify_step_counts(serial),
                 _ => true,
             };
             if !holds {

@@ -7,8 +7,8 @@ use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
 use crate::transport::loopback;
-use crate::transport::{DownReason, Link};
-use crate::units::{AckLevel, OnPeerLoss};
+use crate::transport::{DownReason, Link, LinkEvent};
+use crate::units::{AckLevel, ByteRange, Epoch, OnPeerLoss, Seq};
 use crate::waker::Waker;
 use crate::wire::Header;
 use crossbeam_channel::Receiver;
@@ -121,8 +121,8 @@ impl Node {
     fn assert_nothing_left(&self) {
         let v = &self.volume;
         v.requests.assert_nothing_left();
-        assert_eq!((v.pipeline.in_flight(), v.outbox.len()), (0, 0));
-        assert!(v.access_job.is_none() && v.arrived.is_empty());
+        v.session.assert_nothing_left();
+        assert_eq!(v.pipeline.in_flight(), 0);
         assert_eq!(v.record.parked_len(), 0);
     }
 }
@@ -227,7 +227,7 @@ impl Pair {
         let parted = self.b.volume.told_of_parting().expect("the target's session may go on");
         let map_told = self.a.volume.told_of_parting().expect("the source's too").map_told;
         let before = Before::GoesOn { applied: parted.applied, map_told };
-        let resync = self.a.volume.resync.is_some();
+        let resync = self.a.volume.background.is_copying();
         let now = Instant::now();
         let (source, target) = (Direction::Source { resync }, Direction::Target { resync });
         self.a.volume.attach_after(before, here, source, self.epoch, now);

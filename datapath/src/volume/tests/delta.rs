@@ -119,7 +119,7 @@ fn bits_are_cleared_by_the_peers_word_that_it_is_durable_and_by_no_other() {
     assert!(events.is_empty(), "before the peer has told its marks: {events:?}");
     raw.send(Header::new(Kind::DirtyEnd, Epoch(1))).expect("credit");
     raw.kick();
-    turns_until(&mut node, "the steps", |node| node.volume.outbox.is_empty() && copied(node) > 0);
+    turns_until(&mut node, "the steps", |node| node.volume.session.has_sent_all() && copied(node) > 0);
     raw.send(ack(1, 1, 0)).expect("credit");
     raw.kick();
     for _ in 0..50 {

@@ -65,10 +65,10 @@ fn a_copy_whose_link_breaks_goes_on_at_the_step_where_it_was() {
         }
     }
     assert_eq!(applied(&pair), pair.a.volume.pipeline.unsure().1.0, "no step came twice");
-    let (total, done) = pair.a.volume.resync.as_ref().expect("until control knows").progress();
+    let (total, done) = pair.a.volume.background.copy_mut().expect("until control knows").progress();
     assert_eq!((total, done), (SIZE, SIZE));
     pair.a.volume.peer_in_sync();
-    pair.until("the last receipt", |pair| pair.a.volume.outbox.is_empty());
+    pair.until("the last receipt", |pair| pair.a.volume.session.has_sent_all());
     pair.until_quiet();
     pair.assert_equal_and_clean();
 }
@@ -135,12 +135,12 @@ fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
     pair.a.write(1, grains(0, 1), 1);
     pair.cut();
-    let since = pair.a.volume.stalled_since.expect("a client waits");
+    let since = pair.a.volume.session.stalled_since().expect("a client waits");
     let timeout = Duration::from_millis(20);
     std::thread::sleep(timeout);
     pair.go_on();
     pair.cut();
-    assert_eq!(pair.a.volume.stalled_since, Some(since));
+    assert_eq!(pair.a.volume.session.stalled_since(), Some(since));
     pair.a.volume.keep_alive(Instant::now(), timeout);
     pair.a.turn();
     assert!(pair.a.saw(|event| matches!(event, Event::AskAlone { .. })), "its time is up");
@@ -153,6 +153,6 @@ fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
     pair.until_told(1);
     pair.a.write(2, grains(1, 1), 2);
     pair.cut();
-    let since = pair.a.volume.stalled_since.expect("a client waits");
-    assert_eq!(since, pair.a.volume.last_heard);
+    let since = pair.a.volume.session.stalled_since().expect("a client waits");
+    assert_eq!(since, pair.a.volume.session.last_heard());
 }

@@ -274,7 +274,7 @@ impl Run {
             let dirty = [&self.pair.a, &self.pair.b].map(|node| node.volume.record.is_dirty());
             self.pair.join(dirty != [false, false]);
         }
-        self.copying = self.pair.a.volume.resync.is_some();
+        self.copying = self.pair.a.volume.background.is_copying();
     }
 
     fn finish(mut self) {

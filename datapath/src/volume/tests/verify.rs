@@ -29,7 +29,7 @@ impl Pair {
 
     /// Nobody holds the copy back.
     fn be_idle(&mut self) {
-        self.a.volume.last_client = None;
+        self.a.volume.background.be_idle();
     }
 
     fn flip(&self, at: u64) {
@@ -171,7 +171,7 @@ fn a_stopped_verification_tells_what_it_found() {
 #[test]
 fn a_copy_that_compares_first_sends_only_what_differs() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
-    pair.a.volume.checksum_first = true;
+    pair.a.volume.background.compare_first();
     for (slot, grain) in (0..24).enumerate() {
         let slot = u32::try_from(slot).expect("small");
         pair.a.write(slot, ByteRange::new(grain * G, G), u8::try_from(grain + 1).expect("small"));
@@ -242,7 +242,7 @@ fn what_a_verification_found_before_it_was_stopped_is_on_record() {
     pair.connect(false);
     pair.flip(0);
     // In idleness it would be stored in any case.
-    pair.a.volume.last_client = Some(Instant::now());
+    pair.a.volume.background.be_busy(Instant::now());
     pair.a.volume.verify(false);
     pair.until("the finding", |pair| pair.a.volume.record.is_dirty());
     pair.a.volume.stop_verify();
