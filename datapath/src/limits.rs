@@ -229,12 +229,12 @@ pub const DIRTY_GRAIN_LEN_MIN: u64 = 4 << 10;
 /// Largest grain: a stray write of 4 KiB then costs 1 MiB of copying, about as much as anyone would accept.
 pub const DIRTY_GRAIN_LEN_MAX: u64 = 1 << 20;
 
-/// Bytes of memory that a dirty map takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
+/// Bytes of memory that a dirty bitmap takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
 /// that it doubles, so that the metadata of any volume stays under 64 MiB.
-pub const DIRTY_MAP_LEN_WANTED: u64 = 48 << 20;
+pub const DIRTY_BITMAP_LEN_WANTED: u64 = 48 << 20;
 
-/// Bytes of memory that a dirty map may take at all: 16 TiB at a grain of 4 KiB, 4 PiB at 1 MiB.
-pub const DIRTY_MAP_LEN_MAX: u64 = 576 << 20;
+/// Bytes of memory that a dirty bitmap may take at all: 16 TiB at a grain of 4 KiB, 4 PiB at 1 MiB.
+pub const DIRTY_BITMAP_LEN_MAX: u64 = 576 << 20;
 
 /// Blocks of the dirty bitmap in one store: 1 MiB, one write's worth for a disk.
 pub const DIRTY_STORE_BLOCKS_MAX: usize = 256;
@@ -371,10 +371,10 @@ pub const RESYNC_FLUSH_MS: u64 = 1000;
 /// scattered grains.
 pub const RESYNC_RUNS_MAX: usize = 64 << 10;
 
-/// Messages of a dirty map sent in one turn: they share a queue of [`MESSAGES_QUEUED_MAX`] with acks.
+/// Messages of a dirty bitmap sent in one turn: they share a queue of [`MESSAGES_QUEUED_MAX`] with acks.
 pub const DIRTY_TOLD_MAX: usize = 32;
 
-/// Bytes of one run of a dirty map in a message: what its 32-bit length holds, and a power of two.
+/// Bytes of one run of a dirty bitmap in a message: what its 32-bit length holds, and a power of two.
 pub const DIRTY_RUN_LEN_MAX: u64 = 1 << 31;
 
 /// Milliseconds between checkpoints of the activity log while there is something to account for: what a crash makes

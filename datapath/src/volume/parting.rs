@@ -15,7 +15,7 @@
 //!   Before anything is acknowledged without the peer the session is given up.
 //! - Clients wait for the peer once: where the session goes on and nothing of it gets through, the next parting does not begin
 //!   their time anew.
-//! - What is given up is marked in the dirty map before anything else happens. Marks that only stand for changes which the
+//! - What is given up is marked in the dirty bitmap before anything else happens. Marks that only stand for changes which the
 //!   peer had applied are known as such ([`Record::doubt`]) as long as the peer lives on; and they are cleared only after a
 //!   flush, like any others.
 //! - A primary without a disk keeps its questions as well, and asks again for what is missing of their answers. It has nothing to

@@ -1,7 +1,7 @@
 //! The online verification in a volume: its steps beside clients' requests, and what follows from what it finds.
 //!
 //! Control asks for one while both disks are in sync ([`Volume::verify`]) and hears of its end exactly once
-//! ([`Event::Verified`]). What differs is marked in the dirty map. With `repair` the marked ranges are then copied over
+//! ([`Event::Verified`]). What differs is marked in the dirty bitmap. With `repair` the marked ranges are then copied over
 //! the running session by the background copy, which clears them once they are durable on both nodes; without, the marks
 //! stay, and the next session copies them.
 
