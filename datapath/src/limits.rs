@@ -317,48 +317,48 @@ pub const VERIFY_RANGES_LISTED_MAX: usize = 256;
 
 /// Bytes a second at which the background copy goes on at least while clients are busy: a TiB in three days, in steps so
 /// short and few that hardly a client could tell.
-pub const PACE_RATE_MIN: u64 = 4 << 20;
+pub const THROTTLE_RATE_MIN: u64 = 4 << 20;
 
 /// Bytes a second at which it begins beside busy clients, before anything is known about the link and the disks: a
 /// tenth of what common disks and a gigabit link do, and few judgements away from either bound.
-pub const PACE_RATE_START: u64 = 32 << 20;
+pub const THROTTLE_RATE_START: u64 = 32 << 20;
 
 /// Bytes a second beyond which nothing is held back any more: more than one reactor's thread can copy.
-pub const PACE_RATE_MAX: u64 = 8 << 30;
+pub const THROTTLE_RATE_MAX: u64 = 8 << 30;
 
 /// Bytes a second up to which it grows beside clients that only read, where nothing tells how they fare: steps of a few
 /// dozen microseconds each millisecond.
-pub const PACE_RATE_READERS: u64 = 256 << 20;
+pub const THROTTLE_RATE_READERS: u64 = 256 << 20;
 
 /// Bytes of the shortest steps: less than a tenth of a millisecond on a gigabit link, which doubles nobody's wait.
-pub const PACE_STEP_LEN_MIN: u64 = 8 << 10;
+pub const THROTTLE_STEP_LEN_MIN: u64 = 8 << 10;
 
 /// One in so many changes may be slow beside a copy before that is held back: half of what a 99th percentile overlooks,
 /// as it finds out by going too far.
-pub const PACE_SLOW_ONE_IN: u64 = 200;
+pub const THROTTLE_SLOW_ONE_IN: u64 = 200;
 
 /// Milliseconds between judgements: at 1000 writes a second each rests on 250 of them, and a copy that disturbs is slowed
 /// down before anyone can tell.
-pub const PACE_JUDGE_MS: u64 = 250;
+pub const THROTTLE_JUDGE_MS: u64 = 250;
 
 /// Changes a judgement rests on at least: fewer cannot tell how many in two hundred are slow.
-pub const PACE_CHANGES_MIN: u64 = 200;
+pub const THROTTLE_CHANGES_MIN: u64 = 200;
 
 /// Milliseconds after which fewer changes have to do: a client that writes ten times a second counts as well.
-pub const PACE_JUDGE_LATEST_MS: u64 = 2000;
+pub const THROTTLE_JUDGE_LATEST_MS: u64 = 2000;
 
 /// The latest undisturbed changes by which is judged: of fewer, a 99th percentile is mostly chance; more remember a load
 /// that has changed since.
-pub const PACE_CHANGES_KNOWN: usize = 1024;
+pub const THROTTLE_CHANGES_KNOWN: usize = 1024;
 
 /// Milliseconds between two pauses of a copy that leaves no client undisturbed, in which to see what undisturbed is.
-pub const PACE_PAUSE_EVERY_MS: u64 = 2000;
+pub const THROTTLE_PAUSE_EVERY_MS: u64 = 2000;
 
 /// Milliseconds such a pause takes at most: a twentieth of the time between two.
-pub const PACE_PAUSE_MS: u64 = 100;
+pub const THROTTLE_PAUSE_MS: u64 = 100;
 
 /// Undisturbed changes that end such a pause.
-pub const PACE_PAUSE_CHANGES: u64 = 250;
+pub const THROTTLE_PAUSE_CHANGES: u64 = 250;
 
 /// Bytes the background copy has applied after which both disks are flushed and its bits cleared: half a second's at
 /// 1 Gbit/s, so that little is copied twice when the session is lost.

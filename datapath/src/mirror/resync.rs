@@ -10,7 +10,7 @@
 //!
 //! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
 //! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
-//! at a time is [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
+//! at a time is [`super::throttle`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
 //! of it was applied.
 
 use super::ranges::Ranges;

@@ -12,9 +12,9 @@ use crate::disk::record::{Record, Round, Touched};
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
-use crate::mirror::pace::{Landed, Pace};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
+use crate::mirror::throttle::{Landed, Throttle};
 use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
 use crate::transport::{Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
@@ -208,8 +208,8 @@ pub struct Volume {
     verifying: Option<verify::Verifying>,
     verify_serial: u64,
     /// How fast the copy and the verification may go, and when their next step is due.
-    pace: Pace,
-    pace_due: Option<Instant>,
+    throttle: Throttle,
+    throttle_due: Option<Instant>,
     /// When the present turn began.
     now: Instant,
     /// What the turn before spent on background steps: a request that came meanwhile waited for it unseen.
@@ -297,8 +297,8 @@ impl Volume {
             resync_serial: 0,
             verifying: None,
             verify_serial: 0,
-            pace: Pace::new(),
-            pace_due: None,
+            throttle: Throttle::new(),
+            throttle_due: None,
             now,
             stalled: Duration::ZERO,
             client_came: false,
@@ -466,14 +466,14 @@ impl Volume {
     /// When something is due that no event will announce.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        self.pace_due
+        self.throttle_due
     }
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
         self.now = now;
         self.stalled = Duration::ZERO;
-        self.pace_due = None;
+        self.throttle_due = None;
         self.pump_detach(now);
         self.ask_if_parted_long(now);
         self.serve_granted();
@@ -553,7 +553,7 @@ impl Volume {
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
-            self.pace.released(landed, self.now);
+            self.throttle.released(landed, self.now);
         }
         if let Some(touched) = touched {
             self.record.written(change.token, change.range, touched);

@@ -202,7 +202,7 @@ impl Volume {
 
     fn hand_over(&mut self, token: Token) {
         let has_peer = self.source;
-        let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
+        let landed = self.throttle.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
         let request = self.request_mut(token);
         request.landed = true;
         // One that waits for no peer says nothing about what clients bear.

@@ -19,9 +19,9 @@ use crate::limits::{
     DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_CHUNK_LEN,
     RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX,
 };
-use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
+use crate::mirror::throttle::Leave;
 use crate::reactor::command::Event;
 use crate::transport::Link;
 use crate::units::{ByteRange, Epoch};
@@ -174,7 +174,7 @@ impl Volume {
     /// No step of a copy counts any more.
     pub(super) fn end_copy(&mut self) {
         if self.resync.take().is_some() {
-            self.pace.all_ended();
+            self.throttle.all_ended();
         }
     }
 
@@ -192,7 +192,7 @@ impl Volume {
         let holds = extent.hole && extent.range.len == range.len;
         if !holds {
             resync.untake(range, false);
-            self.pace.step_ended();
+            self.throttle.step_ended();
         }
         holds
     }
@@ -200,7 +200,7 @@ impl Volume {
     /// A step of the copy `serial` is released: the peer has it, or has looked at it.
     pub(super) fn resync_step_released(&mut self, serial: u64, kind: Kind, range: ByteRange, differs: bool) {
         let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return };
-        self.pace.step_ended();
+        self.throttle.step_ended();
         if kind == Kind::Verify && differs {
             resync.differs(range);
         } else {
@@ -229,10 +229,10 @@ impl Volume {
             && let Some(wanted) = resync.next(&self.record.dirty)
         {
             let grain = resync.grain_len();
-            let len = match self.pace.leave(now, self.clients_busy && !urgent) {
+            let len = match self.throttle.leave(now, self.clients_busy && !urgent) {
                 Leave::Step(len) => len,
                 Leave::Wait(at) => {
-                    self.pace_due = Some(at);
+                    self.throttle_due = Some(at);
                     return;
                 }
                 Leave::Enough => return,
@@ -248,7 +248,7 @@ impl Volume {
             let plan = Plan { grain, len, compares: resync.compares(wanted), sparse: self.disk.is_sparse() };
             let (kind, range) = plan.step(dirty, extent.range.len, extent.hole);
             resync.took(range);
-            self.pace.step_began(now, range.len);
+            self.throttle.step_began(now, range.len);
             if matches!(kind, Kind::Write | Kind::Verify) {
                 let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
                 self.disk.read_ahead(ahead);
@@ -263,7 +263,7 @@ impl Volume {
                 // The table is full of clients' requests: copy on when there is room.
                 Admission::Full => {
                     self.drop_request(token);
-                    self.pace.step_ended();
+                    self.throttle.step_ended();
                     let resync = self.resync.as_mut().expect("checked above");
                     resync.untake(range, wanted.differs);
                     return;

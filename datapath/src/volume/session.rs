@@ -521,7 +521,7 @@ impl Volume {
             self.outbox.pop_front();
         }
         if replies_until.is_some_and(|until| Instant::now() >= until) {
-            self.pace_due = Some(now);
+            self.throttle_due = Some(now);
         }
         let was_held_up = self.access.as_ref().is_some_and(Access::is_held_up);
         while let Some(access) = &mut self.access
@@ -553,7 +553,7 @@ impl Volume {
                 (sent, self.last_answer) = (true, now);
             }
             if told == Told::Part {
-                self.pace_due = Some(now);
+                self.throttle_due = Some(now);
             }
         }
         link.kick();
