@@ -10,7 +10,7 @@
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
 use super::{Joined, RdmaLink, stage};
-use crate::transport::laws::Dice;
+use crate::transport::conformance::Dice;
 use costandby_ffi::mapping::{Mapping, Span};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;

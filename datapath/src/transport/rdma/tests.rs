@@ -1,11 +1,11 @@
-//! The law suite over endpoints in memory, and what peers and devices can do to a link.
+//! The conformance suite over endpoints in memory, and what peers and devices can do to a link.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
 use super::fake::{self, FakeEndpoint, FakeRegion, Manner};
 use super::{DownReason, Joined, RdmaLink};
 use crate::error::Violation;
 use crate::limits::{LINK_EVENTS_MAX, RING_LEN_MIN, RING_SLACK};
-use crate::transport::laws::{Dice, End, Source, plain, until};
+use crate::transport::conformance::{Dice, End, Source, plain, until};
 use crate::transport::{Link, LinkEvent};
 use crate::units::{ByteRange, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
