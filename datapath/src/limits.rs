@@ -173,19 +173,19 @@ pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
 /// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.
 pub const RDMA_MEMORY_SHARE: u64 = 4;
 
-/// Bytes one RDMA link locks whatever its disk: its ring (44 MiB), the stage, headers and messages.
+/// Bytes one RDMA link locks whatever its disk: its ring (44 MiB), the bounce buffer, headers and messages.
 pub const RDMA_LINK_LOCKED_LEN: u64 = 52 << 20;
 
 /// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
 /// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
-pub const RDMA_STAGE_LEN: usize = 4 << 20;
+pub const RDMA_BOUNCE_LEN: usize = 4 << 20;
 
-/// Bytes copied into the stage in one piece: a quarter of it, so that skipping the stage's end wastes no more than that
+/// Bytes copied into the bounce buffer in one piece: a quarter of it, so that skipping the bounce buffer's end wastes no more than that
 /// and the next piece is copied while the one before is on its way; copying it takes under a tenth of a millisecond.
-pub const RDMA_STAGE_PIECE_LEN_MAX: usize = RDMA_STAGE_LEN / 4;
+pub const RDMA_BOUNCE_PIECE_LEN_MAX: usize = RDMA_BOUNCE_LEN / 4;
 
-/// Pieces in the stage at a time: one for each frame that may be open, and some more for long ones.
-pub const RDMA_STAGE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
+/// Pieces in the bounce buffer at a time: one for each frame that may be open, and some more for long ones.
+pub const RDMA_BOUNCE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
 
 /// Bytes of our RDMA ring: the smallest that a change of 32 MiB can stand in whole while a quarter of it is released and
 /// untold, as one has to until its checksum is known; it is locked memory, and bringing it in is what a first connection

@@ -17,7 +17,7 @@ use costandby_ffi::verbs::{
 };
 use std::net::IpAddr;
 
-/// Bytes that each volume locks in any case: its ring, and the stage of its link.
+/// Bytes that each volume locks in any case: its ring, and the bounce buffer of its link.
 #[cfg(feature = "rdma")]
 const LINK_LOCKED_LEN: u64 = RDMA_RING_LEN + RDMA_STAGE_LEN as u64;
 

@@ -9,7 +9,7 @@
 //! Invariants: requests are carried out in order, once, or never; nothing moves but in a call of one of the two ends.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
-use super::{Joined, RdmaLink, stage};
+use super::{Joined, RdmaLink, bounce};
 use crate::transport::conformance::Dice;
 use costandby_ffi::mapping::{Mapping, Span};
 use rustix::event::{EventfdFlags, eventfd};
@@ -392,8 +392,8 @@ impl Endpoint for FakeEndpoint {
         self.registrar.clone()
     }
 
-    fn stage(&self) -> io::Result<(Span, FakeRegion)> {
-        stage::make(&self.registrar)
+    fn bounce(&self) -> io::Result<(Span, FakeRegion)> {
+        bounce::make(&self.registrar)
     }
 
     fn write(

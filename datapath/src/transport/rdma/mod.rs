@@ -2,7 +2,7 @@
 //!
 //! The device gathers {64 bytes of header, a span of the disk} and lays both into the peer's ring at the place this end
 //! counts to ([`placement`]); the immediate names the place. Messages are small sends that the device copies at once.
-//! Payloads come from windows of the disk that are registered, or through a small stage while they are not
+//! Payloads come from windows of the disk that are registered, or through a small bounce buffer while they are not
 //! ([`windows`]). The connection is an [`Endpoint`]: the device's ([`verbs`](endpoint)), or [`fake`], which tests drive.
 //!
 //! Where it stands in the flow: as [`super::tcp`], between the mirror pipeline (or the access side) and the device. The
@@ -14,7 +14,7 @@
 //!   with one of its receives; so nothing of ours ever finds the peer without a receive posted;
 //! - work requests are done in the order posted, and never more are open than the send queue takes; the rest waits in
 //!   the outbox, where a frame's first byte is sent with the header it began with;
-//! - the last request of a kick reports its completion, and so does each that the stage waits for;
+//! - the last request of a kick reports its completion, and so does each that the bounce buffer waits for;
 //! - once [`Endpoint::cut`] was called, by closing, dropping or any failure, the peer reaches nothing here.
 //!
 //! While busy, nothing here allocates, locks, copies payload (registered windows) or calls the system for a write; a look
@@ -22,7 +22,7 @@
 //!
 //! Failures survived: a peer that names places it may not, sends what is no header, mixes up changes and messages,
 //! returns what it never used (each named, link down); a device, queue pair or connection that fails, and a peer that
-//! goes (what had arrived is still told); a disk that cannot be read while it is staged ([`DownReason::Medium`]).
+//! goes (what had arrived is still told); a disk that cannot be read while it is copied to the bounce buffer ([`DownReason::Medium`]).
 
 use self::endpoint::{Completion, Endpoint, EndpointError, Piece, Registrar};
 use self::placement::{OwnPlaces, PeerPlaces};
@@ -48,6 +48,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod bounce;
 pub mod endpoint;
 #[doc(hidden)]
 pub mod fake;
@@ -60,7 +61,6 @@ pub mod private;
 pub mod ring;
 #[cfg(feature = "rdma")]
 pub mod setup;
-mod stage;
 #[cfg(feature = "rdma")]
 pub mod verbs;
 pub mod windows;
@@ -183,7 +183,7 @@ impl<E: Endpoint> RdmaLink<E> {
         let registrar = endpoint.registrar();
         let headers = Mapping::anonymous(sends_len * HEADER_LEN)?.span(0, sends_len * HEADER_LEN);
         let headers_region = registrar.register(&headers)?;
-        let windows = Windows::with_stage(&registrar, endpoint.stage()?, windows_limit_bytes)?;
+        let windows = Windows::with_bounce(&registrar, endpoint.bounce()?, windows_limit_bytes)?;
         let sleep_on = sleep_on(&endpoint, companion.as_ref())?;
         let nothing = Completion::Placed { immediate: 0 };
         Ok(Self {
@@ -305,7 +305,7 @@ impl<E: Endpoint> RdmaLink<E> {
         }
     }
 
-    /// Sends until all is out or something is missing: room in the send queue or the stage, or a receive of the peer's.
+    /// Sends until all is out or something is missing: room in the send queue or the bounce buffer, or a receive of the peer's.
     fn flush(&mut self) {
         if !self.state.is_open() || (self.outbox.is_empty() && !self.must_tell()) {
             return;
@@ -404,7 +404,7 @@ impl<E: Endpoint> RdmaLink<E> {
         // What crosses the end of the ring goes on at its beginning, by another request.
         let (at, room) = self.peer_places.part(self.place, progress);
         let len_max = endpoint.write_len_max().min(room);
-        let mut staged = false;
+        let mut bounced = false;
         let payload = match &entry.span {
             None => None,
             // A header alone takes all that is left of the ring.
@@ -414,8 +414,8 @@ impl<E: Endpoint> RdmaLink<E> {
                 let len_max = if progress == 0 { len_max - HEADER_LEN } else { len_max };
                 match windows.source(span, out, len_max, resync, id) {
                     Source::Direct(piece) => Some(piece),
-                    Source::Staged(piece) => {
-                        staged = true;
+                    Source::Bounced(piece) => {
+                        bounced = true;
                         Some(piece)
                     }
                     Source::Wait => return Ok(false),
@@ -425,7 +425,7 @@ impl<E: Endpoint> RdmaLink<E> {
         };
         let payload_len = payload.as_ref().map_or(0, |piece| piece.len);
         let whole = out + payload_len == header.payload_len();
-        let signalled = staged || requests.signal_due() || (whole && !follows);
+        let signalled = bounced || requests.signal_due() || (whole && !follows);
         let immediate = whole.then(|| PeerPlaces::immediate(self.place));
         let bytes = if progress == 0 {
             let slots = (headers.len() / HEADER_LEN) as u64;

@@ -48,8 +48,8 @@ mod narrow {
     }
 }
 
-/// Nothing of the disk may be registered: all goes through the stage.
-mod staged {
+/// Nothing of the disk may be registered: all goes through the bounce buffer.
+mod bounced {
     use super::{Manner, fake};
     crate::link_laws!(|ring_len| {
         let manner = Manner { seed: Some(5), windows_max: 0, ..Manner::default() };
@@ -568,7 +568,7 @@ fn two_ends_that_used_up_each_others_receives_get_out_of_it() {
     });
 }
 
-/// A frame that waits half way, for room in the stage, began with counts that nothing newer may overtake.
+/// A frame that waits half way, for room in the bounce buffer, began with counts that nothing newer may overtake.
 #[test]
 fn no_sign_of_life_overtakes_a_frame_that_has_begun() {
     const MIB: usize = 1 << 20;

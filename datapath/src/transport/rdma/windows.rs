@@ -1,23 +1,23 @@
-//! Where the bytes of a change are sent from: registered windows of the disk, or the stage.
+//! Where the bytes of a change are sent from: registered windows of the disk, or the bounce buffer.
 //!
 //! Stands between the link, which posts, and the registrar, which takes milliseconds for a window. Nothing waits for
-//! it: what is not registered (yet, or any more, or cannot be) is copied through the stage ([`super::stage`]), which was
+//! it: what is not registered (yet, or any more, or cannot be) is copied through the bounce buffer ([`super::bounce`]), which was
 //! registered before the link was made. Which windows are worth their registration is decided in [`cache`], and carried
 //! out by a thread of its own in [`registry`]; how much may be registered is worked out in [`memory`].
 //!
 //! Invariants:
 //! - Per write from a registered window: no copy, allocation, lock or system call. While a registration is under way
 //!   there is one look at a channel besides.
-//! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the stage.
+//! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the bounce buffer.
 //! - Of a mapping that is poisoned nothing is sent where it stands: the pages that a device holds of it may be others than
-//!   those that the CPU sees. What is not lost goes through the stage, what is lost does not go.
+//!   those that the CPU sees. What is not lost goes through the bounce buffer, what is lost does not go.
 //! - Nothing is registered of a mapping whose file was replaced by memory, and nothing sent by what was before.
 //!
 //! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
-//! them: the window is staged and tried again much later, and want of memory lowers the limit.
+//! them: the window goes through the bounce buffer and tried again much later, and want of memory lowers the limit.
 
+use super::bounce::{self, BounceBuffer};
 use super::endpoint::{Piece, Registrar};
-use super::stage::{self, Stage};
 use costandby_ffi::mapping::{Mapping, Span};
 use std::io;
 use std::sync::Arc;
@@ -35,8 +35,8 @@ use registry::Registry;
 pub enum Source<'a, Region> {
     /// Where they are: in a registered window of the disk.
     Direct(Piece<'a, Region>),
-    /// A copy, in the stage.
-    Staged(Piece<'a, Region>),
+    /// A copy, in the bounce buffer.
+    Bounced(Piece<'a, Region>),
     /// Neither now: ask again after [`Windows::done_up_to`] was told of more. The work requests under way must have
     /// been signalled up to the last for that to come.
     Wait,
@@ -53,18 +53,18 @@ pub struct WindowCounters {
     pub registered_bytes: u64,
     /// Bytes that may be registered: the configured limit, or less where the system refused more.
     pub limit_bytes: u64,
-    /// Bytes that were copied through the stage.
-    pub staged_bytes: u64,
+    /// Bytes that were copied through the bounce buffer.
+    pub bounced_bytes: u64,
     /// Windows given up for others.
     pub evictions: u64,
     /// Registrations that failed.
     pub failures: u64,
 }
 
-/// The windows of one link, and its stage.
+/// The windows of one link, and its bounce buffer.
 #[derive(Debug)]
 pub struct Windows<R: Registrar> {
-    stage: Stage<R::Region>,
+    bounce: BounceBuffer<R::Region>,
     registry: Registry<R::Region>,
     limit_bytes: u64,
     disk: Option<Disk<R::Region>>,
@@ -80,22 +80,26 @@ struct Disk<Region> {
 }
 
 impl<R: Registrar> Windows<R> {
-    /// Registers a stage, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks while
-    /// the stage's memory is brought in.
+    /// Registers a bounce buffer, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks while
+    /// the bounce buffer's memory is brought in.
     ///
     /// # Errors
-    /// When the stage cannot be registered, or the system gives no thread.
+    /// When the bounce buffer cannot be registered, or the system gives no thread.
     pub fn new(registrar: &R, limit_bytes: u64) -> io::Result<Self> {
-        Self::with_stage(registrar, stage::make(registrar)?, limit_bytes)
+        Self::with_bounce(registrar, bounce::make(registrar)?, limit_bytes)
     }
 
-    /// The same over memory for the stage that is registered already. Does not block.
+    /// The same over memory for the bounce buffer that is registered already. Does not block.
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub(super) fn with_stage(registrar: &R, stage: (Span, R::Region), limit_bytes: u64) -> io::Result<Self> {
+    pub(super) fn with_bounce(
+        registrar: &R,
+        bounce: (Span, R::Region),
+        limit_bytes: u64,
+    ) -> io::Result<Self> {
         let registry = Registry::start(registrar.clone())?;
-        Ok(Self { stage: Stage::new(stage), registry, limit_bytes, disk: None })
+        Ok(Self { bounce: BounceBuffer::new(bounce), registry, limit_bytes, disk: None })
     }
 
     /// Where to send `span`'s bytes from `from` on, at most `len_max` of them and perhaps fewer, with the work request
@@ -140,10 +144,10 @@ impl<R: Registrar> Windows<R> {
                 return Source::Direct(Piece { region, offset: at - start, len });
             }
         }
-        match self.stage.copy(&span.sub(from, len), id) {
+        match self.bounce.copy(&span.sub(from, len), id) {
             // The copy may have been what met the failing medium.
             Some(_) if span.is_lost() => Source::Medium,
-            Some(piece) => Source::Staged(piece),
+            Some(piece) => Source::Bounced(piece),
             None => Source::Wait,
         }
     }
@@ -170,7 +174,7 @@ impl<R: Registrar> Windows<R> {
 
     /// The work requests up to `id` are done: what they named may be used again.
     pub fn done_up_to(&mut self, id: u64) {
-        self.stage.done_up_to(id);
+        self.bounce.done_up_to(id);
         if let Some(disk) = &mut self.disk {
             disk.cache.done_up_to(id);
         }
@@ -179,19 +183,19 @@ impl<R: Registrar> Windows<R> {
     /// What was done so far.
     #[must_use]
     pub fn counters(&self) -> WindowCounters {
-        let staged = WindowCounters {
+        let bounced = WindowCounters {
             limit_bytes: self.limit_bytes,
-            staged_bytes: self.stage.staged_bytes(),
+            bounced_bytes: self.bounce.bounced_bytes(),
             ..WindowCounters::default()
         };
-        let Some(Disk { cache, .. }) = &self.disk else { return staged };
+        let Some(Disk { cache, .. }) = &self.disk else { return bounced };
         WindowCounters {
             windows: cache.windows() as u64,
             registered_bytes: cache.registered_bytes() as u64,
             limit_bytes: cache.limit() as u64,
             evictions: cache.evictions(),
             failures: cache.failures(),
-            ..staged
+            ..bounced
         }
     }
 }
@@ -202,7 +206,7 @@ impl<Region: Send + 'static> Disk<Region> {
         let Some(result) = result else { return };
         self.pending = false;
         if let Err(error) = &result {
-            tracing::debug!(%error, "a window of the disk cannot be registered; it goes through the stage");
+            tracing::debug!(%error, "a window of the disk cannot be registered; it goes through the bounce buffer");
         }
         self.cache.registered(result);
     }

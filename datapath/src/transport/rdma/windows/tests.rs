@@ -1,8 +1,8 @@
-//! Windows and stage together, against a model, with a registrar that the test holds by the hand.
+//! Windows and bounce buffer together, against a model, with a registrar that the test holds by the hand.
 
 use super::*;
 use crate::disk::image::DiskImage;
-use crate::limits::{RDMA_STAGE_LEN, RDMA_STAGE_PIECE_LEN_MAX};
+use crate::limits::{RDMA_BOUNCE_LEN, RDMA_BOUNCE_PIECE_LEN_MAX};
 use crate::units::ByteRange;
 use costandby_ffi::mapping::Pin;
 use crossbeam_channel::{Receiver, Sender};
@@ -81,7 +81,7 @@ fn insist(windows: &mut Windows<Fake>, span: &Span, ids: &mut Range<u64>) -> boo
         let id = ids.next().expect("enough");
         match windows.source(span, 0, span.len(), false, id) {
             Source::Direct(_) => return true,
-            Source::Staged(_) => windows.done_up_to(id),
+            Source::Bounced(_) => windows.done_up_to(id),
             other => panic!("{other:?}"),
         }
         std::thread::yield_now();
@@ -131,8 +131,8 @@ struct Model {
     /// Of each window: last work request that names it, writes of clients.
     last_id: BTreeMap<usize, u64>,
     writes: BTreeMap<usize, u64>,
-    /// Pieces in the stage: work request and place.
-    staged: VecDeque<(u64, Range<usize>)>,
+    /// Pieces in the bounce buffer: work request and place.
+    bounced: VecDeque<(u64, Range<usize>)>,
     id: u64,
     done: u64,
     evictions: u64,
@@ -141,13 +141,13 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let (words, gate) = crossbeam_channel::unbounded();
-        words.send(None).expect("for the stage");
+        words.send(None).expect("for the bounce buffer");
         let fake = Fake { books: Arc::default(), gate: Some(gate) };
         let books = Arc::clone(&fake.books);
         let windows = Windows::new(&fake, LIMIT as u64).expect("starts");
         let disk = Mapping::anonymous(DISK_LEN).expect("memory");
-        let (registered, asked, last_id, writes, staged, id, done, evictions) = Default::default();
-        Self { windows, words, books, disk, registered, asked, last_id, writes, staged, id, done, evictions }
+        let (registered, asked, last_id, writes, bounced, id, done, evictions) = Default::default();
+        Self { windows, words, books, disk, registered, asked, last_id, writes, bounced, id, done, evictions }
     }
 
     fn send(&mut self, offset: usize, len: usize, resync: bool, fill: u8) {
@@ -189,20 +189,20 @@ impl Model {
                 }
                 piece.len
             }
-            Source::Staged(piece) => {
+            Source::Bounced(piece) => {
                 assert!(!self.registered.contains(&window), "window {window} is registered");
-                assert_eq!(piece.len, left.min(RDMA_STAGE_PIECE_LEN_MAX));
+                assert_eq!(piece.len, left.min(RDMA_BOUNCE_PIECE_LEN_MAX));
                 assert_eq!(bytes(&piece), wanted[..piece.len]);
                 let place = piece.offset..piece.offset + piece.len;
-                for (id, other) in &self.staged {
+                for (id, other) in &self.bounced {
                     let apart = place.end <= other.start || other.end <= place.start;
                     assert!(apart, "{place:?} overlaps {other:?} of {id}");
                 }
-                self.staged.push_back((self.id, place.clone()));
+                self.bounced.push_back((self.id, place.clone()));
                 place.len()
             }
             Source::Wait => {
-                assert!(!self.staged.is_empty(), "an empty stage takes anything");
+                assert!(!self.bounced.is_empty(), "an empty bounce buffer takes anything");
                 0
             }
             Source::Medium => panic!("nothing is poisoned"),
@@ -234,7 +234,7 @@ impl Model {
         self.done += (self.id - self.done) * u64::from(share) / 255;
         let done = self.done;
         self.windows.done_up_to(done);
-        self.staged.retain(|(id, _)| *id > done);
+        self.bounced.retain(|(id, _)| *id > done);
     }
 
     fn registered(&mut self, end: Option<io::ErrorKind>) {
@@ -253,9 +253,9 @@ impl Model {
             }
             Some(_) => {}
         }
-        let live = self.books.live.load(Ordering::SeqCst) - RDMA_STAGE_LEN;
+        let live = self.books.live.load(Ordering::SeqCst) - RDMA_BOUNCE_LEN;
         assert_eq!(live as u64, self.windows.counters().registered_bytes);
-        assert!(self.books.live_max.load(Ordering::SeqCst) <= LIMIT + RDMA_STAGE_LEN);
+        assert!(self.books.live_max.load(Ordering::SeqCst) <= LIMIT + RDMA_BOUNCE_LEN);
         assert_eq!(self.windows.counters().windows, self.registered.len() as u64);
     }
 }
@@ -295,7 +295,7 @@ fn pieces_are_cut_where_windows_and_the_device_end() {
     let mut next =
         |from, len_max| match windows.source(&across, from, len_max, true, ids.next().expect("enough")) {
             Source::Direct(piece) => (true, piece.len),
-            Source::Staged(piece) => (false, piece.len),
+            Source::Bounced(piece) => (false, piece.len),
             other => panic!("{other:?}"),
         };
     assert_eq!(next(0, 300), (true, 100), "the window ends");
@@ -312,7 +312,7 @@ fn other_memory_goes_through_the_stage() {
     assert!(insist(&mut windows, &disk.span(0, 64), &mut ids), "never registered");
     for id in ids.take(100) {
         other.span(5, 64).write_from(&[u8::try_from(id % 251).expect("small"); 64]);
-        let Source::Staged(piece) = windows.source(&other.span(5, 64), 0, 64, false, id) else {
+        let Source::Bounced(piece) = windows.source(&other.span(5, 64), 0, 64, false, id) else {
             panic!("sent from the wrong place");
         };
         assert_eq!(bytes(&piece), [u8::try_from(id % 251).expect("small"); 64]);
@@ -329,7 +329,7 @@ fn of_a_failed_disk_nothing_goes_out_but_what_the_cpu_still_sees() {
     assert!(insist(&mut windows, &disk.span(0, 64), &mut (1..1 << 40)), "never registered");
     disk.poison();
     let source = windows.source(&disk.span(0, 64), 0, 64, false, 1 << 41);
-    assert!(matches!(source, Source::Staged(_)), "{source:?}");
+    assert!(matches!(source, Source::Bounced(_)), "{source:?}");
     // And while it is copied.
     let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
     let file = tempfile::NamedTempFile::new().expect("temp file");
@@ -341,7 +341,7 @@ fn of_a_failed_disk_nothing_goes_out_but_what_the_cpu_still_sees() {
 }
 
 #[test]
-fn memory_in_the_place_of_a_failed_disk_is_staged_and_what_was_registered_ends() {
+fn memory_in_the_place_of_a_failed_disk_is_bounced_and_what_was_registered_ends() {
     let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
     let disk = Mapping::anonymous(MIB).expect("memory");
     disk.span(0, 64).write_from(&[1; 64]);
@@ -349,7 +349,7 @@ fn memory_in_the_place_of_a_failed_disk_is_staged_and_what_was_registered_ends()
     let _ = disk.replace(&[]).expect("memory");
     disk.span(0, 64).write_from(&[2; 64]);
     for id in 0..100 {
-        let Source::Staged(piece) = windows.source(&disk.span(0, 64), 0, 64, false, (1 << 41) + id) else {
+        let Source::Bounced(piece) = windows.source(&disk.span(0, 64), 0, 64, false, (1 << 41) + id) else {
             panic!("registered pages are others now")
         };
         assert_eq!(bytes(&piece), [2; 64]);
@@ -359,14 +359,14 @@ fn memory_in_the_place_of_a_failed_disk_is_staged_and_what_was_registered_ends()
 }
 
 #[test]
-fn where_nothing_can_be_registered_everything_is_staged() {
+fn where_nothing_can_be_registered_everything_is_bounced() {
     let mut windows = Windows::new(&free_fake(), 0).expect("starts");
     let disk = Mapping::anonymous(64 * MIB).expect("memory");
     let span = disk.span(0, 40 * MIB);
     let (mut from, mut waits) = (0, 0);
     for id in 1..10_000 {
         match windows.source(&span, from, usize::MAX, false, id) {
-            Source::Staged(piece) => from += piece.len,
+            Source::Bounced(piece) => from += piece.len,
             Source::Wait => {
                 waits += 1;
                 windows.done_up_to(id - 1);
@@ -378,13 +378,13 @@ fn where_nothing_can_be_registered_everything_is_staged() {
         }
     }
     assert!(from == span.len() && waits >= 9, "{from} bytes, {waits} waits");
-    assert_eq!((windows.counters().staged_bytes, windows.counters().registered_bytes), (40 << 20, 0));
+    assert_eq!((windows.counters().bounced_bytes, windows.counters().registered_bytes), (40 << 20, 0));
 }
 
 #[test]
 fn the_thread_ends_with_its_link_and_nobody_waits_for_it() {
     let (words, gate) = crossbeam_channel::unbounded();
-    words.send(None).expect("for the stage");
+    words.send(None).expect("for the bounce buffer");
     let fake = Fake { books: Arc::default(), gate: Some(gate) };
     let books = Arc::clone(&fake.books);
     let mut windows = Windows::new(&fake, u64::MAX).expect("starts");

@@ -30,12 +30,12 @@ impl Device {
         Self { here, there, id: 0 }
     }
 
-    /// Sends the span by one write, from a window or from the stage. Returns which, and the byte that arrived all over.
+    /// Sends the span by one write, from a window or from the bounce buffer. Returns which, and the byte that arrived all over.
     fn send(&mut self, windows: &mut Windows<impl Registrar<Region = Region>>, span: &Span) -> (bool, u8) {
         self.id += 1;
         let (direct, piece) = match windows.source(span, 0, span.len(), false, self.id) {
             Source::Direct(piece) => (true, piece),
-            Source::Staged(piece) => (false, piece),
+            Source::Bounced(piece) => (false, piece),
             other => panic!("{other:?}"),
         };
         assert_eq!(piece.len, span.len());
@@ -78,7 +78,7 @@ fn what_is_trimmed_under_a_window_is_sent_as_it_is_then() {
         let span = disk.span(range);
         span.write_from(&vec![1; LEN]);
         let deadline = soon();
-        assert_eq!(device.send(&mut windows, &span), (false, 1), "the first goes through the stage");
+        assert_eq!(device.send(&mut windows, &span), (false, 1), "the first goes through the bounce buffer");
         while device.send(&mut windows, &span) != (true, 1) {
             assert!(Instant::now() < deadline, "never registered: {:?}", windows.counters());
         }
