@@ -5,7 +5,7 @@ use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_RING_LEN, RDMA_STAGE_LEN}
 use costandby_datapath::transport::rdma::keeper::{Making, Whereabouts};
 use costandby_datapath::transport::rdma::ring::{Ring, RingKeeper, RingLease};
 use costandby_datapath::transport::rdma::setup::{self, Connected, Listening, SetupError};
-use costandby_datapath::transport::rdma::{Joined, RdmaLink, private};
+use costandby_datapath::transport::rdma::{Joined, RdmaLink, private_data};
 use costandby_datapath::transport::{Link, ring_takes};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -38,8 +38,8 @@ fn ring_len() -> usize {
     usize::try_from(RDMA_RING_LEN).expect("64-bit")
 }
 
-fn secret(secret: &Secret) -> private::Secret {
-    private::Secret(secret.0)
+fn secret(secret: &Secret) -> private_data::Secret {
+    private_data::Secret(secret.0)
 }
 
 /// The volume's ring for a link, as soon as it is free.

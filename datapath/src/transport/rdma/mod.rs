@@ -56,7 +56,7 @@ pub mod fake;
 pub mod hostile;
 pub mod keeper;
 mod placement;
-pub mod private;
+pub mod private_data;
 #[cfg(feature = "rdma")]
 pub mod ring;
 #[cfg(feature = "rdma")]
