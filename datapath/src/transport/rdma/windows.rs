@@ -14,7 +14,7 @@
 //! - Nothing is registered of a mapping whose file was replaced by memory, and nothing sent by what was before.
 //!
 //! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
-//! them: the window goes through the bounce buffer and tried again much later, and want of memory lowers the limit.
+//! them: the window goes through the bounce buffer and is tried again much later, and want of memory lowers the limit.
 
 use super::bounce::{self, BounceBuffer};
 use super::endpoint::{Piece, Registrar};
