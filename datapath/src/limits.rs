@@ -161,13 +161,13 @@ pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
 
 /// Bytes of the disk registered at a time: a few milliseconds' work for the registrar's thread, four thousand pages a
 /// key, and 64 keys for a GiB, where RDMA devices have tens of thousands.
-pub const RDMA_WINDOW_LEN: usize = 16 << 20;
+pub const RDMA_SECTION_LEN: usize = 16 << 20;
 
-/// Smallest window, where little may be registered: the largest usual request, so that most still have one source.
-pub const RDMA_WINDOW_LEN_MIN: usize = 1 << 20;
+/// Smallest section, where little may be registered: the largest usual request, so that most still have one source.
+pub const RDMA_SECTION_LEN_MIN: usize = 1 << 20;
 
-/// Windows a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger windows.
-pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
+/// Sections a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger sections.
+pub const RDMA_SECTIONS_MAX: usize = 1 << 20;
 
 /// Share of the machine's memory that may be registered for sending from the disks, where the configuration does not
 /// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.

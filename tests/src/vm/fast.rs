@@ -25,7 +25,7 @@ const SKIPPED: &str = "SKIPPED: ";
 const DOUBLES: [&str; 5] = [
     "transport::rdma::tests::",
     "transport::fault::tests::",
-    "transport::rdma::windows::cache::",
+    "transport::rdma::registration::cache::",
     "transport::rdma::placement::",
     "transport::rdma::private_data::",
 ];

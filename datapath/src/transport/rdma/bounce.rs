@@ -1,6 +1,6 @@
 //! The bounce buffer: registered memory that bytes of the disk are copied through while their own place is not registered.
 //!
-//! Stands beside the windows ([`super::windows`]), which decide what goes through here. A ring of its own, on our side:
+//! Stands beside the registrations ([`super::registration`]), which decide what goes through here. A ring of its own, on our side:
 //! pieces are taken in order, each contiguous, and given back in order when the work request that names them is done.
 //!
 //! Invariants:

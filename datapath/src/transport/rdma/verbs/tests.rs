@@ -38,7 +38,7 @@ fn link(ring: RingLease, established: Established) -> RdmaLink<VerbsEndpoint> {
         receives: SETTINGS.receive_len,
         peer_receives: SETTINGS.receive_len,
         companion: None,
-        windows_limit_bytes: 1 << 30,
+        registered_bytes_max: 1 << 30,
     };
     let endpoint = VerbsEndpoint::new(queue_pair, ring, Target { address, key }).unwrap();
     RdmaLink::new(endpoint, joined).unwrap()

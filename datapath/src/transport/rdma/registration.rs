@@ -1,20 +1,20 @@
-//! Where the bytes of a change are sent from: registered windows of the disk, or the bounce buffer.
+//! Where the bytes of a change are sent from: registered sections of the disk, or the bounce buffer.
 //!
-//! Stands between the link, which posts, and the registrar, which takes milliseconds for a window. Nothing waits for
+//! Stands between the link, which posts, and the registrar, which takes milliseconds for a section. Nothing waits for
 //! it: what is not registered (yet, or any more, or cannot be) is copied through the bounce buffer ([`super::bounce`]), which was
-//! registered before the link was made. Which windows are worth their registration is decided in [`cache`], and carried
+//! registered before the link was made. Which sections are worth their registration is decided in [`cache`], and carried
 //! out by a thread of its own in [`registry`]; how much may be registered is worked out in [`memory`].
 //!
 //! Invariants:
-//! - Per write from a registered window: no copy, allocation, lock or system call. While a registration is under way
+//! - Per write from a registered section: no copy, allocation, lock or system call. While a registration is under way
 //!   there is one look at a channel besides.
-//! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the bounce buffer.
+//! - Sections are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the bounce buffer.
 //! - Of a mapping that is poisoned nothing is sent where it stands: the pages that a device holds of it may be others than
 //!   those that the CPU sees. What is not lost goes through the bounce buffer, what is lost does not go.
 //! - Nothing is registered of a mapping whose file was replaced by memory, and nothing sent by what was before.
 //!
 //! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
-//! them: the window goes through the bounce buffer and is tried again much later, and want of memory lowers the limit.
+//! them: the section goes through the bounce buffer and is tried again much later, and want of memory lowers the limit.
 
 use super::bounce::{self, BounceBuffer};
 use super::endpoint::{Piece, Registrar};
@@ -33,11 +33,11 @@ use registry::Registry;
 /// The next bytes of a change, ready to be named by a work request.
 #[derive(Debug)]
 pub enum Source<'a, Region> {
-    /// Where they are: in a registered window of the disk.
+    /// Where they are: in a registered section of the disk.
     Direct(Piece<'a, Region>),
     /// A copy, in the bounce buffer.
     Bounced(Piece<'a, Region>),
-    /// Neither now: ask again after [`Windows::done_up_to`] was told of more. The work requests under way must have
+    /// Neither now: ask again after [`Registrations::done_up_to`] was told of more. The work requests under way must have
     /// been signalled up to the last for that to come.
     Wait,
     /// The bytes were lost with the disk: zeroes stand in for them, which must not be sent.
@@ -46,24 +46,24 @@ pub enum Source<'a, Region> {
 
 /// What status and doctor show.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct WindowCounters {
-    /// Windows registered now.
-    pub windows: u64,
+pub struct RegistrationCounters {
+    /// Sections registered now.
+    pub sections: u64,
     /// Bytes of the disk registered, or being registered, now.
     pub registered_bytes: u64,
     /// Bytes that may be registered: the configured limit, or less where the system refused more.
     pub limit_bytes: u64,
     /// Bytes that were copied through the bounce buffer.
     pub bounced_bytes: u64,
-    /// Windows given up for others.
+    /// Sections given up for others.
     pub evictions: u64,
     /// Registrations that failed.
     pub failures: u64,
 }
 
-/// The windows of one link, and its bounce buffer.
+/// The registrations of one link, and its bounce buffer.
 #[derive(Debug)]
-pub struct Windows<R: Registrar> {
+pub struct Registrations<R: Registrar> {
     bounce: BounceBuffer<R::Region>,
     registry: Registry<R::Region>,
     limit_bytes: u64,
@@ -79,8 +79,8 @@ struct Disk<Region> {
     pending: bool,
 }
 
-impl<R: Registrar> Windows<R> {
-    /// Registers a bounce buffer, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks while
+impl<R: Registrar> Registrations<R> {
+    /// Registers a bounce buffer, and starts the thread that registers sections: at most `limit_bytes` of the disk. Blocks while
     /// the bounce buffer's memory is brought in.
     ///
     /// # Errors
@@ -132,11 +132,11 @@ impl<R: Registrar> Windows<R> {
                 disk.settle(self.registry.poll());
             }
             let at = span.offset() + from;
-            let window = disk.cache.window_of(at);
-            len = len.min(disk.cache.bytes(window).end - at);
-            let slot = disk.cache.touch(window, !resync, id);
+            let section = disk.cache.section_of(at);
+            len = len.min(disk.cache.bytes(section).end - at);
+            let slot = disk.cache.touch(section, !resync, id);
             if slot.is_none() && !resync {
-                disk.ask(window, &self.registry);
+                disk.ask(section, &self.registry);
             }
             if let Some(slot) = slot {
                 let disk = self.disk.as_ref().expect("looked up above");
@@ -182,15 +182,15 @@ impl<R: Registrar> Windows<R> {
 
     /// What was done so far.
     #[must_use]
-    pub fn counters(&self) -> WindowCounters {
-        let bounced = WindowCounters {
+    pub fn counters(&self) -> RegistrationCounters {
+        let bounced = RegistrationCounters {
             limit_bytes: self.limit_bytes,
             bounced_bytes: self.bounce.bounced_bytes(),
-            ..WindowCounters::default()
+            ..RegistrationCounters::default()
         };
         let Some(Disk { cache, .. }) = &self.disk else { return bounced };
-        WindowCounters {
-            windows: cache.windows() as u64,
+        RegistrationCounters {
+            sections: cache.sections() as u64,
             registered_bytes: cache.registered_bytes() as u64,
             limit_bytes: cache.limit() as u64,
             evictions: cache.evictions(),
@@ -206,22 +206,22 @@ impl<Region: Send + 'static> Disk<Region> {
         let Some(result) = result else { return };
         self.pending = false;
         if let Err(error) = &result {
-            tracing::debug!(%error, "a window of the disk cannot be registered; it goes through the bounce buffer");
+            tracing::debug!(%error, "a section of the disk cannot be registered; it goes through the bounce buffer");
         }
         self.cache.registered(result);
     }
 
-    /// Has the window registered, if it is worth it.
+    /// Has the section registered, if it is worth it.
     #[cold]
-    fn ask(&mut self, window: u32, registry: &Registry<Region>) {
-        let Some(end) = self.cache.wants(window) else { return };
-        let bytes = self.cache.bytes(window);
+    fn ask(&mut self, section: u32, registry: &Registry<Region>) {
+        let Some(end) = self.cache.wants(section) else { return };
+        let bytes = self.cache.bytes(section);
         registry.register(end, self.mapping.span(bytes.start, bytes.len()));
         self.pending = true;
     }
 }
 
-impl<R: Registrar> Drop for Windows<R> {
+impl<R: Registrar> Drop for Registrations<R> {
     /// Leaves the registrations to the thread: ending many takes long, and the reactor has a promotion to see to.
     fn drop(&mut self) {
         if let Some(disk) = &mut self.disk {
