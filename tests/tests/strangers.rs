@@ -261,6 +261,10 @@ fn a_daemon_does_not_start_without_a_key_that_is_its_own() {
     fs::write(&path, "not a key\n").expect("written");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("a mode");
     refused(&["line 1", "costandby-key-1:"]);
+    let kept = pair.cli(ALPHA, &["keygen", "--force"]);
+    assert!(kept.stderr.contains("a text of another kind, and was not touched"), "{}", kept.stderr);
+    fs::write(&path, "costandby-key-1:0102\n").expect("written");
+    refused(&["line 1", "was it copied whole"]);
     let kept = pair.cli(ALPHA, &["keygen"]);
     assert!(kept.stderr.contains("was not touched"), "{}", kept.stderr);
     pair.cli_ok(ALPHA, &["keygen", "--force"]);
