@@ -280,12 +280,14 @@ impl Start<'_> {
         for (volume, disk) in configured {
             let peer = volume.peer_of(node.as_str()).expect("the configuration was checked").clone();
             let settings = VolumeSettings {
+                config: self.config.file.display().to_string(),
                 volume: volume.name.as_str().to_owned(),
                 node: node.as_str().to_owned(),
                 peer: peer.as_str().to_owned(),
                 configured_primary: volume.primary == *node,
                 on_peer_loss: volume.on_peer_loss,
                 ack: volume.ack,
+                peer_timeout: self.config.peer_timeout,
             };
             let surroundings = Surroundings {
                 route: Route::to(
@@ -295,7 +297,6 @@ impl Start<'_> {
                     Arc::clone(&self.keys),
                 ),
                 node: node.as_str().to_owned(),
-                command_line: self.config.command_line(node.as_str()),
                 local: self.node.listen.ip(),
                 rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
                 settings: settings_of(volume, self.config.peer_timeout),

@@ -137,8 +137,6 @@ pub(super) struct Surroundings {
     pub(super) route: Route,
     /// This node's name.
     pub(super) node: String,
-    /// How a command line begins that means this daemon's configuration and node.
-    pub(super) command_line: String,
     /// This node's address towards its peers.
     pub(super) local: IpAddr,
     /// This node's RDMA.
@@ -458,8 +456,10 @@ impl VolumeTask {
                 format!("volume {volume} is served by {peer}: this node is its standby, connect there")
             }
             (_, _) => format!(
-                "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, run \
-                 `costandby promote {volume}` on the node that shall"
+                "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, promote it on the node \
+                 that shall: {}, or {}",
+                self.controller.commands().here("promote"),
+                self.controller.commands().there("promote")
             ),
         };
         if text != self.refusal_told {
