@@ -120,7 +120,8 @@ pub const TURN_MS_MAX: u64 = 20;
 pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
 
 /// Peer timeouts that a peer may be silent for while its host still answers: a program held up by its disk (a mapped
-/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk.
+/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk. Before its first byte in a session it has one and a half:
+/// it has shown nothing yet, and clients wait.
 pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 
 /// Seconds the peer may take over one change or flush while it shows every other sign of life: its disk hangs. Longer

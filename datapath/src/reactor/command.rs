@@ -223,6 +223,8 @@ pub enum Event {
         dirty: bool,
         /// Some change got through over its link.
         moved: bool,
+        /// Anything at all came from the peer over it.
+        heard: bool,
         /// What is known of it, if it may go on over another link.
         parted: Option<Parted>,
     },

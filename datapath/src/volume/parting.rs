@@ -43,6 +43,8 @@ pub(super) struct LinkEnd {
     pub(super) was_target: bool,
     /// Something of the session got through over it.
     pub(super) moved: bool,
+    /// Anything at all came over it.
+    pub(super) heard: bool,
 }
 
 /// A session without a link.
@@ -251,6 +253,7 @@ impl Volume {
             undurable: end.undurable,
             dirty: self.record.is_dirty(),
             moved: end.moved,
+            heard: end.heard,
             parted,
         });
     }
