@@ -245,6 +245,26 @@ fn who_claims_to_have_gone_on_is_refused_by_name_and_an_epoch_far_off_as_well() 
 }
 
 #[test]
+fn no_lie_in_a_question_ends_a_daemon_or_holds_anything_of_it() {
+    let mut stage = stage();
+    let threads = |stage: &Stage| {
+        std::fs::read_dir(format!("/proc/{}/task", stage.pair.pid(BETA))).expect("it runs").count()
+    };
+    let before = threads(&stage);
+    let ask = json!({"ask": {"node": "alpha", "volume": "db", "rdma": true}});
+    serde_json::from_value::<Message>(ask.clone()).expect("a good question");
+    for (name, lie) in mutations(&ask).into_iter().chain([("a good one".to_owned(), ask)]) {
+        let answer = stage.say(&envelope(&lie.to_string()));
+        if let Answer::Said(message) = &answer {
+            assert!(matches!(**message, Message::Refuse(_)), "{name}: {message:?}");
+        }
+    }
+    stage.assert_unharmed("every question");
+    assert!(threads(&stage) <= before + 8, "{before} threads before, {} after", threads(&stage));
+    stage.assert_recovers();
+}
+
+#[test]
 fn no_lie_after_the_hello_ends_a_daemon_or_changes_a_byte() {
     let mut stage = stage();
     let honest = encode(&serde_json::from_value::<Message>(stage.honest()).expect("a message"));
