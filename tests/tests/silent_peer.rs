@@ -64,8 +64,7 @@ impl Writer {
     fn finish(self) -> Duration {
         self.ends.store(true, Ordering::Relaxed);
         self.thread.join().expect("it wrote");
-        let slowest = *self.slowest.lock().expect("nobody panics with it");
-        slowest
+        *self.slowest.lock().expect("nobody panics with it")
     }
 }
 

@@ -277,10 +277,13 @@ impl Start<'_> {
         let (machine, links, makers) = (Machine::here(), configured.len(), rdma::Makers::default());
         let mut shared = Vec::with_capacity(links);
         let mut parts = Vec::with_capacity(links);
+        // Whoever reads a text of the daemon stands in another directory.
+        let config_file = &self.config.file;
+        let config_file = std::path::absolute(config_file).unwrap_or_else(|_| config_file.clone());
         for (volume, disk) in configured {
             let peer = volume.peer_of(node.as_str()).expect("the configuration was checked").clone();
             let settings = VolumeSettings {
-                config: self.config.file.display().to_string(),
+                config: config_file.display().to_string(),
                 volume: volume.name.as_str().to_owned(),
                 node: node.as_str().to_owned(),
                 peer: peer.as_str().to_owned(),

@@ -406,7 +406,7 @@ impl World {
             configured_primary: at == 0,
             on_peer_loss: self.config.on_loss,
             ack: self.config.ack,
-            peer_timeout: PEER_TIMEOUT,
+            peer_timeout: super::datapath::PEER_TIMEOUT,
         };
         let found = role::Found { superblock, dirty, boot: node.boot_id };
         let mut random = Rng::new(self.rng.next_u64());
