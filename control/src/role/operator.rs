@@ -245,6 +245,12 @@ impl VolumeController {
                 if serves { String::new() } else { format!(", and {} serves it", self.there("promote")) };
             return format!("{peer} has the data{last}{takeover}. {mend}");
         }
+        if superblock.is_fresh() && !superblock.zeroed {
+            return format!(
+                "it is new, and not known to be empty: if you brought data in on it, that is nowhere else. Save what can be read of \
+                 it before anything else. {mend}"
+            );
+        }
         if superblock.is_fresh() {
             return format!("it never held data of this pair. {mend}");
         }

@@ -295,7 +295,10 @@ impl VolumeController {
             return Before::GoesOn { applied: Seq(applied), map_told };
         }
         let copies = matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, .. });
-        if copies && knows(&mine, peer) { Before::Kept } else { Before::Unknown }
+        match peer.recall.filter(|_| copies && knows(&mine, peer)) {
+            Some(theirs) => Before::Kept { applied: Seq(theirs.applied) },
+            None => Before::Unknown,
+        }
     }
 
     pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {

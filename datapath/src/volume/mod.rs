@@ -144,6 +144,8 @@ struct Request {
     lost: bool,
     /// A comparison, and the peer says that its bytes are others.
     differs: bool,
+    /// A comparison whose outcome was lost with the link.
+    untold: bool,
     /// When a client's change landed.
     landed_at: Option<Landed>,
 }
@@ -551,6 +553,7 @@ impl Volume {
         let request = self.request_mut(change.token);
         request.locked = false;
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        let told = (!request.untold).then_some(equal);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
             self.pace.released(landed, self.now);
@@ -562,7 +565,7 @@ impl Volume {
             self.passed_through(change.range);
         }
         if let Origin::Verify { serial } = origin {
-            self.step_compared(serial, change.range, equal);
+            self.step_compared(serial, change.range, told);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
             if !completed && !self.source {
                 self.drop_request(change.token);
@@ -716,6 +719,7 @@ impl Request {
             received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         }
     }

@@ -85,6 +85,7 @@ impl Volume {
             received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {

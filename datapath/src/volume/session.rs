@@ -62,7 +62,7 @@ impl Volume {
                 self.target_refused = matches!(direction, Direction::Target { .. });
                 self.end_session("the session that should go on was given up here");
             }
-            Before::Unknown | Before::Kept => self.direct(direction, epoch),
+            Before::Unknown | Before::Kept { .. } => self.direct(direction, epoch),
         }
     }
 
@@ -410,7 +410,9 @@ impl Volume {
         let moved = self.link_moved;
         let end =
             LinkEnd { reason: reason.to_string(), undurable, was_target, moved, heard: self.heard_bytes > 0 };
-        self.end_verify("the session ended");
+        if !parts {
+            self.end_verify("the session ended");
+        }
         if parts {
             self.part();
             self.down_deferred = Some(end);

@@ -172,6 +172,12 @@ impl Pair {
         self.b.volume.attach(Box::new(there), Direction::Target { resync }, self.epoch, now);
     }
 
+    /// The source went on alone, and the target lives on.
+    fn join_kept(&mut self) {
+        let applied = self.b.volume.told_of_parting().expect("the target lives").applied;
+        self.join_after(Before::Kept { applied }, true);
+    }
+
     fn turn(&mut self) {
         self.a.turn();
         self.b.turn();

@@ -635,7 +635,7 @@ impl World {
             self.sessions += 1;
             match before {
                 Before::Unknown => {}
-                Before::Kept => drop(self.seen.insert("a copy of what was written alone")),
+                Before::Kept { .. } => drop(self.seen.insert("a copy of what was written alone")),
                 Before::GoesOn { .. } if side == (SessionSide::Source { resync: true }) => {
                     self.seen.insert("a copy went on over another link");
                 }

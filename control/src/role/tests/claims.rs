@@ -123,6 +123,32 @@ fn an_epoch_that_no_promotions_led_to_is_refused_by_name() {
 }
 
 #[test]
+fn a_new_disk_that_failed_with_data_on_it_is_named_and_nobody_begins_unasked() {
+    let failed = |disk: &mut Superblock| {
+        *disk = Superblock::fresh("db", &disk.node, 1 << 20, false);
+        disk.disk_state = DiskState::Failed;
+    };
+    let empty = |disk: &mut Superblock| *disk = Superblock::fresh("db", &disk.node, 1 << 20, true);
+    let refused = |one: &mut One| {
+        let actions = one.greet();
+        let [Action::Refuse(refuse)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((refuse.code, one.controller.role), (RefuseCode::Disks, Role::Standby));
+        refuse.text.clone()
+    };
+    let mut here = One::with("alpha", OnPeerLoss::Continue, failed, empty);
+    let text = refused(&mut here);
+    assert!(text.contains("the disk of alpha (new and failed) is not known to be empty"), "{text}");
+    assert!(text.contains("beta's is new and known to be empty"), "{text}");
+    let mut there = One::with("alpha", OnPeerLoss::Continue, empty, failed);
+    let text = refused(&mut there);
+    assert!(text.contains("the disk of beta (new and failed) is not known to be empty"), "{text}");
+    reply(&there.command(promote(false))).expect_err("only by force");
+    reply(&there.command(promote(true))).expect("an operator gave beta's data up");
+    let mut both = One::with("alpha", OnPeerLoss::Continue, failed, failed);
+    assert!(refused(&mut both).contains("the disks of alpha and of beta both failed"));
+}
+
+#[test]
 fn a_size_that_differs_is_named_once_and_is_over_by_itself() {
     let mut one = One::with("alpha", OnPeerLoss::Continue, |_| {}, |peer| peer.size = 2 << 20);
     let mut logged = 0;

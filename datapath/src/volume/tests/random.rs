@@ -269,7 +269,7 @@ impl Run {
         } else if recalls == [true, true] && !restarted {
             self.pair.go_on_over(make.ends());
         } else if recalls[1] && !recalls[0] && !restarted && self.pair.a.volume.record.is_dirty() {
-            self.pair.join_after(Before::Kept, true);
+            self.pair.join_kept();
         } else {
             let dirty = [&self.pair.a, &self.pair.b].map(|node| node.volume.record.is_dirty());
             self.pair.join(dirty != [false, false]);
