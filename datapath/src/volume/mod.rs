@@ -138,8 +138,6 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
-    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
-    received: u64,
     /// Its bytes were lost with the disk.
     lost: bool,
     /// A comparison, and the peer says that its bytes are others.
@@ -393,7 +391,7 @@ impl Volume {
         self.copy_paused = false;
     }
 
-    /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
+    /// Admits nothing more and flushes once everything under way is done. The caller ends writes that wait.
     pub fn quiesce(&mut self) {
         self.quiesce = Quiesce::Draining;
         self.copy_paused = true;
@@ -634,8 +632,8 @@ impl Volume {
         }
     }
 
-    /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
-    /// ends those).
+    /// Ends every request under way with `error`, except writes that were let through and are being put in place (their
+    /// front end ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.source && self.pipeline.in_flight() > 0 {
@@ -716,7 +714,6 @@ impl Request {
             touched: None,
             landed: true,
             completed: false,
-            received: 0,
             lost: false,
             differs: false,
             untold: false,

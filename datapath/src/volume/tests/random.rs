@@ -200,11 +200,9 @@ impl Run {
 
     fn land(&mut self, at: usize) {
         let (slot, token) = self.open.swap_remove(at);
-        let Asked { mut range, byte, breaks_off, .. } = self.asked[slot as usize];
+        let Asked { range, byte, breaks_off, .. } = self.asked[slot as usize];
         if breaks_off {
-            range.len /= 2;
-            self.pair.a.fill(range, byte);
-            self.pair.a.volume.landed_in_part(token);
+            self.pair.a.volume.cancel_waiting(token);
         } else {
             self.pair.a.fill(range, byte);
             self.pair.a.volume.landed(token);
