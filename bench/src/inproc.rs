@@ -356,7 +356,7 @@ mod tests {
             random: true,
             backing: Backing::Memory,
             disk_len: 64 * 4096,
-            time: Duration::from_millis(20),
+            time: Duration::from_millis(200),
         }
     }
 

@@ -218,7 +218,7 @@ impl Command {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CommandError {
     /// There is no such volume on this node.
-    #[error("node {node} has no volume {volume:?}")]
+    #[error("node {node} has no volume {volume:?}: `status` shows those it has")]
     NoSuchVolume {
         /// Who answers.
         node: String,

@@ -343,7 +343,7 @@ impl Config {
     /// How the command line begins that means this configuration and `node`, to be named in a remedy.
     #[must_use]
     pub fn command_line(&self, node: &str) -> String {
-        format!("costandby --config {} --node {node}", self.file.display())
+        crate::command_line::begin(&self.file.display().to_string(), node)
     }
 
     /// Refuses what the file may say but no daemon runs with; for `up`, after [`Config::node`]. A machine without an RDMA

@@ -120,16 +120,53 @@ pub const TURN_MS_MAX: u64 = 20;
 pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
 
 /// Peer timeouts that a peer may be silent for while its host still answers: a program held up by its disk (a mapped
-/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk.
+/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk. Before its first byte in a session it has one and a half:
+/// it has shown nothing yet, and clients wait.
 pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 
 /// Seconds the peer may take over one change or flush while it shows every other sign of life: its disk hangs. Longer
 /// than any disk's own timeout (30 s in the kernel), after which it would report an error instead.
 pub const PEER_ANSWER_S_MAX: u64 = 45;
 
-/// Seconds a client may take between two pieces of one write's payload before its connection is closed: long enough
-/// for any live client, short enough that a hung one does not hold a range for good.
-pub const PAYLOAD_STALL_S_MAX: u64 = 30;
+/// Bytes of memory that the clients of one volume may have payloads in that are not whole in their sockets or wait there for
+/// their range: two of the largest writes. Beyond it a connection is not read until there is room.
+pub const PAYLOADS_ASIDE_LEN_MAX: usize = 2 * PAYLOAD_LEN_MAX as usize;
+
+/// Bytes of such a payload that need no room there, as each connection has one at most: what one segment of a TCP stream or
+/// one buffer of a socket holds, so that a small write never waits for somebody's large one; 64 MiB for all connections.
+pub const PAYLOAD_OWN_LEN: usize = 64 << 10;
+
+/// Seconds a payload may take to arrive once it has room that another client waits for, before its connection is closed: the
+/// largest one takes that long at 27 Mbit/s, and smaller ones arrive over any link.
+pub const PAYLOAD_ASIDE_S_MAX: u64 = 10;
+
+/// Bytes of the longest buffer that is kept for the next payload: what clients commonly write at most.
+pub const PAYLOAD_SPARE_LEN_MAX: usize = 1 << 20;
+
+/// Such buffers: of a few connections that stream at the same time.
+pub const PAYLOADS_SPARE_MAX: usize = 8;
+
+/// Bytes of replies that the slow readers of one volume may have copied out of the mapping, because a change wanted their range:
+/// two of the largest, and 64 of 1 MiB, which is much for one client. Copying so much takes about a twentieth of a second.
+pub const REPLIES_COPIED_LEN_MAX: usize = 2 * PAYLOAD_LEN_MAX as usize;
+
+/// Seconds without a request after which a connection makes room for a new client, if there is no other room: no client that
+/// works is silent for so long, and a connection that was forgotten keeps nobody out for longer.
+pub const CLIENT_IDLE_S: u64 = 300;
+
+/// Seconds of silence after which a TCP client's host is asked whether it is there, seconds between two such questions, and how
+/// many go without an answer until it is gone: 15 + 4 * 6 = 39 s, well under a minute, and few enough packets to cost nothing.
+pub const CLIENT_KEEPALIVE_S: u64 = 15;
+
+/// See [`CLIENT_KEEPALIVE_S`].
+pub const CLIENT_KEEPALIVE_STEP_S: u64 = 6;
+
+/// See [`CLIENT_KEEPALIVE_S`].
+pub const CLIENT_KEEPALIVES: u32 = 4;
+
+/// Milliseconds for which a TCP client may leave replies unacknowledged, or take none although some wait: as long as for an
+/// idle one, so that a dead host is noticed in the same time whatever it was about.
+pub const CLIENT_TIMEOUT_MS: u32 = 40_000;
 
 /// Seconds a client may take for the whole NBD handshake.
 pub const HANDSHAKE_S_MAX: u64 = 10;

@@ -27,7 +27,7 @@ use super::metadata::medium::Medium;
 use super::metadata::{AreaStore, Opened, SuperblockStore};
 use super::superblock::SuperblockError;
 use crate::limits::{CHECKPOINT_MS, DIRTY_STORE_BLOCKS_MAX, LAGGING_STORE_MS, WINDOW_LEN};
-use crate::units::{ByteRange, Token};
+use crate::units::{ByteRange, Seq, Token};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -337,6 +337,19 @@ impl Record {
             if at >= range.end() {
                 break;
             }
+        }
+    }
+
+    /// The peer may have applied this step of a copy over marked bytes, or not: [`Record::resolve`] follows once it is known.
+    pub fn unsure(&mut self, seq: Seq, range: ByteRange) {
+        self.doubts.unsure(seq, range);
+    }
+
+    /// The peer, which lives on, had applied the session that was given up last up to here.
+    pub fn resolve(&mut self, applied: Seq) {
+        let geometry = self.dirty.geometry();
+        for range in self.doubts.resolve(applied, geometry.grain_len(), geometry.size()) {
+            self.doubt(range);
         }
     }
 

@@ -47,6 +47,11 @@ impl Ranges {
         whole
     }
 
+    /// In order.
+    pub fn iter(&self) -> impl Iterator<Item = ByteRange> + '_ {
+        self.list.iter().copied()
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -8,6 +8,9 @@
 //! ([`Resync::take_flush`], [`Resync::flushed`]). What a lost session leaves is therefore still marked, and the next copy
 //! goes on with it.
 //!
+//! What the peer had applied in a session before, and has still, is not sent again: it is flushed as soon as the first step of
+//! this session is answered, never before, as a flush behind no step is no flush of the peer's disk.
+//!
 //! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
 //! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
 //! at a time is [`super::throttle`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
@@ -68,6 +71,10 @@ pub struct Resync {
     waiting_since: Option<Instant>,
     /// What is marked and was applied by the peer in a session before this one; in order, whole grains.
     equal: Vec<ByteRange>,
+    /// The same, until the peer has answered a step: a flush of nothing that was posted is none.
+    equal_unflushed: Vec<ByteRange>,
+    /// What was applied is to be flushed at once.
+    hurry: bool,
     /// The last flush has ended.
     ended: bool,
 }
@@ -95,6 +102,8 @@ impl Resync {
             flushing: None,
             waiting_since: None,
             equal: Vec::new(),
+            equal_unflushed: Vec::new(),
+            hurry: false,
             ended: false,
         }
     }
@@ -117,9 +126,7 @@ impl Resync {
         }
         self.stage = Stage::Copying;
         self.total = dirty.dirty_bytes().saturating_sub(equal.iter().map(|range| range.len).sum());
-        for range in &equal {
-            self.applied.insert(*range);
-        }
+        self.equal_unflushed.clone_from(&equal);
         self.equal = equal;
         true
     }
@@ -131,12 +138,31 @@ impl Resync {
         self.kept
     }
 
+    /// Where nothing is left to send but what is equal, one grain of that is sent all the same: only a flush behind a step
+    /// is a flush of the peer's disk.
+    pub fn ask_for_a_step(&mut self, dirty: &DirtyBitmap) {
+        if self.steps_in_flight == 0
+            && self.stage == Stage::Copying
+            && let Some(first) = self.equal_unflushed.first()
+            && self.left(dirty).is_none()
+        {
+            let range = ByteRange::new(first.start, first.len.min(self.grain_len));
+            self.total += range.len;
+            self.again.push_back(Wanted { range, differs: false });
+        }
+    }
+
     /// The session is given up: whole grains that the peer has applied, or holds the same bytes of, and whose marks no flush
     /// has cleared yet.
     pub fn applied_whole(&mut self) -> Vec<ByteRange> {
         let mut whole = self.flushing.take().unwrap_or_default();
         whole.append(&mut self.applied.take_whole(self.grain_len, self.size));
         whole
+    }
+
+    /// The same for parts of grains, after [`Resync::applied_whole`].
+    pub fn applied_in_part(&self) -> impl Iterator<Item = ByteRange> + '_ {
+        self.applied.iter()
     }
 
     /// Whether all is copied, and durable.
@@ -243,6 +269,11 @@ impl Resync {
         self.done = (self.done + range.len).min(self.total);
         self.applied_len += range.len;
         self.applied.insert(range);
+        // The peer may be gone again in a moment: what it had applied before is to be durable by then.
+        self.hurry |= !self.equal_unflushed.is_empty();
+        for equal in self.equal_unflushed.drain(..) {
+            self.applied.insert(equal);
+        }
     }
 
     /// The peer holds other bytes in the range of a step that asked.
@@ -270,13 +301,18 @@ impl Resync {
         } else {
             let since = *self.waiting_since.get_or_insert(now);
             let waited = now.duration_since(since) >= Duration::from_millis(RESYNC_FLUSH_MS);
-            if !waited && self.applied_len < RESYNC_FLUSH_LEN && self.applied.len() < RESYNC_RUNS_MAX {
+            if !waited
+                && !self.hurry
+                && self.applied_len < RESYNC_FLUSH_LEN
+                && self.applied.len() < RESYNC_RUNS_MAX
+            {
                 return false;
             }
         }
         self.flushing = Some(self.applied.take_whole(self.grain_len, self.size));
         self.applied_len = 0;
         self.waiting_since = None;
+        self.hurry = false;
         true
     }
 

@@ -6,7 +6,8 @@
 //! a grain that differs is a finding.
 //!
 //! Invariants: every byte is compared in steps of whole grains (or up to the disk's end); what is found is told once;
-//! the list is bounded, the counts are not. A verification lives within one session and ends with it, unfinished.
+//! the list is bounded, the counts are not. A verification lives within one session, over as many links as that takes, and ends
+//! with it, unfinished. A step whose outcome was lost with a link comes again.
 
 use crate::limits::{VERIFY_LEN_MAX, VERIFY_RANGES_LISTED_MAX};
 use crate::units::ByteRange;

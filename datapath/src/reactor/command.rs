@@ -54,7 +54,10 @@ pub enum Before {
     Unknown,
     /// The peer has what it had applied in it, as no daemon ended since; but changes were made without it. Only a source
     /// is told so.
-    Kept,
+    Kept {
+        /// The target had applied up to here, and nothing else.
+        applied: Seq,
+    },
     /// All: the session goes on over this link.
     GoesOn {
         /// The target has applied up to here, and nothing else.
@@ -223,6 +226,8 @@ pub enum Event {
         dirty: bool,
         /// Some change got through over its link.
         moved: bool,
+        /// Anything at all came from the peer over it.
+        heard: bool,
         /// What is known of it, if it may go on over another link.
         parted: Option<Parted>,
     },

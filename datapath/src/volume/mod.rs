@@ -138,12 +138,12 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
-    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
-    received: u64,
     /// Its bytes were lost with the disk.
     lost: bool,
     /// A comparison, and the peer says that its bytes are others.
     differs: bool,
+    /// A comparison whose outcome was lost with the link.
+    untold: bool,
     /// When a client's change landed.
     landed_at: Option<Landed>,
 }
@@ -391,7 +391,7 @@ impl Volume {
         self.copy_paused = false;
     }
 
-    /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
+    /// Admits nothing more and flushes once everything under way is done. The caller ends writes that wait.
     pub fn quiesce(&mut self) {
         self.quiesce = Quiesce::Draining;
         self.copy_paused = true;
@@ -551,6 +551,7 @@ impl Volume {
         let request = self.request_mut(change.token);
         request.locked = false;
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        let told = (!request.untold).then_some(equal);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
             self.throttle.released(landed, self.now);
@@ -562,7 +563,7 @@ impl Volume {
             self.passed_through(change.range);
         }
         if let Origin::Verify { serial } = origin {
-            self.step_compared(serial, change.range, equal);
+            self.step_compared(serial, change.range, told);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
             if !completed && !self.source {
                 self.drop_request(change.token);
@@ -631,8 +632,8 @@ impl Volume {
         }
     }
 
-    /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
-    /// ends those).
+    /// Ends every request under way with `error`, except writes that were let through and are being put in place (their
+    /// front end ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.source && self.pipeline.in_flight() > 0 {
@@ -713,9 +714,9 @@ impl Request {
             touched: None,
             landed: true,
             completed: false,
-            received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         }
     }

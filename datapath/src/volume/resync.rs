@@ -214,6 +214,9 @@ impl Volume {
         if self.parted.is_some() || (self.copy_paused && !urgent) {
             return;
         }
+        if let Some(resync) = &mut self.resync {
+            resync.ask_for_a_step(&self.record.dirty);
+        }
         self.begin_steps(now, urgent);
         // However many steps are under way: what is not cleared by the session's end is copied again.
         if let Some(resync) = &mut self.resync

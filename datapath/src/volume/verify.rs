@@ -101,7 +101,7 @@ impl Volume {
 
     /// Begins what steps may begin.
     pub(super) fn step_verify(&mut self, now: Instant) {
-        if self.copy_paused {
+        if self.copy_paused || self.parted.is_some() {
             return;
         }
         while let Some(Verifying { verify, serial, repairing: false, marking, .. }) = &mut self.verifying {
@@ -144,13 +144,15 @@ impl Volume {
         }
     }
 
-    /// The peer has looked at the step's range, at this point of the write order.
-    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: bool) {
+    /// The peer has looked at the step's range, at this point of the write order. What it found is `None` where a link broke
+    /// before it was told.
+    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: Option<bool>) {
         if !self.verify_step_counts(serial) {
             return;
         }
         self.throttle.step_ended();
         let Some(verifying) = &mut self.verifying else { return };
+        let Some(equal) = equal else { return verifying.verify.untake(range) };
         if verifying.verify.compared(range, equal) {
             tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes are others");
             self.mark_differing(range);

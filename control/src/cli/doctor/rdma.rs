@@ -8,9 +8,9 @@ use super::machine::{module, read};
 use crate::config::quantity::display_size;
 use crate::config::{LinkKind, Node, Volume};
 use crate::link::gist;
-use costandby_datapath::limits::RDMA_RING_LEN;
 #[cfg(feature = "rdma")]
 use costandby_datapath::limits::RDMA_BOUNCE_LEN;
+use costandby_datapath::limits::RDMA_RING_LEN;
 #[cfg(feature = "rdma")]
 use costandby_ffi::verbs::{
     Device, Gid, GidKind, LinkLayer, Memlock, Port, PortState, Transport, VerbsError,

@@ -1,7 +1,7 @@
 //! RDMA as this machine has it: the datapath's verbs behind [`super::RdmaSetup`].
 
 use super::{Makers, Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
-use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_RING_LEN, RDMA_BOUNCE_LEN};
+use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_BOUNCE_LEN, RDMA_RING_LEN};
 use costandby_datapath::transport::rdma::keeper::{Making, Whereabouts};
 use costandby_datapath::transport::rdma::ring::{Ring, RingKeeper, RingLease};
 use costandby_datapath::transport::rdma::setup::{self, Connected, Listening, SetupError};
