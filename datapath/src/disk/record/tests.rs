@@ -2,9 +2,9 @@
 //! any step.
 
 use super::*;
-use crate::disk::metadata::simulated::{Dice, Simulated};
 use crate::disk::metadata::{create, open};
 use crate::disk::superblock::Superblock;
+use crate::testing::simulated_medium::{Dice, Simulated};
 use std::collections::VecDeque;
 
 const G: u64 = crate::limits::DIRTY_GRAIN_LEN;

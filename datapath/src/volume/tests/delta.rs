@@ -4,9 +4,9 @@ use super::faults::{ack, is_link_down, turns_until, with_raw_peer};
 use super::*;
 use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::metadata::layout::Geometry;
-use crate::disk::metadata::simulated::Simulated;
 use crate::disk::metadata::{create, open};
 use crate::disk::superblock::Superblock;
+use crate::testing::simulated_medium::Simulated;
 use crate::wire::flags;
 
 /// A record on a medium of its own, with a log as small as can be.

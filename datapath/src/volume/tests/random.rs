@@ -4,7 +4,7 @@
 use super::delta::{marked_after_a_crash, stored};
 use super::links::Make;
 use super::*;
-use crate::disk::metadata::simulated::Simulated;
+use crate::testing::simulated_medium::Simulated;
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
