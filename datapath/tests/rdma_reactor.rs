@@ -121,9 +121,9 @@ fn rdma_wakes_each_sleeper_on_a_device() {
 
     fn link(connected: Connected) -> Box<dyn Link> {
         let Connected { endpoint, ring, receives, peer_ring_len, peer_receives } = connected;
-        let windows_limit_bytes = 1 << 30;
+        let registered_bytes_max = 1 << 30;
         let joined =
-            Joined { ring, receives, peer_ring_len, peer_receives, companion: None, windows_limit_bytes };
+            Joined { ring, receives, peer_ring_len, peer_receives, companion: None, registered_bytes_max };
         Box::new(RdmaLink::new(endpoint, joined).expect("link"))
     }
 

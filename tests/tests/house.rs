@@ -175,6 +175,10 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
             found.push(format!("{name}:{number}: unsafe outside ffi"));
         }
     }
+    let suggests = name.starts_with("control/src/") && !name.starts_with("control/src/cli/");
+    if suggests && runs_in_a_daemon(name) && name != "control/src/command_line.rs" {
+        found.extend(suggestion_complaints(name, text));
+    }
     if runs_in_a_daemon(name) {
         found.extend(printing_complaints(name, &code));
     }
@@ -184,6 +188,35 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
         found.push(format!("{name}: the crate does not forbid unsafe_code"));
     }
     found
+}
+
+/// Subcommands about a volume: a text of a daemon that suggests one has it from `command_line.rs`, with the configuration and
+/// the node.
+const ABOUT_A_VOLUME: [&str; 9] = [
+    "promote",
+    "demote",
+    "connect",
+    "disconnect",
+    "invalidate",
+    "verify",
+    "wait-sync",
+    "create",
+    "dump-metadata",
+];
+
+/// Commands that a file writes out by hand.
+fn suggestion_complaints(name: &str, text: &str) -> Vec<String> {
+    let by_hand = |line: &str| {
+        let said = line.split("`costandby ").skip(1);
+        said.map(str::trim_start).any(|rest| {
+            rest.starts_with('\\') || ABOUT_A_VOLUME.iter().any(|subcommand| rest.starts_with(subcommand))
+        })
+    };
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//"));
+    let found = lines.filter(|(_, line)| by_hand(line));
+    found
+        .map(|(number, _)| format!("{name}:{number}: a command by hand, where `Commands` makes it"))
+        .collect()
 }
 
 /// What a file whose header says Sans-IO does not do: read clocks, start threads, touch files and sockets, draw random numbers.
@@ -577,6 +610,11 @@ fn each_broken_rule_is_found() {
     );
     assert_eq!(broken("control/src/cli/x.rs", "//! x\nfn f() { println!() }\n"), 1, "but does not panic");
     assert_eq!(broken("datapath/src/x.rs", "//! println!\nfn f() { writeln!(a, \"print!\") }\n"), 0);
+    let suggested = "//! x\nfn f() { \"say `costandby promote {volume}`\" }\n";
+    assert_eq!(broken("control/src/role/x.rs", suggested), 1, "without --config and --node");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby \\\n verify\" }\n"), 1);
+    assert_eq!(broken("control/src/cli/x.rs", suggested), 0, "a subcommand's help");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby keygen`\" }\n"), 0);
     let clock = "fn f() { Instant::now() }\n#[cfg(test)]\nmod tests { std::thread::sleep(); }\n";
     assert_eq!(
         broken("datapath/src/x.rs", &format!("//! x. Sans-IO.\n{clock}")),

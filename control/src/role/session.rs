@@ -1,6 +1,6 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
-use super::explain::{explain, serving_is_kept};
+use super::explain::{explain, overtaken};
 use super::{
     Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
@@ -45,8 +45,10 @@ impl VolumeController {
         if theirs > mine.epoch.0 && !self.is_next_epoch(theirs) {
             let text = format!(
                 "{} claims epoch {theirs}, this node has {}: so many promotions never were; its metadata is damaged, or another \
-                 program speaks for it. Nothing was changed; `costandby dump-metadata {}` there shows what it has",
-                settings.peer, mine.epoch.0, settings.volume
+                 program speaks for it. Nothing was changed; {} shows what it has",
+                settings.peer,
+                mine.epoch.0,
+                self.there("dump-metadata")
             );
             return self.refuse_by_name(RefuseCode::Disks, text, actions);
         }
@@ -59,9 +61,10 @@ impl VolumeController {
             return self.refuse(RefuseCode::Busy, "in the middle of a demotion", actions);
         }
         match agreement.verdict {
-            Verdict::Resync { source: Side::Theirs, .. } if self.role == Role::Primary => {
-                let text = serving_is_kept(&mine, &hello.view, &self.settings);
-                self.overtaken = true;
+            Verdict::Resync { source, .. } if agreement.overwrites_a_primary(&mine, &hello.view) => {
+                let text = overtaken(source, &mine, &hello.view, settings);
+                self.overtaken = source == Side::Theirs;
+                self.split_brain = source == Side::Mine;
                 self.refuse_by_name(RefuseCode::Disks, text, actions);
             }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
@@ -249,7 +252,7 @@ impl VolumeController {
         self.peer =
             Some(Peer { view: pending.peer, primary: peer_serves, diskless: diskless && peer_serves });
         self.alone = false;
-        self.need_alone = false;
+        self.need_alone = None;
         let side = if serve || resync {
             SessionSide::Source { resync }
         } else {
@@ -304,7 +307,10 @@ impl VolumeController {
             return Before::GoesOn { applied: Seq(applied), map_told };
         }
         let copies = matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, .. });
-        if copies && knows(&mine, peer) { Before::Kept } else { Before::Unknown }
+        match peer.recall.filter(|_| copies && knows(&mine, peer)) {
+            Some(theirs) => Before::Kept { applied: Seq(theirs.applied) },
+            None => Before::Unknown,
+        }
     }
 
     pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {
@@ -324,8 +330,8 @@ impl VolumeController {
 
     fn handshake_over(&mut self, actions: &mut Vec<Action>) {
         self.set_connection(Connection::Connecting);
-        if std::mem::take(&mut self.need_alone) {
-            self.on_need_alone(actions);
+        if let Some(until) = self.need_alone.take() {
+            self.on_need_alone(until, actions);
         }
     }
 
@@ -416,13 +422,16 @@ impl VolumeController {
         }
     }
 
-    pub(super) fn on_need_alone(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn on_need_alone(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.peer.is_some() || !matches!(self.role, Role::Primary | Role::Demoting) {
             return;
         }
         match self.settings.on_peer_loss {
-            // The peer may be about to start a session on the strength of our hello.
-            OnPeerLoss::Continue if self.pending.is_some() => self.need_alone = true,
+            // The peer may be about to start a session on the strength of our hello, or says nothing more: clients wait for half
+            // as long again as for any silence of a peer, and then the handshake is given up.
+            OnPeerLoss::Continue if self.pending.is_some() => {
+                self.need_alone.get_or_insert(now + self.settings.peer_timeout / 2);
+            }
             OnPeerLoss::Continue => self.go_alone(actions),
             OnPeerLoss::Freeze => {
                 let text = format!("writes wait for {} (on_peer_loss = \"freeze\")", self.settings.peer);

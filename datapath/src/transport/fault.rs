@@ -8,7 +8,7 @@
 //! only the checksum that the access side computes can find, and a frame lost or doubled, which only its seq tells. A
 //! token is reported once and in order all the same. A cut is told as the peer's, never as ours.
 
-use super::laws::Dice;
+use super::conformance::Dice;
 use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
 use crate::units::Token;
 use crate::wire::Header;

@@ -19,10 +19,10 @@ use costandby_ffi::mapping::Span;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+#[doc(hidden)]
+pub mod conformance;
 mod credit;
 pub mod fault;
-#[doc(hidden)]
-pub mod laws;
 pub mod loopback;
 mod outbox;
 pub mod rdma;

@@ -12,9 +12,9 @@ use crate::disk::record::{Record, Round, Touched};
 use crate::disk::worker::{DiskWorkers, Job, JobDone, JobKind};
 use crate::error::IoError;
 use crate::limits::{CLIENTS_BUSY_MS, WAITERS_LEN, WINDOW_LEN};
-use crate::mirror::pace::{Landed, Pace};
 use crate::mirror::pipeline::{Action, Change, Pipeline};
 use crate::mirror::resync::Resync;
+use crate::mirror::throttle::{Landed, Throttle};
 use crate::reactor::command::{Event, VolumeCounters, VolumeSpec};
 use crate::transport::{Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
@@ -138,12 +138,12 @@ struct Request {
     /// The pipeline has it.
     landed: bool,
     completed: bool,
-    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
-    received: u64,
     /// Its bytes were lost with the disk.
     lost: bool,
     /// A comparison, and the peer says that its bytes are others.
     differs: bool,
+    /// A comparison whose outcome was lost with the link.
+    untold: bool,
     /// When a client's change landed.
     landed_at: Option<Landed>,
 }
@@ -208,8 +208,8 @@ pub struct Volume {
     verifying: Option<verify::Verifying>,
     verify_serial: u64,
     /// How fast the copy and the verification may go, and when their next step is due.
-    pace: Pace,
-    pace_due: Option<Instant>,
+    throttle: Throttle,
+    throttle_due: Option<Instant>,
     /// When the present turn began.
     now: Instant,
     /// What the turn before spent on background steps: a request that came meanwhile waited for it unseen.
@@ -297,8 +297,8 @@ impl Volume {
             resync_serial: 0,
             verifying: None,
             verify_serial: 0,
-            pace: Pace::new(),
-            pace_due: None,
+            throttle: Throttle::new(),
+            throttle_due: None,
             now,
             stalled: Duration::ZERO,
             client_came: false,
@@ -391,7 +391,7 @@ impl Volume {
         self.copy_paused = false;
     }
 
-    /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
+    /// Admits nothing more and flushes once everything under way is done. The caller ends writes that wait.
     pub fn quiesce(&mut self) {
         self.quiesce = Quiesce::Draining;
         self.copy_paused = true;
@@ -466,14 +466,14 @@ impl Volume {
     /// When something is due that no event will announce.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        self.pace_due
+        self.throttle_due
     }
 
     /// Starts what is due after a turn's events: grants, the background copy, a finished quiesce, outgoing frames.
     pub fn pump(&mut self, now: Instant) {
         self.now = now;
         self.stalled = Duration::ZERO;
-        self.pace_due = None;
+        self.throttle_due = None;
         self.pump_detach(now);
         self.ask_if_parted_long(now);
         self.serve_granted();
@@ -551,9 +551,10 @@ impl Volume {
         let request = self.request_mut(change.token);
         request.locked = false;
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        let told = (!request.untold).then_some(equal);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
-            self.pace.released(landed, self.now);
+            self.throttle.released(landed, self.now);
         }
         if let Some(touched) = touched {
             self.record.written(change.token, change.range, touched);
@@ -562,7 +563,7 @@ impl Volume {
             self.passed_through(change.range);
         }
         if let Origin::Verify { serial } = origin {
-            self.step_compared(serial, change.range, equal);
+            self.step_compared(serial, change.range, told);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
             if !completed && !self.source {
                 self.drop_request(change.token);
@@ -631,8 +632,8 @@ impl Volume {
         }
     }
 
-    /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
-    /// ends those).
+    /// Ends every request under way with `error`, except writes that were let through and are being put in place (their
+    /// front end ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.source && self.pipeline.in_flight() > 0 {
@@ -713,9 +714,9 @@ impl Request {
             touched: None,
             landed: true,
             completed: false,
-            received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         }
     }

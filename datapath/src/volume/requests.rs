@@ -82,9 +82,9 @@ impl Volume {
             touched: None,
             landed: false,
             completed: false,
-            received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         });
         match self.inflight.request(token, new.range, access) {
@@ -120,11 +120,6 @@ impl Volume {
         self.passed_through(range);
     }
 
-    /// So many bytes of a write's payload are in place, and more are to come.
-    pub fn received(&mut self, token: Token, bytes: usize) {
-        self.request_mut(token).received = bytes as u64;
-    }
-
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
     pub fn pin(&mut self, token: Token) {
         let range = self.request_mut(token).range;
@@ -148,24 +143,7 @@ impl Volume {
         }
     }
 
-    /// The client went away in mid-payload. Part of the range may have changed here, so the range as it stands now is
-    /// mirrored like any write: both disks stay equal, and nobody is told. Without a disk to stand in it is given up.
-    pub fn landed_in_part(&mut self, token: Token) {
-        let request = self.request_mut(token);
-        request.origin = Origin::Nobody;
-        let range = request.range;
-        // Asked first: who goes on without a disk keeps the session.
-        if (self.disk.is_failed() && self.outlives_failure()) || self.disk.is_detached() {
-            // What did not arrive reads as nobody knows what here; the peer has the right bytes.
-            self.receiving -= 1;
-            self.give_up_change(token, IoError::DiskFailed);
-            self.passed_through(range);
-        } else {
-            self.landed(token);
-        }
-    }
-
-    /// The client of a request that waits is gone.
+    /// The client of a request that waits is gone. A write that was let through is taken back, as nothing of it stands on the disk.
     pub fn cancel_waiting(&mut self, token: Token) {
         if self.is_fetching(token) {
             // The peer answers all the same, and nobody may change the range before.
@@ -187,11 +165,32 @@ impl Volume {
                 self.inflight.release(token, request.range.start, &mut self.granted);
             }
         } else if self.request_mut(token).locked {
-            // Its turn has come, and the news is on its way.
-            self.landed_in_part(token);
-            return;
+            self.receiving -= 1;
+            let request = *self.request_mut(token);
+            if let Some(touched) = request.touched {
+                self.record.written(token, request.range, touched);
+            }
+            self.inflight.release(token, request.range.start, &mut self.granted);
         }
         self.read_done(token);
+    }
+
+    /// A client is gone: cancels its changes that wait for their range, but for a write, which its connection knows. Returns how
+    /// many there were.
+    pub fn cancel_changes_of(&mut self, connection: u32, serial: u32) -> usize {
+        let waits = |request: &Request| {
+            let Origin::Nbd { connection: at, serial: of, .. } = request.origin else { return false };
+            let makes_itself = matches!(request.op, Op::Change(kind) if kind != Kind::Write);
+            (at, of) == (connection, serial) && makes_itself && !request.locked
+        };
+        // Ended changes that the peer has not released yet are not locked either, but have landed.
+        let waiting = |request: &Option<Request>| request.as_ref().is_some_and(|r| waits(r) && !r.landed);
+        let found = self.requests.iter().enumerate().filter(|(_, request)| waiting(request));
+        let tokens: Vec<_> = found.map(|(at, _)| Token(at as u64)).collect();
+        for token in &tokens {
+            self.cancel_waiting(*token);
+        }
+        tokens.len()
     }
 
     pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {
@@ -202,7 +201,7 @@ impl Volume {
 
     fn hand_over(&mut self, token: Token) {
         let has_peer = self.source;
-        let landed = self.pace.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
+        let landed = self.throttle.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
         let request = self.request_mut(token);
         request.landed = true;
         // One that waits for no peer says nothing about what clients bear.

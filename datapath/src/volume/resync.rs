@@ -11,7 +11,7 @@
 //! Survives a peer that tells ranges outside the volume, backwards, unasked or without end: its session ends.
 
 use super::{Origin, Outgoing, Request, Volume};
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::Extent;
 use crate::disk::inflight::{Access, Admission};
 use crate::error::Violation;
@@ -19,9 +19,9 @@ use crate::limits::{
     DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_CHUNK_LEN,
     RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX,
 };
-use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::mirror::resync::Resync;
+use crate::mirror::throttle::Leave;
 use crate::reactor::command::Event;
 use crate::transport::Link;
 use crate::units::{ByteRange, Epoch};
@@ -44,7 +44,7 @@ pub(super) enum Telling {
 
 impl Telling {
     /// Tells on, as far as the link takes it in one turn.
-    pub(super) fn go_on(&mut self, dirty: &DirtyMap, link: &mut dyn Link, epoch: Epoch) -> Told {
+    pub(super) fn go_on(&mut self, dirty: &DirtyBitmap, link: &mut dyn Link, epoch: Epoch) -> Told {
         for count in 0..DIRTY_TOLD_MAX {
             let Self::From(cursor) = *self else {
                 return if count > 0 { Told::AllThatFits } else { Told::Nothing };
@@ -75,7 +75,7 @@ pub(super) enum Told {
 
 /// The message about the first marks at or behind `cursor`, and where the next one begins. A run or, where the marks are
 /// scattered, a mask of the next few grains.
-fn next_told(dirty: &DirtyMap, cursor: u64, epoch: Epoch) -> Option<(Header, u64)> {
+fn next_told(dirty: &DirtyBitmap, cursor: u64, epoch: Epoch) -> Option<(Header, u64)> {
     let window_len = MASK_GRAINS * dirty.geometry().grain_len();
     let run = dirty.next_dirty(cursor, DIRTY_RUN_LEN_MAX)?;
     let mut header = Header::new(Kind::Dirty, epoch);
@@ -91,7 +91,7 @@ fn next_told(dirty: &DirtyMap, cursor: u64, epoch: Epoch) -> Option<(Header, u64
 /// The ranges that a message tells of.
 fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRange> + use<>, Violation> {
     let (range, mask) = (header.range, header.aux);
-    let wrong = |what| Violation::DirtyMap { what, range };
+    let wrong = |what| Violation::DirtyBitmap { what, range };
     let grain_len = if mask == 0 { range.len } else { range.len / MASK_GRAINS };
     if range.start % DIRTY_GRAIN_LEN_MIN != 0 {
         return Err(wrong("a mark that begins inside a page"));
@@ -117,13 +117,13 @@ fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRa
 }
 
 impl Volume {
-    /// The peer's word about dirty maps.
+    /// The peer's word about dirty bitmaps.
     pub(super) fn map_message(&mut self, header: &Header) -> Result<(), Violation> {
         if header.epoch < self.epoch {
             // Of before the roles changed.
             return Ok(());
         }
-        let wrong = |what| Violation::DirtyMap { what, range: header.range };
+        let wrong = |what| Violation::DirtyBitmap { what, range: header.range };
         if header.epoch > self.epoch {
             return Err(Violation::Epoch { found: header.epoch, ours: self.epoch });
         }
@@ -174,7 +174,7 @@ impl Volume {
     /// No step of a copy counts any more.
     pub(super) fn end_copy(&mut self) {
         if self.resync.take().is_some() {
-            self.pace.all_ended();
+            self.throttle.all_ended();
         }
     }
 
@@ -192,7 +192,7 @@ impl Volume {
         let holds = extent.hole && extent.range.len == range.len;
         if !holds {
             resync.untake(range, false);
-            self.pace.step_ended();
+            self.throttle.step_ended();
         }
         holds
     }
@@ -200,7 +200,7 @@ impl Volume {
     /// A step of the copy `serial` is released: the peer has it, or has looked at it.
     pub(super) fn resync_step_released(&mut self, serial: u64, kind: Kind, range: ByteRange, differs: bool) {
         let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return };
-        self.pace.step_ended();
+        self.throttle.step_ended();
         if kind == Kind::Verify && differs {
             resync.differs(range);
         } else {
@@ -213,6 +213,9 @@ impl Volume {
         let urgent = self.pipeline.waits_for_copy();
         if self.parted.is_some() || (self.copy_paused && !urgent) {
             return;
+        }
+        if let Some(resync) = &mut self.resync {
+            resync.ask_for_a_step(&self.record.dirty);
         }
         self.begin_steps(now, urgent);
         // However many steps are under way: what is not cleared by the session's end is copied again.
@@ -229,10 +232,10 @@ impl Volume {
             && let Some(wanted) = resync.next(&self.record.dirty)
         {
             let grain = resync.grain_len();
-            let len = match self.pace.leave(now, self.clients_busy && !urgent) {
+            let len = match self.throttle.leave(now, self.clients_busy && !urgent) {
                 Leave::Step(len) => len,
                 Leave::Wait(at) => {
-                    self.pace_due = Some(at);
+                    self.throttle_due = Some(at);
                     return;
                 }
                 Leave::Enough => return,
@@ -248,7 +251,7 @@ impl Volume {
             let plan = Plan { grain, len, compares: resync.compares(wanted), sparse: self.disk.is_sparse() };
             let (kind, range) = plan.step(dirty, extent.range.len, extent.hole);
             resync.took(range);
-            self.pace.step_began(now, range.len);
+            self.throttle.step_began(now, range.len);
             if matches!(kind, Kind::Write | Kind::Verify) {
                 let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
                 self.disk.read_ahead(ahead);
@@ -263,7 +266,7 @@ impl Volume {
                 // The table is full of clients' requests: copy on when there is room.
                 Admission::Full => {
                     self.drop_request(token);
-                    self.pace.step_ended();
+                    self.throttle.step_ended();
                     let resync = self.resync.as_mut().expect("checked above");
                     resync.untake(range, wanted.differs);
                     return;
@@ -286,7 +289,7 @@ impl Volume {
 
 /// What the next step has to keep to.
 struct Plan {
-    /// The dirty map's.
+    /// The dirty bitmap's.
     grain: u64,
     /// Bytes of data it may send.
     len: u64,
@@ -395,8 +398,8 @@ mod tests {
             other_grain in prop::sample::select(vec![4096, G, 1 << 20]),
         ) {
             let size = 5000 * G + 4096;
-            let mut dirty = DirtyMap::new(Geometry::for_volume(size).expect("usual"));
-            let mut heard = DirtyMap::new(Geometry::new(size, other_grain, 4 << 20, 1024).expect("good"));
+            let mut dirty = DirtyBitmap::new(Geometry::for_volume(size).expect("usual"));
+            let mut heard = DirtyBitmap::new(Geometry::new(size, other_grain, 4 << 20, 1024).expect("good"));
             let (mut told, mut marked) = (0, 0);
             for (start, count) in marks {
                 let start = start * G;

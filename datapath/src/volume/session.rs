@@ -62,7 +62,7 @@ impl Volume {
                 self.target_refused = matches!(direction, Direction::Target { .. });
                 self.end_session("the session that should go on was given up here");
             }
-            Before::Unknown | Before::Kept => self.direct(direction, epoch),
+            Before::Unknown | Before::Kept { .. } => self.direct(direction, epoch),
         }
     }
 
@@ -205,7 +205,10 @@ impl Volume {
         self.last_kept = now;
         let silent = now.duration_since(self.last_heard);
         let host_answers = || link.host_silence().is_some_and(|host| host < timeout);
-        if silent >= timeout * STALLED_PEER_TIMEOUTS || (silent >= timeout && !host_answers()) {
+        // A peer of which nothing came since the handshake has not shown that its program runs at all.
+        let unheard = self.heard_bytes == 0;
+        let patience = if unheard { timeout + timeout / 2 } else { timeout * STALLED_PEER_TIMEOUTS };
+        if silent >= patience || (silent >= timeout && !host_answers()) {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
@@ -405,8 +408,11 @@ impl Volume {
         let was_target = self.access.is_some() | std::mem::take(&mut self.target_refused);
         let undurable = undurable || (self.session_void && !was_target);
         let moved = self.link_moved;
-        let end = LinkEnd { reason: reason.to_string(), undurable, was_target, moved };
-        self.end_verify("the session ended");
+        let end =
+            LinkEnd { reason: reason.to_string(), undurable, was_target, moved, heard: self.heard_bytes > 0 };
+        if !parts {
+            self.end_verify("the session ended");
+        }
         if parts {
             self.part();
             self.down_deferred = Some(end);
@@ -521,7 +527,7 @@ impl Volume {
             self.outbox.pop_front();
         }
         if replies_until.is_some_and(|until| Instant::now() >= until) {
-            self.pace_due = Some(now);
+            self.throttle_due = Some(now);
         }
         let was_held_up = self.access.as_ref().is_some_and(Access::is_held_up);
         while let Some(access) = &mut self.access
@@ -553,7 +559,7 @@ impl Volume {
                 (sent, self.last_answer) = (true, now);
             }
             if told == Told::Part {
-                self.pace_due = Some(now);
+                self.throttle_due = Some(now);
             }
         }
         link.kick();

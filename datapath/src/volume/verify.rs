@@ -1,7 +1,7 @@
 //! The online verification in a volume: its steps beside clients' requests, and what follows from what it finds.
 //!
 //! Control asks for one while both disks are in sync ([`Volume::verify`]) and hears of its end exactly once
-//! ([`Event::Verified`]). What differs is marked in the dirty map. With `repair` the marked ranges are then copied over
+//! ([`Event::Verified`]). What differs is marked in the dirty bitmap. With `repair` the marked ranges are then copied over
 //! the running session by the background copy, which clears them once they are durable on both nodes; without, the marks
 //! stay, and the next session copies them.
 
@@ -10,8 +10,8 @@ use super::{Origin, Request, Volume};
 use crate::disk::inflight::{Access, Admission};
 use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
-use crate::mirror::pace::Leave;
 use crate::mirror::pipeline::Event as PipelineEvent;
+use crate::mirror::throttle::Leave;
 use crate::mirror::verify::{Findings, Verify};
 use crate::reactor::command::Event;
 use crate::units::ByteRange;
@@ -80,7 +80,7 @@ impl Volume {
     /// Ends a verification before its end: it tells nothing about what it did not reach.
     pub(super) fn end_verify(&mut self, why: &str) {
         if let Some(Verifying { verify, .. }) = self.verifying.take() {
-            self.pace.all_ended();
+            self.throttle.all_ended();
             // Nobody waits for it: a clean end stores what is marked before it calls itself clean.
             let _ = self.record.ask_store();
             let findings = verify.findings().clone();
@@ -101,7 +101,7 @@ impl Volume {
 
     /// Begins what steps may begin.
     pub(super) fn step_verify(&mut self, now: Instant) {
-        if self.copy_paused {
+        if self.copy_paused || self.parted.is_some() {
             return;
         }
         while let Some(Verifying { verify, serial, repairing: false, marking, .. }) = &mut self.verifying {
@@ -112,18 +112,18 @@ impl Volume {
                 return self.all_compared();
             }
             let serial = *serial;
-            let len = match self.pace.leave(now, self.clients_busy) {
+            let len = match self.throttle.leave(now, self.clients_busy) {
                 // Nothing but a frame goes over the link: a grain is no more than a few pages of a copy.
                 Leave::Step(len) => len,
                 Leave::Wait(at) => {
-                    self.pace_due = Some(at);
+                    self.throttle_due = Some(at);
                     return;
                 }
                 Leave::Enough => return,
             };
             let Some(range) = verify.next(len.min(VERIFY_LEN_MAX)) else { return };
             verify.took(range);
-            self.pace.step_began(now, range.len);
+            self.throttle.step_began(now, range.len);
             self.disk.read_ahead(ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len));
             let origin = Origin::Verify { serial };
             let token = self.add_request(Request::change_of(origin, Kind::Verify, range, flags::RESYNC));
@@ -134,7 +134,7 @@ impl Volume {
                 Admission::Waits => {}
                 Admission::Full => {
                     self.drop_request(token);
-                    self.pace.step_ended();
+                    self.throttle.step_ended();
                     if let Some(verifying) = &mut self.verifying {
                         verifying.verify.untake(range);
                     }
@@ -144,13 +144,15 @@ impl Volume {
         }
     }
 
-    /// The peer has looked at the step's range, at this point of the write order.
-    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: bool) {
+    /// The peer has looked at the step's range, at this point of the write order. What it found is `None` where a link broke
+    /// before it was told.
+    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: Option<bool>) {
         if !self.verify_step_counts(serial) {
             return;
         }
-        self.pace.step_ended();
+        self.throttle.step_ended();
         let Some(verifying) = &mut self.verifying else { return };
+        let Some(equal) = equal else { return verifying.verify.untake(range) };
         if verifying.verify.compared(range, equal) {
             tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes are others");
             self.mark_differing(range);

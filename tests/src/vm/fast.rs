@@ -25,9 +25,9 @@ const SKIPPED: &str = "SKIPPED: ";
 const DOUBLES: [&str; 5] = [
     "transport::rdma::tests::",
     "transport::fault::tests::",
-    "transport::rdma::windows::cache::",
+    "transport::rdma::registration::cache::",
     "transport::rdma::placement::",
-    "transport::rdma::private::",
+    "transport::rdma::private_data::",
 ];
 
 /// Tests of ffi that need what only a step of their own gives them: the device for themselves, or a second guest.

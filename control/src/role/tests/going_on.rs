@@ -77,7 +77,7 @@ fn who_waited_long_enough_goes_alone_on_record_and_copies_what_it_wrote_since() 
         matches!(&alone[..], [Action::StoreMetadata(stored), Action::GoAlone] if !stored.peer_has_current)
     );
     let actions = meet(&mut alpha, &mut beta);
-    assert_eq!(before(&actions[0]), Before::Kept, "beta lives and has what it had");
+    assert_eq!(before(&actions[0]), Before::Kept { applied: Seq(7) }, "beta lives and has what it had");
     assert_eq!(beta.stored().disk_state, DiskState::Inconsistent);
     // The same with a beta that was restarted.
     let (mut alpha, mut beta) = in_session();
@@ -145,7 +145,7 @@ fn an_operators_disconnect_waits_for_nobody() {
     assert!(actions.contains(&Action::GoAlone), "{actions:?}");
     beta.on(broke(false, 7, 7));
     alpha.command(Command::Connect { discard_my_data: false });
-    assert_eq!(before(&meet(&mut alpha, &mut beta)[0]), Before::Kept);
+    assert_eq!(before(&meet(&mut alpha, &mut beta)[0]), Before::Kept { applied: Seq(7) });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::limits::RING_LEN_MIN;
-use crate::transport::laws::{End, Ends, Source, plain, until};
+use crate::transport::conformance::{End, Ends, Source, plain, until};
 use crate::transport::loopback;
 use crate::transport::rdma::fake::{self, Manner};
 use crate::transport::tcp::TcpLink;

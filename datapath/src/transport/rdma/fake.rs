@@ -9,8 +9,8 @@
 //! Invariants: requests are carried out in order, once, or never; nothing moves but in a call of one of the two ends.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
-use super::{Joined, RdmaLink, stage};
-use crate::transport::laws::Dice;
+use super::{Joined, RdmaLink, bounce};
+use crate::transport::conformance::Dice;
 use costandby_ffi::mapping::{Mapping, Span};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
@@ -40,7 +40,7 @@ pub struct Manner {
     /// Bytes that may be registered at a time, on either end, before registering fails.
     pub registered_max: u64,
     /// Bytes of the disk that a link is to register.
-    pub windows_max: u64,
+    pub registered_bytes_max: u64,
 }
 
 impl Default for Manner {
@@ -51,7 +51,7 @@ impl Default for Manner {
             write_len_max: 1 << 30,
             receives: 1024,
             registered_max: 1 << 40,
-            windows_max: 1 << 40,
+            registered_bytes_max: 1 << 40,
         }
     }
 }
@@ -310,7 +310,7 @@ pub fn link(
     peer_ring_len: usize,
 ) -> io::Result<RdmaLink<FakeEndpoint>> {
     let receives = endpoint.manner.receives;
-    let windows_limit_bytes = endpoint.manner.windows_max;
+    let registered_bytes_max = endpoint.manner.registered_bytes_max;
     RdmaLink::new(
         endpoint,
         Joined {
@@ -319,7 +319,7 @@ pub fn link(
             peer_ring_len,
             peer_receives: receives,
             companion: None,
-            windows_limit_bytes,
+            registered_bytes_max,
         },
     )
 }
@@ -392,8 +392,8 @@ impl Endpoint for FakeEndpoint {
         self.registrar.clone()
     }
 
-    fn stage(&self) -> io::Result<(Span, FakeRegion)> {
-        stage::make(&self.registrar)
+    fn bounce(&self) -> io::Result<(Span, FakeRegion)> {
+        bounce::make(&self.registrar)
     }
 
     fn write(

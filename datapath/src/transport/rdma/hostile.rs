@@ -152,7 +152,7 @@ impl Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::laws::Dice;
+    use crate::transport::conformance::Dice;
 
     #[test]
     fn a_peer_that_does_anything_panics_nobody() {

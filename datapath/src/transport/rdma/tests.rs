@@ -1,11 +1,11 @@
-//! The law suite over endpoints in memory, and what peers and devices can do to a link.
+//! The conformance suite over endpoints in memory, and what peers and devices can do to a link.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
 use super::fake::{self, FakeEndpoint, FakeRegion, Manner};
 use super::{DownReason, Joined, RdmaLink};
 use crate::error::Violation;
 use crate::limits::{LINK_EVENTS_MAX, RING_LEN_MIN, RING_SLACK};
-use crate::transport::laws::{Dice, End, Source, plain, until};
+use crate::transport::conformance::{Dice, End, Source, plain, until};
 use crate::transport::{Link, LinkEvent};
 use crate::units::{ByteRange, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
@@ -48,11 +48,11 @@ mod narrow {
     }
 }
 
-/// Nothing of the disk may be registered: all goes through the stage.
-mod staged {
+/// Nothing of the disk may be registered: all goes through the bounce buffer.
+mod bounced {
     use super::{Manner, fake};
     crate::link_laws!(|ring_len| {
-        let manner = Manner { seed: Some(5), windows_max: 0, ..Manner::default() };
+        let manner = Manner { seed: Some(5), registered_bytes_max: 0, ..Manner::default() };
         let (here, there) = fake::pair(ring_len, manner).expect("memory");
         (Box::new(here), Box::new(there))
     });
@@ -87,7 +87,7 @@ impl Hostile {
             peer_ring_len: RING_LEN_MIN,
             peer_receives: manner.receives,
             companion,
-            windows_limit_bytes: 1 << 30,
+            registered_bytes_max: 1 << 30,
         };
         let link = RdmaLink::new(endpoint, joined).expect("link");
         Self { end: End::new(Box::new(link)), peer, memory, region, ring, id: 0 }
@@ -457,7 +457,7 @@ fn what_arrived_behind_a_failure_is_told() {
 #[test]
 fn what_crosses_the_ring_s_end_goes_in_two_parts() {
     for seed in [None, Some(1), Some(2)] {
-        let manner = Manner { seed, windows_max: 0, ..Manner::default() };
+        let manner = Manner { seed, registered_bytes_max: 0, ..Manner::default() };
         let (here, there) = fake::pair(RING_LEN_MIN, manner).expect("memory");
         let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
         let source = Source::new(8192);
@@ -542,7 +542,7 @@ fn too_small_a_ring_or_too_few_receives_make_no_link() {
         peer_ring_len: RING_LEN_MIN,
         peer_receives: 3,
         companion: None,
-        windows_limit_bytes: 0,
+        registered_bytes_max: 0,
     };
     let error = RdmaLink::new(second, joined).expect_err("too few");
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
@@ -568,11 +568,12 @@ fn two_ends_that_used_up_each_others_receives_get_out_of_it() {
     });
 }
 
-/// A frame that waits half way, for room in the stage, began with counts that nothing newer may overtake.
+/// A frame that waits half way, for room in the bounce buffer, began with counts that nothing newer may overtake.
 #[test]
 fn no_sign_of_life_overtakes_a_frame_that_has_begun() {
     const MIB: usize = 1 << 20;
-    let (here, there) = fake::pair(32 * MIB, Manner { windows_max: 0, ..Manner::default() }).expect("memory");
+    let (here, there) =
+        fake::pair(32 * MIB, Manner { registered_bytes_max: 0, ..Manner::default() }).expect("memory");
     let source = Source::new(9 * MIB);
     let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
     for seq in 0..3 {

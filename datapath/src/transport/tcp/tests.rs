@@ -1,10 +1,10 @@
-//! The law suite over real sockets, and what only a byte stream can do to us.
+//! The conformance suite over real sockets, and what only a byte stream can do to us.
 
 use super::{Gather, TcpLink};
 use crate::error::Violation;
 use crate::limits::{GATHER_PIECES_MAX, RING_LEN_MIN, RING_SLACK};
 use crate::transport::DownReason;
-use crate::transport::laws::{End, Source, plain, until};
+use crate::transport::conformance::{End, Source, plain, until};
 use crate::transport::outbox::Outbox;
 use crate::units::{ByteRange, Seq, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};

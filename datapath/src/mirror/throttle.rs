@@ -10,13 +10,14 @@
 //! there are none such, in short pauses. Steps are shorter at low rates, so that the few changes behind one wait less.
 //! With no client about, nothing is held back.
 //!
-//! Invariants: never below [`PACE_RATE_MIN`], however bad it looks, so that every copy ends; memory is bounded; nothing is
+//! Invariants: never below [`THROTTLE_RATE_MIN`], however bad it looks, so that every copy ends; memory is bounded; nothing is
 //! allocated after it was made.
 
 use crate::limits::{
-    PACE_CHANGES_KNOWN, PACE_CHANGES_MIN, PACE_JUDGE_LATEST_MS, PACE_JUDGE_MS, PACE_PAUSE_CHANGES,
-    PACE_PAUSE_EVERY_MS, PACE_PAUSE_MS, PACE_RATE_MAX, PACE_RATE_MIN, PACE_RATE_READERS, PACE_RATE_START,
-    PACE_SLOW_ONE_IN, PACE_STEP_LEN_MIN, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT,
+    RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT, THROTTLE_CHANGES_KNOWN, THROTTLE_CHANGES_MIN,
+    THROTTLE_JUDGE_LATEST_MS, THROTTLE_JUDGE_MS, THROTTLE_PAUSE_CHANGES, THROTTLE_PAUSE_EVERY_MS,
+    THROTTLE_PAUSE_MS, THROTTLE_RATE_MAX, THROTTLE_RATE_MIN, THROTTLE_RATE_READERS, THROTTLE_RATE_START,
+    THROTTLE_SLOW_ONE_IN, THROTTLE_STEP_LEN_MIN,
 };
 use std::time::{Duration, Instant};
 
@@ -39,9 +40,9 @@ pub enum Leave {
     Enough,
 }
 
-/// The pace of one volume's background work.
+/// The throttle of one volume's background work.
 #[derive(Debug)]
-pub struct Pace {
+pub struct Throttle {
     /// Bytes a second beside clients.
     rate: u64,
     /// When the next step is due at that rate.
@@ -65,22 +66,22 @@ pub struct Pace {
     pause_changes: u64,
 }
 
-impl Default for Pace {
+impl Default for Throttle {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Pace {
+impl Throttle {
     /// One that knows nothing yet.
     #[must_use]
     pub fn new() -> Self {
         Self {
-            rate: PACE_RATE_START,
+            rate: THROTTLE_RATE_START,
             next_at: None,
             steps: 0,
             in_flight: 0,
-            undisturbed: Vec::with_capacity(PACE_CHANGES_KNOWN),
+            undisturbed: Vec::with_capacity(THROTTLE_CHANGES_KNOWN),
             undisturbed_at: 0,
             bearable: None,
             judged_at: None,
@@ -172,7 +173,8 @@ impl Pace {
     /// Bytes of a step: half a millisecond's worth. Where the rate is low because steps were felt, short ones are felt less
     /// than few.
     fn step_len(&self) -> u64 {
-        (self.rate / 2048 / PACE_STEP_LEN_MIN * PACE_STEP_LEN_MIN).clamp(PACE_STEP_LEN_MIN, RESYNC_CHUNK_LEN)
+        (self.rate / 2048 / THROTTLE_STEP_LEN_MIN * THROTTLE_STEP_LEN_MIN)
+            .clamp(THROTTLE_STEP_LEN_MIN, RESYNC_CHUNK_LEN)
     }
 
     fn in_flight_max(&self) -> usize {
@@ -191,11 +193,11 @@ impl Pace {
 
     fn learn(&mut self, took: Duration) {
         self.pause_changes += 1;
-        if self.undisturbed.len() < PACE_CHANGES_KNOWN {
+        if self.undisturbed.len() < THROTTLE_CHANGES_KNOWN {
             self.undisturbed.push(took);
         } else {
             self.undisturbed[self.undisturbed_at] = took;
-            self.undisturbed_at = (self.undisturbed_at + 1) % PACE_CHANGES_KNOWN;
+            self.undisturbed_at = (self.undisturbed_at + 1) % THROTTLE_CHANGES_KNOWN;
         }
     }
 
@@ -209,7 +211,7 @@ impl Pace {
         if known < 2 {
             return;
         }
-        let mut sorted = [Duration::ZERO; PACE_CHANGES_KNOWN];
+        let mut sorted = [Duration::ZERO; THROTTLE_CHANGES_KNOWN];
         sorted[..known].copy_from_slice(&self.undisturbed);
         sorted[..known].sort_unstable();
         let p99 = sorted[known * 99 / 100];
@@ -222,19 +224,20 @@ impl Pace {
             return self.begin_judgement(now);
         };
         let passed = now.saturating_duration_since(since);
-        let enough = self.changes >= PACE_CHANGES_MIN && passed >= Duration::from_millis(PACE_JUDGE_MS);
-        if !enough && passed < Duration::from_millis(PACE_JUDGE_LATEST_MS) {
+        let enough =
+            self.changes >= THROTTLE_CHANGES_MIN && passed >= Duration::from_millis(THROTTLE_JUDGE_MS);
+        if !enough && passed < Duration::from_millis(THROTTLE_JUDGE_LATEST_MS) {
             return;
         }
         let growth = self.rate / if self.careful { 16 } else { 2 };
-        if self.slow * PACE_SLOW_ONE_IN > self.changes {
+        if self.slow * THROTTLE_SLOW_ONE_IN > self.changes {
             self.careful = true;
-            self.rate = (self.rate * 2 / 3).max(PACE_RATE_MIN);
+            self.rate = (self.rate * 2 / 3).max(THROTTLE_RATE_MIN);
         } else if self.changes == 0 {
             // Clients that only read: nothing tells how they fare.
-            self.rate = self.rate.max((self.rate + growth).min(PACE_RATE_READERS));
+            self.rate = self.rate.max((self.rate + growth).min(THROTTLE_RATE_READERS));
         } else if self.bearable.is_some() {
-            self.rate = (self.rate + growth).min(PACE_RATE_MAX);
+            self.rate = (self.rate + growth).min(THROTTLE_RATE_MAX);
         }
         self.begin_judgement(now);
     }
@@ -242,8 +245,8 @@ impl Pace {
     /// Whether to hold still for a while, and until when at most.
     fn pause(&mut self, now: Instant) -> Option<Instant> {
         if let Some(at) = self.paused_at {
-            let until = at + Duration::from_millis(PACE_PAUSE_MS);
-            if now < until && self.pause_changes < PACE_PAUSE_CHANGES {
+            let until = at + Duration::from_millis(THROTTLE_PAUSE_MS);
+            if now < until && self.pause_changes < THROTTLE_PAUSE_CHANGES {
                 return Some(until);
             }
             self.paused_at = None;
@@ -251,15 +254,15 @@ impl Pace {
             self.learn_bearable();
             return None;
         }
-        let every = Duration::from_millis(PACE_PAUSE_EVERY_MS);
-        let due = self.undisturbed.len() < PACE_CHANGES_KNOWN / 2
+        let every = Duration::from_millis(THROTTLE_PAUSE_EVERY_MS);
+        let due = self.undisturbed.len() < THROTTLE_CHANGES_KNOWN / 2
             || self.pause_ended.is_some_and(|at| now.saturating_duration_since(at) >= every);
         let recently = self.pause_ended.is_some_and(|at| now.saturating_duration_since(at) < every / 4);
         if !due || recently {
             return None;
         }
         (self.paused_at, self.pause_changes) = (Some(now), 0);
-        Some(now + Duration::from_millis(PACE_PAUSE_MS))
+        Some(now + Duration::from_millis(THROTTLE_PAUSE_MS))
     }
 }
 

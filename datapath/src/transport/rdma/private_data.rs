@@ -70,7 +70,7 @@ pub struct Introduction {
 
 /// Why private data are no introduction. The connection is refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum PrivateError {
+pub enum PrivateDataError {
     /// Too few bytes for any version.
     #[error("RDMA private data end after {found} bytes: is the peer another program?")]
     Short {
@@ -165,25 +165,25 @@ impl Introduction {
     ///
     /// # Errors
     /// Names the first thing that is wrong.
-    pub fn decode(bytes: &[u8]) -> Result<Self, PrivateError> {
+    pub fn decode(bytes: &[u8]) -> Result<Self, PrivateDataError> {
         let found = bytes.len();
         let Some((prefix, _)) = bytes.split_first_chunk::<PREFIX_LEN>() else {
-            return Err(PrivateError::Short { found });
+            return Err(PrivateDataError::Short { found });
         };
         let [m0, m1, m2, m3, version, announced, ..] = *prefix;
         if [m0, m1, m2, m3] != MAGIC {
-            return Err(PrivateError::Magic { found: [m0, m1, m2, m3] });
+            return Err(PrivateDataError::Magic { found: [m0, m1, m2, m3] });
         }
         // The checksum stands at the end in every version: a release to come is told from damage.
-        let length_error = PrivateError::Length { announced, found };
+        let length_error = PrivateDataError::Length { announced, found };
         let all = bytes.get(..usize::from(announced)).ok_or(length_error)?;
         let (checked, crc) = all.split_last_chunk::<CRC_LEN>().ok_or(length_error)?;
         let (found, computed) = (u32::from_le_bytes(*crc), crc32c::crc32c(checked));
         if found != computed {
-            return Err(PrivateError::Checksum { found, computed });
+            return Err(PrivateDataError::Checksum { found, computed });
         }
         if version != VERSION {
-            return Err(PrivateError::Version { found: version });
+            return Err(PrivateDataError::Version { found: version });
         }
         let raw = <[u8; LEN]>::try_from(all).map_err(|_| length_error)?;
         let raw: RawIntroduction = zerocopy::transmute!(raw);
@@ -212,24 +212,24 @@ const LEN_ON_WIRE: u8 = 52;
 const _: () = assert!(size_of::<RawIntroduction>() == LEN && LEN_ON_WIRE as usize == LEN);
 
 impl RawIntroduction {
-    fn check(&self) -> Result<Introduction, PrivateError> {
+    fn check(&self) -> Result<Introduction, PrivateDataError> {
         if self.reserved != [0; 2] {
-            return Err(PrivateError::Reserved);
+            return Err(PrivateDataError::Reserved);
         }
         let (address, len) = (self.ring_address.get(), self.ring_len.get());
         let holds = |len| usize::try_from(len).is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize));
         if len > RDMA_RING_LEN_MAX || !len.is_multiple_of(HEADER_LEN as u64) || !holds(len) {
-            return Err(PrivateError::RingLength { found: len });
+            return Err(PrivateDataError::RingLength { found: len });
         }
         if !address.is_multiple_of(HEADER_LEN as u64) || address.checked_add(len).is_none() {
-            return Err(PrivateError::RingAddress { address, len });
+            return Err(PrivateDataError::RingAddress { address, len });
         }
         let (ring_rkey, receives) = (self.ring_rkey.get(), self.receives.get());
         if ring_rkey == 0 {
-            return Err(PrivateError::RingKey);
+            return Err(PrivateDataError::RingKey);
         }
         if !(RDMA_RECEIVES_MIN..=RDMA_RECEIVES_MAX).contains(&receives) {
-            return Err(PrivateError::Receives { found: receives });
+            return Err(PrivateDataError::Receives { found: receives });
         }
         let secret = Secret(self.secret);
         Ok(Introduction { secret, ring_address: address, ring_rkey, ring_len: len, receives })
@@ -277,7 +277,7 @@ mod tests {
         bytes
     }
 
-    fn refusal(of: &Introduction) -> PrivateError {
+    fn refusal(of: &Introduction) -> PrivateDataError {
         Introduction::decode(&of.encode()).expect_err("absurd")
     }
 
@@ -300,7 +300,7 @@ mod tests {
         fn a_part_is_refused(sent in any_introduction(), len in 0..LEN) {
             let short = matches!(
                 Introduction::decode(&sent.encode()[..len]),
-                Err(PrivateError::Short { .. } | PrivateError::Length { .. })
+                Err(PrivateDataError::Short { .. } | PrivateDataError::Length { .. })
             );
             prop_assert!(short);
         }
@@ -334,17 +334,17 @@ mod tests {
         let good = introduction();
         for len in [0, 4096, 32 << 20, RING_LEN + 8, RDMA_RING_LEN_MAX + 64, u64::MAX - 63] {
             let refused = refusal(&Introduction { ring_len: len, ..good });
-            assert_eq!(refused, PrivateError::RingLength { found: len });
+            assert_eq!(refused, PrivateDataError::RingLength { found: len });
             assert!(refused.to_string().contains(&len.to_string()), "{refused}");
         }
         for address in [1, u64::MAX - 63, 0_u64.wrapping_sub(RING_LEN - 64)] {
             let refused = refusal(&Introduction { ring_address: address, ..good });
-            assert_eq!(refused, PrivateError::RingAddress { address, len: RING_LEN });
+            assert_eq!(refused, PrivateDataError::RingAddress { address, len: RING_LEN });
         }
-        assert_eq!(refusal(&Introduction { ring_rkey: 0, ..good }), PrivateError::RingKey);
+        assert_eq!(refusal(&Introduction { ring_rkey: 0, ..good }), PrivateDataError::RingKey);
         for receives in [0, RDMA_RECEIVES_MIN - 1, RDMA_RECEIVES_MAX + 1, u32::MAX] {
             let refused = refusal(&Introduction { receives, ..good });
-            assert_eq!(refused, PrivateError::Receives { found: receives });
+            assert_eq!(refused, PrivateDataError::Receives { found: receives });
         }
     }
 
@@ -356,25 +356,25 @@ mod tests {
             bytes[at] = value;
             Introduction::decode(&with_crc(bytes)).expect_err("of another format")
         };
-        assert_eq!(changed(0, b'x'), PrivateError::Magic { found: *b"xSrd" });
+        assert_eq!(changed(0, b'x'), PrivateDataError::Magic { found: *b"xSrd" });
         for version in [1, VERSION + 1] {
-            assert_eq!(changed(4, version), PrivateError::Version { found: version });
+            assert_eq!(changed(4, version), PrivateDataError::Version { found: version });
         }
-        assert_eq!(changed(6, 1), PrivateError::Reserved);
-        assert_eq!(changed(5, 3), PrivateError::Length { announced: 3, found: LEN });
-        assert_eq!(changed(5, 53), PrivateError::Length { announced: 53, found: LEN });
+        assert_eq!(changed(6, 1), PrivateDataError::Reserved);
+        assert_eq!(changed(5, 3), PrivateDataError::Length { announced: 3, found: LEN });
+        assert_eq!(changed(5, 53), PrivateDataError::Length { announced: 53, found: LEN });
         // A longer version of a later release, as long as it says: it is the version that is named.
         let mut later = [&good[..LEN - CRC_LEN], &[9; 4]].concat();
         (later[4], later[5]) = (VERSION + 1, LEN_ON_WIRE + 4);
         let crc = crc32c::crc32c(&later);
         later.extend_from_slice(&crc.to_le_bytes());
-        let refused = PrivateError::Version { found: VERSION + 1 };
+        let refused = PrivateDataError::Version { found: VERSION + 1 };
         assert_eq!(Introduction::decode(&later).expect_err("later"), refused);
         // Our version at another length.
         later[4] = VERSION;
         let crc = crc32c::crc32c(&later[..LEN]);
         later[LEN..].copy_from_slice(&crc.to_le_bytes());
-        let refused = PrivateError::Length { announced: LEN_ON_WIRE + 4, found: LEN + 4 };
+        let refused = PrivateDataError::Length { announced: LEN_ON_WIRE + 4, found: LEN + 4 };
         assert_eq!(Introduction::decode(&later).expect_err("too long"), refused);
     }
 

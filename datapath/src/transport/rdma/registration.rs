@@ -1,23 +1,23 @@
-//! Where the bytes of a change are sent from: registered windows of the disk, or the stage.
+//! Where the bytes of a change are sent from: registered sections of the disk, or the bounce buffer.
 //!
-//! Stands between the link, which posts, and the registrar, which takes milliseconds for a window. Nothing waits for
-//! it: what is not registered (yet, or any more, or cannot be) is copied through the stage ([`super::stage`]), which was
-//! registered before the link was made. Which windows are worth their registration is decided in [`cache`], and carried
+//! Stands between the link, which posts, and the registrar, which takes milliseconds for a section. Nothing waits for
+//! it: what is not registered (yet, or any more, or cannot be) is copied through the bounce buffer ([`super::bounce`]), which was
+//! registered before the link was made. Which sections are worth their registration is decided in [`cache`], and carried
 //! out by a thread of its own in [`registry`]; how much may be registered is worked out in [`memory`].
 //!
 //! Invariants:
-//! - Per write from a registered window: no copy, allocation, lock or system call. While a registration is under way
+//! - Per write from a registered section: no copy, allocation, lock or system call. While a registration is under way
 //!   there is one look at a channel besides.
-//! - Windows are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the stage.
+//! - Sections are parts of *one* mapping, the first that a client's write comes from. Others' bytes go through the bounce buffer.
 //! - Of a mapping that is poisoned nothing is sent where it stands: the pages that a device holds of it may be others than
-//!   those that the CPU sees. What is not lost goes through the stage, what is lost does not go.
+//!   those that the CPU sees. What is not lost goes through the bounce buffer, what is lost does not go.
 //! - Nothing is registered of a mapping whose file was replaced by memory, and nothing sent by what was before.
 //!
 //! Failures survived: a registration that fails, for want of locked memory, of pages, or because a trim is dropping
-//! them: the window is staged and tried again much later, and want of memory lowers the limit.
+//! them: the section goes through the bounce buffer and is tried again much later, and want of memory lowers the limit.
 
+use super::bounce::{self, BounceBuffer};
 use super::endpoint::{Piece, Registrar};
-use super::stage::{self, Stage};
 use costandby_ffi::mapping::{Mapping, Span};
 use std::io;
 use std::sync::Arc;
@@ -33,11 +33,11 @@ use registry::Registry;
 /// The next bytes of a change, ready to be named by a work request.
 #[derive(Debug)]
 pub enum Source<'a, Region> {
-    /// Where they are: in a registered window of the disk.
+    /// Where they are: in a registered section of the disk.
     Direct(Piece<'a, Region>),
-    /// A copy, in the stage.
-    Staged(Piece<'a, Region>),
-    /// Neither now: ask again after [`Windows::done_up_to`] was told of more. The work requests under way must have
+    /// A copy, in the bounce buffer.
+    Bounced(Piece<'a, Region>),
+    /// Neither now: ask again after [`Registrations::done_up_to`] was told of more. The work requests under way must have
     /// been signalled up to the last for that to come.
     Wait,
     /// The bytes were lost with the disk: zeroes stand in for them, which must not be sent.
@@ -46,25 +46,25 @@ pub enum Source<'a, Region> {
 
 /// What status and doctor show.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct WindowCounters {
-    /// Windows registered now.
-    pub windows: u64,
+pub struct RegistrationCounters {
+    /// Sections registered now.
+    pub sections: u64,
     /// Bytes of the disk registered, or being registered, now.
     pub registered_bytes: u64,
     /// Bytes that may be registered: the configured limit, or less where the system refused more.
     pub limit_bytes: u64,
-    /// Bytes that were copied through the stage.
-    pub staged_bytes: u64,
-    /// Windows given up for others.
+    /// Bytes that were copied through the bounce buffer.
+    pub bounced_bytes: u64,
+    /// Sections given up for others.
     pub evictions: u64,
     /// Registrations that failed.
     pub failures: u64,
 }
 
-/// The windows of one link, and its stage.
+/// The registrations of one link, and its bounce buffer.
 #[derive(Debug)]
-pub struct Windows<R: Registrar> {
-    stage: Stage<R::Region>,
+pub struct Registrations<R: Registrar> {
+    bounce: BounceBuffer<R::Region>,
     registry: Registry<R::Region>,
     limit_bytes: u64,
     disk: Option<Disk<R::Region>>,
@@ -79,23 +79,27 @@ struct Disk<Region> {
     pending: bool,
 }
 
-impl<R: Registrar> Windows<R> {
-    /// Registers a stage, and starts the thread that registers windows: at most `limit_bytes` of the disk. Blocks while
-    /// the stage's memory is brought in.
+impl<R: Registrar> Registrations<R> {
+    /// Registers a bounce buffer, and starts the thread that registers sections: at most `limit_bytes` of the disk. Blocks while
+    /// the bounce buffer's memory is brought in.
     ///
     /// # Errors
-    /// When the stage cannot be registered, or the system gives no thread.
+    /// When the bounce buffer cannot be registered, or the system gives no thread.
     pub fn new(registrar: &R, limit_bytes: u64) -> io::Result<Self> {
-        Self::with_stage(registrar, stage::make(registrar)?, limit_bytes)
+        Self::with_bounce(registrar, bounce::make(registrar)?, limit_bytes)
     }
 
-    /// The same over memory for the stage that is registered already. Does not block.
+    /// The same over memory for the bounce buffer that is registered already. Does not block.
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub(super) fn with_stage(registrar: &R, stage: (Span, R::Region), limit_bytes: u64) -> io::Result<Self> {
+    pub(super) fn with_bounce(
+        registrar: &R,
+        bounce: (Span, R::Region),
+        limit_bytes: u64,
+    ) -> io::Result<Self> {
         let registry = Registry::start(registrar.clone())?;
-        Ok(Self { stage: Stage::new(stage), registry, limit_bytes, disk: None })
+        Ok(Self { bounce: BounceBuffer::new(bounce), registry, limit_bytes, disk: None })
     }
 
     /// Where to send `span`'s bytes from `from` on, at most `len_max` of them and perhaps fewer, with the work request
@@ -128,11 +132,11 @@ impl<R: Registrar> Windows<R> {
                 disk.settle(self.registry.poll());
             }
             let at = span.offset() + from;
-            let window = disk.cache.window_of(at);
-            len = len.min(disk.cache.bytes(window).end - at);
-            let slot = disk.cache.touch(window, !resync, id);
+            let section = disk.cache.section_of(at);
+            len = len.min(disk.cache.bytes(section).end - at);
+            let slot = disk.cache.touch(section, !resync, id);
             if slot.is_none() && !resync {
-                disk.ask(window, &self.registry);
+                disk.ask(section, &self.registry);
             }
             if let Some(slot) = slot {
                 let disk = self.disk.as_ref().expect("looked up above");
@@ -140,10 +144,10 @@ impl<R: Registrar> Windows<R> {
                 return Source::Direct(Piece { region, offset: at - start, len });
             }
         }
-        match self.stage.copy(&span.sub(from, len), id) {
+        match self.bounce.copy(&span.sub(from, len), id) {
             // The copy may have been what met the failing medium.
             Some(_) if span.is_lost() => Source::Medium,
-            Some(piece) => Source::Staged(piece),
+            Some(piece) => Source::Bounced(piece),
             None => Source::Wait,
         }
     }
@@ -170,7 +174,7 @@ impl<R: Registrar> Windows<R> {
 
     /// The work requests up to `id` are done: what they named may be used again.
     pub fn done_up_to(&mut self, id: u64) {
-        self.stage.done_up_to(id);
+        self.bounce.done_up_to(id);
         if let Some(disk) = &mut self.disk {
             disk.cache.done_up_to(id);
         }
@@ -178,20 +182,20 @@ impl<R: Registrar> Windows<R> {
 
     /// What was done so far.
     #[must_use]
-    pub fn counters(&self) -> WindowCounters {
-        let staged = WindowCounters {
+    pub fn counters(&self) -> RegistrationCounters {
+        let bounced = RegistrationCounters {
             limit_bytes: self.limit_bytes,
-            staged_bytes: self.stage.staged_bytes(),
-            ..WindowCounters::default()
+            bounced_bytes: self.bounce.bounced_bytes(),
+            ..RegistrationCounters::default()
         };
-        let Some(Disk { cache, .. }) = &self.disk else { return staged };
-        WindowCounters {
-            windows: cache.windows() as u64,
+        let Some(Disk { cache, .. }) = &self.disk else { return bounced };
+        RegistrationCounters {
+            sections: cache.sections() as u64,
             registered_bytes: cache.registered_bytes() as u64,
             limit_bytes: cache.limit() as u64,
             evictions: cache.evictions(),
             failures: cache.failures(),
-            ..staged
+            ..bounced
         }
     }
 }
@@ -202,22 +206,22 @@ impl<Region: Send + 'static> Disk<Region> {
         let Some(result) = result else { return };
         self.pending = false;
         if let Err(error) = &result {
-            tracing::debug!(%error, "a window of the disk cannot be registered; it goes through the stage");
+            tracing::debug!(%error, "a section of the disk cannot be registered; it goes through the bounce buffer");
         }
         self.cache.registered(result);
     }
 
-    /// Has the window registered, if it is worth it.
+    /// Has the section registered, if it is worth it.
     #[cold]
-    fn ask(&mut self, window: u32, registry: &Registry<Region>) {
-        let Some(end) = self.cache.wants(window) else { return };
-        let bytes = self.cache.bytes(window);
+    fn ask(&mut self, section: u32, registry: &Registry<Region>) {
+        let Some(end) = self.cache.wants(section) else { return };
+        let bytes = self.cache.bytes(section);
         registry.register(end, self.mapping.span(bytes.start, bytes.len()));
         self.pending = true;
     }
 }
 
-impl<R: Registrar> Drop for Windows<R> {
+impl<R: Registrar> Drop for Registrations<R> {
     /// Leaves the registrations to the thread: ending many takes long, and the reactor has a promotion to see to.
     fn drop(&mut self) {
         if let Some(disk) = &mut self.disk {

@@ -1,4 +1,4 @@
-//! The dirty map against a plain set, and what it calls durable against a stored bitmap that a test keeps.
+//! The dirty bitmap against a plain set, and what it calls durable against a stored bitmap that a test keeps.
 
 use super::*;
 use proptest::prelude::*;
@@ -8,8 +8,8 @@ const G: u64 = 4096;
 /// Three blocks and a bit, cut off inside a grain.
 const SIZE: u64 = 3 * BLOCK_WORDS as u64 * 64 * G + 70 * G + 100;
 
-fn map() -> DirtyMap {
-    DirtyMap::new(Geometry::new(SIZE, G, 4 << 20, 1024).expect("legal"))
+fn map() -> DirtyBitmap {
+    DirtyBitmap::new(Geometry::new(SIZE, G, 4 << 20, 1024).expect("legal"))
 }
 
 fn range(start: u64, len: u64) -> ByteRange {
@@ -172,7 +172,7 @@ proptest! {
         }
         prop_assert!(!map.has_unsaved() && map.lagging_len() == 0);
         prop_assert_eq!(&disk, &map.words);
-        let mut again = DirtyMap::new(map.geometry());
+        let mut again = DirtyBitmap::new(map.geometry());
         again.load(0, disk.iter().copied());
         prop_assert_eq!(again.dirty_grains(), map.dirty_grains());
     }

@@ -1,18 +1,18 @@
-//! The dirty map: which grains of the disk the peer may lack, and how far the stored bitmap agrees. Sans-IO.
+//! The dirty bitmap: which grains of the disk the peer may lack, and how far the stored bitmap agrees. Sans-IO.
 //!
 //! A set bit means "these bytes may differ from the peer's". The map lives in memory; its blocks are stored by whoever
-//! carries I/O out: [`DirtyMap::take_unsaved`] hands out what to write, [`DirtyMap::stored`] hears that it is on stable
+//! carries I/O out: [`DirtyBitmap::take_unsaved`] hands out what to write, [`DirtyBitmap::stored`] hears that it is on stable
 //! storage.
 //!
 //! Invariants, and who upholds them:
 //! - **Sets are eager.** A change that is acknowledged without the peer rests on a durable record. That is either its
-//!   bit in the stored bitmap ([`DirtyMap::is_durable`]) or its extent in the activity log, which stays hot until the
-//!   bit is durable. The map never calls a bit durable before [`DirtyMap::stored`] said so for a store that was taken
+//!   bit in the stored bitmap ([`DirtyBitmap::is_durable`]) or its extent in the activity log, which stays hot until the
+//!   bit is durable. The map never calls a bit durable before [`DirtyBitmap::stored`] said so for a store that was taken
 //!   after the bit was set.
 //! - **Clears are lazy.** The caller clears a bit only when the grain's bytes are on stable storage on both disks; the
 //!   stored bitmap may keep it for as long as it likes. A superset costs a copy, nothing else.
 //! - A block is stored by one writer at a time, so that an older picture never lands on a newer one.
-//! - A *round* is a promise of its own: begun by [`DirtyMap::begin_round`], it is over when every bit that was set by
+//! - A *round* is a promise of its own: begun by [`DirtyBitmap::begin_round`], it is over when every bit that was set by
 //!   then is in the stored bitmap, however many are set meanwhile.
 //!
 //! Survives: a crash at any point (what was set and not stored is covered by the activity log), a store that fails (its
@@ -39,13 +39,13 @@ pub struct DirtyBlock {
 pub enum Marked {
     /// The stored bitmap has it.
     Durable,
-    /// It does not yet: store what [`DirtyMap::take_unsaved`] gives first, or rest on the activity log.
+    /// It does not yet: store what [`DirtyBitmap::take_unsaved`] gives first, or rest on the activity log.
     Unsaved,
 }
 
 /// The dirty bits of one disk.
 #[derive(Debug)]
-pub struct DirtyMap {
+pub struct DirtyBitmap {
     geometry: Geometry,
     grain_shift: u32,
     words: Vec<u64>,
@@ -66,7 +66,7 @@ pub struct DirtyMap {
     round_storing: BlockSet,
 }
 
-impl DirtyMap {
+impl DirtyBitmap {
     /// All clean, and so is the stored bitmap.
     #[must_use]
     pub fn new(geometry: Geometry) -> Self {
@@ -181,7 +181,7 @@ impl DirtyMap {
         taken
     }
 
-    /// Begins a round: what is set by now is to be stored, and [`DirtyMap::take_round`] gives what that takes. One at a
+    /// Begins a round: what is set by now is to be stored, and [`DirtyBitmap::take_round`] gives what that takes. One at a
     /// time.
     ///
     /// # Panics

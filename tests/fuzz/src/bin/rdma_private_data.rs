@@ -5,7 +5,7 @@
 //! asks for, which the search would hardly ever guess.
 #![no_main]
 
-use costandby_datapath::transport::rdma::private::{Introduction, LEN, MAGIC};
+use costandby_datapath::transport::rdma::private_data::{Introduction, LEN, MAGIC};
 use libfuzzer_sys::fuzz_target;
 
 const CHECKSUM_LEN: usize = 4;

@@ -1,15 +1,15 @@
-//! The stage: registered memory that bytes of the disk are copied through while their own place is not registered.
+//! The bounce buffer: registered memory that bytes of the disk are copied through while their own place is not registered.
 //!
-//! Stands beside the windows ([`super::windows`]), which decide what goes through here. A ring of its own, on our side:
+//! Stands beside the registrations ([`super::registration`]), which decide what goes through here. A ring of its own, on our side:
 //! pieces are taken in order, each contiguous, and given back in order when the work request that names them is done.
 //!
 //! Invariants:
 //! - Pieces that are not given back never overlap: the device may send them again until it reports completion.
-//! - Whatever is asked for, an empty stage takes a piece of it; so who waits is served as soon as all is done.
-//! - No call allocates after [`Stage::new`].
+//! - Whatever is asked for, an empty bounce buffer takes a piece of it; so who waits is served as soon as all is done.
+//! - No call allocates after [`BounceBuffer::new`].
 
 use super::endpoint::{Piece, Registrar};
-use crate::limits::{RDMA_STAGE_LEN, RDMA_STAGE_PIECE_LEN_MAX, RDMA_STAGE_PIECES_MAX};
+use crate::limits::{RDMA_BOUNCE_LEN, RDMA_BOUNCE_PIECE_LEN_MAX, RDMA_BOUNCE_PIECES_MAX};
 use crate::wire::HEADER_LEN;
 use costandby_ffi::mapping::{Mapping, Span};
 use std::collections::VecDeque;
@@ -32,7 +32,7 @@ struct Places {
 
 impl Places {
     fn new(len: usize) -> Self {
-        Self { len, taken: 0, returned: 0, open: VecDeque::with_capacity(RDMA_STAGE_PIECES_MAX) }
+        Self { len, taken: 0, returned: 0, open: VecDeque::with_capacity(RDMA_BOUNCE_PIECES_MAX) }
     }
 
     fn at(&self, position: u64) -> usize {
@@ -41,9 +41,9 @@ impl Places {
 
     /// A place for `len` bytes.
     fn take(&mut self, len: usize, id: u64) -> Option<usize> {
-        assert!(len <= self.len / 4, "a piece of {len} bytes in a stage of {}", self.len);
+        assert!(len <= self.len / 4, "a piece of {len} bytes in a bounce buffer of {}", self.len);
         let space = len.next_multiple_of(ALIGN);
-        if self.open.len() == RDMA_STAGE_PIECES_MAX {
+        if self.open.len() == RDMA_BOUNCE_PIECES_MAX {
             return None;
         }
         if self.open.is_empty() {
@@ -73,47 +73,47 @@ impl Places {
     }
 }
 
-/// The stage of one link.
+/// The bounce buffer of one link.
 #[derive(Debug)]
-pub(super) struct Stage<Region> {
+pub(super) struct BounceBuffer<Region> {
     span: Span,
     region: Region,
     places: Places,
-    staged_bytes: u64,
+    bounced_bytes: u64,
 }
 
-/// Makes and registers the memory of a stage. Blocks while it is brought in.
+/// Makes and registers the memory of a bounce buffer. Blocks while it is brought in.
 ///
 /// # Errors
 /// What the registrar or the system says.
 pub(super) fn make<R: Registrar>(registrar: &R) -> io::Result<(Span, R::Region)> {
-    let span = Mapping::anonymous(RDMA_STAGE_LEN)?.span(0, RDMA_STAGE_LEN);
+    let span = Mapping::anonymous(RDMA_BOUNCE_LEN)?.span(0, RDMA_BOUNCE_LEN);
     let region = registrar.register(&span)?;
     Ok((span, region))
 }
 
-impl<Region> Stage<Region> {
-    /// A stage in memory that is registered already and that nobody else uses: a link's before it may have.
+impl<Region> BounceBuffer<Region> {
+    /// A bounce buffer in memory that is registered already and that nobody else uses: a link's before it may have.
     pub(super) fn new((span, region): (Span, Region)) -> Self {
         let places = Places::new(span.len());
-        Self { span, region, places, staged_bytes: 0 }
+        Self { span, region, places, bounced_bytes: 0 }
     }
 
-    /// Copies the beginning of `source`, as much as one piece takes, for work request `id`. `None` while the stage has
+    /// Copies the beginning of `source`, as much as one piece takes, for work request `id`. `None` while the bounce buffer has
     /// no room for it.
     ///
     /// # Panics
     /// When `source` is empty or ids go backwards.
     pub(super) fn copy(&mut self, source: &Span, id: u64) -> Option<Piece<'_, Region>> {
-        assert!(!source.is_empty(), "nothing to stage");
+        assert!(!source.is_empty(), "nothing to copy");
         assert!(
             self.places.open.back().is_none_or(|(last, _)| *last <= id),
             "work request {id} goes backwards"
         );
-        let len = source.len().min(RDMA_STAGE_PIECE_LEN_MAX);
+        let len = source.len().min(RDMA_BOUNCE_PIECE_LEN_MAX);
         let offset = self.places.take(len, id)?;
         source.sub(0, len).copy_to(&self.span.sub(offset, len));
-        self.staged_bytes += len as u64;
+        self.bounced_bytes += len as u64;
         Some(Piece { region: &self.region, offset, len })
     }
 
@@ -123,7 +123,7 @@ impl<Region> Stage<Region> {
     }
 
     /// Bytes copied since the beginning.
-    pub(super) fn staged_bytes(&self) -> u64 {
-        self.staged_bytes
+    pub(super) fn bounced_bytes(&self) -> u64 {
+        self.bounced_bytes
     }
 }

@@ -1,27 +1,27 @@
-//! Which windows of the disk are registered, which one next, and which one goes for it. Sans-IO.
+//! Which sections of the disk are registered, which one next, and which one goes for it. Sans-IO.
 //!
-//! The disk is cut into windows of one power of two. A window that clients write to again and again is worth its
+//! The disk is cut into sections of one power of two. A section that clients write to again and again is worth its
 //! registration, which brings all its pages into memory, and on a sparse disk allocates their blocks; one that is passed
-//! once is not. So each window has a *heat*: the writes of clients it saw, halved with every era. The second write makes
-//! a window a candidate; once the limit is reached, it must also be clearly hotter than the one used least recently.
+//! once is not. So each section has a *heat*: the writes of clients it saw, halved with every era. The second write makes
+//! a section a candidate; once the limit is reached, it must also be clearly hotter than the one used least recently.
 //!
 //! Invariants:
 //! - What is registered and being registered never passes the limit.
-//! - Only windows that no unfinished work request names are given up, the least recently used by clients first.
-//! - One registration is under way at a time; a window whose registration failed waits longer after each failure.
-//! - To look a window up takes constant time, and allocates nothing.
+//! - Only sections that no unfinished work request names are given up, the least recently used by clients first.
+//! - One registration is under way at a time; a section whose registration failed waits longer after each failure.
+//! - To look a section up takes constant time, and allocates nothing.
 
-use crate::limits::{RDMA_WINDOW_LEN, RDMA_WINDOW_LEN_MIN, RDMA_WINDOWS_MAX};
+use crate::limits::{RDMA_SECTION_LEN, RDMA_SECTION_LEN_MIN, RDMA_SECTIONS_MAX};
 use std::io;
 use std::ops::Range;
 
-/// Writes of clients after which every window's heat is halved.
+/// Writes of clients after which every section's heat is halved.
 const ERA_LEN: u64 = 4096;
 
 /// Writes of clients that a registration is put off for after a failure, the first time.
 const PUT_OFF: u64 = 1024;
 
-/// The same where pages of the window were being dropped: that is over soon.
+/// The same where pages of the section were being dropped: that is over soon.
 const PUT_OFF_BUSY: u64 = 32;
 
 /// Failures in a row after which a registration is put off no longer than before.
@@ -35,7 +35,7 @@ const LIMIT_TRIED_AFTER: u64 = 1 << 12;
 /// asked for all day.
 const LIMIT_TRIED_AFTER_MAX: u64 = 1 << 17;
 
-/// Heat that makes a window a candidate.
+/// Heat that makes a section a candidate.
 const CANDIDATE_HEAT: u16 = 2;
 
 const NONE: u32 = u32::MAX;
@@ -52,10 +52,10 @@ struct Entry {
     not_before: u64,
 }
 
-/// A registered window. Linked by use.
+/// A registered section. Linked by use.
 #[derive(Debug)]
 struct Slot<Region> {
-    window: u32,
+    section: u32,
     /// `None` where the slot is free.
     region: Option<Region>,
     newer: u32,
@@ -96,13 +96,13 @@ pub(super) struct Cache<Region> {
 impl<Region> Cache<Region> {
     /// For a disk of `disk_len` bytes, of which `limit` may be registered.
     pub(super) fn new(disk_len: usize, limit: usize) -> Self {
-        let shift = window_shift(disk_len, limit);
-        let windows = disk_len.div_ceil(1 << shift);
+        let shift = section_shift(disk_len, limit);
+        let sections = disk_len.div_ceil(1 << shift);
         let entry = Entry { slot: NONE, heat: 0, failures: 0, era: 0, not_before: 0 };
         Self {
             disk_len,
             shift,
-            entries: vec![entry; windows],
+            entries: vec![entry; sections],
             slots: Vec::new(),
             free: Vec::new(),
             newest: NONE,
@@ -122,37 +122,37 @@ impl<Region> Cache<Region> {
         }
     }
 
-    /// The window that byte `at` of the disk is in.
-    pub(super) fn window_of(&self, at: usize) -> u32 {
-        u32::try_from(at >> self.shift).expect("fewer than 2^32 windows")
+    /// The section that byte `at` of the disk is in.
+    pub(super) fn section_of(&self, at: usize) -> u32 {
+        u32::try_from(at >> self.shift).expect("fewer than 2^32 sections")
     }
 
-    /// The bytes of the disk that a window has.
-    pub(super) fn bytes(&self, window: u32) -> Range<usize> {
-        let start = (window as usize) << self.shift;
+    /// The bytes of the disk that a section has.
+    pub(super) fn bytes(&self, section: u32) -> Range<usize> {
+        let start = (section as usize) << self.shift;
         start..(start + (1 << self.shift)).min(self.disk_len)
     }
 
-    fn len(&self, window: u32) -> usize {
-        self.bytes(window).len()
+    fn len(&self, section: u32) -> usize {
+        self.bytes(section).len()
     }
 
-    fn heat(&self, window: u32) -> u16 {
-        let entry = &self.entries[window as usize];
+    fn heat(&self, section: u32) -> u16 {
+        let entry = &self.entries[section as usize];
         let eras = self.touches / ERA_LEN - entry.era;
         entry.heat >> eras.min(15)
     }
 
-    /// A write from this window goes out with work request `id`, counted from 1. Returns its slot, if it is registered. Writes of
+    /// A write from this section goes out with work request `id`, counted from 1. Returns its slot, if it is registered. Writes of
     /// clients also make it newer and hotter.
-    pub(super) fn touch(&mut self, window: u32, by_client: bool, id: u64) -> Option<u32> {
+    pub(super) fn touch(&mut self, section: u32, by_client: bool, id: u64) -> Option<u32> {
         if by_client && self.touched_by != id {
             (self.touched_by, self.touches) = (id, self.touches + 1);
-            let heat = self.heat(window).saturating_add(1);
-            let entry = &mut self.entries[window as usize];
+            let heat = self.heat(section).saturating_add(1);
+            let entry = &mut self.entries[section as usize];
             (entry.heat, entry.era) = (heat, self.touches / ERA_LEN);
         }
-        let slot = self.entries[window as usize].slot;
+        let slot = self.entries[section as usize].slot;
         if slot == NONE {
             return None;
         }
@@ -167,14 +167,14 @@ impl<Region> Cache<Region> {
     /// The registration in a slot that [`Cache::touch`] returned, and where on the disk it begins.
     pub(super) fn region(&self, slot: u32) -> (&Region, usize) {
         let slot = &self.slots[slot as usize];
-        (slot.region.as_ref().expect("a window's slot is taken"), (slot.window as usize) << self.shift)
+        (slot.region.as_ref().expect("a section's slot is taken"), (slot.section as usize) << self.shift)
     }
 
-    /// Whether the window is to be registered now. Then it is on record as being registered until
+    /// Whether the section is to be registered now. Then it is on record as being registered until
     /// [`Cache::registered`], and the registrations returned have to be ended before it is begun.
-    pub(super) fn wants(&mut self, window: u32) -> Option<Vec<Region>> {
-        let entry = &self.entries[window as usize];
-        let heat = self.heat(window);
+    pub(super) fn wants(&mut self, section: u32) -> Option<Vec<Region>> {
+        let entry = &self.entries[section as usize];
+        let heat = self.heat(section);
         if self.pending.is_some()
             || entry.slot != NONE
             || heat < CANDIDATE_HEAT
@@ -183,7 +183,7 @@ impl<Region> Cache<Region> {
             return None;
         }
         self.raise_limit();
-        let len = self.len(window);
+        let len = self.len(section);
         if len > self.limit || !self.can_make_room(len, heat) {
             return None;
         }
@@ -192,7 +192,7 @@ impl<Region> Cache<Region> {
             ended.push(self.evict());
         }
         self.registered += len;
-        self.pending = Some(window);
+        self.pending = Some(section);
         Some(ended)
     }
 
@@ -206,16 +206,16 @@ impl<Region> Cache<Region> {
         }
     }
 
-    /// Whether enough of the oldest windows are idle, and colder by far than `heat`.
+    /// Whether enough of the oldest sections are idle, and colder by far than `heat`.
     fn can_make_room(&self, len: usize, heat: u16) -> bool {
         let mut room = self.limit - self.registered;
         let mut at = self.oldest;
         while room < len {
             let Some(slot) = self.slots.get(at as usize) else { return false };
-            if slot.last_id > self.done || heat <= self.heat(slot.window).saturating_mul(2) {
+            if slot.last_id > self.done || heat <= self.heat(slot.section).saturating_mul(2) {
                 return false;
             }
-            room += self.len(slot.window);
+            room += self.len(slot.section);
             at = slot.newer;
         }
         true
@@ -227,43 +227,43 @@ impl<Region> Cache<Region> {
         self.free.push(at);
         self.evictions += 1;
         let slot = &mut self.slots[at as usize];
-        let window = slot.window;
+        let section = slot.section;
         let region = slot.region.take().expect("a linked slot is taken");
-        self.entries[window as usize].slot = NONE;
-        self.registered -= self.len(window);
+        self.entries[section as usize].slot = NONE;
+        self.registered -= self.len(section);
         region
     }
 
     /// What the registration that [`Cache::wants`] asked for came to.
     pub(super) fn registered(&mut self, result: io::Result<Region>) {
-        let window = self.pending.take().expect("a registration was under way");
+        let section = self.pending.take().expect("a registration was under way");
         match result {
-            Ok(region) => self.insert(window, region),
-            Err(error) => self.failed(window, error.kind()),
+            Ok(region) => self.insert(section, region),
+            Err(error) => self.failed(section, error.kind()),
         }
     }
 
-    fn insert(&mut self, window: u32, region: Region) {
+    fn insert(&mut self, section: u32, region: Region) {
         if self.registered > self.limit_refused_at {
             self.limit_tried_after = LIMIT_TRIED_AFTER / 2;
         }
-        let slot = Slot { window, region: Some(region), newer: NONE, older: NONE, last_id: 0 };
+        let slot = Slot { section, region: Some(region), newer: NONE, older: NONE, last_id: 0 };
         let at = if let Some(at) = self.free.pop() {
             self.slots[at as usize] = slot;
             at
         } else {
             self.slots.push(slot);
-            u32::try_from(self.slots.len() - 1).expect("fewer than windows")
+            u32::try_from(self.slots.len() - 1).expect("fewer than sections")
         };
         self.link_newest(at);
-        let entry = &mut self.entries[window as usize];
+        let entry = &mut self.entries[section as usize];
         (entry.slot, entry.failures) = (at, 0);
     }
 
-    fn failed(&mut self, window: u32, kind: io::ErrorKind) {
-        self.registered -= self.len(window);
+    fn failed(&mut self, section: u32, kind: io::ErrorKind) {
+        self.registered -= self.len(section);
         self.failures += 1;
-        let entry = &mut self.entries[window as usize];
+        let entry = &mut self.entries[section as usize];
         let wait = if kind == io::ErrorKind::WouldBlock {
             PUT_OFF_BUSY
         } else {
@@ -310,8 +310,8 @@ impl<Region> Cache<Region> {
         }
     }
 
-    /// Windows registered.
-    pub(super) fn windows(&self) -> usize {
+    /// Sections registered.
+    pub(super) fn sections(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
@@ -325,7 +325,7 @@ impl<Region> Cache<Region> {
         self.limit
     }
 
-    /// Windows given up for others.
+    /// Sections given up for others.
     pub(super) fn evictions(&self) -> u64 {
         self.evictions
     }
@@ -336,14 +336,14 @@ impl<Region> Cache<Region> {
     }
 }
 
-/// Window length as a power of two: the usual one; less where that little may be registered that a few would be all
+/// Section length as a power of two: the usual one; less where that little may be registered that a few would be all
 /// of it, more where the disk has too many.
-fn window_shift(disk_len: usize, limit: usize) -> u32 {
-    let mut shift = RDMA_WINDOW_LEN.ilog2();
-    while limit < disk_len && limit < 4 << shift && shift > RDMA_WINDOW_LEN_MIN.ilog2() {
+fn section_shift(disk_len: usize, limit: usize) -> u32 {
+    let mut shift = RDMA_SECTION_LEN.ilog2();
+    while limit < disk_len && limit < 4 << shift && shift > RDMA_SECTION_LEN_MIN.ilog2() {
         shift -= 1;
     }
-    while disk_len.div_ceil(1 << shift) > RDMA_WINDOWS_MAX {
+    while disk_len.div_ceil(1 << shift) > RDMA_SECTIONS_MAX {
         shift += 1;
     }
     shift

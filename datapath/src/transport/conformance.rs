@@ -49,7 +49,7 @@ macro_rules! link_laws {
         $(
             #[test]
             fn $law() {
-                $crate::transport::laws::$law(&$make);
+                $crate::transport::conformance::$law(&$make);
             }
         )*
     };

@@ -1,8 +1,8 @@
-//! Windows and stage together, against a model, with a registrar that the test holds by the hand.
+//! Sections and bounce buffer together, against a model, with a registrar that the test holds by the hand.
 
 use super::*;
 use crate::disk::image::DiskImage;
-use crate::limits::{RDMA_STAGE_LEN, RDMA_STAGE_PIECE_LEN_MAX};
+use crate::limits::{RDMA_BOUNCE_LEN, RDMA_BOUNCE_PIECE_LEN_MAX};
 use crate::units::ByteRange;
 use costandby_ffi::mapping::Pin;
 use crossbeam_channel::{Receiver, Sender};
@@ -74,14 +74,14 @@ fn bytes(piece: &Piece<'_, Region>) -> Vec<u8> {
     bytes
 }
 
-/// Writes one window of a small disk until it is sent from in place.
-fn insist(windows: &mut Windows<Fake>, span: &Span, ids: &mut Range<u64>) -> bool {
+/// Writes one section of a small disk until it is sent from in place.
+fn insist(registrations: &mut Registrations<Fake>, span: &Span, ids: &mut Range<u64>) -> bool {
     let end = Instant::now() + Duration::from_secs(60);
     while Instant::now() < end {
         let id = ids.next().expect("enough");
-        match windows.source(span, 0, span.len(), false, id) {
+        match registrations.source(span, 0, span.len(), false, id) {
             Source::Direct(_) => return true,
-            Source::Staged(_) => windows.done_up_to(id),
+            Source::Bounced(_) => registrations.done_up_to(id),
             other => panic!("{other:?}"),
         }
         std::thread::yield_now();
@@ -103,11 +103,11 @@ const DISK_LEN: usize = 6 * MIB - 8192;
 const LIMIT: usize = 2 * MIB + 100;
 
 fn step() -> impl Strategy<Value = Step> {
-    // Mostly few windows, so that some become hot.
-    let window = prop_oneof![3 => 0..2_usize, 1 => 0..6_usize];
-    let place = (window, 0..MIB - 8192, prop_oneof![6 => 1..9000_usize, 1 => 1..3 * MIB]);
-    let send = (any::<u8>(), place).prop_map(|(resync, (window, at, len))| {
-        let offset = window * MIB + at;
+    // Mostly few sections, so that some become hot.
+    let section = prop_oneof![3 => 0..2_usize, 1 => 0..6_usize];
+    let place = (section, 0..MIB - 8192, prop_oneof![6 => 1..9000_usize, 1 => 1..3 * MIB]);
+    let send = (any::<u8>(), place).prop_map(|(resync, (section, at, len))| {
+        let offset = section * MIB + at;
         Step::Send { resync: resync < 40, offset, len: len.min(DISK_LEN - offset) }
     });
     let ends = prop_oneof![
@@ -119,20 +119,20 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![8 => send, 2 => any::<u8>().prop_map(Step::Done), 3 => ends.prop_map(Step::Registered)]
 }
 
-/// What the windows must be, kept in the plainest way.
+/// What the sections must be, kept in the plainest way.
 struct Model {
-    windows: Windows<Fake>,
+    registrations: Registrations<Fake>,
     words: Sender<Option<io::ErrorKind>>,
     books: Arc<Books>,
     disk: Arc<Mapping>,
     /// Registered, least recently used by clients first.
     registered: VecDeque<usize>,
     asked: Option<usize>,
-    /// Of each window: last work request that names it, writes of clients.
+    /// Of each section: last work request that names it, writes of clients.
     last_id: BTreeMap<usize, u64>,
     writes: BTreeMap<usize, u64>,
-    /// Pieces in the stage: work request and place.
-    staged: VecDeque<(u64, Range<usize>)>,
+    /// Pieces in the bounce buffer: work request and place.
+    bounced: VecDeque<(u64, Range<usize>)>,
     id: u64,
     done: u64,
     evictions: u64,
@@ -141,13 +141,26 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let (words, gate) = crossbeam_channel::unbounded();
-        words.send(None).expect("for the stage");
+        words.send(None).expect("for the bounce buffer");
         let fake = Fake { books: Arc::default(), gate: Some(gate) };
         let books = Arc::clone(&fake.books);
-        let windows = Windows::new(&fake, LIMIT as u64).expect("starts");
+        let registrations = Registrations::new(&fake, LIMIT as u64).expect("starts");
         let disk = Mapping::anonymous(DISK_LEN).expect("memory");
-        let (registered, asked, last_id, writes, staged, id, done, evictions) = Default::default();
-        Self { windows, words, books, disk, registered, asked, last_id, writes, staged, id, done, evictions }
+        let (registered, asked, last_id, writes, bounced, id, done, evictions) = Default::default();
+        Self {
+            registrations,
+            words,
+            books,
+            disk,
+            registered,
+            asked,
+            last_id,
+            writes,
+            bounced,
+            id,
+            done,
+            evictions,
+        }
     }
 
     fn send(&mut self, offset: usize, len: usize, resync: bool, fill: u8) {
@@ -167,65 +180,65 @@ impl Model {
     }
 
     fn piece(&mut self, span: &Span, from: usize, resync: bool) -> usize {
-        let window = (span.offset() + from) / MIB;
+        let section = (span.offset() + from) / MIB;
         let rest = span.len() - from;
-        let left = rest.min((window + 1) * MIB - (span.offset() + from));
+        let left = rest.min((section + 1) * MIB - (span.offset() + from));
         let mut wanted = vec![0; left];
         span.sub(from, left).read_into(&mut wanted);
-        let asked_before = self.windows.disk.as_ref().is_some_and(|disk| disk.pending);
+        let asked_before = self.registrations.disk.as_ref().is_some_and(|disk| disk.pending);
         if !resync {
-            *self.writes.entry(window).or_default() += 1;
+            *self.writes.entry(section).or_default() += 1;
         }
-        let taken = match self.windows.source(span, from, rest, resync, self.id) {
+        let taken = match self.registrations.source(span, from, rest, resync, self.id) {
             Source::Direct(piece) => {
-                assert!(self.registered.contains(&window), "window {window} is not registered");
+                assert!(self.registered.contains(&section), "section {section} is not registered");
                 assert!(Arc::ptr_eq(piece.region.0.span.mapping(), &self.disk));
                 let at = piece.region.0.span.offset() + piece.offset;
                 assert_eq!((at, piece.len), (span.offset() + from, left));
-                self.last_id.insert(window, self.id);
+                self.last_id.insert(section, self.id);
                 if !resync {
-                    self.registered.retain(|other| *other != window);
-                    self.registered.push_back(window);
+                    self.registered.retain(|other| *other != section);
+                    self.registered.push_back(section);
                 }
                 piece.len
             }
-            Source::Staged(piece) => {
-                assert!(!self.registered.contains(&window), "window {window} is registered");
-                assert_eq!(piece.len, left.min(RDMA_STAGE_PIECE_LEN_MAX));
+            Source::Bounced(piece) => {
+                assert!(!self.registered.contains(&section), "section {section} is registered");
+                assert_eq!(piece.len, left.min(RDMA_BOUNCE_PIECE_LEN_MAX));
                 assert_eq!(bytes(&piece), wanted[..piece.len]);
                 let place = piece.offset..piece.offset + piece.len;
-                for (id, other) in &self.staged {
+                for (id, other) in &self.bounced {
                     let apart = place.end <= other.start || other.end <= place.start;
                     assert!(apart, "{place:?} overlaps {other:?} of {id}");
                 }
-                self.staged.push_back((self.id, place.clone()));
+                self.bounced.push_back((self.id, place.clone()));
                 place.len()
             }
             Source::Wait => {
-                assert!(!self.staged.is_empty(), "an empty stage takes anything");
+                assert!(!self.bounced.is_empty(), "an empty bounce buffer takes anything");
                 0
             }
             Source::Medium => panic!("nothing is poisoned"),
         };
-        self.look(window, resync, asked_before);
+        self.look(section, resync, asked_before);
         taken
     }
 
     /// What the source asked of the registrar.
-    fn look(&mut self, window: usize, resync: bool, asked_before: bool) {
-        let counters = self.windows.counters();
+    fn look(&mut self, section: usize, resync: bool, asked_before: bool) {
+        let counters = self.registrations.counters();
         assert!(counters.registered_bytes <= counters.limit_bytes && counters.limit_bytes <= LIMIT as u64);
-        let disk = self.windows.disk.as_ref();
+        let disk = self.registrations.disk.as_ref();
         if asked_before || !disk.is_some_and(|disk| disk.pending) {
             assert_eq!(counters.evictions, self.evictions, "given up for nothing");
             return;
         }
         assert!(!resync, "the background copy asks for nothing");
-        assert!(self.writes[&window] >= 2, "the first write asks for nothing");
-        self.asked = Some(window);
+        assert!(self.writes[&section] >= 2, "the first write asks for nothing");
+        self.asked = Some(section);
         for _ in self.evictions..counters.evictions {
             let oldest = self.registered.pop_front().expect("one was registered");
-            assert!(self.last_id[&oldest] <= self.done, "window {oldest} is being sent from");
+            assert!(self.last_id[&oldest] <= self.done, "section {oldest} is being sent from");
         }
         self.evictions = counters.evictions;
     }
@@ -233,30 +246,30 @@ impl Model {
     fn done(&mut self, share: u8) {
         self.done += (self.id - self.done) * u64::from(share) / 255;
         let done = self.done;
-        self.windows.done_up_to(done);
-        self.staged.retain(|(id, _)| *id > done);
+        self.registrations.done_up_to(done);
+        self.bounced.retain(|(id, _)| *id > done);
     }
 
     fn registered(&mut self, end: Option<io::ErrorKind>) {
-        let Some(window) = self.asked.take() else { return };
+        let Some(section) = self.asked.take() else { return };
         self.words.send(end).expect("the thread lives");
-        let result = self.windows.registry.wait();
-        self.windows.disk.as_mut().expect("asked").settle(Some(result));
+        let result = self.registrations.registry.wait();
+        self.registrations.disk.as_mut().expect("asked").settle(Some(result));
         match end {
             None => {
-                self.registered.push_back(window);
-                self.last_id.insert(window, 0);
+                self.registered.push_back(section);
+                self.last_id.insert(section, 0);
             }
             Some(io::ErrorKind::OutOfMemory) => {
-                let counters = self.windows.counters();
+                let counters = self.registrations.counters();
                 assert_eq!(counters.limit_bytes, counters.registered_bytes);
             }
             Some(_) => {}
         }
-        let live = self.books.live.load(Ordering::SeqCst) - RDMA_STAGE_LEN;
-        assert_eq!(live as u64, self.windows.counters().registered_bytes);
-        assert!(self.books.live_max.load(Ordering::SeqCst) <= LIMIT + RDMA_STAGE_LEN);
-        assert_eq!(self.windows.counters().windows, self.registered.len() as u64);
+        let live = self.books.live.load(Ordering::SeqCst) - RDMA_BOUNCE_LEN;
+        assert_eq!(live as u64, self.registrations.counters().registered_bytes);
+        assert!(self.books.live_max.load(Ordering::SeqCst) <= LIMIT + RDMA_BOUNCE_LEN);
+        assert_eq!(self.registrations.counters().sections, self.registered.len() as u64);
     }
 }
 
@@ -265,7 +278,7 @@ proptest! {
     #[test]
     fn they_agree_with_the_model(steps in prop::collection::vec(step(), 1..150)) {
         let mut model = Model::new();
-        // Windows are of the disk that clients write to.
+        // Sections are of the disk that clients write to.
         model.send(0, 1, false, 0);
         for (n, step) in steps.into_iter().enumerate() {
             match step {
@@ -286,19 +299,20 @@ proptest! {
 }
 
 #[test]
-fn pieces_are_cut_where_windows_and_the_device_end() {
-    let mut windows = Windows::new(&free_fake(), 2 * MIB as u64).expect("starts");
+fn pieces_are_cut_where_sections_and_the_device_end() {
+    let mut registrations = Registrations::new(&free_fake(), 2 * MIB as u64).expect("starts");
     let disk = Mapping::anonymous(64 * MIB).expect("memory");
     let mut ids = 1..u64::MAX;
-    assert!(insist(&mut windows, &disk.span(MIB, 10), &mut ids), "never registered");
+    assert!(insist(&mut registrations, &disk.span(MIB, 10), &mut ids), "never registered");
     let across = disk.span(2 * MIB - 100, 300);
     let mut next =
-        |from, len_max| match windows.source(&across, from, len_max, true, ids.next().expect("enough")) {
+        |from, len_max| match registrations.source(&across, from, len_max, true, ids.next().expect("enough"))
+        {
             Source::Direct(piece) => (true, piece.len),
-            Source::Staged(piece) => (false, piece.len),
+            Source::Bounced(piece) => (false, piece.len),
             other => panic!("{other:?}"),
         };
-    assert_eq!(next(0, 300), (true, 100), "the window ends");
+    assert_eq!(next(0, 300), (true, 100), "the section ends");
     assert_eq!(next(0, 60), (true, 60));
     assert_eq!(next(100, 300), (false, 200));
     assert_eq!(next(100, 7), (false, 7));
@@ -306,70 +320,71 @@ fn pieces_are_cut_where_windows_and_the_device_end() {
 
 #[test]
 fn other_memory_goes_through_the_stage() {
-    let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
+    let mut registrations = Registrations::new(&free_fake(), u64::MAX).expect("starts");
     let (disk, other) = (Mapping::anonymous(MIB).expect("memory"), Mapping::anonymous(MIB).expect("memory"));
     let mut ids = 1..u64::MAX;
-    assert!(insist(&mut windows, &disk.span(0, 64), &mut ids), "never registered");
+    assert!(insist(&mut registrations, &disk.span(0, 64), &mut ids), "never registered");
     for id in ids.take(100) {
         other.span(5, 64).write_from(&[u8::try_from(id % 251).expect("small"); 64]);
-        let Source::Staged(piece) = windows.source(&other.span(5, 64), 0, 64, false, id) else {
+        let Source::Bounced(piece) = registrations.source(&other.span(5, 64), 0, 64, false, id) else {
             panic!("sent from the wrong place");
         };
         assert_eq!(bytes(&piece), [u8::try_from(id % 251).expect("small"); 64]);
-        windows.done_up_to(id);
+        registrations.done_up_to(id);
     }
-    assert_eq!(windows.counters().windows, 1);
+    assert_eq!(registrations.counters().sections, 1);
 }
 
 #[test]
 fn of_a_failed_disk_nothing_goes_out_but_what_the_cpu_still_sees() {
     // Failed elsewhere: the registered page may be another than the one that is mapped.
-    let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
+    let mut registrations = Registrations::new(&free_fake(), u64::MAX).expect("starts");
     let disk = Mapping::anonymous(MIB).expect("memory");
-    assert!(insist(&mut windows, &disk.span(0, 64), &mut (1..1 << 40)), "never registered");
+    assert!(insist(&mut registrations, &disk.span(0, 64), &mut (1..1 << 40)), "never registered");
     disk.poison();
-    let source = windows.source(&disk.span(0, 64), 0, 64, false, 1 << 41);
-    assert!(matches!(source, Source::Staged(_)), "{source:?}");
+    let source = registrations.source(&disk.span(0, 64), 0, 64, false, 1 << 41);
+    assert!(matches!(source, Source::Bounced(_)), "{source:?}");
     // And while it is copied.
-    let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
+    let mut registrations = Registrations::new(&free_fake(), u64::MAX).expect("starts");
     let file = tempfile::NamedTempFile::new().expect("temp file");
     file.as_file().set_len(1 << 20).expect("set_len");
     let disk = DiskImage::open(file.path(), 1 << 20).expect("opens");
     file.as_file().set_len(0).expect("truncate");
-    let source = windows.source(&disk.span(ByteRange::new(0, 4096)), 0, 4096, false, 1);
+    let source = registrations.source(&disk.span(ByteRange::new(0, 4096)), 0, 4096, false, 1);
     assert!(matches!(source, Source::Medium), "{source:?}");
 }
 
 #[test]
-fn memory_in_the_place_of_a_failed_disk_is_staged_and_what_was_registered_ends() {
-    let mut windows = Windows::new(&free_fake(), u64::MAX).expect("starts");
+fn memory_in_the_place_of_a_failed_disk_is_bounced_and_what_was_registered_ends() {
+    let mut registrations = Registrations::new(&free_fake(), u64::MAX).expect("starts");
     let disk = Mapping::anonymous(MIB).expect("memory");
     disk.span(0, 64).write_from(&[1; 64]);
-    assert!(insist(&mut windows, &disk.span(0, 64), &mut (1..1 << 40)), "never registered");
+    assert!(insist(&mut registrations, &disk.span(0, 64), &mut (1..1 << 40)), "never registered");
     let _ = disk.replace(&[]).expect("memory");
     disk.span(0, 64).write_from(&[2; 64]);
     for id in 0..100 {
-        let Source::Staged(piece) = windows.source(&disk.span(0, 64), 0, 64, false, (1 << 41) + id) else {
+        let Source::Bounced(piece) = registrations.source(&disk.span(0, 64), 0, 64, false, (1 << 41) + id)
+        else {
             panic!("registered pages are others now")
         };
         assert_eq!(bytes(&piece), [2; 64]);
-        windows.done_up_to((1 << 41) + id);
+        registrations.done_up_to((1 << 41) + id);
     }
-    assert_eq!(windows.counters().windows, 0);
+    assert_eq!(registrations.counters().sections, 0);
 }
 
 #[test]
-fn where_nothing_can_be_registered_everything_is_staged() {
-    let mut windows = Windows::new(&free_fake(), 0).expect("starts");
+fn where_nothing_can_be_registered_everything_is_bounced() {
+    let mut registrations = Registrations::new(&free_fake(), 0).expect("starts");
     let disk = Mapping::anonymous(64 * MIB).expect("memory");
     let span = disk.span(0, 40 * MIB);
     let (mut from, mut waits) = (0, 0);
     for id in 1..10_000 {
-        match windows.source(&span, from, usize::MAX, false, id) {
-            Source::Staged(piece) => from += piece.len,
+        match registrations.source(&span, from, usize::MAX, false, id) {
+            Source::Bounced(piece) => from += piece.len,
             Source::Wait => {
                 waits += 1;
-                windows.done_up_to(id - 1);
+                registrations.done_up_to(id - 1);
             }
             other => panic!("{other:?}"),
         }
@@ -378,25 +393,28 @@ fn where_nothing_can_be_registered_everything_is_staged() {
         }
     }
     assert!(from == span.len() && waits >= 9, "{from} bytes, {waits} waits");
-    assert_eq!((windows.counters().staged_bytes, windows.counters().registered_bytes), (40 << 20, 0));
+    assert_eq!(
+        (registrations.counters().bounced_bytes, registrations.counters().registered_bytes),
+        (40 << 20, 0)
+    );
 }
 
 #[test]
 fn the_thread_ends_with_its_link_and_nobody_waits_for_it() {
     let (words, gate) = crossbeam_channel::unbounded();
-    words.send(None).expect("for the stage");
+    words.send(None).expect("for the bounce buffer");
     let fake = Fake { books: Arc::default(), gate: Some(gate) };
     let books = Arc::clone(&fake.books);
-    let mut windows = Windows::new(&fake, u64::MAX).expect("starts");
+    let mut registrations = Registrations::new(&fake, u64::MAX).expect("starts");
     drop(fake);
     let disk = Mapping::anonymous(40 * MIB).expect("memory");
-    words.send(None).expect("for the first window");
-    assert!(insist(&mut windows, &disk.span(0, 64), &mut (1..100_000)), "never registered");
+    words.send(None).expect("for the first section");
+    assert!(insist(&mut registrations, &disk.span(0, 64), &mut (1..100_000)), "never registered");
     for id in 100_000..100_003 {
-        windows.source(&disk.span(20 * MIB, 64), 0, 64, false, id);
+        registrations.source(&disk.span(20 * MIB, 64), 0, 64, false, id);
     }
     // A registration hangs; the drop must not.
-    drop(windows);
+    drop(registrations);
     words.send(None).expect("for the second");
     let end = Instant::now() + Duration::from_secs(60);
     while Arc::strong_count(&books) > 1 && Instant::now() < end {
@@ -424,9 +442,9 @@ fn trims_race_registrations() {
         let mut registered = 0;
         for round in 0..20_u64 {
             let fake = free_fake();
-            let mut windows = Windows::new(&fake, SIZE).expect("starts");
+            let mut registrations = Registrations::new(&fake, SIZE).expect("starts");
             let span = disk.span(ByteRange::new(round * 4096, 4096));
-            registered += u32::from(insist(&mut windows, &span, &mut (1..1 << 40)));
+            registered += u32::from(insist(&mut registrations, &span, &mut (1..1 << 40)));
         }
         stop.store(true, Ordering::Relaxed);
         assert_eq!(registered, 20);

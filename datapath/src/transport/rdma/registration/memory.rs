@@ -1,7 +1,7 @@
 //! How much of the disks may be registered: what the operator says, or what the machine can spare.
 //!
 //! Registered pages are locked in memory. A process without CAP_IPC_LOCK may lock RLIMIT_MEMLOCK, and what a link cannot
-//! do without (its ring, the stage) comes out of the same purse, so that is set aside first, twice: a link that is made
+//! do without (its ring, the bounce buffer) comes out of the same purse, so that is set aside first, twice: a link that is made
 //! anew may meet the one before it still being taken apart.
 
 use crate::limits::{RDMA_LINK_LOCKED_LEN, RDMA_MEMORY_SHARE};

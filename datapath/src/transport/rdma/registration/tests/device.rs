@@ -1,5 +1,5 @@
 //! Over the device that has `COSTANDBY_RDMA_ADDRESS`, both ends in one process: what is trimmed and written again under
-//! a registered window is what the device sends.
+//! a registered section is what the device sends.
 
 use super::*;
 use crate::disk::image::Extent;
@@ -30,12 +30,16 @@ impl Device {
         Self { here, there, id: 0 }
     }
 
-    /// Sends the span by one write, from a window or from the stage. Returns which, and the byte that arrived all over.
-    fn send(&mut self, windows: &mut Windows<impl Registrar<Region = Region>>, span: &Span) -> (bool, u8) {
+    /// Sends the span by one write, from a section or from the bounce buffer. Returns which, and the byte that arrived all over.
+    fn send(
+        &mut self,
+        registrations: &mut Registrations<impl Registrar<Region = Region>>,
+        span: &Span,
+    ) -> (bool, u8) {
         self.id += 1;
-        let (direct, piece) = match windows.source(span, 0, span.len(), false, self.id) {
+        let (direct, piece) = match registrations.source(span, 0, span.len(), false, self.id) {
             Source::Direct(piece) => (true, piece),
-            Source::Staged(piece) => (false, piece),
+            Source::Bounced(piece) => (false, piece),
             other => panic!("{other:?}"),
         };
         assert_eq!(piece.len, span.len());
@@ -43,7 +47,7 @@ impl Device {
         self.here.endpoint.ring_doorbell().expect("posts");
         assert_eq!(completion(&mut self.there.endpoint), Completion::Placed { immediate: 0 });
         assert_eq!(completion(&mut self.here.endpoint), Completion::Done { id: self.id });
-        windows.done_up_to(self.id);
+        registrations.done_up_to(self.id);
         let mut bytes = vec![0; span.len()];
         self.there.ring.span(0, span.len()).read_into(&mut bytes);
         assert!(bytes.iter().all(|byte| *byte == bytes[0]), "a mixture arrived");
@@ -63,7 +67,7 @@ fn completion(endpoint: &mut impl Endpoint) -> Completion {
 }
 
 #[test]
-fn what_is_trimmed_under_a_window_is_sent_as_it_is_then() {
+fn what_is_trimmed_under_a_section_is_sent_as_it_is_then() {
     let Ok(address) = std::env::var("COSTANDBY_RDMA_ADDRESS") else {
         skip_outside_rig("no RDMA device (COSTANDBY_RDMA_ADDRESS is not set)");
         return;
@@ -73,25 +77,29 @@ fn what_is_trimmed_under_a_window_is_sent_as_it_is_then() {
     file.as_file().set_len(SIZE).expect("set_len");
     let on_file = DiskImage::open(file.path(), SIZE).expect("opens");
     for disk in [on_file, DiskImage::memory("t", SIZE).expect("memory")] {
-        let mut windows = Windows::new(&device.here.endpoint.registrar(), SIZE).expect("starts");
+        let mut registrations = Registrations::new(&device.here.endpoint.registrar(), SIZE).expect("starts");
         let range = ByteRange::new(128 << 10, LEN as u64);
         let span = disk.span(range);
         span.write_from(&vec![1; LEN]);
         let deadline = soon();
-        assert_eq!(device.send(&mut windows, &span), (false, 1), "the first goes through the stage");
-        while device.send(&mut windows, &span) != (true, 1) {
-            assert!(Instant::now() < deadline, "never registered: {:?}", windows.counters());
+        assert_eq!(
+            device.send(&mut registrations, &span),
+            (false, 1),
+            "the first goes through the bounce buffer"
+        );
+        while device.send(&mut registrations, &span) != (true, 1) {
+            assert!(Instant::now() < deadline, "never registered: {:?}", registrations.counters());
         }
         for (clear, next) in [(DiskImage::punch as fn(&DiskImage, ByteRange) -> _, 2), (DiskImage::zero, 3)] {
             clear(&disk, range).expect("clears");
-            assert_eq!(device.send(&mut windows, &span), (true, 0), "the old page was sent");
+            assert_eq!(device.send(&mut registrations, &span), (true, 0), "the old page was sent");
             span.write_from(&vec![next; LEN]);
-            assert_eq!(device.send(&mut windows, &span), (true, next), "the old page was sent");
+            assert_eq!(device.send(&mut registrations, &span), (true, next), "the old page was sent");
         }
         // Once nothing is registered any more, blocks are given back.
-        drop(windows);
+        drop(registrations);
         while disk.mapping().pins_len() > 0 {
-            assert!(Instant::now() < deadline, "the window is still registered");
+            assert!(Instant::now() < deadline, "the section is still registered");
             std::thread::sleep(Duration::from_millis(1));
         }
         disk.punch(ByteRange::new(0, SIZE)).expect("punches");

@@ -1,4 +1,4 @@
-//! The thread that registers and deregisters, which takes milliseconds a window: pages are read, brought in and pinned.
+//! The thread that registers and deregisters, which takes milliseconds a section: pages are read, brought in and pinned.
 //!
 //! One a link, and it ends with the link: as soon as the call it is in returns, nobody waits for it. What it still has
 //! to deregister is kept alive by the regions themselves.

@@ -1,4 +1,4 @@
-//! The pace against a model of a link: clients and steps stand in one queue, as they do before the standby.
+//! The throttle against a model of a link: clients and steps stand in one queue, as they do before the standby.
 
 use super::*;
 use std::collections::BinaryHeap;
@@ -17,7 +17,7 @@ struct Model {
     ends: BinaryHeap<std::cmp::Reverse<(Duration, usize)>>,
     landed: Vec<Option<Landed>>,
     began: Vec<Duration>,
-    pace: Pace,
+    throttle: Throttle,
     copied: u64,
 }
 
@@ -37,7 +37,7 @@ impl Model {
             ends: BinaryHeap::new(),
             landed: vec![None; clients],
             began: vec![Duration::ZERO; clients],
-            pace: Pace::new(),
+            throttle: Throttle::new(),
             copied: 0,
         };
         for client in 0..clients {
@@ -94,10 +94,10 @@ impl Model {
 
     fn ended(&mut self, epoch: Instant, who: usize, took: &mut Vec<Duration>) {
         if who == STEP {
-            return self.pace.step_ended();
+            return self.throttle.step_ended();
         }
         if let Some(landed) = self.landed[who].take() {
-            self.pace.released(landed, epoch + self.now);
+            self.throttle.released(landed, epoch + self.now);
             took.push(self.now - self.began[who]);
             if self.think > Duration::ZERO {
                 let think =
@@ -107,7 +107,7 @@ impl Model {
             }
         }
         self.began[who] = self.now;
-        self.landed[who] = Some(self.pace.landed(epoch + self.now));
+        self.landed[who] = Some(self.throttle.landed(epoch + self.now));
         let end = self.serve(WRITE_LEN);
         self.ends.push(std::cmp::Reverse((end, who)));
     }
@@ -115,11 +115,11 @@ impl Model {
     fn copy(&mut self, epoch: Instant) -> Option<Duration> {
         loop {
             let now = epoch + self.now;
-            match self.pace.leave(now, self.clients > 0) {
+            match self.throttle.leave(now, self.clients > 0) {
                 Leave::Enough => return None,
                 Leave::Wait(at) => return Some(at - epoch),
                 Leave::Step(len) => {
-                    self.pace.step_began(now, len);
+                    self.throttle.step_began(now, len);
                     self.copied += len;
                     let end = self.serve(len);
                     self.ends.push(std::cmp::Reverse((end, STEP)));
@@ -159,7 +159,7 @@ fn clients_p99_at_most_doubles_and_the_copy_goes_on() {
         let rate = (model.copied - copied) / time.as_secs();
         println!("{case:?}: p99 {before:?} alone, {beside:?} beside a copy at {} MiB/s", rate >> 20);
         assert!(beside <= before * 2, "{case:?}: p99 {before:?} became {beside:?} at {rate} B/s");
-        assert!(rate >= PACE_RATE_MIN * 9 / 10, "{case:?}: {rate} B/s");
+        assert!(rate >= THROTTLE_RATE_MIN * 9 / 10, "{case:?}: {rate} B/s");
     }
 }
 
@@ -171,7 +171,7 @@ fn where_the_link_has_room_the_copy_takes_it() {
     model.overhead = Duration::from_millis(1);
     model.run(epoch, Duration::from_secs(10), false);
     model.run(epoch, Duration::from_secs(60), true);
-    let rate = model.pace.rate();
+    let rate = model.throttle.rate();
     assert!(rate > 400 << 20, "where a write takes a millisecond anyway, {rate} B/s is too careful");
 }
 
@@ -187,48 +187,48 @@ fn without_clients_nothing_is_held_back() {
 #[test]
 fn however_bad_it_looks_it_never_stops() {
     let epoch = Instant::now();
-    let mut pace = Pace::new();
+    let mut throttle = Throttle::new();
     let mut now = epoch;
     for _ in 0..1000 {
-        let landed = pace.landed(now);
+        let landed = throttle.landed(now);
         now += Duration::from_micros(50);
-        pace.released(landed, now);
+        throttle.released(landed, now);
     }
     let (mut copied, began) = (0, now);
     while now < began + Duration::from_secs(60) {
-        match pace.leave(now, true) {
+        match throttle.leave(now, true) {
             Leave::Step(len) => {
                 copied += len;
-                pace.step_began(now, len);
+                throttle.step_began(now, len);
                 // Each and every change that meets a step takes a second.
                 for _ in 0..100 {
-                    let landed = pace.landed(now);
-                    pace.released(landed, now + Duration::from_secs(1));
+                    let landed = throttle.landed(now);
+                    throttle.released(landed, now + Duration::from_secs(1));
                 }
-                pace.step_ended();
+                throttle.step_ended();
             }
             Leave::Wait(at) => now = at,
             Leave::Enough => panic!("nothing is under way"),
         }
     }
-    assert!(copied / 60 >= PACE_RATE_MIN * 9 / 10, "{copied} bytes in a minute");
-    assert_eq!(pace.rate(), PACE_RATE_MIN);
+    assert!(copied / 60 >= THROTTLE_RATE_MIN * 9 / 10, "{copied} bytes in a minute");
+    assert_eq!(throttle.rate(), THROTTLE_RATE_MIN);
 }
 
 #[test]
 fn readers_alone_let_it_grow_so_far() {
-    let mut pace = Pace::new();
+    let mut throttle = Throttle::new();
     let mut now = Instant::now();
     // A minute in milliseconds.
     for _ in 0..60_000 {
-        match pace.leave(now, true) {
+        match throttle.leave(now, true) {
             Leave::Step(len) => {
-                pace.step_began(now, len);
-                pace.step_ended();
+                throttle.step_began(now, len);
+                throttle.step_ended();
             }
             Leave::Wait(_) | Leave::Enough => {}
         }
         now += Duration::from_millis(1);
     }
-    assert_eq!(pace.rate(), PACE_RATE_READERS);
+    assert_eq!(throttle.rate(), THROTTLE_RATE_READERS);
 }
