@@ -52,7 +52,8 @@ fn a_demotion_is_answered_also_where_the_peer_says_nothing() {
     assert_eq!(reply(&actions), Ok(text));
     let mut parted = demoted();
     let actions = parted.command_of(ReplyId(8), Command::Disconnect);
-    let text = "volume db: alpha is standby; whether beta knows it is not known: the two are disconnected".to_owned();
+    let text = "volume db: alpha is standby; whether beta knows it is not known: the two are disconnected"
+        .to_owned();
     assert!(actions.contains(&Action::Reply { id: ID, result: Ok(text) }), "{actions:?}");
     let mut told = One::new("beta", |_| {});
     told.peer_serves = true;
