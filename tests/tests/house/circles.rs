@@ -8,7 +8,7 @@ use super::code_of;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Circles that are not broken yet. A file that has left its circle must leave this list, too.
-pub const STANDING: [&[&str]; 12] = [
+pub(super) const STANDING: [&[&str]; 12] = [
     &["bench/src/nbd.rs", "bench/src/resync.rs"],
     &[
         "control/src/node/negotiate.rs",
@@ -48,7 +48,7 @@ pub const STANDING: [&[&str]; 12] = [
 ];
 
 /// The files that each file imports, by their paths.
-pub type Imports = BTreeMap<String, BTreeSet<String>>;
+pub(super) type Imports = BTreeMap<String, BTreeSet<String>>;
 
 /// The crate's directory, and the path of the module that the file is: empty for the root of a library or a program.
 fn module_of(name: &str) -> Option<(&str, Vec<&str>)> {
@@ -64,7 +64,7 @@ fn module_of(name: &str) -> Option<(&str, Vec<&str>)> {
 }
 
 /// `code` without its inline tests, which stand last in a file.
-pub fn shipped(code: &str) -> &str {
+pub(super) fn shipped(code: &str) -> &str {
     let tests = code.match_indices("#[cfg(test)]").find(|(at, mark)| {
         let behind = code[at + mark.len()..].trim_start().trim_start_matches("pub(crate) ");
         behind.strip_prefix("mod ").is_some_and(|name| {
@@ -127,7 +127,7 @@ fn paths(code: &str) -> Vec<Vec<String>> {
 }
 
 /// What each file of `sources` imports from its own crate.
-pub fn imports(sources: &BTreeMap<String, String>) -> Imports {
+pub(super) fn imports(sources: &BTreeMap<String, String>) -> Imports {
     let files: BTreeMap<(&str, Vec<&str>), &String> = sources
         .keys()
         .filter_map(|name| Some((module_of(name)?, name)))
@@ -184,7 +184,7 @@ fn reached(imports: &Imports, from: &str) -> BTreeSet<String> {
 }
 
 /// The largest sets of files of which each imports each other, over others or at once.
-pub fn circles(imports: &Imports) -> BTreeSet<BTreeSet<String>> {
+pub(super) fn circles(imports: &Imports) -> BTreeSet<BTreeSet<String>> {
     let reached: BTreeMap<&String, BTreeSet<String>> =
         imports.keys().map(|file| (file, reached(imports, file))).collect();
     let circle = |file: &String| {
@@ -195,7 +195,7 @@ pub fn circles(imports: &Imports) -> BTreeSet<BTreeSet<String>> {
 }
 
 /// What is wrong with the circles that there are, where those of `standing` are known.
-pub fn complaints(imports: &Imports, standing: &[&[&str]]) -> Vec<String> {
+pub(super) fn complaints(imports: &Imports, standing: &[&[&str]]) -> Vec<String> {
     let circles = circles(imports);
     let mut found = Vec::new();
     for circle in &circles {
