@@ -2,6 +2,10 @@
 //!
 //! `run` goes through every case once a round, so that cases which are compared run next to each other, and reports
 //! medians over the rounds. Every case checks its result; a run with a wrong byte fails instead of reporting.
+//!
+//! `inproc` measures mirrored writes in process, `nbd` through NBD; `floor` (bare sockets), `verbs` and `perftest` (bare RDMA)
+//! and `qemu` are what they are compared with. `resync` measures a copy, `idle` a node at rest. `plan` lists the cases,
+//! `report` prints them.
 #![forbid(unsafe_code)]
 
 mod floor;

@@ -154,6 +154,19 @@ impl View {
         self.generations.current == Generation::ZERO
     }
 
+    /// Whether this is a new disk that may hold data and cannot be read from: it failed before it had met the peer's.
+    #[must_use]
+    pub fn is_lost_while_new(&self) -> bool {
+        self.is_fresh() && !self.is_usable() && self.may_hold_data()
+    }
+
+    /// Whether something is on this new disk that is in no other place. `zeroed` is a proof that nothing is, and nothing proves
+    /// the contrary. A disk whose content was given up, or that another one was being copied to, holds nothing in that sense.
+    fn may_hold_data(&self) -> bool {
+        let given_up = self.disk_state == DiskState::Inconsistent || self.copying != Generation::ZERO;
+        !self.zeroed && !given_up
+    }
+
     fn is_serving(&self) -> bool {
         self.role == ServingRole::Primary
     }
@@ -167,6 +180,7 @@ impl View {
     #[must_use]
     pub fn disk_state_shown(&self) -> &'static str {
         match self.disk_state {
+            DiskState::Failed if self.is_fresh() => "new and failed",
             _ if self.is_fresh() => "new",
             DiskState::UpToDate if self.applying_unclean => "torn in the middle of a write",
             state => state.as_str(),
@@ -399,10 +413,13 @@ fn from_usable(mine: &View, theirs: &View, side: Side, why: Why) -> Verdict {
     if source.is_usable() { resync(mine, theirs, side, why) } else { Verdict::NoUsableDisk }
 }
 
-/// An empty disk is never the source of one that may hold data, whomever the configuration names: `zeroed` is a proof, and
-/// nothing proves the contrary. A disk whose content was given up (it is not usable) holds nothing in that sense.
+/// An empty disk is never the source of one that may hold data, whomever the configuration names, and also where that one has
+/// failed: then nothing is copied and nobody serves before an operator says so.
 fn both_fresh(mine: &View, theirs: &View) -> Verdict {
-    let holds_data = |view: &View| view.is_usable() && !view.zeroed;
+    if mine.is_lost_while_new() || theirs.is_lost_while_new() {
+        return Verdict::NoUsableDisk;
+    }
+    let holds_data = |view: &View| view.is_usable() && view.may_hold_data();
     if holds_data(mine) && holds_data(theirs) {
         return Verdict::TwoWithData;
     }
@@ -559,6 +576,15 @@ impl Agreement {
         }
     }
 
+    /// Whether it has one disk overwritten whose node serves: no node lets that happen unasked, so there is no session. Both
+    /// see that, in the views that they decide on.
+    #[must_use]
+    pub fn overwrites_a_primary(&self, mine: &View, theirs: &View) -> bool {
+        let Verdict::Resync { source, .. } = self.verdict else { return false };
+        let target = if source == Side::Mine { theirs } else { mine };
+        target.is_serving()
+    }
+
     /// Whether a session follows.
     #[must_use]
     pub fn allows_session(&self) -> bool {
@@ -568,7 +594,7 @@ impl Agreement {
 
 /// [`compare`], who serves afterwards, and under which epoch.
 ///
-/// A serving primary stays; where its disk would become a target its controller refuses. A node that was primary when it
+/// A serving primary stays; where its disk would become a target both controllers refuse ([`Agreement::overwrites_a_primary`]). A node that was primary when it
 /// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch, unless
 /// only the other's may hold data: then that one does.
 #[must_use]

@@ -1,6 +1,7 @@
-//! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and
-//! how long it gets, that no test ends early without saying so, that nothing in a
-//! daemon prints, and that the specification names tests which exist.
+//! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and how
+//! long it gets, that no test ends early without saying so, that nothing in a daemon prints, that files which call themselves
+//! sans-IO do no I/O, that no file stands in a circle of imports, that no test double ships, that the specification names tests
+//! which exist, and that documents name files which exist.
 //!
 //! Reads the sources of the workspace this test was built from, and nothing else. Each rule is a function from text to
 //! complaints, so that the rule itself is tested on text that breaks it.
@@ -11,6 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+#[path = "house/circles.rs"]
+mod circles;
 
 /// Lines after which a file needs splitting.
 const FILE_LINES_MAX: usize = 800;
@@ -23,7 +27,7 @@ const PRINTING: [&str; 4] = ["print", "println", "eprint", "eprintln"];
 const STANDARD_OUTPUT: [&str; 1] = ["control/src/logging.rs"];
 
 /// Promises the specification makes.
-const PROMISES: usize = 13;
+const PROMISES: usize = 12;
 
 /// Which crates of this workspace each may depend on, tests and benches included.
 const IMPORTS: [(&str, &[&str]); 5] = [
@@ -175,14 +179,79 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
             found.push(format!("{name}:{number}: unsafe outside ffi"));
         }
     }
+    let suggests = name.starts_with("control/src/") && !name.starts_with("control/src/cli/");
+    if suggests && runs_in_a_daemon(name) && name != "control/src/command_line.rs" {
+        found.extend(suggestion_complaints(name, text));
+    }
     if runs_in_a_daemon(name) {
         found.extend(printing_complaints(name, &code));
+        if circles::shipped(&code).contains("testing::") {
+            found.push(format!("{name}: names a test double outside of tests"));
+        }
     }
+    found.extend(sans_io_complaints(name, text, &code));
     let is_root = ["/src/lib.rs", "/src/main.rs"].iter().any(|root| name.ends_with(root));
     if is_root && !name.starts_with("ffi/") && !code.contains("#![forbid(unsafe_code)]") {
         found.push(format!("{name}: the crate does not forbid unsafe_code"));
     }
     found
+}
+
+/// Subcommands about a volume: a text of a daemon that suggests one has it from `command_line.rs`, with the configuration and
+/// the node.
+const ABOUT_A_VOLUME: [&str; 9] = [
+    "promote",
+    "demote",
+    "connect",
+    "disconnect",
+    "invalidate",
+    "verify",
+    "wait-sync",
+    "create",
+    "dump-metadata",
+];
+
+/// Commands that a file writes out by hand.
+fn suggestion_complaints(name: &str, text: &str) -> Vec<String> {
+    let by_hand = |line: &str| {
+        let said = line.split("`costandby ").skip(1);
+        said.map(str::trim_start).any(|rest| {
+            rest.starts_with('\\') || ABOUT_A_VOLUME.iter().any(|subcommand| rest.starts_with(subcommand))
+        })
+    };
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//"));
+    let found = lines.filter(|(_, line)| by_hand(line));
+    found
+        .map(|(number, _)| format!("{name}:{number}: a command by hand, where `Commands` makes it"))
+        .collect()
+}
+
+/// What a file whose header says Sans-IO does not do: read clocks, start threads, touch files and sockets, draw random numbers.
+const IO: [&str; 10] = [
+    "Instant::now",
+    "SystemTime",
+    ".elapsed()",
+    "std::thread",
+    "thread::spawn",
+    "std::net",
+    "std::fs",
+    "rustix::",
+    "tokio::",
+    "getrandom",
+];
+
+/// I/O in a file that says it has none. Tests at the file's end may do as they like.
+fn sans_io_complaints(name: &str, text: &str, code: &str) -> Vec<String> {
+    let header = text.lines().take_while(|line| line.starts_with("//!"));
+    if !header.into_iter().any(|line| line.contains("Sans-IO")) {
+        return Vec::new();
+    }
+    let shipped = code.lines().take_while(|line| !line.contains("#[cfg(test)]"));
+    let found = (1..).zip(shipped).flat_map(|(number, line)| {
+        let found = IO.iter().filter(|io| line.contains(*io) && !line.contains("std::net::IpAddr"));
+        found.map(move |io| format!("{name}:{number}: {io} in a file that says it is Sans-IO"))
+    });
+    found.collect()
 }
 
 /// Words of a comment that says why a test may end early although it is not left out.
@@ -275,7 +344,8 @@ fn early_ends(name: &str, text: &str) -> Vec<String> {
 /// Whether the file's code is part of a daemon or of the command line: no tests, no build scripts.
 fn runs_in_a_daemon(name: &str) -> bool {
     let room = ["ffi/src/", "datapath/src/", "control/src/"].iter().any(|room| name.starts_with(room));
-    room && name != "ffi/src/testing.rs" && !name.ends_with("/tests.rs") && !name.contains("/tests/")
+    let double = name == "ffi/src/testing.rs" || name.starts_with("datapath/src/testing/");
+    room && !double && !name.ends_with("/tests.rs") && !name.contains("/tests/")
 }
 
 /// Macros that print, anywhere; stdout and stderr outside of the command line.
@@ -312,8 +382,16 @@ fn import_complaints(metadata: &serde_json::Value) -> Vec<String> {
             continue;
         };
         for dependency in package["dependencies"].as_array().expect("a list of dependencies") {
+            let for_tests = dependency["kind"] == "dev" || name == "costandby-tests";
+            let features = dependency["features"].as_array().into_iter().flatten();
+            let doubles = features.into_iter().any(|feature| feature == "testing");
             let dependency = dependency["name"].as_str().expect("a dependency has a name");
-            if dependency.starts_with("costandby") && !allowed.contains(&dependency) {
+            if doubles && !for_tests {
+                found
+                    .push(format!("{name} ships the test doubles of {dependency}: its feature is for tests"));
+            }
+            let own = dependency == name && for_tests;
+            if dependency.starts_with("costandby") && !allowed.contains(&dependency) && !own {
                 found.push(format!(
                     "{name} imports {dependency}, against ffi <- datapath <- control <- bench, tests"
                 ));
@@ -359,31 +437,84 @@ fn test_exists(sources: &BTreeMap<String, String>, test: &str) -> bool {
     })
 }
 
-/// What is wrong with the specification: promises without a "Held by:", and tests named there that do not exist.
+/// What is wrong with the specification: promises that are missing, promises without a row in the table of tests, and tests
+/// named there that do not exist.
 fn specification_complaints(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut found = Vec::new();
-    let promises: Vec<&str> =
-        text.split("\n## ").skip(1).filter(|part| part.starts_with(char::is_numeric)).collect();
-    let numbers: Vec<&str> = promises.iter().filter_map(|part| Some(part.split_once('.')?.0)).collect();
+    let titles = text.split("\n## ").skip(1).filter(|part| part.starts_with(char::is_numeric));
+    let numbers: Vec<&str> = titles.filter_map(|part| Some(part.split_once('.')?.0)).collect();
     let expected: Vec<String> = (1..=PROMISES).map(|number| number.to_string()).collect();
     if numbers != expected {
         found.push(format!("the promises are numbered {numbers:?}, not 1 to {PROMISES}"));
     }
-    for promise in promises {
-        let title = promise.lines().next().unwrap_or_default();
-        let Some((_, held_by)) = promise.split_once("**Held by:**") else {
-            found.push(format!("\"{title}\" does not say what holds it"));
+    let mut without_test: BTreeSet<&str> = numbers.into_iter().collect();
+    let rows = text
+        .lines()
+        .filter(|line| line.strip_prefix("| ").is_some_and(|row| row.starts_with(char::is_numeric)));
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [number, _, test] = cells.as_slice() else {
+            found.push(format!("\"{row}\" has not three cells: promise, what, test"));
             continue;
         };
-        let named: BTreeSet<&str> = held_by.split('`').skip(1).step_by(2).collect();
-        if named.is_empty() && !has_word(held_by, "pending") {
-            found.push(format!("\"{title}\" names no test and does not say pending"));
+        let named = test.strip_prefix('`').and_then(|test| test.strip_suffix('`'));
+        if !expected.iter().any(|promise| promise == number) {
+            found.push(format!("\"{row}\" names no promise"));
+        } else if *test == "pending" || named.is_some_and(&exists) {
+            without_test.remove(number);
+        } else {
+            found.push(format!("promise {number} names {test}, which is no test"));
         }
-        for test in named.into_iter().filter(|test| !exists(test)) {
-            found.push(format!("\"{title}\" names {test}, which is no test"));
+    }
+    found.extend(
+        without_test.iter().map(|number| format!("promise {number} has no row with a test or \"pending\"")),
+    );
+    found
+}
+
+/// Folders at the root. A word in backquotes that begins with one of them and a slash is taken for a path.
+const FOLDERS: [&str; 6] = ["ffi", "datapath", "control", "bench", "tests", "docs"];
+
+/// Every document whose paths must be true today, by its path from the root. The changelog and superseded decisions
+/// tell of files that are gone.
+fn documents() -> BTreeMap<String, String> {
+    let root = root();
+    let mut found = BTreeMap::new();
+    for folder in ["", "docs", "docs/decisions", "tests"] {
+        let entries = fs::read_dir(root.join(folder)).unwrap_or_else(|error| panic!("{folder}: {error}"));
+        for entry in entries {
+            let path = entry.expect("directory entry").path();
+            let name = path.strip_prefix(&root).expect("below the root").to_string_lossy().into_owned();
+            if path.extension().is_none_or(|extension| extension != "md") || name == "CHANGELOG.md" {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{name}: {error}"));
+            if !text.contains("**Superseded by") {
+                found.insert(name, text);
+            }
         }
     }
     found
+}
+
+/// Paths that a document names and that do not exist: in backquotes from the root, as targets of links from its folder.
+fn path_complaints(name: &str, text: &str, exists: impl Fn(&Path) -> bool) -> Vec<String> {
+    let in_backquotes = text.split('`').skip(1).step_by(2).filter(|word| {
+        let folder = word.split_once('/').map(|(folder, _)| folder);
+        folder.is_some_and(|folder| FOLDERS.contains(&folder)) && !word.contains([' ', '*', '<', '{', '\n'])
+    });
+    let folder = Path::new(name).parent().unwrap_or(Path::new(""));
+    let links = text.split("](").skip(1).filter_map(|rest| {
+        let target = rest.split_once(')')?.0.split('#').next().unwrap_or_default();
+        let elsewhere = target.is_empty() || target.contains("://") || target.contains(char::is_whitespace);
+        (!elsewhere).then(|| folder.join(target))
+    });
+    in_backquotes
+        .map(PathBuf::from)
+        .chain(links)
+        .filter(|path| !exists(path))
+        .map(|path| format!("{name} names {}, which does not exist", path.display()))
+        .collect()
 }
 
 fn assert_none(complaints: &[String]) {
@@ -437,6 +568,32 @@ fn the_specification_names_tests_that_exist() {
 }
 
 #[test]
+fn no_file_stands_in_a_circle_of_imports() {
+    let imports = circles::imports(&sources());
+    assert_none(&circles::complaints(&imports, &circles::STANDING));
+}
+
+#[test]
+fn the_documents_name_files_that_exist() {
+    let root = root();
+    let documents = documents();
+    assert!(documents.len() > 10, "found only {:?}", documents.keys());
+    let exists = |path: &Path| root.join(path).exists();
+    assert_none(
+        &documents.iter().flat_map(|(name, text)| path_complaints(name, text, exists)).collect::<Vec<_>>(),
+    );
+}
+
+#[test]
+fn a_document_that_names_a_missing_file_is_found() {
+    let check = |text: &str| path_complaints("docs/A.md", text, |path| path == Path::new("docs/B.md")).len();
+    assert_eq!(check("`docs/B.md` and [it](B.md#part)"), 0);
+    assert_eq!(check("`docs/C.md`"), 1, "in backquotes");
+    assert_eq!(check("[it](C.md)"), 1, "a link");
+    assert_eq!(check("`tests/*.rs`, `a/b`, `tests/tests --x`, [page](https://host/C.md)"), 0, "no paths");
+}
+
+#[test]
 fn code_is_told_from_comments_strings_and_characters() {
     let text = r##"a /* x /* y */ z */ b "q\"r" c r#"s"t"# d '\'' e 'f' <'g> // h"##;
     let code = code_of(text);
@@ -475,6 +632,18 @@ fn each_broken_rule_is_found() {
     );
     assert_eq!(broken("control/src/cli/x.rs", "//! x\nfn f() { println!() }\n"), 1, "but does not panic");
     assert_eq!(broken("datapath/src/x.rs", "//! println!\nfn f() { writeln!(a, \"print!\") }\n"), 0);
+    let suggested = "//! x\nfn f() { \"say `costandby promote {volume}`\" }\n";
+    assert_eq!(broken("control/src/role/x.rs", suggested), 1, "without --config and --node");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby \\\n verify\" }\n"), 1);
+    assert_eq!(broken("control/src/cli/x.rs", suggested), 0, "a subcommand's help");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby keygen`\" }\n"), 0);
+    let clock = "fn f() { Instant::now() }\n#[cfg(test)]\nmod tests { std::thread::sleep(); }\n";
+    assert_eq!(
+        broken("datapath/src/x.rs", &format!("//! x. Sans-IO.\n{clock}")),
+        1,
+        "a clock where none may be"
+    );
+    assert_eq!(broken("datapath/src/x.rs", &format!("//! x\n{clock}")), 0);
     let long = "//! x\n".repeat(FILE_LINES_MAX + 1);
     assert_eq!(broken("datapath/src/x.rs", &long), 1, "too long");
 }
@@ -510,18 +679,41 @@ fn an_import_against_the_stream_is_found() {
 }
 
 #[test]
+fn a_test_double_in_what_ships_is_found() {
+    let package = |name: &str, kind: Option<&str>| {
+        let dependency = serde_json::json!({
+            "name": "costandby-ffi", "kind": kind, "features": ["rdma", "testing"],
+        });
+        serde_json::json!({ "packages": [{ "name": name, "dependencies": [dependency] }] })
+    };
+    assert_eq!(import_complaints(&package("costandby-control", None)).len(), 1);
+    assert_eq!(import_complaints(&package("costandby-control", Some("dev"))).len(), 0);
+    assert_eq!(import_complaints(&package("costandby-tests", None)).len(), 0);
+    let names = |name, text: &str| complaints(name, text).len();
+    assert_eq!(names("datapath/src/x.rs", "//! x\nuse crate::testing::fault::Plan;\n"), 1);
+    assert_eq!(names("control/src/x.rs", "//! x\nuse costandby_datapath::{testing::fault, wire};\n"), 1);
+    assert_eq!(
+        names("datapath/src/x.rs", "//! x\n#[cfg(test)]\nmod tests { use crate::testing::fault; }\n"),
+        0
+    );
+    assert_eq!(names("datapath/src/testing/x.rs", "//! x\nuse crate::testing::fault;\n"), 0);
+}
+
+#[test]
 fn a_promise_that_names_no_real_test_is_found() {
-    let promises = |last: &str| {
-        let kept: String =
-            (1..PROMISES).map(|n| format!("\n## {n}. Kept\n**Held by:** pending.\n")).collect();
-        format!("{kept}\n## {PROMISES}. Last\n{last}\n")
+    let titles: String = (1..=PROMISES).map(|n| format!("\n## {n}. Kept\nText.\n")).collect();
+    let kept: String = (1..PROMISES).map(|n| format!("| {n} | all of it | pending |\n")).collect();
+    let table = |last: &str| {
+        format!("{titles}\n## Tests\n| promise | what | test |\n| --- | --- | --- |\n{kept}{last}\n")
     };
     let check = |text: &str| specification_complaints(text, |test| test == "a::b").len();
-    assert_eq!(check(&promises("**Held by:** `a::b`")), 0);
-    assert_eq!(check(&promises("**Held by:** `a::c`")), 1, "no such test");
-    assert_eq!(check(&promises("**Held by:** hope")), 1, "neither test nor pending");
-    assert_eq!(check(&promises("")), 1, "not said");
-    assert_eq!(check("\n## 1. Alone\n**Held by:** pending\n"), 1, "promises missing");
+    assert_eq!(check(&table("| 12 | x | `a::b` |")), 0);
+    assert_eq!(check(&table("| 12 | x | `a::c` |")), 2, "no such test, and so none");
+    assert_eq!(check(&table("| 12 | x | hope |")), 2, "neither test nor pending");
+    assert_eq!(check(&table("| 12 | `a::b` |")), 2, "a cell is missing");
+    assert_eq!(check(&table("")), 1, "no row");
+    assert_eq!(check(&table("| 12 | x | `a::b` |\n| 13 | x | `a::b` |")), 1, "no such promise");
+    assert_eq!(check("\n## 1. Alone\n| 1 | x | pending |\n"), 1, "promises missing");
 }
 
 #[test]

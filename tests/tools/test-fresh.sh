@@ -207,10 +207,10 @@ inside() {
 
 # ---- The README's commands --------------------------------------------------------------------------------------------
 
-# readme_commands FILE: the commands of the first sh block below the heading "Two commands".
+# readme_commands FILE: the commands of the first sh block below the heading "Try it".
 readme_commands() {
     awk '
-        /^## / { here = $0 == "## Two commands" }
+        /^## / { here = $0 == "## Try it" }
         here && /^```/ { if (inside) exit; inside = $0 == "```sh"; next }
         inside { sub(/ *#.*/, ""); if ($0 != "") print }' "$1"
 }
@@ -245,10 +245,10 @@ try_suite() {
             [ ! -s "$run/again" ] || fail "$suite: a second '$command INSTALL_ONLY=1' installs again: $(cat "$run/again")"
             tests=1
             ;;
-        *) fail "the README's \"Two commands\" has '$command', which this test does not know" ;;
+        *) fail "the README's \"Try it\" has '$command', which this test does not know" ;;
         esac
     done 3< <(readme_commands "$run/clone/README.md")
-    [ "$demo$tests" = 11 ] || fail "the README's \"Two commands\" does not have both 'make demo' and 'make test'"
+    [ "$demo$tests" = 11 ] || fail "the README's \"Try it\" does not have both 'make demo' and 'make test'"
     exec 8<&-
     clean
     trap 'exit 130' INT

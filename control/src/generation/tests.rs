@@ -84,11 +84,39 @@ fn fresh_disks() {
     check(&bad(DiskState::Inconsistent, first), &zeroed(fresh()), FULL_THEIRS(Why::BothFresh));
     check(&bad(DiskState::Inconsistent, first), &bad(DiskState::Failed, fresh()), Verdict::NoUsableDisk);
     check(&first, &bad(DiskState::Inconsistent, fresh()), FULL_MINE(Why::BothFresh));
+    check(&first, &bad(DiskState::Failed, zeroed(fresh())), FULL_MINE(Why::BothFresh));
+    check(&zeroed(fresh()), &bad(DiskState::Failed, zeroed(first)), FULL_MINE(Why::BothFresh));
     check(&first, &disk(5, 0, &[]), FULL_THEIRS(Why::TargetFresh));
     check(&first, &bad(DiskState::Failed, disk(5, 0, &[])), Verdict::NoUsableDisk);
     check(&first, &torn(disk(5, 0, &[])), Verdict::NoUsableDisk);
     let met = View { volume_id: [3; 16], ..fresh() };
     check(&met, &disk(5, 0, &[]), Verdict::Unrelated);
+}
+
+#[test]
+fn a_new_disk_that_failed_and_may_hold_data_is_given_up_only_at_an_operators_word() {
+    let zeroed = |view: View| View { zeroed: true, ..view };
+    let failed = bad(DiskState::Failed, fresh());
+    assert_eq!(failed.disk_state_shown(), "new and failed");
+    for failed in [failed, configured(failed)] {
+        let others = [
+            fresh(),
+            zeroed(fresh()),
+            bad(DiskState::Inconsistent, fresh()),
+            bad(DiskState::Failed, fresh()),
+        ];
+        for other in others.into_iter().flat_map(|other| [other, configured(other)]) {
+            check(&failed, &other, Verdict::NoUsableDisk);
+            assert_eq!(agree(&failed, &other).primary, None);
+        }
+        assert!(failed.is_lost_while_new() && !fresh().is_lost_while_new());
+    }
+    // An operator chose the other one, by `promote --force` there.
+    check(&failed, &disk(5, 0, &[]), FULL_THEIRS(Why::TargetFresh));
+    // It failed in the middle of being copied to, and that volume was begun anew: nothing of its own is left on it.
+    let half = View { copying: COPYING_WHOLE, ..failed };
+    check(&configured(zeroed(fresh())), &half, FULL_MINE(Why::BothFresh));
+    assert!(!half.is_lost_while_new());
 }
 
 #[test]
@@ -340,7 +368,7 @@ proptest! {
         let new = |view: View| View { generations: Generations::default(), size: 4096, volume_id: [0; 16], ..view };
         let (mine, theirs) = (new(mine), new(theirs));
         if let Verdict::Resync { source: Side::Mine, .. } = compare(&mine, &theirs) {
-            prop_assert!(!mine.zeroed || theirs.zeroed || !theirs.is_usable());
+            prop_assert!(!mine.zeroed || !theirs.may_hold_data());
         }
     }
 

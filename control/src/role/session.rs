@@ -1,5 +1,6 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
+use super::explain::{explain, overtaken};
 use super::{
     Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
@@ -36,8 +37,7 @@ impl VolumeController {
             return self.handshake_over(actions);
         }
         let mine = self.view();
-        let settled =
-            self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);
+        let settled = self.connection == Connection::Connecting && self.role != Role::Promoting;
         if !settled || self.shutdown_deadline.is_some() || self.offered.as_ref() != Some(&mine) {
             return self.refuse(RefuseCode::Busy, "in the middle of a change", actions);
         }
@@ -45,17 +45,26 @@ impl VolumeController {
         if theirs > mine.epoch.0 && !self.is_next_epoch(theirs) {
             let text = format!(
                 "{} claims epoch {theirs}, this node has {}: so many promotions never were; its metadata is damaged, or another \
-                 program speaks for it. Nothing was changed; `costandby dump-metadata {}` there shows what it has",
-                settings.peer, mine.epoch.0, settings.volume
+                 program speaks for it. Nothing was changed; {} shows what it has",
+                settings.peer,
+                mine.epoch.0,
+                self.there("dump-metadata")
             );
             return self.refuse_by_name(RefuseCode::Disks, text, actions);
         }
         self.overtaken = false;
         let agreement = agree(&mine, &hello.view);
+        if self.role == Role::Demoting
+            && (agreement.goes_on.is_none() || agreement.primary != Some(Side::Mine))
+        {
+            // What is in flight ends in the session that it began in, or without the peer.
+            return self.refuse(RefuseCode::Busy, "in the middle of a demotion", actions);
+        }
         match agreement.verdict {
-            Verdict::Resync { source: Side::Theirs, .. } if self.role == Role::Primary => {
-                let text = serving_is_kept(&mine, &hello.view, &self.settings);
-                self.overtaken = true;
+            Verdict::Resync { source, .. } if agreement.overwrites_a_primary(&mine, &hello.view) => {
+                let text = overtaken(source, &mine, &hello.view, settings);
+                self.overtaken = source == Side::Theirs;
+                self.split_brain = source == Side::Mine;
                 self.refuse_by_name(RefuseCode::Disks, text, actions);
             }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
@@ -139,7 +148,8 @@ impl VolumeController {
         let with_disk = !self.diskless.is_gone();
         superblock.primary = (agreement.primary == Some(Side::Mine) || resumes) && with_disk;
         superblock.clean |= superblock.primary && !before.primary;
-        let kept = self.role != Role::Primary || agreement.primary == Some(Side::Mine);
+        let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        let kept = !serves || agreement.primary == Some(Side::Mine);
         assert!(kept, "a node that serves was to stop by a handshake: {agreement:?}");
         let full =
             matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. });
@@ -242,13 +252,19 @@ impl VolumeController {
         self.peer =
             Some(Peer { view: pending.peer, primary: peer_serves, diskless: diskless && peer_serves });
         self.alone = false;
-        self.need_alone = false;
+        self.need_alone = None;
         let side = if serve || resync {
             SessionSide::Source { resync }
         } else {
             SessionSide::Target { resync: connection == Connection::SyncTarget }
         };
-        actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
+        // A node that is being demoted still finishes what was asked before, and admits nothing new.
+        let admits = serve && self.role != Role::Demoting;
+        actions.push(Action::StartSession { side, before, serve: admits, epoch: Epoch(agreement.epoch) });
+        if self.demoted.is_some() {
+            // Whether the word was heard that was sent over the link before is not known.
+            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        }
         let text = match agreement.verdict {
             _ if goes_on => {
                 format!("connected to {} again: the session goes on where its link broke", self.settings.peer)
@@ -291,7 +307,10 @@ impl VolumeController {
             return Before::GoesOn { applied: Seq(applied), map_told };
         }
         let copies = matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, .. });
-        if copies && knows(&mine, peer) { Before::Kept } else { Before::Unknown }
+        match peer.recall.filter(|_| copies && knows(&mine, peer)) {
+            Some(theirs) => Before::Kept { applied: Seq(theirs.applied) },
+            None => Before::Unknown,
+        }
     }
 
     pub(super) fn on_session_failed(&mut self, obstacle: Obstacle, actions: &mut Vec<Action>) {
@@ -311,8 +330,8 @@ impl VolumeController {
 
     fn handshake_over(&mut self, actions: &mut Vec<Action>) {
         self.set_connection(Connection::Connecting);
-        if std::mem::take(&mut self.need_alone) {
-            self.on_need_alone(actions);
+        if let Some(until) = self.need_alone.take() {
+            self.on_need_alone(until, actions);
         }
     }
 
@@ -341,7 +360,6 @@ impl VolumeController {
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
-        self.demotion_known(Some("the link broke"), actions);
         if !self.link_changes {
             self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
         }
@@ -404,13 +422,16 @@ impl VolumeController {
         }
     }
 
-    pub(super) fn on_need_alone(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn on_need_alone(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.peer.is_some() || !matches!(self.role, Role::Primary | Role::Demoting) {
             return;
         }
         match self.settings.on_peer_loss {
-            // The peer may be about to start a session on the strength of our hello.
-            OnPeerLoss::Continue if self.pending.is_some() => self.need_alone = true,
+            // The peer may be about to start a session on the strength of our hello, or says nothing more: clients wait for half
+            // as long again as for any silence of a peer, and then the handshake is given up.
+            OnPeerLoss::Continue if self.pending.is_some() => {
+                self.need_alone.get_or_insert(now + self.settings.peer_timeout / 2);
+            }
             OnPeerLoss::Continue => self.go_alone(actions),
             OnPeerLoss::Freeze => {
                 let text = format!("writes wait for {} (on_peer_loss = \"freeze\")", self.settings.peer);
@@ -635,89 +656,4 @@ impl VolumeController {
         }
         self.log(Level::Info, &format!("{} is up to date", self.settings.peer), actions);
     }
-}
-
-fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let VolumeSettings { volume, node, peer, .. } = settings;
-    let both =
-        || format!("on {node} {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
-    match verdict {
-        Verdict::SizeDiffers => format!(
-            "the volume has {} bytes on {node} and {} on {peer}: one disk was made with another `size`. Correct that in its \
-             node's configuration, and make that disk anew (with its daemon stopped, `costandby create {volume} --force`, which \
-             gives up what it holds)",
-            mine.size, theirs.size
-        ),
-        Verdict::SplitBrain => format!(
-            "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
-             wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves), which gives \
-             up what it wrote alone; then `costandby connect {volume}` on the other{}",
-            both(),
-            put_back(mine, theirs, settings)
-        ),
-        Verdict::TwoWithData => format!(
-            "both disks are new and neither is known to be empty, so each may hold data; nothing was changed. Choose whose data \
-             the volume begins with: `costandby promote {volume} --force` on that node, {node} or {peer}, and on that one only; \
-             the other one's disk is then overwritten with it"
-        ),
-        Verdict::NoUsableDisk => format!(
-            "neither disk can be copied from ({node}'s is {}, {peer}'s {}{}); nothing was changed. `costandby promote {volume} \
-             --force` serves what one of them holds, and gives up the other one's data: say it only on the node whose data is \
-             wanted",
-            mine.disk_state_shown(),
-            theirs.disk_state_shown(),
-            newer(mine, theirs, settings)
-        ),
-        _ => format!(
-            "the disk of {node} and the one of {peer} have no common past ({}), so they may be two volumes': correct their \
-             paths. If they are one volume's, on the node whose data is not wanted: stop its daemon, `costandby create {volume} \
-             --force`, which gives up what its disk holds, and start it; then `costandby connect {volume}` on the other",
-            both()
-        ),
-    }
-}
-
-/// Which of two disks is of an earlier time, where one is.
-fn put_back(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let old = match (mine.is_rolled_back(theirs), theirs.is_rolled_back(mine)) {
-        (true, _) => &settings.node,
-        (_, true) => &settings.peer,
-        _ => return String::new(),
-    };
-    format!(
-        ". The disk of {old} and its metadata are older than its last session (a snapshot that was put back?), and it went on \
-         from there"
-    )
-}
-
-/// Why a node that serves is not overwritten, whatever its peer says of itself, and what an operator can do.
-fn serving_is_kept(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let VolumeSettings { volume, node, peer, .. } = settings;
-    format!(
-        "split brain: {peer} went on without {node}, which serves (on {node} {}; on {peer} {}); a node that serves is not \
-         overwritten unasked, and nothing was changed. If {peer}'s data is wanted: `costandby demote {volume}` on {node}, which is \
-         then copied from {peer} and gives up what {peer} lacks. If {node}'s data is: on {peer} `costandby demote {volume}` if it \
-         serves, then stop its daemon, `costandby create {volume} --force`, which gives up what its disk holds, and start it",
-        history(&mine.generations),
-        history(&theirs.generations)
-    )
-}
-
-/// Which of two disks went on from what the other one has, where that is known.
-fn newer(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let went_on = |one: &View, other: &View| one.generations.descends_from(other.generations.current);
-    match (went_on(mine, theirs), went_on(theirs, mine)) {
-        (true, false) => format!("; {}'s holds the newer data", settings.node),
-        (false, true) => format!("; {}'s holds the newer data", settings.peer),
-        _ => String::new(),
-    }
-}
-
-fn history(generations: &Generations) -> String {
-    let mut text = format!("{:016x}", generations.current.0);
-    let past = [generations.base].into_iter().chain(generations.history);
-    for generation in past.filter(|&generation| generation != Generation::ZERO) {
-        text.push_str(&format!(" ← {:016x}", generation.0));
-    }
-    text
 }

@@ -2,12 +2,16 @@
 //!
 //! In memory only, on purpose: a daemon that starts knows of none, and everything that is marked counts.
 
-use crate::units::ByteRange;
+use crate::mirror::ranges::Ranges;
+use crate::units::{ByteRange, Seq};
 
 /// The set. Allocates as far as its highest member.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Doubts {
     words: Vec<u64>,
+    /// Steps of a copy that the peer had not acknowledged when its session was given up, in order. A step of which the peer
+    /// says later that it had applied it was equal as well.
+    unsure: Vec<(Seq, ByteRange)>,
 }
 
 impl Doubts {
@@ -22,13 +26,47 @@ impl Doubts {
         }
     }
 
+    /// The peer may have applied the step `seq` over `range`, or not.
+    pub fn unsure(&mut self, seq: Seq, range: ByteRange) {
+        self.unsure.push((seq, range));
+    }
+
+    /// The peer had applied everything up to `applied`, and nothing else. Gives back which grains, of a disk of `size` bytes,
+    /// the steps that were unsure cover whole.
+    pub fn resolve(&mut self, applied: Seq, grain_len: u64, size: u64) -> Vec<ByteRange> {
+        let mut covered = Ranges::default();
+        for (_, range) in self.unsure.drain(..).filter(|(seq, _)| *seq <= applied) {
+            covered.insert(range);
+        }
+        covered.take_whole(grain_len, size)
+    }
+
     /// Takes out the grains that `range` touches.
     pub fn remove(&mut self, range: ByteRange, grain_len: u64) {
+        if !self.unsure.is_empty() {
+            self.remove_unsure(range, grain_len);
+        }
         let held = self.words.len() as u64 * 64;
         for grain in grains(range, grain_len).take_while(|grain| *grain < held) {
             let (word, bit) = place(grain);
             self.words[word] &= !bit;
         }
+    }
+
+    fn remove_unsure(&mut self, range: ByteRange, grain_len: u64) {
+        let (from, to) = (range.start / grain_len * grain_len, range.end().next_multiple_of(grain_len));
+        let mut behind = Vec::new();
+        self.unsure.retain_mut(|(seq, step)| {
+            if step.end() > to && step.start < to {
+                let start = step.start.max(to);
+                behind.push((*seq, ByteRange::new(start, step.end() - start)));
+            }
+            if step.start < to && step.end() > from {
+                step.len = from.saturating_sub(step.start);
+            }
+            step.len > 0
+        });
+        self.unsure.append(&mut behind);
     }
 
     /// The members as runs, in order, of a disk of `size` bytes.

@@ -3,7 +3,7 @@
 
 pub mod activity_log;
 pub mod digest;
-pub mod dirty_map;
+pub mod dirty_bitmap;
 pub mod doubts;
 pub mod image;
 pub mod inflight;

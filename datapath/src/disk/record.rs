@@ -1,4 +1,4 @@
-//! What is on record about a disk besides its superblock: the activity log and the dirty map, and where they are stored.
+//! What is on record about a disk besides its superblock: the activity log and the dirty bitmap, and where they are stored.
 //!
 //! A [`Record`] goes into the reactor with its volume (`VolumeSpec`); what it wants stored
 //! ([`Record::next_job`]) is carried out on a thread of its own through a [`RecordStore`]. Sans-IO but for that name.
@@ -19,7 +19,7 @@
 //! Survives: a crash at any point, a session that ends in mid-checkpoint, a store that fails (the disk has failed then).
 
 use super::activity_log::{ActivityLog, Ticket, Touch};
-use super::dirty_map::DirtyMap;
+use super::dirty_bitmap::DirtyBitmap;
 use super::doubts::Doubts;
 use super::job::JobKind;
 use super::metadata::layout::Geometry;
@@ -27,16 +27,16 @@ use super::metadata::medium::Medium;
 use super::metadata::{Opened, SuperblockStore};
 use super::record_store::RecordStore;
 use crate::limits::{CHECKPOINT_MS, DIRTY_STORE_BLOCKS_MAX, LAGGING_STORE_MS, WINDOW_LEN};
-use crate::units::{ByteRange, Token};
+use crate::units::{ByteRange, Seq, Token};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A disk's activity log and dirty map, recovered, and the rules that tie them together.
+/// A disk's activity log and dirty bitmap, recovered, and the rules that tie them together.
 #[derive(Debug)]
 pub struct Record {
     /// What the peer may lack.
-    dirty: DirtyMap,
+    dirty: DirtyBitmap,
     /// Grains that are marked only because the session before ended: the peer had applied what was written there, and
     /// may not have brought it to its stable storage. A peer that lives on has it still. All of them are dirty.
     doubts: Doubts,
@@ -141,7 +141,7 @@ impl Record {
     #[must_use]
     pub fn in_memory(size: u64) -> Self {
         let geometry = Geometry::for_volume(size).expect("the configuration bounds a volume's size");
-        Self::new(DirtyMap::new(geometry), ActivityLog::new(geometry, 0, 0), None)
+        Self::new(DirtyBitmap::new(geometry), ActivityLog::new(geometry, 0, 0), None)
     }
 
     /// Of an area that was opened and recovered; gives back control's half.
@@ -153,7 +153,7 @@ impl Record {
 
     /// Of its parts.
     #[must_use]
-    pub fn new(dirty: DirtyMap, activity: ActivityLog, store: Option<Arc<dyn RecordStore>>) -> Self {
+    pub fn new(dirty: DirtyBitmap, activity: ActivityLog, store: Option<Arc<dyn RecordStore>>) -> Self {
         let retired = activity.hot_extents().next().is_none();
         Self {
             doubts: Doubts::default(),
@@ -188,7 +188,7 @@ impl Record {
 
     /// What the peer may lack.
     #[must_use]
-    pub fn dirty(&self) -> &DirtyMap {
+    pub fn dirty(&self) -> &DirtyBitmap {
         &self.dirty
     }
 
@@ -304,7 +304,7 @@ impl Record {
         self.ready.pop_front().map(|(token, _, touched)| (token, touched))
     }
 
-    /// A change that was let through stands here, and on the peer or in the dirty map. For one that was given up as
+    /// A change that was let through stands here, and on the peer or in the dirty bitmap. For one that was given up as
     /// well, as some of its bytes may have changed; it must be marked then.
     ///
     /// # Panics
@@ -385,6 +385,19 @@ impl Record {
     /// The target that has told its marks is gone.
     pub fn forget_told(&mut self) {
         self.told = None;
+    }
+
+    /// The peer may have applied this step of a copy over marked bytes, or not: [`Record::resolve`] follows once it is known.
+    pub fn unsure(&mut self, seq: Seq, range: ByteRange) {
+        self.doubts.unsure(seq, range);
+    }
+
+    /// The peer, which lives on, had applied the session that was given up last up to here.
+    pub fn resolve(&mut self, applied: Seq) {
+        let geometry = self.dirty.geometry();
+        for range in self.doubts.resolve(applied, geometry.grain_len(), geometry.size()) {
+            self.doubt(range);
+        }
     }
 
     /// The peer may have lost what it had applied: whatever is marked may differ.

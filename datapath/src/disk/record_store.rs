@@ -1,7 +1,7 @@
-//! Where the activity log and the dirty map are stored: the calls of the threads that store them.
+//! Where the activity log and the dirty bitmap are stored: the calls of the threads that store them.
 
 use super::activity_log::Transaction;
-use super::dirty_map::DirtyBlock;
+use super::dirty_bitmap::DirtyBlock;
 use super::metadata::AreaStore;
 use super::metadata::medium::Medium;
 use super::superblock::SuperblockError;

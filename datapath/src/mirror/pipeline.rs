@@ -295,6 +295,13 @@ impl Pipeline {
         open.filter(|entry| entry.change.kind == Kind::Verify).map(|entry| entry.change.token)
     }
 
+    /// Steps of a copy that the peer has not acknowledged, which it may have applied.
+    pub fn unsure_steps(&self) -> impl Iterator<Item = (Seq, ByteRange)> + '_ {
+        let step = |change: &Change| change.flags & flags::RESYNC != 0 && change.kind != Kind::Verify;
+        let steps = self.window.iter().filter(move |entry| step(&entry.change) && entry.seq > Seq::ZERO);
+        steps.map(|entry| (entry.seq, entry.change.range))
+    }
+
     /// Whether the peer holds what this node holds, but for what is in flight.
     #[must_use]
     pub fn peer_in_sync(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The background copy: what to send next, when its bits may be cleared, and when it is done. Sans-IO.
 //!
-//! The copy waits until the peer has told its own dirty map, then walks the union of both once, a bounded number of
+//! The copy waits until the peer has told its own dirty bitmap, then walks the union of both once, a bounded number of
 //! steps at a time. Each step goes through the same range locks and the same pipeline as a client's write, so that the
 //! peer applies both in one order; writes that arrive meanwhile are mirrored wherever the cursor stands.
 //!
@@ -8,13 +8,16 @@
 //! ([`Resync::take_flush`], [`Resync::flushed`]). What a lost session leaves is therefore still marked, and the next copy
 //! goes on with it.
 //!
+//! What the peer had applied in a session before, and has still, is not sent again: it is flushed as soon as the first step of
+//! this session is answered, never before, as a flush behind no step is no flush of the peer's disk.
+//!
 //! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
 //! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
-//! at a time is [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
+//! at a time is [`super::throttle`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
 //! of it was applied.
 
 use super::ranges::Ranges;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::limits::{RESYNC_FLUSH_LEN, RESYNC_FLUSH_MS, RESYNC_HOLE_LEN_MAX, RESYNC_RUNS_MAX};
 use crate::units::ByteRange;
 use std::collections::VecDeque;
@@ -68,12 +71,16 @@ pub struct Resync {
     waiting_since: Option<Instant>,
     /// What is marked and was applied by the peer in a session before this one; in order, whole grains.
     equal: Vec<ByteRange>,
+    /// The same, until the peer has answered a step: a flush of nothing that was posted is none.
+    equal_unflushed: Vec<ByteRange>,
+    /// What was applied is to be flushed at once.
+    hurry: bool,
     /// The last flush has ended.
     ended: bool,
 }
 
 impl Resync {
-    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty map's; `compares` where
+    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty bitmap's; `compares` where
     /// what is equal is not to be sent.
     #[must_use]
     pub fn new(grain_len: u64, size: u64, compares: bool) -> Self {
@@ -95,6 +102,8 @@ impl Resync {
             flushing: None,
             waiting_since: None,
             equal: Vec::new(),
+            equal_unflushed: Vec::new(),
+            hurry: false,
             ended: false,
         }
     }
@@ -111,15 +120,13 @@ impl Resync {
     /// remember of a session before, which only waits for a flush. That is of whole grains, in order. False when the peer has
     /// said so before.
     #[must_use]
-    pub fn told_all(&mut self, dirty: &DirtyMap, equal: Vec<ByteRange>) -> bool {
+    pub fn told_all(&mut self, dirty: &DirtyBitmap, equal: Vec<ByteRange>) -> bool {
         if self.stage != Stage::Told {
             return false;
         }
         self.stage = Stage::Copying;
         self.total = dirty.dirty_bytes().saturating_sub(equal.iter().map(|range| range.len).sum());
-        for range in &equal {
-            self.applied.insert(*range);
-        }
+        self.equal_unflushed.clone_from(&equal);
         self.equal = equal;
         true
     }
@@ -131,12 +138,31 @@ impl Resync {
         self.kept
     }
 
+    /// Where nothing is left to send but what is equal, one grain of that is sent all the same: only a flush behind a step
+    /// is a flush of the peer's disk.
+    pub fn ask_for_a_step(&mut self, dirty: &DirtyBitmap) {
+        if self.steps_in_flight == 0
+            && self.stage == Stage::Copying
+            && let Some(first) = self.equal_unflushed.first()
+            && self.left(dirty).is_none()
+        {
+            let range = ByteRange::new(first.start, first.len.min(self.grain_len));
+            self.total += range.len;
+            self.again.push_back(Wanted { range, differs: false });
+        }
+    }
+
     /// The session is given up: whole grains that the peer has applied, or holds the same bytes of, and whose marks no flush
     /// has cleared yet.
     pub fn applied_whole(&mut self) -> Vec<ByteRange> {
         let mut whole = self.flushing.take().unwrap_or_default();
         whole.append(&mut self.applied.take_whole(self.grain_len, self.size));
         whole
+    }
+
+    /// The same for parts of grains, after [`Resync::applied_whole`].
+    pub fn applied_in_part(&self) -> impl Iterator<Item = ByteRange> + '_ {
+        self.applied.iter()
     }
 
     /// Whether all is copied, and durable.
@@ -165,11 +191,11 @@ impl Resync {
     /// What to do next, or `None` when nothing is left to begin, or too much waits for a flush. The caller says with
     /// [`Resync::took`] how much of it the step covers.
     #[must_use]
-    pub fn next(&self, dirty: &DirtyMap) -> Option<Wanted> {
+    pub fn next(&self, dirty: &DirtyBitmap) -> Option<Wanted> {
         if self.applied.len() >= RESYNC_RUNS_MAX { None } else { self.left(dirty) }
     }
 
-    fn left(&self, dirty: &DirtyMap) -> Option<Wanted> {
+    fn left(&self, dirty: &DirtyBitmap) -> Option<Wanted> {
         if self.stage != Stage::Copying {
             return None;
         }
@@ -243,6 +269,11 @@ impl Resync {
         self.done = (self.done + range.len).min(self.total);
         self.applied_len += range.len;
         self.applied.insert(range);
+        // The peer may be gone again in a moment: what it had applied before is to be durable by then.
+        self.hurry |= !self.equal_unflushed.is_empty();
+        for equal in self.equal_unflushed.drain(..) {
+            self.applied.insert(equal);
+        }
     }
 
     /// The peer holds other bytes in the range of a step that asked.
@@ -258,7 +289,7 @@ impl Resync {
     }
 
     /// Whether to flush both disks now. When that has ended, [`Resync::flushed`] is to be called.
-    pub fn take_flush(&mut self, dirty: &DirtyMap, now: Instant) -> bool {
+    pub fn take_flush(&mut self, dirty: &DirtyBitmap, now: Instant) -> bool {
         if self.flushing.is_some() || self.stage != Stage::Copying {
             return false;
         }
@@ -270,13 +301,18 @@ impl Resync {
         } else {
             let since = *self.waiting_since.get_or_insert(now);
             let waited = now.duration_since(since) >= Duration::from_millis(RESYNC_FLUSH_MS);
-            if !waited && self.applied_len < RESYNC_FLUSH_LEN && self.applied.len() < RESYNC_RUNS_MAX {
+            if !waited
+                && !self.hurry
+                && self.applied_len < RESYNC_FLUSH_LEN
+                && self.applied.len() < RESYNC_RUNS_MAX
+            {
                 return false;
             }
         }
         self.flushing = Some(self.applied.take_whole(self.grain_len, self.size));
         self.applied_len = 0;
         self.waiting_since = None;
+        self.hurry = false;
         true
     }
 

@@ -6,7 +6,8 @@
 //! a grain that differs is a finding.
 //!
 //! Invariants: every byte is compared in steps of whole grains (or up to the disk's end); what is found is told once;
-//! the list is bounded, the counts are not. A verification lives within one session and ends with it, unfinished.
+//! the list is bounded, the counts are not. A verification lives within one session, over as many links as that takes, and ends
+//! with it, unfinished. A step whose outcome was lost with a link comes again.
 
 use crate::limits::{VERIFY_LEN_MAX, VERIFY_RANGES_LISTED_MAX};
 use crate::units::ByteRange;
@@ -41,7 +42,7 @@ pub struct Verify {
 }
 
 impl Verify {
-    /// Of a disk of `size` bytes whose dirty map has grains of `grain` bytes.
+    /// Of a disk of `size` bytes whose dirty bitmap has grains of `grain` bytes.
     #[must_use]
     pub fn new(size: u64, grain: u64) -> Self {
         Self {

@@ -11,8 +11,8 @@
 use crate::disk::pool::WorkerPool;
 use crate::disk::worker::{DiskWorkers, JobDone};
 use crate::front::nbd::connection::Connection;
-use crate::front::nbd::end::ConnectionEnd;
 use crate::front::nbd::linger::Lingering;
+use crate::front::nbd::memory::ClientMemory;
 use crate::front::queue::QueueServer;
 use crate::limits::CONNECTIONS_MAX;
 use crate::transport::{DownReason, Link};
@@ -152,6 +152,10 @@ pub struct Reactor {
     /// The system refused to give the last one's socket.
     accept_refused: bool,
     connection_serial: u32,
+    /// What connections hold beyond themselves.
+    client_memory: ClientMemory,
+    /// A client that is connected may have ended its direction.
+    client_ended: bool,
     /// What is left of connections that are over.
     lingering: Lingering,
     queues: Vec<Queue>,
@@ -201,6 +205,8 @@ impl Reactor {
             turned_away: 0,
             accept_refused: false,
             connection_serial: 0,
+            client_memory: ClientMemory::default(),
+            client_ended: false,
             lingering: Lingering::default(),
             queues: Vec::new(),
             turned: now,
@@ -424,16 +430,7 @@ impl Reactor {
         }
         if now >= self.next_stall_check {
             self.next_stall_check = now + STALL_CHECK;
-            for index in 0..self.connections.len() {
-                if self.connections[index].as_ref().is_some_and(|c| c.is_stalled(now)) {
-                    self.end_connection(
-                        index,
-                        &ConnectionEnd::Protocol("the client stalled in mid-message".into()),
-                        now,
-                    );
-                    any = true;
-                }
-            }
+            any |= self.end_stalled(now);
             // Clients that could not be accepted for want of descriptors: no edge will announce them again.
             for listener in 0..self.listeners.len() {
                 self.accept(listener, now);
@@ -488,8 +485,10 @@ impl Reactor {
                         connection.ready(
                             flags.contains(EventFlags::IN),
                             flags.contains(EventFlags::OUT),
-                            flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR),
+                            flags.contains(EventFlags::RDHUP),
+                            flags.intersects(EventFlags::HUP | EventFlags::ERR),
                         );
+                        self.client_ended |= connection.is_half_closed();
                     }
                 }
                 KIND_LINK => {
@@ -528,12 +527,12 @@ impl Reactor {
         match notice {
             Notice::Granted { origin: Origin::Nbd { connection, serial, .. }, token } => {
                 if let Some(connection) = live(&mut self.connections, connection, serial) {
-                    connection.granted(token, &mut self.volumes[at]);
+                    connection.granted(token);
                 }
             }
             Notice::Done { origin: Origin::Nbd { connection, serial, cookie }, result } => {
                 if let Some(connection) = live(&mut self.connections, connection, serial) {
-                    connection.done(cookie, result);
+                    connection.done(cookie, result, &mut self.client_memory);
                 }
             }
             Notice::Granted { origin: Origin::Queue { queue, slot }, token } => {
@@ -542,13 +541,7 @@ impl Reactor {
             Notice::Done { origin: Origin::Queue { queue, slot }, result } => {
                 self.queues[queue as usize].done(slot, result);
             }
-            Notice::Unpin { token } => {
-                for connection in self.connections.iter_mut().flatten() {
-                    if connection.volume() == Some(at) && connection.pins(token) {
-                        connection.unpin(token, &mut self.volumes[at]);
-                    }
-                }
-            }
+            Notice::Unpin { token } => self.unpin(at, token),
             Notice::Granted { .. } | Notice::Done { .. } => panic!("only front ends get notices"),
         }
     }
@@ -618,7 +611,7 @@ impl Reactor {
                 self.wake(volume);
                 for connection in self.connections.iter_mut().flatten() {
                     if connection.volume() == Some(volume) && connection.in_payload() {
-                        connection.leave(&mut self.volumes[volume]);
+                        connection.leave(&mut self.volumes[volume], &mut self.client_memory);
                     }
                 }
                 self.wake(volume).quiesce();

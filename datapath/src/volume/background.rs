@@ -9,8 +9,8 @@
 
 use super::interface::{Origin, VolumeCounters};
 use crate::limits::CLIENTS_BUSY_MS;
-use crate::mirror::pace::{Landed, Leave, Pace};
 use crate::mirror::resync::Resync;
+use crate::mirror::throttle::{Landed, Leave, Throttle};
 use crate::units::ByteRange;
 use crate::wire::Kind;
 use std::sync::atomic::Ordering;
@@ -48,7 +48,7 @@ pub(super) struct Background {
     verifying: Option<Verifying>,
     verify_serial: u64,
     /// How fast both may go.
-    throttle: Pace,
+    throttle: Throttle,
     /// When the next step is due.
     due: Option<Instant>,
     /// What the turn before spent on steps: a request that came meanwhile waited for it unseen.
@@ -69,7 +69,7 @@ impl Background {
             copy_serial: 0,
             verifying: None,
             verify_serial: 0,
-            throttle: Pace::new(),
+            throttle: Throttle::new(),
             due: None,
             stalled: Duration::ZERO,
             client_came: false,

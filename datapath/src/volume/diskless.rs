@@ -198,23 +198,12 @@ impl Volume {
 
     /// The sole user of the mapping is this thread now: no worker has a job, no link a frame, no front end a reply.
     fn replace_disk(&mut self) {
-        // Payloads that are still arriving; the others' clients have yet to be let go on.
-        let arriving: Vec<_> = self.requests.locked().map(|(_, token)| token).collect();
-        let keep: Vec<_> = arriving
-            .iter()
-            .map(|token| {
-                let request = self.requests.get(*token);
-                ByteRange::new(request.range.start, request.received)
-            })
-            .collect();
-        let lost = match self.disk.detach(&keep) {
-            Ok(lost) => lost,
-            Err(error) => return self.disk_lost(&error.to_string()),
-        };
-        for (token, lost) in arriving.into_iter().zip(lost) {
-            let request = self.requests.get_mut(token);
-            request.lost |= lost && request.received > 0;
-            let range = request.range;
+        // Whoever is putting a payload in place puts all of it there again.
+        if let Err(error) = self.disk.detach(&[]) {
+            return self.disk_lost(&error.to_string());
+        }
+        let locked: Vec<_> = self.requests.locked().collect();
+        for (range, _) in locked {
             self.left_behind(range);
         }
         let Some(unparked) = self.replace_record() else {

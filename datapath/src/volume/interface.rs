@@ -28,21 +28,21 @@ pub struct VolumeSpec {
     pub on_peer_loss: OnPeerLoss,
     /// A background copy asks the peer first whether its bytes are others, and sends only those.
     pub checksum_first: bool,
-    /// The disk's activity log and dirty map.
+    /// The disk's activity log and dirty bitmap.
     pub record: Record,
 }
 
 /// Which way changes go over a volume's session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Direction {
-    /// From us: the peer applies what we post. With `resync` what either dirty map has is copied in the background.
+    /// From us: the peer applies what we post. With `resync` what either dirty bitmap has is copied in the background.
     Source {
         /// The peer is not UpToDate.
         resync: bool,
     },
     /// To us.
     Target {
-        /// We are not UpToDate: the source is told our dirty map first, and we forget it once the source has it on record.
+        /// We are not UpToDate: the source is told our dirty bitmap first, and we forget it once the source has it on record.
         resync: bool,
     },
     /// Neither yet: both are standby.
@@ -56,7 +56,10 @@ pub enum Before {
     Unknown,
     /// The peer has what it had applied in it, as no daemon ended since; but changes were made without it. Only a source
     /// is told so.
-    Kept,
+    Kept {
+        /// The target had applied up to here, and nothing else.
+        applied: Seq,
+    },
     /// All: the session goes on over this link.
     GoesOn {
         /// The target has applied up to here, and nothing else.
@@ -217,10 +220,12 @@ pub enum Event {
         reason: String,
         /// We were the source, and the peer had not confirmed everything as durable.
         undurable: bool,
-        /// The dirty map is not empty.
+        /// The dirty bitmap is not empty.
         dirty: bool,
         /// Some change got through over its link.
         moved: bool,
+        /// Anything at all came from the peer over it.
+        heard: bool,
         /// What is known of it, if it may go on over another link.
         parted: Option<Parted>,
     },
@@ -239,7 +244,7 @@ pub enum Event {
         /// Index of the volume.
         volume: usize,
     },
-    /// A verification ended, or could not begin. What differs and was not repaired is marked in the dirty map.
+    /// A verification ended, or could not begin. What differs and was not repaired is marked in the dirty bitmap.
     Verified {
         /// Index of the volume.
         volume: usize,

@@ -55,7 +55,7 @@ impl Volume {
                 }
                 self.session.end("the session that should go on was given up here");
             }
-            Before::Unknown | Before::Kept => self.direct(direction, epoch),
+            Before::Unknown | Before::Kept { .. } => self.direct(direction, epoch),
         }
     }
 
@@ -322,12 +322,12 @@ impl Volume {
         let behind = self.pipeline.peer_lags_durably() || self.background.is_copying();
         let parts = self.may_part(reason);
         self.session.link_gone(reason, self.session.is_source() && behind);
-        self.end_verify("the session ended");
         if parts {
             self.part();
             self.report_link_end();
             return;
         }
+        self.end_verify("the session ended");
         self.session.end_target();
         self.background.end_copy();
         if self.session.is_source() {
@@ -363,6 +363,7 @@ impl Volume {
             undurable: end.undurable,
             dirty: self.record.is_dirty(),
             moved: end.moved,
+            heard: end.heard,
             parted,
         });
     }

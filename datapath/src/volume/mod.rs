@@ -158,7 +158,7 @@ impl Volume {
         self.background.resume();
     }
 
-    /// Admits nothing more and flushes once everything under way is done. The caller ends half-received writes.
+    /// Admits nothing more and flushes once everything under way is done. The caller ends writes that wait.
     pub fn quiesce(&mut self) {
         self.quiesce = Quiesce::Draining;
         self.background.pause();
@@ -273,6 +273,7 @@ impl Volume {
         self.requests.unlock(change.token);
         let request = self.requests.get_mut(change.token);
         let (origin, completed, equal) = (request.origin, request.completed, !request.differs);
+        let told = (!request.untold).then_some(equal);
         let (landed_at, touched) = (request.landed_at, request.touched.take());
         if let Some(landed) = landed_at {
             self.background.released(landed, self.now);
@@ -284,7 +285,7 @@ impl Volume {
             self.passed_through(change.range);
         }
         if let Origin::Verify { serial } = origin {
-            self.step_compared(serial, change.range, equal);
+            self.step_compared(serial, change.range, told);
             // A step that a session's end cut off is never completed. One whose verification alone has ended is.
             if !completed && !self.session.is_source() {
                 self.requests.remove(change.token);
@@ -351,8 +352,8 @@ impl Volume {
         self.record.fail_marked_all(error);
     }
 
-    /// Ends every request under way with `error`, except writes whose payload is still arriving (their connection
-    /// ends those).
+    /// Ends every request under way with `error`, except writes that were let through and are being put in place (their
+    /// front end ends those).
     fn fail_all(&mut self, error: IoError) {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.session.is_source() && self.pipeline.in_flight() > 0 {

@@ -10,12 +10,15 @@
 //! it applied. Over the next link the target says that number, the source releases up to it and posts the rest again. Nothing
 //! is on record for it: the activity log covers what is under way, so a crash costs what it always costs.
 //!
+//! A session that is given up leaves a list of the copy's steps that were under way. If the target lives on it says how far it had
+//! applied ([`Before::Kept`]), and those steps are not sent again either.
+//!
 //! Invariants:
 //! - While a session is parted nothing is unlocked, and nothing completes but a flush of what both nodes had durable before.
 //!   Before anything is acknowledged without the peer the session is given up.
 //! - Clients wait for the peer once: where the session goes on and nothing of it gets through, the next parting does not begin
 //!   their time anew.
-//! - What is given up is marked in the dirty map before anything else happens. Marks that only stand for changes which the
+//! - What is given up is marked in the dirty bitmap before anything else happens. Marks that only stand for changes which the
 //!   peer had applied are known as such (`Record::doubt`) as long as the peer lives on; and they are cleared only after a
 //!   flush, like any others.
 //! - A primary without a disk keeps its questions as well, and asks again for what is missing of their answers. It has nothing to
@@ -24,6 +27,7 @@
 
 use super::Volume;
 use super::interface::{Before, Direction, Event, Parted};
+use crate::limits::WINDOW_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
 use crate::transport::DownReason;
 use crate::units::{Epoch, Seq};
@@ -84,15 +88,22 @@ impl Volume {
         if !self.session.is_source() {
             return;
         }
+        self.end_verify("the session ended");
         if lacking {
+            let mut unsure: Vec<_> = self.pipeline.unsure_steps().collect();
             if let Some(copy) = self.background.copy_mut() {
                 // Before anything else is marked: what was written there since may be lacking.
                 for range in copy.applied_whole() {
                     self.record.doubt(range);
                 }
+                unsure.extend(copy.applied_in_part().take(WINDOW_LEN).map(|range| (Seq::ZERO, range)));
             }
             self.background.end_copy();
             self.end_source_record();
+            // Behind their own marks, and before those of clients' changes.
+            for (seq, range) in unsure {
+                self.record.unsure(seq, range);
+            }
         }
         self.background.end_copy();
         self.session.end_source();
@@ -111,7 +122,10 @@ impl Volume {
                 }
                 return holds;
             }
-            Before::Kept => self.end_parting(true),
+            Before::Kept { applied } => {
+                self.end_parting(true);
+                self.record.resolve(applied);
+            }
             Before::Unknown => {
                 // In sync without a session that goes on: all that was posted is on the peer's stable storage.
                 self.end_parting(direction != Direction::Source { resync: false });
@@ -128,8 +142,9 @@ impl Volume {
         }
         let untold: Vec<_> = self.pipeline.comparisons_upto(applied).collect();
         for token in untold {
-            // What the peer found was lost with the link: as if it differed.
-            self.requests.get_mut(token).differs = true;
+            // What the peer found was lost with the link: a copy takes it as if it differed, a verification asks again.
+            let request = self.requests.get_mut(token);
+            (request.differs, request.untold) = (true, true);
         }
         if let Some(copy) = self.background.copy_mut()
             && copy.goes_on()

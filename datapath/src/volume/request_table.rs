@@ -11,8 +11,8 @@ use super::interface::{Op, Origin};
 use crate::disk::inflight::{Access, Admission, Inflight};
 use crate::disk::record::Touched;
 use crate::limits::{WAITERS_LEN, WINDOW_LEN};
-use crate::mirror::pace::Landed;
 use crate::mirror::pipeline::Change;
+use crate::mirror::throttle::Landed;
 use crate::units::{ByteRange, Token};
 use crate::wire::Kind;
 use std::collections::VecDeque;
@@ -31,12 +31,12 @@ pub(super) struct Request {
     /// The pipeline has it.
     pub(super) landed: bool,
     pub(super) completed: bool,
-    /// Bytes of a write's payload that are in place, as of the last piece but the one that completes it.
-    pub(super) received: u64,
     /// Its bytes were lost with the disk.
     pub(super) lost: bool,
     /// A comparison, and the peer says that its bytes are others.
     pub(super) differs: bool,
+    /// A comparison whose outcome was lost with the link.
+    pub(super) untold: bool,
     /// When a client's change landed.
     pub(super) landed_at: Option<Landed>,
 }
@@ -53,9 +53,9 @@ impl Request {
             touched: None,
             landed: true,
             completed: false,
-            received: 0,
             lost: false,
             differs: false,
+            untold: false,
             landed_at: None,
         }
     }
@@ -165,6 +165,13 @@ impl RequestTable {
             self.unlock(token);
         }
         true
+    }
+
+    /// Those of which `is_wanted` is true.
+    pub(super) fn find(&self, is_wanted: impl Fn(&Request) -> bool) -> Vec<Token> {
+        let places = self.places.iter().enumerate();
+        let found = places.filter(|(_, request)| request.as_ref().is_some_and(&is_wanted));
+        found.map(|(at, _)| Token(at as u64)).collect()
     }
 
     /// Takes back everything that waits, and appends it.

@@ -64,11 +64,6 @@ impl Volume {
         self.passed_through(range);
     }
 
-    /// So many bytes of a write's payload are in place, and more are to come.
-    pub fn received(&mut self, token: Token, bytes: usize) {
-        self.requests.get_mut(token).received = bytes as u64;
-    }
-
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
     pub fn pin(&mut self, token: Token) {
         self.requests.pin(token);
@@ -91,24 +86,7 @@ impl Volume {
         }
     }
 
-    /// The client went away in mid-payload. Part of the range may have changed here, so the range as it stands now is
-    /// mirrored like any write: both disks stay equal, and nobody is told. Without a disk to stand in it is given up.
-    pub fn landed_in_part(&mut self, token: Token) {
-        let request = self.requests.get_mut(token);
-        request.origin = Origin::Nobody;
-        let range = request.range;
-        // Asked first: who goes on without a disk keeps the session.
-        if (self.disk.is_failed() && self.outlives_failure()) || self.disk.is_detached() {
-            // What did not arrive reads as nobody knows what here; the peer has the right bytes.
-            self.requests.making_ends();
-            self.give_up_change(token, IoError::DiskFailed);
-            self.passed_through(range);
-        } else {
-            self.landed(token);
-        }
-    }
-
-    /// The client of a request that waits is gone.
+    /// The client of a request that waits is gone. A write that was let through is taken back, as nothing of it stands on the disk.
     pub fn cancel_waiting(&mut self, token: Token) {
         if self.is_fetching(token) {
             // The peer answers all the same, and nobody may change the range before.
@@ -118,11 +96,32 @@ impl Volume {
         if self.record.give_up(token) {
             self.requests.unlock(token);
             self.requests.remove(token);
-        } else if self.requests.take_back(token) {
-            self.read_done(token);
-        } else {
-            self.landed_in_part(token);
+            return;
         }
+        if !self.requests.take_back(token) {
+            self.requests.making_ends();
+            let request = *self.requests.get(token);
+            if let Some(touched) = request.touched {
+                self.record.written(token, request.range, touched);
+            }
+            self.requests.unlock(token);
+        }
+        self.read_done(token);
+    }
+
+    /// A client is gone: cancels its changes that wait for their range, but for a write, which its connection knows. Returns how
+    /// many there were.
+    pub fn cancel_changes_of(&mut self, connection: u32, serial: u32) -> usize {
+        let tokens = self.requests.find(|request| {
+            let Origin::Nbd { connection: at, serial: of, .. } = request.origin else { return false };
+            let makes_itself = matches!(request.op, Op::Change(kind) if kind != Kind::Write);
+            // Ended changes that the peer has not released yet are not locked either, but have landed.
+            (at, of) == (connection, serial) && makes_itself && !request.locked && !request.landed
+        });
+        for token in &tokens {
+            self.cancel_waiting(*token);
+        }
+        tokens.len()
     }
 
     pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {

@@ -14,7 +14,7 @@ use super::Volume;
 use super::background::Step;
 use super::interface::{Event, Op};
 use super::request_table::Request;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::inflight::Admission;
 use crate::error::Violation;
 use crate::limits::{DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX};
@@ -38,7 +38,7 @@ pub(super) enum Telling {
 
 impl Telling {
     /// Tells on, as far as the link takes it in one turn.
-    pub(super) fn go_on(&mut self, dirty: &DirtyMap, link: &mut dyn Link, epoch: Epoch) -> Told {
+    pub(super) fn go_on(&mut self, dirty: &DirtyBitmap, link: &mut dyn Link, epoch: Epoch) -> Told {
         for count in 0..DIRTY_TOLD_MAX {
             let Self::From(cursor) = *self else {
                 return if count > 0 { Told::AllThatFits } else { Told::Nothing };
@@ -69,7 +69,7 @@ pub(super) enum Told {
 
 /// The message about the first marks at or behind `cursor`, and where the next one begins. A run or, where the marks are
 /// scattered, a mask of the next few grains.
-fn next_told(dirty: &DirtyMap, cursor: u64, epoch: Epoch) -> Option<(Header, u64)> {
+fn next_told(dirty: &DirtyBitmap, cursor: u64, epoch: Epoch) -> Option<(Header, u64)> {
     let window_len = MASK_GRAINS * dirty.geometry().grain_len();
     let run = dirty.next_dirty(cursor, DIRTY_RUN_LEN_MAX)?;
     let mut header = Header::new(Kind::Dirty, epoch);
@@ -85,7 +85,7 @@ fn next_told(dirty: &DirtyMap, cursor: u64, epoch: Epoch) -> Option<(Header, u64
 /// The ranges that a message tells of.
 fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRange> + use<>, Violation> {
     let (range, mask) = (header.range, header.aux);
-    let wrong = |what| Violation::DirtyMap { what, range };
+    let wrong = |what| Violation::DirtyBitmap { what, range };
     let grain_len = if mask == 0 { range.len } else { range.len / MASK_GRAINS };
     if range.start % DIRTY_GRAIN_LEN_MIN != 0 {
         return Err(wrong("a mark that begins inside a page"));
@@ -111,14 +111,14 @@ fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRa
 }
 
 impl Volume {
-    /// The peer's word about dirty maps.
+    /// The peer's word about dirty bitmaps.
     pub(super) fn map_message(&mut self, header: &Header) -> Result<(), Violation> {
         let epoch = self.session.epoch();
         if header.epoch < epoch {
             // Of before the roles changed.
             return Ok(());
         }
-        let wrong = |what| Violation::DirtyMap { what, range: header.range };
+        let wrong = |what| Violation::DirtyBitmap { what, range: header.range };
         if header.epoch > epoch {
             return Err(Violation::Epoch { found: header.epoch, ours: epoch });
         }
@@ -255,8 +255,8 @@ mod tests {
             other_grain in prop::sample::select(vec![4096, G, 1 << 20]),
         ) {
             let size = 5000 * G + 4096;
-            let mut dirty = DirtyMap::new(Geometry::for_volume(size).expect("usual"));
-            let mut heard = DirtyMap::new(Geometry::new(size, other_grain, 4 << 20, 1024).expect("good"));
+            let mut dirty = DirtyBitmap::new(Geometry::for_volume(size).expect("usual"));
+            let mut heard = DirtyBitmap::new(Geometry::new(size, other_grain, 4 << 20, 1024).expect("good"));
             let (mut told, mut marked) = (0, 0);
             for (start, count) in marks {
                 let start = start * G;

@@ -323,7 +323,10 @@ impl Session {
         self.last_kept = now;
         let silent = now.duration_since(self.last_heard);
         let host_answers = || link.host_silence().is_some_and(|host| host < timeout);
-        if silent >= timeout * STALLED_PEER_TIMEOUTS || (silent >= timeout && !host_answers()) {
+        // A peer of which nothing came since the handshake has not shown that its program runs at all.
+        let unheard = self.heard_bytes == 0;
+        let patience = if unheard { timeout + timeout / 2 } else { timeout * STALLED_PEER_TIMEOUTS };
+        if silent >= patience || (silent >= timeout && !host_answers()) {
             let silent_ms = u64::try_from(silent.as_millis()).unwrap_or(u64::MAX);
             link.close(DownReason::Silent { silent_ms });
             return Some(now);
@@ -359,6 +362,10 @@ impl Session {
 
     pub(super) fn last_heard(&self) -> Instant {
         self.last_heard
+    }
+
+    pub(super) fn distrust_all(&mut self) {
+        self.distrusted = true;
     }
 
     pub(super) fn has_sent_all(&self) -> bool {

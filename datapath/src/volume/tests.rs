@@ -76,8 +76,8 @@ impl Node {
                 Notice::Done { origin: Origin::Queue { slot, .. }, result } => {
                     self.told.entry(slot).or_default().push(result);
                 }
-                // This front end answers a read as soon as it is granted.
-                Notice::Unpin { .. } => {}
+                // This front end answers a read as soon as it is granted, and its NBD clients are gone.
+                Notice::Unpin { .. } | Notice::Done { origin: Origin::Nbd { .. }, .. } => {}
                 other => panic!("a notice for nobody: {other:?}"),
             }
         }
@@ -167,6 +167,12 @@ impl Pair {
         let now = Instant::now();
         self.a.volume.attach_after(before, Box::new(here), Direction::Source { resync }, self.epoch, now);
         self.b.volume.attach(Box::new(there), Direction::Target { resync }, self.epoch, now);
+    }
+
+    /// The source went on alone, and the target lives on.
+    fn join_kept(&mut self) {
+        let applied = self.b.volume.told_of_parting().expect("the target lives").applied;
+        self.join_after(Before::Kept { applied }, true);
     }
 
     fn turn(&mut self) {
@@ -289,16 +295,45 @@ fn an_overlapping_request_waits_for_the_peers_word() {
 }
 
 #[test]
-fn a_payload_that_broke_off_is_mirrored_as_far_as_it_came_and_answered_to_nobody() {
+fn a_write_that_is_taken_back_before_it_is_placed_changes_nothing_and_frees_its_range() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
     let range = ByteRange::new(8192, 8192);
     let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
-    pair.a.fill(ByteRange::new(8192, 3000), 9);
-    pair.a.volume.landed_in_part(token);
+    pair.a.begin(2, Op::Change(Kind::WriteZeroes), range, false);
+    pair.a.volume.cancel_waiting(token);
+    pair.until_told(2);
     pair.until_quiet();
     assert_eq!(pair.a.told(1), []);
+    assert_eq!(pair.a.told(2), [Ok(())]);
+    assert!(pair.a.volume.has_link(), "nobody is the worse for it");
     pair.assert_equal_and_clean();
-    assert_eq!(pair.b.content()[8192 + 2999], 9);
+    pair.a.assert_nothing_left();
+}
+
+#[test]
+fn changes_of_a_client_that_is_gone_are_not_begun_and_those_that_have_begun_are_carried_out() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    let range = ByteRange::new(8192, 8192);
+    let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
+    let of = |connection, serial| Origin::Nbd { connection, serial, cookie: 0 };
+    let zeroes = |origin, start| NewRequest {
+        origin,
+        op: Op::Change(Kind::Trim),
+        range: ByteRange::new(start, 4096),
+        fua: true,
+    };
+    pair.a.fill(range, 9);
+    pair.a.fill(ByteRange::new(0, 4096), 9);
+    assert!(matches!(pair.a.volume.begin(zeroes(of(3, 7), 8192)), Begin::Waits(_)));
+    assert!(matches!(pair.a.volume.begin(zeroes(of(3, 8), 12288)), Begin::Waits(_)));
+    assert!(matches!(pair.a.volume.begin(zeroes(of(3, 7), 0)), Begin::Go(_)));
+    assert_eq!(pair.a.volume.cancel_changes_of(3, 7), 1, "the one that waits");
+    pair.a.volume.landed(token);
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+    let there = pair.b.content();
+    assert_eq!((there[0], there[8192], there[12288]), (0, 9, 0));
+    pair.a.assert_nothing_left();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The online verification in a volume: its steps beside clients' requests, and what follows from what it finds.
 //!
 //! Control asks for one while both disks are in sync ([`Volume::verify`]) and hears of its end exactly once
-//! ([`Event::Verified`]). What differs is marked in the dirty map. With `repair` the marked ranges are then copied over
+//! ([`Event::Verified`]). What differs is marked in the dirty bitmap. With `repair` the marked ranges are then copied over
 //! the running session by the background copy, which clears them once they are durable on both nodes; without, the marks
 //! stay, and the next session copies them.
 
@@ -59,7 +59,7 @@ impl Volume {
 
     /// Begins what steps may begin, and ends a verification that has compared all.
     pub(super) fn step_verify(&mut self, now: Instant) {
-        if !self.background.is_verifying() {
+        if !self.background.is_verifying() || self.session.is_parted() {
             return;
         }
         while let Some(step) = self.background.next_verify_step(now, &self.disk) {
@@ -74,9 +74,10 @@ impl Volume {
         }
     }
 
-    /// The peer has looked at the step's range, at this point of the write order.
-    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: bool) {
-        if self.background.step_compared(serial, range, Some(equal)) {
+    /// The peer has looked at the step's range, at this point of the write order. What it found is `None` where a link broke
+    /// before it was told.
+    pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: Option<bool>) {
+        if self.background.step_compared(serial, range, equal) {
             tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes are others");
             self.record.mark(range);
         }

@@ -1,6 +1,6 @@
 //! The clients of the volume: requests of every kind, many at once, meeting each other on a small disk.
 //!
-//! Stands beside `reactor/queues.rs`, but lets the payload of a write arrive in two halves, as a socket would. Each client
+//! Stands beside `reactor/queues.rs`, but puts the payload of a write in place in two steps, as a connection does. Each client
 //! asks the node it believes to serve and turns to the other when refused.
 
 use super::checker::{ChangeId, Effect, FlushAsked, NAMES, Verdict, broken, payload};
@@ -38,7 +38,7 @@ struct Request {
     fua: bool,
     change: Option<ChangeId>,
     flush: Option<FlushAsked>,
-    /// The payload is half there, under this token.
+    /// The payload is half in place, under this token.
     receiving: Option<Token>,
 }
 
@@ -223,32 +223,23 @@ impl World {
         }
     }
 
-    /// The rest of a payload has come.
+    /// Puts the rest of a payload in place, and its beginning again, as the disk may have been exchanged for memory.
     pub(super) fn land(&mut self, at: usize, id: OpId) {
         let Some(request) = &mut self.requests.list[id.0 as usize] else { return };
         let Some(token) = request.receiving.take() else { return };
         let (range, change) = (request.range, request.change.expect("a change"));
-        let bytes = payload(change, range);
-        let half = half_of(bytes.len());
-        let rest = ByteRange::new(range.start + half as u64, (bytes.len() - half) as u64);
-        self.nodes[at].disk.image.span(rest).write_from(&bytes[half..]);
+        self.nodes[at].disk.image.span(range).write_from(&payload(change, range));
         self.volume(at).landed(token);
         let now = self.now();
         self.wake(at, now);
     }
 
-    /// Clients in mid-payload are disconnected.
+    /// Clients are disconnected: what has begun of their writes is carried out.
     pub(super) fn end_payloads(&mut self, at: usize) {
         let ids: Vec<OpId> = self.requests.open.iter().copied().collect();
         for id in ids {
-            let request = self.requests.get(id);
-            if request.node == at
-                && let Some(token) = request.receiving.take()
-            {
-                // The change may take its effect later; nobody hears of it.
-                self.requests.get(id).change = None;
-                self.volume(at).landed_in_part(token);
-                self.close(id, false);
+            if self.requests.get(id).node == at {
+                self.land(at, id);
             }
         }
     }

@@ -467,6 +467,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );
@@ -634,7 +635,7 @@ impl World {
             self.sessions += 1;
             match before {
                 Before::Unknown => {}
-                Before::Kept => drop(self.seen.insert("a copy of what was written alone")),
+                Before::Kept { .. } => drop(self.seen.insert("a copy of what was written alone")),
                 Before::GoesOn { .. } if side == (SessionSide::Source { resync: true }) => {
                     self.seen.insert("a copy went on over another link");
                 }
@@ -661,6 +662,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );

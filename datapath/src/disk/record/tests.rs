@@ -2,9 +2,9 @@
 //! any step.
 
 use super::*;
-use crate::disk::metadata::simulated::{Dice, Simulated};
 use crate::disk::metadata::{create, open};
 use crate::disk::superblock::Superblock;
+use crate::testing::simulated_medium::{Dice, Simulated};
 use std::collections::VecDeque;
 
 const G: u64 = crate::limits::DIRTY_GRAIN_LEN;
@@ -33,7 +33,7 @@ fn reopen(medium: &Simulated) -> Record {
 }
 
 /// What a crash leaves marked.
-fn after_crash(medium: &Simulated) -> DirtyMap {
+fn after_crash(medium: &Simulated) -> DirtyBitmap {
     medium.restart(true, &mut Dice::new(5));
     open(medium.clone(), 0, "v", "alpha", SIZE).expect("readable").dirty
 }
@@ -81,7 +81,7 @@ fn extent(n: u64) -> ByteRange {
     ByteRange::new(n * EXTENT, 4096)
 }
 
-fn is_dirty(map: &DirtyMap, range: ByteRange) -> bool {
+fn is_dirty(map: &DirtyBitmap, range: ByteRange) -> bool {
     map.next_dirty(range.start, u64::MAX).is_some_and(|run| run.start < range.end())
 }
 
@@ -326,7 +326,7 @@ fn a_round_ends_though_marks_keep_coming() {
 
 #[test]
 fn a_record_that_is_stored_nowhere_keeps_nobody_waiting() {
-    let mut record = Record::new(DirtyMap::new(geometry()), ActivityLog::new(geometry(), 0, 0), None);
+    let mut record = Record::new(DirtyBitmap::new(geometry()), ActivityLog::new(geometry(), 0, 0), None);
     record.session_began();
     for n in 0..SLOTS {
         assert_eq!(record.touch(Token(n), extent(n)), Admit::Go(Touched::Log));

@@ -2,42 +2,39 @@
 //!
 //! Payloads go straight from the socket into the mapped disk, and replies to reads straight from it. Rules that keep
 //! that safe:
-//! - A write's payload is received only once its range is locked; until then the connection is not read.
-//! - Bytes reach the disk in whole sectors (of [`SECTOR_LEN`] bytes), so that a client that dies in mid-payload leaves
-//!   no torn sector. The part it did send is mirrored like a write, unacknowledged. What is there of a sector whose
-//!   rest is still on its way is taken aside: left in the socket, it can keep the buffer of 64 KiB that it came in, the
-//!   TCP window closed, and the rest away for good.
+//! - A write is begun, which asks for its range, only when its payload is whole: in the socket's queue, or aside in memory
+//!   that is bounded ([`Incoming`], [`ClientMemory`]). So no lock is held while a client takes its time, and no sector is torn.
+//! - What a connection has not begun when its client closes it is never begun: neither what stands in its socket, nor a change
+//!   that waits for its range. What has begun is carried out.
+//! - A client that only ends its own direction gets the replies it is owed. Nobody can tell that from a TCP client that has
+//!   closed. So its requests may not be begun after another client's that came later: when another connection changes
+//!   something, no more is read from this one ([`Connection::take_no_more`]), and when another client opens the volume, what
+//!   has not begun is dropped as well ([`Connection::leave`]).
 //! - A node that stops serving answers what was admitted and nothing else, then closes ([`Connection::leave`]): to a file
 //!   system an error is final, while a client that reconnects repeats what was not answered where it is served then.
 //! - While output is stuck no further request is taken, so one client costs a bounded amount of memory. A reply stuck
-//!   half-way pins its range; when a change wants it, the rest is copied out ([`Connection::unpin`]).
+//!   half-way pins its range; when a change wants it, the rest is copied out ([`Connection::unpin`]), if there is room for it.
 //!
 //! Survives: any bytes, disconnection at any point, a medium that fails under a transfer (`EIO`, the stream stays in step).
 
 use super::end::ConnectionEnd;
 use super::handshake::{ExportDirectory, Handshake, Outcome};
-use super::proto::{
-    AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
-};
-use super::reply::{BlockStatus, Finality, error_reply, read_header, simple_reply};
-use super::socket::receive;
+use super::incoming::{Collected, Incoming, Placed, Room, Source, Stage};
+use super::memory::ClientMemory;
+use super::outgoing::{Outgoing, Unstuck};
+use super::proto::{AfterRejection, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request};
+use super::reply::{Finality, error_reply, read_header, simple_reply};
+use super::socket::{ended, receive};
+use super::status::{block_status, touch_pages};
 use crate::error::IoError;
-use crate::limits::{
-    CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_STALL_S_MAX, RECEIVE_LEN_MAX, TURN_MS_MAX,
-};
+use crate::limits::{CONNECTION_REQUESTS_MAX, HANDSHAKE_S_MAX, PAYLOAD_ASIDE_S_MAX, TURN_MS_MAX};
 use crate::units::{ByteRange, Token};
 use crate::volume::{Begin, NewRequest, Op, Origin, Volume};
 use crate::wire::Kind;
-use costandby_ffi::mapping::Span;
-use costandby_ffi::net::{Piece, recv_pieces, send_pieces};
 use rustix::io::Errno;
 use std::collections::VecDeque;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
-
-/// Unit in which payloads are taken from the socket.
-const SECTOR_LEN: usize = 512;
 
 /// Requests one connection is served in a turn before the next one's.
 const TURN_REQUESTS_MAX: usize = 64;
@@ -49,19 +46,7 @@ const OUT_LEN_SOON: usize = 32 << 10;
 #[derive(Debug)]
 enum Input {
     Header,
-    /// A write whose range is not ours yet.
-    AwaitsLock {
-        token: Token,
-        cookie: u64,
-        range: ByteRange,
-    },
-    Payload {
-        token: Token,
-        cookie: u64,
-        range: ByteRange,
-        span: Span,
-        received: usize,
-    },
+    Write(Incoming),
     /// A refused write's payload.
     Drain {
         left: usize,
@@ -82,14 +67,6 @@ struct Read {
     range: ByteRange,
 }
 
-/// A reply to a read that the socket took in part.
-#[derive(Debug)]
-struct Stuck {
-    token: Token,
-    span: Span,
-    sent: usize,
-}
-
 #[derive(Debug)]
 enum State {
     Handshake(Handshake),
@@ -106,27 +83,28 @@ pub struct Connection {
     input: Input,
     header: [u8; REQUEST_LEN],
     header_len: usize,
-    /// The beginning of the payload's next sector.
-    fragment: [u8; SECTOR_LEN],
-    fragment_len: usize,
-    /// Replies ahead of [`Self::stuck`].
-    out: Vec<u8>,
-    out_sent: usize,
-    stuck: Option<Stuck>,
-    /// Replies behind it.
-    out_after: Vec<u8>,
-    /// Part of a reply was lost with the disk after its beginning had promised success: the client must not get it.
-    torn: bool,
+    /// Bytes that are known to be in the socket.
+    queued: usize,
+    out: Outgoing,
     waiting_reads: Vec<Read>,
     ready_reads: VecDeque<Read>,
     open: usize,
-    /// The socket may have bytes for us / may take bytes from us.
+    /// The socket may have bytes for us.
     readable: bool,
-    writable: bool,
-    /// The client has closed its side: what is in the socket is all there will be.
-    hung_up: bool,
-    /// When the client last sent something or was let go on; during the handshake, when it came.
+    /// The client has ended its direction: what is in the socket is all there will be.
+    half_closed: bool,
+    /// The client is gone.
+    closed: bool,
+    /// The last turn left bytes in the socket.
+    left_over: bool,
+    /// No request is taken behind the present one.
+    no_more: bool,
+    /// Changes taken.
+    changes: u64,
+    /// When the client last sent something; during the handshake, when it came.
     last_input: Instant,
+    /// When the client last took something.
+    last_output: Instant,
 }
 
 type Outcomes = Result<bool, ConnectionEnd>;
@@ -145,20 +123,19 @@ impl Connection {
             input: Input::Header,
             header: [0; REQUEST_LEN],
             header_len: 0,
-            fragment: [0; SECTOR_LEN],
-            fragment_len: 0,
-            out,
-            out_sent: 0,
-            torn: false,
-            stuck: None,
-            out_after: Vec::new(),
+            queued: 0,
+            out: Outgoing::new(out),
             waiting_reads: Vec::new(),
             ready_reads: VecDeque::new(),
             open: 0,
             readable: true,
-            writable: true,
-            hung_up: false,
+            half_closed: false,
+            closed: false,
+            left_over: false,
+            no_more: false,
+            changes: 0,
             last_input: now,
+            last_output: now,
         }
     }
 
@@ -184,48 +161,81 @@ impl Connection {
     }
 
     /// Edges from the reactor's poller.
-    pub fn ready(&mut self, readable: bool, writable: bool, hung_up: bool) {
-        self.readable |= readable || hung_up;
+    pub fn ready(&mut self, readable: bool, writable: bool, half_closed: bool, closed: bool) {
+        self.readable |= readable || half_closed || closed;
         // On a dead connection the next send says so.
-        self.writable |= writable || hung_up;
-        self.hung_up |= hung_up;
+        self.out.writable |= writable || closed;
+        self.half_closed |= half_closed || closed;
+        self.closed |= closed;
+    }
+
+    /// Whether the client has ended its direction, or is gone.
+    #[must_use]
+    pub fn is_half_closed(&self) -> bool {
+        self.half_closed
+    }
+
+    /// Changes taken so far.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// Whether [`Connection::service`] could do something.
     #[must_use]
     pub fn wants_service(&self) -> bool {
-        let output = self.out_sent < self.out.len() || self.stuck.is_some();
-        if output {
-            return self.writable;
+        // A range is locked, which no client that takes no replies may hold up.
+        if self.closed || self.is_placing() {
+            return true;
+        }
+        if self.out.is_pending() {
+            return self.out.writable;
         }
         if !self.ready_reads.is_empty() {
             return true;
         }
-        match self.input {
-            Input::AwaitsLock { .. } => false,
+        match &self.input {
             Input::Refused { .. } => true,
             Input::Ended => self.open == 0,
-            // The request it belongs to was counted when it was taken.
-            Input::Payload { .. } | Input::Drain { .. } => self.readable,
+            Input::Write(write) => match write.stage {
+                Stage::Arriving => self.readable,
+                Stage::Whole | Stage::Begun(_) => true,
+                Stage::Waits(_) => false,
+            },
+            Input::Drain { .. } => self.readable,
             Input::Header => self.readable && self.open < CONNECTION_REQUESTS_MAX,
         }
     }
 
-    /// Whether the client has been silent too long in mid-handshake or in mid-payload.
-    #[must_use]
-    pub fn is_stalled(&self, now: Instant) -> bool {
-        let limit_s = match (&self.state, &self.input) {
-            (State::Handshake(_), _) => HANDSHAKE_S_MAX,
-            (_, Input::Payload { .. }) => PAYLOAD_STALL_S_MAX,
-            _ => return false,
-        };
-        now.duration_since(self.last_input) > Duration::from_secs(limit_s)
+    fn is_placing(&self) -> bool {
+        matches!(&self.input, Input::Write(Incoming { stage: Stage::Begun(_), .. }))
     }
 
-    /// Whether it is receiving a payload into the disk, or waits to.
+    /// Whether the client has taken too long over its handshake, or over a payload whose memory another one waits for
+    /// (`is_contended`).
+    #[must_use]
+    pub fn is_stalled(&self, now: Instant, is_contended: bool) -> bool {
+        let since = |since: Instant, limit_s| now.duration_since(since) > Duration::from_secs(limit_s);
+        match (&self.state, &self.input) {
+            (State::Handshake(_), _) => since(self.last_input, HANDSHAKE_S_MAX),
+            (_, Input::Write(write)) if is_contended && write.stage == Stage::Arriving => {
+                write.aside_since().is_some_and(|aside| since(aside, PAYLOAD_ASIDE_S_MAX))
+            }
+            _ => false,
+        }
+    }
+
+    /// For how long the client has neither sent nor been owed anything.
+    #[must_use]
+    pub fn idle(&self, now: Instant) -> Option<Duration> {
+        let idle = matches!(self.state, State::Open { .. }) && self.open == 0 && !self.out.is_pending();
+        idle.then(|| now.duration_since(self.last_input))
+    }
+
+    /// Whether it has a write that is not begun, or a request that there was no room for.
     #[must_use]
     pub fn in_payload(&self) -> bool {
-        matches!(self.input, Input::Payload { .. } | Input::AwaitsLock { .. } | Input::Refused { .. })
+        matches!(self.input, Input::Write(_) | Input::Refused { .. })
     }
 
     /// Takes the handshake's next bytes. Returns the name of the export once one is open; the caller then gives its
@@ -237,7 +247,7 @@ impl Connection {
         &mut self,
         directory: &dyn ExportDirectory,
     ) -> Result<Option<(String, Negotiated)>, ConnectionEnd> {
-        self.send_out()?;
+        self.out.send(&self.socket)?;
         while self.readable {
             let State::Handshake(handshake) = &mut self.state else { return Ok(None) };
             // Only as much as surely belongs to the handshake is taken from the socket, the rest looked at: the first
@@ -258,18 +268,18 @@ impl Connection {
                 Err(e) => return Err(ConnectionEnd::Io(e.into())),
             };
             let step = handshake
-                .feed(&peeked[..n], &mut self.out, directory)
+                .feed(&peeked[..n], self.out.queue_mut(), directory)
                 .map_err(|e| ConnectionEnd::Protocol(e.to_string()));
             let consumed = step.as_ref().map_or(n, |s| s.consumed);
             rustix::net::recv(&self.socket, &mut peeked[..consumed], rustix::net::RecvFlags::DONTWAIT)
                 .map_err(|e| ConnectionEnd::Io(e.into()))?;
-            self.send_out()?;
+            self.out.send(&self.socket)?;
             match step?.outcome {
                 Outcome::NeedMore => {}
                 Outcome::Transmission(opened) => return Ok(Some((opened.name, opened.negotiated))),
                 Outcome::Close => return Err(ConnectionEnd::Gone),
             }
-            if self.out_sent < self.out.len() {
+            if self.out.is_pending() {
                 break;
             }
         }
@@ -286,15 +296,32 @@ impl Connection {
     ///
     /// # Errors
     /// [`ConnectionEnd`].
-    pub fn service(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
-        let mut any = self.send_out()?;
-        self.finish_stuck(volume);
+    pub fn service(&mut self, volume: &mut Volume, memory: &mut ClientMemory, now: Instant) -> Outcomes {
+        if std::mem::take(&mut self.left_over) {
+            // Others have been served since: what they sent after this client was gone comes before this client's.
+            let (half_closed, closed) = ended(&self.socket)?;
+            self.half_closed |= half_closed;
+            self.closed |= closed;
+        }
+        if self.closed {
+            return Err(ConnectionEnd::Gone);
+        }
+        let sent = self.out.sent;
+        let mut any = self.out.send(&self.socket)?;
+        self.finish_stuck(volume, memory);
         let mut budget = TURN_REQUESTS_MAX;
         while self.wants_service() && budget > 0 && now.elapsed() < Duration::from_millis(TURN_MS_MAX) {
             budget -= 1;
-            if self.out.len() >= OUT_LEN_SOON {
-                any |= self.send_out()?;
-                self.finish_stuck(volume);
+            if self.is_placing() {
+                if !self.take_write(volume, memory, now)? {
+                    break;
+                }
+                any = true;
+                continue;
+            }
+            if self.out.queue_len() >= OUT_LEN_SOON || self.out.is_stuck() {
+                any |= self.out.send(&self.socket)?;
+                self.finish_stuck(volume, memory);
                 continue;
             }
             if let Some(read) = self.ready_reads.pop_front() {
@@ -302,42 +329,43 @@ impl Connection {
                 any = true;
                 continue;
             }
-            if !self.take_input(volume, now)? {
+            if !self.take_input(volume, memory, now)? {
                 break;
             }
             any = true;
         }
-        any |= self.send_out()?;
-        self.finish_stuck(volume);
-        if matches!(self.input, Input::Ended) && self.open == 0 && self.out.is_empty() && self.stuck.is_none()
-        {
+        any |= self.out.send(&self.socket)?;
+        self.finish_stuck(volume, memory);
+        if self.out.sent != sent {
+            self.last_output = now;
+        }
+        if matches!(self.input, Input::Ended) && self.open == 0 && !self.out.is_pending() {
             return Err(ConnectionEnd::Gone);
         }
+        self.left_over = self.readable && !matches!(self.input, Input::Ended);
         Ok(any)
     }
 
     /// A request that waited may go on.
-    pub fn granted(&mut self, token: Token, volume: &mut Volume) {
-        if let Input::AwaitsLock { token: waits, cookie, range } = self.input
-            && waits == token
+    pub fn granted(&mut self, token: Token) {
+        if let Input::Write(write) = &mut self.input
+            && write.stage == Stage::Waits(token)
         {
-            let span = volume.disk().span(range);
-            self.input = Input::Payload { token, cookie, range, span, received: 0 };
-            // The time it was made to wait is not the client's.
-            self.last_input = Instant::now();
+            write.stage = Stage::Begun(token);
         } else if let Some(at) = self.waiting_reads.iter().position(|read| read.token == token) {
             self.ready_reads.push_back(self.waiting_reads.swap_remove(at));
         }
     }
 
     /// A request ended.
-    pub fn done(&mut self, cookie: u64, result: Result<(), IoError>) {
-        // A refused write that still waits for its range, or is being received, is answered once; its payload drains.
-        match &self.input {
-            Input::AwaitsLock { cookie: waits, range, .. } if *waits == cookie && result.is_err() => {
-                self.input = Input::Drain { left: usize::try_from(range.len).expect("64-bit") };
-            }
-            _ => {}
+    pub fn done(&mut self, cookie: u64, result: Result<(), IoError>, memory: &mut ClientMemory) {
+        // A refused write that still waits for its range is answered once; its payload drains.
+        if let Input::Write(write) = &self.input
+            && matches!(write.stage, Stage::Waits(_))
+            && write.cookie == cookie
+            && result.is_err()
+        {
+            self.end_write(write.in_socket(), memory);
         }
         if let Some(at) = self.waiting_reads.iter().position(|read| read.cookie == cookie)
             && result.is_err()
@@ -347,78 +375,103 @@ impl Connection {
         self.open -= 1;
         match result {
             Ok(()) => self.reply_ok(cookie),
-            // A write whose payload is still arriving holds its range: the close gives that back.
-            Err(error) if error.ends_connection() && matches!(self.input, Input::Payload { .. }) => {}
-            Err(error) if error.ends_connection() => self.input = Input::Ended,
+            Err(error) if error.ends_connection() => self.take_no_more(memory),
             Err(error) => self.reply_error(cookie, error.into(), &error.to_string()),
         }
     }
+    /// Takes no more requests: the volume stops being served here, or a client that closed this connection may have come
+    /// back. What was admitted is answered as it ends, and then the connection is over. A write that is not begun is not
+    /// answered; nor is anything behind it.
+    pub fn leave(&mut self, volume: &mut Volume, memory: &mut ClientMemory) {
+        if let Input::Write(Incoming { stage: Stage::Begun(token), .. }) = self.input {
+            if !self.finish_write(token, volume) {
+                self.open -= 1;
+            }
+        } else if let Input::Write(Incoming { stage: Stage::Waits(token), .. }) = self.input {
+            self.open -= 1;
+            volume.cancel_waiting(token);
+        }
+        self.open -= volume.cancel_changes_of(self.index, self.serial);
+        self.end_input(memory);
+    }
 
-    /// Takes no more requests: the volume stops being served here. What was admitted is answered as it ends, and then the
-    /// connection is over. A write whose payload has not come whole is not answered; nor is anything behind it.
-    pub fn leave(&mut self, volume: &mut Volume) {
-        match std::mem::replace(&mut self.input, Input::Ended) {
-            Input::Payload { token, .. } => {
-                self.open -= 1;
-                volume.landed_in_part(token);
-            }
-            Input::AwaitsLock { token, .. } => {
-                self.open -= 1;
-                volume.cancel_waiting(token);
-            }
-            Input::Header | Input::Drain { .. } | Input::Refused { .. } | Input::Ended => {}
+    /// Takes no more requests, but answers those that it took, those that wait included.
+    pub fn take_no_more(&mut self, memory: &mut ClientMemory) {
+        self.no_more = true;
+        let taken = match &self.input {
+            Input::Write(write) => matches!(write.stage, Stage::Waits(_) | Stage::Begun(_)),
+            _ => false,
+        };
+        if !taken {
+            self.end_input(memory);
         }
     }
 
+    fn end_input(&mut self, memory: &mut ClientMemory) {
+        if let Input::Write(write) = std::mem::replace(&mut self.input, Input::Ended) {
+            write.give_back(&mut self.room(memory));
+        }
+    }
+
+    fn room<'a>(&self, memory: &'a mut ClientMemory) -> Room<'a> {
+        Room { memory, volume: self.volume().unwrap_or(0), serial: self.serial }
+    }
+
+    /// When its client last took something, if a copied reply is on its way to it.
+    #[must_use]
+    pub fn copy_stuck_since(&self) -> Option<Instant> {
+        self.out.has_copy().then_some(self.last_output)
+    }
+
+    /// When its client last took something.
+    #[must_use]
+    pub fn last_output(&self) -> Instant {
+        self.last_output
+    }
+
     /// Copies the rest of a stuck reply out of the mapping, or puts a read that waits behind it back, so that a change may
-    /// have the range.
-    pub fn unpin(&mut self, token: Token, volume: &mut Volume) {
-        if self.stuck.as_ref().is_none_or(|stuck| stuck.token != token) {
+    /// have the range. False when there is no room for the copy: close a connection of the volume that has one, or this one.
+    #[must_use]
+    pub fn unpin(&mut self, token: Token, volume: &mut Volume, memory: &mut ClientMemory) -> bool {
+        let Some(len) = self.out.pinned_len(token) else {
             let ready = self.ready_reads.iter().position(|read| read.token == token);
             if let Some(read) = ready.and_then(|at| self.ready_reads.remove(at)) {
                 self.waiting_reads.push(read);
                 volume.put_back(token);
             }
-            return;
+            return true;
+        };
+        let room = self.room(memory);
+        if !room.memory.take_reply(room.volume, len) {
+            return false;
         }
-        let stuck = self.stuck.take().expect("checked");
-        let rest = stuck.span.sub(stuck.sent, stuck.span.len() - stuck.sent);
-        let start = self.out.len();
-        self.out.resize(start + rest.len(), 0);
-        rest.read_into(&mut self.out[start..]);
-        self.torn |= rest.is_lost();
-        self.out.append(&mut self.out_after);
+        self.out.copy_out();
         volume.unpin(token);
-        self.open -= 1;
+        true
     }
 
     /// Whether this token's reply is stuck here, or cannot be made because the client takes none. A read that is only
     /// about to be answered is not meant: it is done within the turn.
     #[must_use]
     pub fn pins(&self, token: Token) -> bool {
-        self.stuck.as_ref().is_some_and(|stuck| stuck.token == token)
-            || (!self.writable && self.ready_reads.iter().any(|read| read.token == token))
+        self.out.pinned_len(token).is_some()
+            || (!self.out.writable && self.ready_reads.iter().any(|read| read.token == token))
     }
 
-    /// Gives back whatever the connection holds of its volume. What is left is the socket, for
-    /// [`Lingering`](super::linger::Lingering).
+    /// Gives back whatever the connection holds of its volume and of its clients' memory. A write that has begun is carried
+    /// out; one that waits for its range is not. What is left is the socket, for [`Lingering`](super::linger::Lingering).
     #[must_use]
-    pub fn close(mut self, volume: Option<&mut Volume>) -> OwnedFd {
+    pub fn close(mut self, volume: Option<&mut Volume>, memory: &mut ClientMemory) -> OwnedFd {
         let Some(volume) = volume else { return self.socket };
-        match self.input {
-            Input::Payload { token, .. } => volume.landed_in_part(token),
-            Input::AwaitsLock { token, .. } => volume.cancel_waiting(token),
-            Input::Header | Input::Drain { .. } | Input::Refused { .. } | Input::Ended => {}
-        }
+        self.leave(volume, memory);
         for read in self.waiting_reads.drain(..) {
             volume.cancel_waiting(read.token);
         }
         for read in self.ready_reads.drain(..) {
             volume.read_done(read.token);
         }
-        if let Some(stuck) = self.stuck {
-            volume.unpin(stuck.token);
-        }
+        let unstuck = self.out.give_up();
+        self.end_reply(unstuck, volume, memory);
         self.socket
     }
 
@@ -426,84 +479,52 @@ impl Connection {
         matches!(self.state, State::Open { negotiated: Negotiated { structured: true, .. }, .. })
     }
 
-    fn put(&mut self, bytes: &[u8]) {
-        if self.stuck.is_some() { &mut self.out_after } else { &mut self.out }.extend_from_slice(bytes);
-    }
-
     fn reply_ok(&mut self, cookie: u64) {
         // The protocol lets a server answer anything but a read by a simple reply, structured replies or not; but some
         // clients want a chunk for block status, which has its own.
-        self.put(&simple_reply(cookie, None));
+        self.out.put(&simple_reply(cookie, None));
     }
 
     fn reply_error(&mut self, cookie: u64, errno: NbdErrno, message: &str) {
         let reply = error_reply(cookie, errno, message, self.structured());
-        self.put(reply.as_bytes());
-    }
-
-    /// Sends queued output. Returns whether any bytes went.
-    fn send_out(&mut self) -> Outcomes {
-        if self.torn {
-            return Err(disk_failed_in_mid_reply());
-        }
-        let mut any = false;
-        while self.writable && (self.out_sent < self.out.len() || self.stuck.is_some()) {
-            let queued = &self.out[self.out_sent..];
-            let sent = match &self.stuck {
-                Some(stuck) => {
-                    let rest = stuck.span.sub(stuck.sent, stuck.span.len() - stuck.sent);
-                    send_pieces(self.socket.as_fd(), &[Piece::Bytes(queued), Piece::Span(&rest)])
-                }
-                None => send_pieces(self.socket.as_fd(), &[Piece::Bytes(queued)]),
-            };
-            match sent {
-                Ok(n) => {
-                    any = true;
-                    let of_queued = n.min(self.out.len() - self.out_sent);
-                    self.out_sent += of_queued;
-                    if let Some(stuck) = &mut self.stuck {
-                        if stuck.span.is_lost() {
-                            return Err(disk_failed_in_mid_reply());
-                        }
-                        stuck.sent += n - of_queued;
-                        if stuck.sent == stuck.span.len() {
-                            // `finish_stuck` takes it off and tells the volume.
-                            break;
-                        }
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.writable = false,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(ConnectionEnd::Io(e)),
-            }
-        }
-        if self.out_sent == self.out.len() {
-            self.out.clear();
-            self.out_sent = 0;
-        }
-        Ok(any)
+        self.out.put(reply.as_bytes());
     }
 
     /// Takes a stuck reply off once all of it is sent.
-    fn finish_stuck(&mut self, volume: &mut Volume) {
-        let done = self.stuck.as_ref().is_some_and(|stuck| stuck.sent == stuck.span.len());
-        if done {
-            let stuck = self.stuck.take().expect("checked");
-            volume.unpin(stuck.token);
-            self.open -= 1;
-            self.out.append(&mut self.out_after);
+    fn finish_stuck(&mut self, volume: &mut Volume, memory: &mut ClientMemory) {
+        let unstuck = self.out.take_sent();
+        self.open -= usize::from(unstuck.is_some());
+        self.end_reply(unstuck, volume, memory);
+    }
+
+    fn end_reply(&self, unstuck: Option<Unstuck>, volume: &mut Volume, memory: &mut ClientMemory) {
+        match unstuck {
+            Some(Unstuck::Pinned(token)) => volume.unpin(token),
+            Some(Unstuck::Copied(len)) => {
+                let room = self.room(memory);
+                room.memory.give_reply(room.volume, len);
+            }
+            None => {}
         }
     }
 
     /// One step of input. Returns whether there was any.
-    fn take_input(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
+    fn take_input(&mut self, volume: &mut Volume, memory: &mut ClientMemory, now: Instant) -> Outcomes {
         match &mut self.input {
             Input::Header => {
-                let n = receive(&self.socket, &mut self.header[self.header_len..], &mut self.readable)?;
+                let room = &mut self.header[self.header_len..];
+                let n = match receive(&self.socket, room, &mut self.readable) {
+                    Err(ConnectionEnd::Gone) => {
+                        self.take_no_more(memory);
+                        return Ok(true);
+                    }
+                    n => n?,
+                };
                 if n == 0 {
                     return Ok(false);
                 }
                 self.last_input = now;
+                self.queued = self.queued.saturating_sub(n);
                 self.header_len += n;
                 if self.header_len == REQUEST_LEN {
                     self.header_len = 0;
@@ -511,15 +532,22 @@ impl Connection {
                 }
                 Ok(true)
             }
-            Input::Payload { .. } => self.take_payload(volume, now),
+            Input::Write(_) => self.take_write(volume, memory, now),
             Input::Drain { left } => {
                 let mut scrap = [0; 16 << 10];
                 let take = scrap.len().min(*left);
-                let n = receive(&self.socket, &mut scrap[..take], &mut self.readable)?;
+                let n = match receive(&self.socket, &mut scrap[..take], &mut self.readable) {
+                    Err(ConnectionEnd::Gone) => {
+                        self.take_no_more(memory);
+                        return Ok(true);
+                    }
+                    n => n?,
+                };
                 *left -= n;
+                self.queued = self.queued.saturating_sub(n);
                 self.last_input = now;
                 if *left == 0 {
-                    self.input = Input::Header;
+                    self.input = self.next_input(0);
                 }
                 Ok(n > 0)
             }
@@ -529,110 +557,123 @@ impl Connection {
                 self.begin(new, cookie, volume)?;
                 Ok(!matches!(self.input, Input::Refused { .. }))
             }
-            Input::AwaitsLock { .. } | Input::Ended => Ok(false),
+            Input::Ended => Ok(false),
         }
     }
 
-    fn take_payload(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
-        let Input::Payload { token, cookie, range, ref span, received } = self.input else {
-            panic!("only in mid-payload")
-        };
-        let left = span.len() - received;
-        let available = rustix::io::ioctl_fionread(&self.socket).map_err(|e| ConnectionEnd::Io(e.into()))?;
-        let available = available.min(RECEIVE_LEN_MAX as u64);
-        let take = if available >= left as u64 {
-            left
-        } else {
-            let position = range.start + received as u64;
-            let sectors_end = (position + available) / SECTOR_LEN as u64 * SECTOR_LEN as u64;
-            usize::try_from(sectors_end.saturating_sub(position)).expect("64-bit")
-        };
-        if self.fragment_len > 0 || (take == 0 && available > 0) {
-            return self.take_fragment(volume, now);
+    /// What follows a write of which so many bytes are still in the socket.
+    fn next_input(&self, in_socket: usize) -> Input {
+        match in_socket {
+            _ if self.no_more => Input::Ended,
+            0 => Input::Header,
+            left => Input::Drain { left },
         }
-        if take == 0 {
-            if self.hung_up {
-                return Err(ConnectionEnd::Gone);
-            }
-            self.readable = false;
-            return Ok(false);
+    }
+
+    /// The write is over as far as its client's bytes are concerned, of which so many are still in the socket.
+    fn end_write(&mut self, in_socket: usize, memory: &mut ClientMemory) {
+        let next = self.next_input(in_socket);
+        if let Input::Write(write) = std::mem::replace(&mut self.input, next) {
+            write.give_back(&mut self.room(memory));
         }
-        let target = span.sub(received, take);
-        let ahead = take == left && self.open < CONNECTION_REQUESTS_MAX;
-        let next = if ahead { &mut self.header[..] } else { &mut [] };
-        let n = match recv_pieces(self.socket.as_fd(), &target, next) {
-            Ok(0) => return Err(ConnectionEnd::Gone),
-            Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                self.readable = false;
-                return Ok(false);
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(true),
-            Err(e) if e.raw_os_error() == Some(Errno::FAULT.raw_os_error()) => {
-                volume.disk().fail();
-                if volume.outlives_failure() {
-                    // What the client sends waits in the socket until other memory is here.
-                    return Ok(false);
+    }
+
+    /// One step of a write: towards a whole payload, its range, its place on the disk.
+    fn take_write(&mut self, volume: &mut Volume, memory: &mut ClientMemory, now: Instant) -> Outcomes {
+        let mut room = self.room(memory);
+        let Input::Write(write) = &mut self.input else { panic!("only with a write") };
+        if write.stage == Stage::Arriving {
+            let mut source = Source {
+                socket: &self.socket,
+                queued: &mut self.queued,
+                readable: &mut self.readable,
+                half_closed: self.half_closed,
+            };
+            match write.collect(&mut source, &mut room, now)? {
+                Collected::Whole => write.stage = Stage::Whole,
+                Collected::Some => {
+                    self.last_input = now;
+                    return Ok(true);
                 }
-                self.input = Input::Drain { left };
-                volume.landed(token);
-                return Ok(true);
+                Collected::Nothing => return Ok(false),
+                Collected::Ended => {
+                    self.take_no_more(memory);
+                    return Ok(true);
+                }
             }
-            Err(e) => return Err(ConnectionEnd::Io(e)),
-        };
-        self.last_input = now;
-        if n < left {
-            let received = received + n.min(take);
-            volume.received(token, received);
-            self.input = Input::Payload { token, cookie, range, span: span.clone(), received };
-            return Ok(true);
+            self.last_input = now;
         }
-        self.input = Input::Header;
-        self.header_len = n - take;
-        if ahead && self.header_len < REQUEST_LEN && !self.hung_up {
-            // Less than was asked for: the socket is empty, and what comes next is a new edge.
-            self.readable = false;
+        if write.stage == Stage::Whole {
+            match volume.begin(write.new) {
+                Begin::Go(token) => write.stage = Stage::Begun(token),
+                Begin::Waits(token) => {
+                    write.stage = Stage::Waits(token);
+                    self.open += 1;
+                    return Ok(true);
+                }
+                Begin::Full => return Ok(false),
+                Begin::Failed(error) => {
+                    let (cookie, in_socket) = (write.cookie, write.in_socket());
+                    if error.ends_connection() {
+                        self.take_no_more(memory);
+                    } else {
+                        self.reply_error(cookie, error.into(), &error.to_string());
+                        self.end_write(in_socket, memory);
+                    }
+                    return Ok(true);
+                }
+            }
+            self.open += 1;
+        }
+        let Stage::Begun(token) = write.stage else { return Ok(false) };
+        let ahead = !self.no_more && !self.out.is_pending() && self.open < CONNECTION_REQUESTS_MAX;
+        let next = if ahead { &mut self.header[..] } else { &mut [] };
+        match write.place(&self.socket, next, volume)? {
+            Placed::Some => {}
+            Placed::Later => return Ok(false),
+            Placed::Failed { in_socket } => {
+                self.queued = 0;
+                self.end_write(in_socket, memory);
+                volume.landed(token);
+            }
+            Placed::Whole { ahead: n } => {
+                let straight = write.in_socket();
+                self.queued = self.queued.saturating_sub(straight + n);
+                if straight > 0 {
+                    self.header_len = n;
+                    if ahead && n < REQUEST_LEN && !self.half_closed {
+                        // Less than was asked for: the socket is empty, and what comes next is a new edge.
+                        self.readable = false;
+                    }
+                }
+                self.end_write(0, memory);
+                volume.landed(token);
+                if self.header_len == REQUEST_LEN {
+                    self.header_len = 0;
+                    self.request(volume)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Carries out what has begun of a write whose connection ends. False when it was taken back instead, which happens to one
+    /// whose bytes cannot be had and of which none is on the disk.
+    fn finish_write(&mut self, token: Token, volume: &mut Volume) -> bool {
+        let Input::Write(write) = &mut self.input else { panic!("only with a write") };
+        loop {
+            match write.place(&self.socket, &mut [], volume) {
+                Ok(Placed::Some) => {}
+                Ok(Placed::Whole { .. } | Placed::Failed { .. }) => break,
+                Ok(Placed::Later) | Err(_) if write.is_touched() => break,
+                Ok(Placed::Later) | Err(_) => {
+                    volume.cancel_waiting(token);
+                    return false;
+                }
+            }
         }
         volume.landed(token);
-        if self.header_len == REQUEST_LEN {
-            self.header_len = 0;
-            self.request(volume)?;
-        }
-        Ok(true)
-    }
-
-    /// Takes what is there of the next sector aside, and puts it in its place once all of it is there.
-    fn take_fragment(&mut self, volume: &mut Volume, now: Instant) -> Outcomes {
-        let Input::Payload { token, range, ref span, ref mut received, .. } = self.input else {
-            panic!("only in mid-payload")
-        };
-        let left = span.len() - *received;
-        let position = range.start + *received as u64;
-        let to_boundary = SECTOR_LEN - usize::try_from(position % SECTOR_LEN as u64).expect("under a sector");
-        let len = to_boundary.min(left);
-        let n = receive(&self.socket, &mut self.fragment[self.fragment_len..len], &mut self.readable)?;
-        if n == 0 {
-            return Ok(false);
-        }
-        self.last_input = now;
-        self.fragment_len += n;
-        if self.fragment_len < len {
-            return Ok(true);
-        }
-        self.fragment_len = 0;
-        span.sub(*received, len).write_from(&self.fragment[..len]);
-        *received += len;
-        let in_place = *received;
-        if len == left {
-            self.input = Input::Header;
-            volume.landed(token);
-        } else if volume.disk().is_failed() && !volume.outlives_failure() {
-            self.input = Input::Drain { left: left - len };
-            volume.landed(token);
-        } else {
-            volume.received(token, in_place);
-        }
-        Ok(true)
+        true
     }
 
     /// A whole request header is in.
@@ -679,7 +720,7 @@ impl Connection {
                 return Ok(());
             }
             Operation::BlockStatus { range, one } => {
-                self.block_status(cookie, range, one, volume);
+                self.out.put(block_status(volume.disk(), range, one).encode(cookie).as_bytes());
                 return Ok(());
             }
             Operation::Disconnect => {
@@ -687,38 +728,34 @@ impl Connection {
                 return Ok(());
             }
         };
-        self.begin(NewRequest { origin, op, range, fua }, cookie, volume)
+        let new = NewRequest { origin, op, range, fua };
+        self.changes += u64::from(matches!(op, Op::Change(_)));
+        if op == Op::Change(Kind::Write) {
+            self.input = Input::Write(Incoming::new(new, cookie));
+            return Ok(());
+        }
+        self.begin(new, cookie, volume)
     }
 
+    /// Begins any request but a write.
     fn begin(&mut self, new: NewRequest, cookie: u64, volume: &mut Volume) -> Result<(), ConnectionEnd> {
         let range = new.range;
-        let is_write = new.op == Op::Change(Kind::Write);
         match volume.begin(new) {
             Begin::Go(token) => {
                 self.open += 1;
-                if is_write {
-                    let span = volume.disk().span(range);
-                    self.input = Input::Payload { token, cookie, range, span, received: 0 };
-                } else if new.op == Op::Read {
+                if new.op == Op::Read {
                     self.answer_read(Read { token, cookie, range }, volume)?;
                 }
             }
             Begin::Waits(token) => {
                 self.open += 1;
-                if is_write {
-                    self.input = Input::AwaitsLock { token, cookie, range };
-                } else if new.op == Op::Read {
+                if new.op == Op::Read {
                     self.waiting_reads.push(Read { token, cookie, range });
                 }
             }
             Begin::Full => self.input = Input::Refused { new, cookie },
             Begin::Failed(error) if error.ends_connection() => self.input = Input::Ended,
-            Begin::Failed(error) => {
-                self.reply_error(cookie, error.into(), &error.to_string());
-                if is_write {
-                    self.input = Input::Drain { left: usize::try_from(range.len).expect("64-bit") };
-                }
-            }
+            Begin::Failed(error) => self.reply_error(cookie, error.into(), &error.to_string()),
         }
         Ok(())
     }
@@ -739,48 +776,15 @@ impl Connection {
             return Ok(());
         }
         let header = read_header(read.cookie, read.range, self.structured(), Finality::Done);
-        self.out.extend_from_slice(header.as_bytes());
-        self.stuck = Some(Stuck { token: read.token, span, sent: 0 });
-        self.send_out()?;
-        let stuck = self.stuck.as_ref().expect("just put there");
-        if stuck.sent == stuck.span.len() {
-            self.stuck = None;
+        self.out.put_read(read.token, header.as_bytes(), span);
+        self.out.send(&self.socket)?;
+        if self.out.take_sent().is_some() {
             self.open -= 1;
             volume.read_done(read.token);
         } else {
             volume.pin(read.token);
         }
         Ok(())
-    }
-
-    fn block_status(&mut self, cookie: u64, range: ByteRange, one: bool, volume: &Volume) {
-        let mut status = BlockStatus::new(range, one);
-        let mut at = range.start;
-        loop {
-            let extent = volume.disk().extent_at(at, range.end());
-            let flags = if extent.hole { NBD_STATE_HOLE | NBD_STATE_ZERO } else { 0 };
-            at = extent.range.end();
-            if !status.push(extent.range.len, flags) {
-                break;
-            }
-        }
-        self.put(status.encode(cookie).as_bytes());
-    }
-}
-
-/// A reply that promised success cannot be taken back.
-fn disk_failed_in_mid_reply() -> ConnectionEnd {
-    ConnectionEnd::Io(io::Error::other("the disk failed in the middle of a reply"))
-}
-
-/// Loads a byte of every page, so that a page that cannot be had poisons the mapping now.
-fn touch_pages(span: &Span) {
-    const PAGE_LEN: usize = 4096;
-    let mut byte = [0];
-    let mut at = 0;
-    while at < span.len() {
-        span.sub(at, 1).read_into(&mut byte);
-        at = (span.offset() + at + PAGE_LEN) / PAGE_LEN * PAGE_LEN - span.offset();
     }
 }
 

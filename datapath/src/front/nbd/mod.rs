@@ -8,8 +8,12 @@
 pub mod connection;
 pub mod end;
 pub mod handshake;
+mod incoming;
 pub mod linger;
+pub mod memory;
 mod option;
+mod outgoing;
 pub mod proto;
 pub mod reply;
 mod socket;
+mod status;

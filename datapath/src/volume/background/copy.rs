@@ -1,7 +1,7 @@
 //! The steps of the background copy.
 
 use super::{Background, Step};
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::{DiskImage, Extent};
 use crate::limits::{RESYNC_CHUNK_LEN, RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
 use crate::mirror::resync::Resync;
@@ -12,12 +12,12 @@ use std::time::Instant;
 
 impl Background {
     /// Copies what is marked here and there, once the peer has told its marks.
-    pub(in crate::volume) fn begin_copy(&mut self, dirty: &DirtyMap) {
+    pub(in crate::volume) fn begin_copy(&mut self, dirty: &DirtyBitmap) {
         self.begin(dirty, self.checksum_first);
     }
 
     /// Copies what a verification has marked in `dirty`. The peer has no marks of its own: it is in sync but for those.
-    pub(in crate::volume) fn begin_repair(&mut self, dirty: &DirtyMap) {
+    pub(in crate::volume) fn begin_repair(&mut self, dirty: &DirtyBitmap) {
         self.begin(dirty, false);
         if let Some(copy) = &mut self.copy {
             let first = copy.told_all(dirty, Vec::new());
@@ -26,7 +26,7 @@ impl Background {
         }
     }
 
-    fn begin(&mut self, dirty: &DirtyMap, compares: bool) {
+    fn begin(&mut self, dirty: &DirtyBitmap, compares: bool) {
         let geometry = dirty.geometry();
         self.copy_serial += 1;
         self.copy = Some(Resync::new(geometry.grain_len(), geometry.size(), compares));
@@ -64,13 +64,15 @@ impl Background {
         &mut self,
         now: Instant,
         urgent: bool,
-        dirty: &DirtyMap,
+        dirty: &DirtyBitmap,
         disk: &DiskImage,
     ) -> Option<Step> {
         if self.paused && !urgent {
             return None;
         }
-        let wanted = self.copy.as_ref()?.next(dirty)?;
+        let copy = self.copy.as_mut()?;
+        copy.ask_for_a_step(dirty);
+        let wanted = copy.next(dirty)?;
         let len = self.leave(now, self.clients_busy && !urgent)?;
         let copy = self.copy.as_mut()?;
         let marked = wanted.range;
@@ -138,7 +140,7 @@ impl Background {
         &mut self,
         now: Instant,
         urgent: bool,
-        dirty: &DirtyMap,
+        dirty: &DirtyBitmap,
     ) -> Option<Origin> {
         if self.paused && !urgent {
             return None;
@@ -155,7 +157,7 @@ impl Background {
 
 /// What the next step has to keep to.
 struct Plan {
-    /// The dirty map's.
+    /// The dirty bitmap's.
     grain: u64,
     /// Bytes of data it may send.
     len: u64,

@@ -1,7 +1,7 @@
 //! The background alone: no link, no request, no pipeline.
 
 use super::*;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::DiskImage;
 use crate::disk::metadata::layout::Geometry;
 use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNKS_IN_FLIGHT};
@@ -10,10 +10,10 @@ use std::sync::Arc;
 const SIZE: u64 = 64 * G;
 
 /// A disk full of data, and a map with these grains marked.
-fn world(marked: &[u64]) -> (Arc<DiskImage>, DirtyMap) {
+fn world(marked: &[u64]) -> (Arc<DiskImage>, DirtyBitmap) {
     let disk = DiskImage::memory("test", SIZE).expect("memory");
     disk.span(ByteRange::new(0, SIZE)).write_from(&vec![7; usize::try_from(SIZE).expect("64-bit")]);
-    let mut dirty = DirtyMap::new(Geometry::for_volume(SIZE).expect("usual"));
+    let mut dirty = DirtyBitmap::new(Geometry::for_volume(SIZE).expect("usual"));
     for grain in marked {
         let _ = dirty.set(ByteRange::new(grain * G, G));
     }
@@ -21,7 +21,7 @@ fn world(marked: &[u64]) -> (Arc<DiskImage>, DirtyMap) {
 }
 
 /// A background whose copy has heard all of the peer's marks.
-fn copying(dirty: &DirtyMap) -> Background {
+fn copying(dirty: &DirtyBitmap) -> Background {
     let mut background = Background::new(false);
     background.begin_copy(dirty);
     let copy = background.copy_mut().expect("begun");
@@ -30,7 +30,7 @@ fn copying(dirty: &DirtyMap) -> Background {
     background
 }
 
-fn copy_steps(background: &mut Background, now: Instant, dirty: &DirtyMap, disk: &DiskImage) -> Vec<Step> {
+fn copy_steps(background: &mut Background, now: Instant, dirty: &DirtyBitmap, disk: &DiskImage) -> Vec<Step> {
     std::iter::from_fn(|| background.next_copy_step(now, false, dirty, disk)).collect()
 }
 

@@ -1,7 +1,7 @@
 //! The steps of the online verification.
 
 use super::{Background, Step};
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::DiskImage;
 use crate::disk::record::Round;
 use crate::limits::{RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX};
@@ -115,7 +115,7 @@ impl Background {
     }
 
     /// All is compared, and what differs is being copied.
-    pub(in crate::volume) fn repair(&mut self, dirty: &DirtyMap) {
+    pub(in crate::volume) fn repair(&mut self, dirty: &DirtyBitmap) {
         if let Some(verifying) = &mut self.verifying {
             verifying.repairing = true;
             self.begin_repair(dirty);

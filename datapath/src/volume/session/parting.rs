@@ -16,6 +16,8 @@ pub(in crate::volume) struct LinkEnd {
     pub(in crate::volume) was_target: bool,
     /// Something of the session got through over it.
     pub(in crate::volume) moved: bool,
+    /// Anything at all came over it.
+    pub(in crate::volume) heard: bool,
 }
 
 /// A session without a link.
@@ -58,7 +60,8 @@ impl Session {
         self.outbox.clear();
         let was_target = self.standby.is_some() | std::mem::take(&mut self.target_refused);
         let undurable = undurable || (self.void && !was_target);
-        self.ended = Some(LinkEnd { reason: reason.to_string(), undurable, was_target, moved: self.moved });
+        let (moved, heard) = (self.moved, self.heard_bytes > 0);
+        self.ended = Some(LinkEnd { reason: reason.to_string(), undurable, was_target, moved, heard });
     }
 
     /// The end that control has not heard of, if nothing is being applied any more.

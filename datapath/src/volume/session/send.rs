@@ -3,7 +3,7 @@
 use super::{Outgoing, Session};
 use crate::access::Access;
 use crate::disk::digest::Digest;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::DiskImage;
 use crate::limits::{READ_REPLY_LEN_MAX, TURN_MS_MAX};
 use crate::mirror::pipeline::Change;
@@ -30,7 +30,7 @@ pub(in crate::volume) struct Sources<'a> {
     /// Hears how long steps took.
     pub(in crate::volume) background: &'a mut Background,
     /// What a target tells.
-    pub(in crate::volume) dirty: &'a DirtyMap,
+    pub(in crate::volume) dirty: &'a DirtyBitmap,
     /// Payload counts.
     pub(in crate::volume) counters: &'a VolumeCounters,
 }

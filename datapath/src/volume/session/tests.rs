@@ -1,7 +1,7 @@
 //! A session alone, over the loopback link: no disk but the one that frames are made of, no pipeline, no control.
 
 use super::*;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::image::DiskImage;
 use crate::disk::metadata::layout::Geometry;
 use crate::limits::RING_LEN_MIN;
@@ -23,7 +23,7 @@ struct End {
     requests: RequestTable,
     diskless: Diskless,
     background: Background,
-    dirty: DirtyMap,
+    dirty: DirtyBitmap,
     counters: VolumeCounters,
 }
 
@@ -35,7 +35,7 @@ impl End {
             requests: RequestTable::new(),
             diskless: Diskless::default(),
             background: Background::new(false),
-            dirty: DirtyMap::new(Geometry::for_volume(SIZE).expect("usual")),
+            dirty: DirtyBitmap::new(Geometry::for_volume(SIZE).expect("usual")),
             counters: VolumeCounters::default(),
         }
     }

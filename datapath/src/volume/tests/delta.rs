@@ -2,11 +2,11 @@
 
 use super::faults::{ack, is_link_down, turns_until, with_raw_peer};
 use super::*;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::disk::metadata::layout::Geometry;
-use crate::disk::metadata::simulated::Simulated;
 use crate::disk::metadata::{create, open};
 use crate::disk::superblock::Superblock;
+use crate::testing::simulated_medium::Simulated;
 use crate::wire::flags;
 
 /// A record on a medium of its own, with a log as small as can be.
@@ -20,7 +20,7 @@ pub(super) fn stored(size: u64) -> (Simulated, Record) {
 }
 
 /// What a daemon that died at this moment would find marked.
-pub(super) fn marked_after_a_crash(medium: &Simulated, size: u64) -> DirtyMap {
+pub(super) fn marked_after_a_crash(medium: &Simulated, size: u64) -> DirtyBitmap {
     open(medium.clone(), 0, "v", "n", size).expect("readable").dirty
 }
 

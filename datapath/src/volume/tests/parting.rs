@@ -88,7 +88,7 @@ fn what_was_written_alone_is_copied_and_what_was_mirrored_before_only_waits_for_
     assert_eq!(pair.a.volume.record.doubts(), [grains(0, 4), grains(5, 15)]);
     let sent = |pair: &Pair| pair.a.volume.counters.resync_bytes_posted.load(Ordering::Relaxed);
     let before = sent(&pair);
-    pair.join_after(Before::Kept, true);
+    pair.join_kept();
     pair.until("the end of the copy", |pair| pair.a.saw(|event| matches!(event, Event::ResyncDone { .. })));
     assert_eq!(sent(&pair) - before, G, "one grain was sent");
     assert!(!pair.a.volume.record.is_dirty() && pair.a.volume.record.doubts().is_empty());
@@ -155,4 +155,97 @@ fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
     pair.cut();
     let since = pair.a.volume.session.stalled_since().expect("a client waits");
     assert_eq!(since, pair.a.volume.session.last_heard());
+}
+
+/// Turns by hand until the copy has a step that the target applied and the source has not heard of, and cuts there.
+fn cut_before_the_ack(pair: &mut Pair) {
+    let before = applied(pair);
+    pair.until("a step that was applied and not acknowledged", |pair| {
+        let ended = pair.a.events.iter().any(|event| matches!(event, Event::ResyncDone { .. }));
+        (applied(pair) > before && pair.a.volume.pipeline.unsure_steps().next().is_some()) || ended
+    });
+    // Nothing of what the link holds is heard any more.
+    pair.a.volume.session.distrust_all();
+    pair.cut();
+}
+
+#[test]
+fn a_copy_whose_source_went_alone_sends_no_grain_again_that_was_applied() {
+    let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
+    pair.a.fill(ByteRange::new(0, SIZE), 5);
+    pair.connect(true);
+    let (mut breaks, mut unheard) = (0, 0);
+    while !pair.a.saw(|event| matches!(event, Event::ResyncDone { .. })) {
+        if breaks == 8 {
+            pair.turn();
+            continue;
+        }
+        cut_before_the_ack(&mut pair);
+        breaks += 1;
+        pair.a.volume.go_alone();
+        let heard = pair.a.volume.record.doubts().iter().map(|range| range.len).sum::<u64>();
+        if breaks == 3 {
+            // Over what the target has.
+            pair.a.write(1, grains(0, 1), 7);
+            pair.until_told(1);
+        }
+        pair.join_kept();
+        let (here, there) = (pair.a.content(), pair.b.content());
+        let (record, grain) = (&pair.a.volume.record, usize::try_from(G).expect("small"));
+        let doubts = record.doubts();
+        for (at, (here, there)) in (0..).zip(here.chunks(grain).zip(there.chunks(grain))) {
+            let start = grains(at, 1).start;
+            if record.dirty().window(start) & 1 != 0 {
+                let known = doubts.iter().any(|range| (range.start..range.end()).contains(&start));
+                assert_eq!(known, here == there, "grain {at} after break {breaks}");
+            }
+        }
+        unheard += doubts.iter().map(|range| range.len).sum::<u64>().saturating_sub(heard);
+    }
+    assert!(unheard > 0, "steps that were applied and not acknowledged");
+    pair.a.volume.peer_in_sync();
+    pair.until_quiet();
+    pair.assert_equal_and_clean();
+}
+
+#[test]
+fn what_was_applied_before_is_flushed_behind_the_first_step_and_nothing_is_cleared_without_the_target() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    for grain in 0..20 {
+        pair.a.write(grain, grains(grain.into(), 1), 1);
+        pair.until_told(grain);
+    }
+    pair.cut();
+    pair.a.volume.go_alone();
+    pair.until("quiet at the target", |pair| pair.b.saw(|event| matches!(event, Event::Settled { .. })));
+    assert_eq!(pair.a.volume.record.doubts(), [grains(0, 20)]);
+    let (by_hand, jobs) = DiskWorkers::by_hand();
+    pair.b.volume.workers = by_hand;
+    pair.join_kept();
+    let began = Instant::now();
+    let flush = loop {
+        pair.turn();
+        if let Some(job) = jobs.try_iter().find(|job| matches!(job.kind, JobKind::Flush)) {
+            break job;
+        }
+        assert!(began.elapsed() < PATIENCE, "the target is never asked for a flush");
+    };
+    for _ in 0..200 {
+        pair.turn();
+    }
+    assert!(
+        pair.a.volume.record.dirty().dirty_bytes() == 20 * G,
+        "cleared before the target's flush has ended"
+    );
+    let mut flushes = vec![flush];
+    pair.until("the end of the copy", |pair| {
+        for Job { token, kind } in flushes.drain(..) {
+            pair.b.volume.job_done(JobDone { volume: 0, token, kind, result: Ok(()) });
+        }
+        flushes.extend(jobs.try_iter());
+        pair.a.saw(|event| matches!(event, Event::ResyncDone { .. }))
+    });
+    assert!(!pair.a.volume.record.is_dirty());
+    let sent = pair.a.volume.counters.resync_bytes_posted.load(Ordering::Relaxed);
+    assert!(sent <= G, "{sent} bytes for a flush to stand behind");
 }

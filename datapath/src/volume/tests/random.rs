@@ -4,7 +4,7 @@
 use super::delta::{marked_after_a_crash, stored};
 use super::links::Make;
 use super::*;
-use crate::disk::metadata::simulated::Simulated;
+use crate::testing::simulated_medium::Simulated;
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -200,11 +200,9 @@ impl Run {
 
     fn land(&mut self, at: usize) {
         let (slot, token) = self.open.swap_remove(at);
-        let Asked { mut range, byte, breaks_off, .. } = self.asked[slot as usize];
+        let Asked { range, byte, breaks_off, .. } = self.asked[slot as usize];
         if breaks_off {
-            range.len /= 2;
-            self.pair.a.fill(range, byte);
-            self.pair.a.volume.landed_in_part(token);
+            self.pair.a.volume.cancel_waiting(token);
         } else {
             self.pair.a.fill(range, byte);
             self.pair.a.volume.landed(token);
@@ -269,7 +267,7 @@ impl Run {
         } else if recalls == [true, true] && !restarted {
             self.pair.go_on_over(make.ends());
         } else if recalls[1] && !recalls[0] && !restarted && self.pair.a.volume.record.is_dirty() {
-            self.pair.join_after(Before::Kept, true);
+            self.pair.join_kept();
         } else {
             let dirty = [&self.pair.a, &self.pair.b].map(|node| node.volume.record.is_dirty());
             self.pair.join(dirty != [false, false]);

@@ -120,11 +120,11 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     }
     pair.cut();
     assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0, "to compare is not to change");
-    assert!(pair.verified().expect_err("cut").contains("session ended"));
     pair.a.volume.landed(token);
     pair.a.volume.keep_alive(Instant::now(), Duration::ZERO);
     pair.until("the wish", |pair| pair.a.saw(|e| matches!(e, Event::AskAlone { .. })));
     pair.a.volume.go_alone();
+    assert!(pair.verified().expect_err("given up").contains("session ended"));
     pair.until_quiet();
     pair.a.assert_nothing_left();
     pair.a.volume.verify(false);
@@ -132,6 +132,38 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
     pair.connect(true);
     pair.a.volume.verify(false);
     assert!(pair.verified().expect_err("not in sync").contains("copied"));
+}
+
+#[test]
+fn a_verification_goes_on_where_its_session_goes_on_and_takes_nothing_lost_for_a_difference() {
+    for differing in [false, true] {
+        let mut pair = Pair::in_sync(AckLevel::Memory);
+        for grain in [0, 5, 24] {
+            if differing {
+                pair.flip(grain * G);
+            }
+        }
+        pair.a.volume.verify(false);
+        let mut breaks = 0;
+        while pair.a.volume.background.is_verifying() {
+            pair.turn();
+            if breaks < 30 && pair.a.volume.pipeline.in_flight() > 0 {
+                for _ in 0..breaks % 3 {
+                    pair.b.turn();
+                }
+                pair.cut();
+                pair.go_on();
+                breaks += 1;
+            }
+        }
+        assert!(breaks > 10, "{breaks}");
+        let found = pair.verified().expect("it ends").findings;
+        let expected = [ByteRange::new(0, G), ByteRange::new(5 * G, G), ByteRange::new(24 * G, 4096)];
+        assert_eq!(found.listed, if differing { &expected[..] } else { &[] });
+        assert_eq!(found.compared, SIZE);
+        pair.until_quiet();
+        pair.a.assert_nothing_left();
+    }
 }
 
 #[test]
