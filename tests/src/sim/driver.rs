@@ -467,6 +467,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );
@@ -664,6 +665,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );
