@@ -376,6 +376,14 @@ impl World {
         self.rng.below(most)
     }
 
+    /// The daemon of `at` is killed, unless all is calm by now.
+    pub(super) fn kill(&mut self, at: usize) {
+        if !self.calm {
+            let name = self.crash(at);
+            self.count_fault(at, name);
+        }
+    }
+
     fn crash(&mut self, at: usize) -> &'static str {
         if self.rng.below(2) == 0 {
             // Who takes over does so with a busy disk, whose flushes take longer than the promotion.

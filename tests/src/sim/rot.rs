@@ -106,6 +106,11 @@ impl World {
                     self.undisturbed = false;
                     self.checker.invalidation_asked();
                     self.checker.invalidated(at);
+                    if self.rng.below(2) == 0 {
+                        // The node that serves is gone soon: nobody but the one that differs is left to take over.
+                        let due = self.now() + self.rng.below(S);
+                        self.agenda.at(due, super::world::Event::Kill { at: 1 - at });
+                    }
                 }
             }
             ReactorEvent::Verified { outcome, .. } => {

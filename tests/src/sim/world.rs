@@ -35,6 +35,7 @@ pub(super) use super::driver::{Input, Scope};
 pub(super) enum Event {
     Turn { at: usize, life: u64 },
     TakeOver { at: usize },
+    Kill { at: usize },
     Control { at: usize, life: u64 },
     Work { at: usize, life: u64 },
     Tick { at: usize, life: u64 },
@@ -339,6 +340,7 @@ impl World {
             Event::Client(at) => self.client(at),
             Event::Operator => return self.operate(),
             Event::TakeOver { at } => self.take_over(at),
+            Event::Kill { at } => self.kill(at),
             Event::Reset { at } => {
                 self.reset_again(at);
             }
