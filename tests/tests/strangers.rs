@@ -138,6 +138,7 @@ fn connections_that_say_nothing_keep_no_peer_out() {
     pair.wait_in_sync("db");
     let took = began.elapsed();
     assert!(took < scaled(Duration::from_secs(8)), "{took:?} with strangers at the door");
+    pair.wait_log(BETA, &["refused a connection", "it began no handshake within 3 s", "an NBD client"]);
     // None of them is kept for long.
     wait_for("they are closed", LIMIT, || {
         held.iter()
