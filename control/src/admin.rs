@@ -150,7 +150,7 @@ pub struct VerifyStatus {
     pub repair: bool,
     /// How much of the disk is compared.
     pub percent: f64,
-    /// Bytes in grains of the dirty map that differ.
+    /// Bytes in grains of the dirty bitmap that differ.
     pub differing_bytes: u64,
     /// How many ranges that is; known when it has ended.
     pub differing_ranges: u64,

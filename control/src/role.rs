@@ -219,7 +219,7 @@ pub enum Event {
         reason: String,
         /// Some write is in flight, or not confirmed durable by the peer.
         undurable: bool,
-        /// The dirty map is not empty.
+        /// The dirty bitmap is not empty.
         dirty: bool,
         /// What this end knows of the session, where it may go on over another link.
         parted: Option<Parted>,
@@ -234,7 +234,7 @@ pub enum Event {
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
     ResyncDone,
-    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
+    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty bitmap.
     Verified(Box<Verified>),
     /// As target: bytes that the source announced are others here. Also during a copy, where that is nothing special.
     FoundDifferent,
@@ -412,7 +412,7 @@ impl VolumeSettings {
 pub struct Found {
     /// What its metadata says.
     pub superblock: Superblock,
-    /// Its dirty map is not empty, what a crash left in the activity log included.
+    /// Its dirty bitmap is not empty, what a crash left in the activity log included.
     pub dirty: bool,
     /// The kernel's boot, see [`Superblock::boot`].
     pub boot: [u8; 16],
@@ -457,7 +457,7 @@ pub struct VolumeController {
     superblock: Superblock,
     /// The kernel's boot.
     boot: [u8; 16],
-    /// The dirty map may not be empty.
+    /// The dirty bitmap may not be empty.
     dirty: bool,
     /// The disk lost what the daemon before this one had not flushed, and nothing made up for it yet.
     lost_power: bool,

@@ -18,7 +18,7 @@ use attach::Attachment;
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
-use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
+use costandby_datapath::transport::rdma::registration::{Machine, disk_memory};
 use peers::Route;
 use registry::{Phase, Registry, Shared};
 use status::Backend;

@@ -1,7 +1,7 @@
 //! The part of the controller that deals with verifications: when one may begin, and what follows from what it found.
 //!
 //! Only a serving node in sync with its peer verifies: its disk is what the peer's is held against. What differs and is not
-//! repaired at once is marked in the dirty map, so that the next handshake ends in a copy of it, from this node. Until
+//! repaired at once is marked in the dirty bitmap, so that the next handshake ends in a copy of it, from this node. Until
 //! then the volume may not be handed over, for the other node would serve what differs.
 //!
 //! The node whose disk was found to differ knows it first and puts that on its own record at once: `Outdated`, which serves
