@@ -346,9 +346,9 @@ impl Checker {
         Ok(())
     }
 
-    /// An operator wants everything copied.
+    /// An operator wants everything copied, or what a verification found.
     pub(super) fn invalidation_asked(&mut self) {
-        self.crashed = true;
+        (self.crashed, self.copies) = (true, [None, None]);
     }
 
     /// An operator has given up what `node` holds: only its peer holds all of it from now on.
