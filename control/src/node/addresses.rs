@@ -50,7 +50,7 @@ impl Addresses {
             Err(_) => {
                 // A directory may be on a file system that hangs.
                 let reason = format!(
-                    "the system has not answered within {} s: does its directory answer (`ls`), is its file system reached?",
+                    "the system has not answered within {} s: check that the socket's directory (`ls`) and its file system respond",
                     PATIENCE.as_secs()
                 );
                 self.note::<T>(address, Err(reason));

@@ -113,7 +113,7 @@ impl LinkKeeper {
             return None;
         }
         self.short = 0;
-        let why = format!("RDMA connected and did not last, {SHORT_MAX} times, the last time: {reason}");
+        let why = format!("RDMA connected but did not last, {SHORT_MAX} times, the last time: {reason}");
         self.rdma_failed(now, &why);
         Some(why)
     }

@@ -119,12 +119,14 @@ impl Refusals {
         self.lines += 1;
         let mut line = format!("refused a connection from {from}: {text}");
         if more > 0 {
-            line.push_str(&format!(" ({more} more times since this was said last)"));
+            line.push_str(&format!(" ({more} more times since the last such line)"));
         }
         match std::mem::take(&mut self.unsaid) {
             0 => {}
             unsaid => {
-                line.push_str(&format!(" ({unsaid} other refusals were not logged, there were so many)"));
+                line.push_str(&format!(
+                    " ({unsaid} other refusals were not logged because there were too many)"
+                ));
             }
         }
         Some(line)
@@ -181,7 +183,7 @@ mod tests {
         assert!(refusals.note(s(3), ip(2), "no key").is_some(), "another address");
         assert!(refusals.note(s(3), ip(1), "no volume").is_some(), "another reason");
         let line = refusals.note(s(601), ip(1), "no key").expect("told again");
-        assert!(line.ends_with("no key (598 more times since this was said last)"), "{line}");
+        assert!(line.ends_with("no key (598 more times since the last such line)"), "{line}");
     }
 
     #[test]

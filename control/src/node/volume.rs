@@ -607,7 +607,7 @@ impl VolumeTask {
         self.send(Command::MarkAll { volume: self.index, done });
         told.await.unwrap_or_else(|_| Err("the datapath ended".to_owned())).inspect_err(|error| {
             let volume = self.shared.config.name.as_str();
-            tracing::error!(volume, error, "what has to be copied cannot be put on record");
+            tracing::error!(volume, error, "the list of what must be copied cannot be stored");
         })
     }
 

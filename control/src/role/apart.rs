@@ -162,8 +162,8 @@ impl VolumeController {
             )
         } else if serves && !self.alone && self.recall.is_some() {
             format!(
-                "the link to {peer} broke, and nothing was acknowledged without {peer} since: the session goes on when it is \
-                 back; a write waits for that for `peer_timeout` at most"
+                "the link to {peer} broke, and nothing was acknowledged without {peer} since: the session goes on when the link \
+                 is back; a write waits for that for `peer_timeout` at most"
             )
         } else if serves {
             format!("serving without {peer}, which is brought up to date when it is back")

@@ -502,7 +502,7 @@ pub fn lock(file: &File, path: &Path) -> Result<(), DiskError> {
         Ok(false) => Err(DiskError::Locked { path: path.into() }),
         Err(error) => {
             tracing::warn!(
-                "disk {} cannot be locked: {error}; see to it that nothing else uses the file",
+                "disk {} cannot be locked: {error}; make sure that nothing else uses the file",
                 path.display()
             );
             Ok(())

@@ -257,7 +257,7 @@ impl Shared {
                 tracing::warn!(
                     %error,
                     threads,
-                    "the system gives no more threads for calls on disks, which wait for each other now: raise TasksMax= of \
+                    "the system refuses more threads, so calls on disks wait for each other: raise TasksMax= of \
                      the unit, or ulimit -u"
                 );
             }

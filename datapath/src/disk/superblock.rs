@@ -467,7 +467,7 @@ pub enum SuperblockError {
     },
     /// Shorter than any metadata we ever wrote.
     #[error(
-        "metadata {path} is cut short: {found} bytes where {AREA_LEN} belong; never put an older copy of it there; {GIVE_UP}"
+        "metadata {path} is truncated: {found} bytes instead of {AREA_LEN}; never put an older copy of it there; {GIVE_UP}"
     )]
     Truncated {
         /// Which file.
@@ -502,7 +502,7 @@ pub enum SuperblockError {
     /// The disk of another volume, node or size than configured.
     #[error(
         "metadata {path} belongs to {what} {found}, the configuration says {expected}: correct the disk's path or the \
-         configuration; the disk that is there is another one's, so do not make new metadata for it"
+         configuration; the disk at this path belongs to another volume or node, so do not make new metadata for it"
     )]
     Foreign {
         /// Which file.

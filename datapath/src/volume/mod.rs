@@ -638,7 +638,7 @@ impl Volume {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.source && self.pipeline.in_flight() > 0 {
             // Numbers were given out that will never be posted, and the copy counts on steps that never end.
-            self.end_session("what was under way was given up");
+            self.end_session("open requests were given up");
         }
         self.fail_parked(error);
         self.pipeline.abandon(&mut tokens, &mut locked);

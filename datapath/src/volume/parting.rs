@@ -142,7 +142,7 @@ impl Volume {
         }
         parting.asked = true;
         if self.reads_from_peer() {
-            self.disk_lost("and the link to the peer, which stood in for it, is gone");
+            self.disk_lost("and the link to the peer, whose disk was used instead, is gone");
         } else {
             self.events.push(Event::AskAlone { volume: self.index });
         }

@@ -60,7 +60,7 @@ impl Volume {
             Before::GoesOn { applied, map_told } if holds => self.go_on(applied, map_told, direction),
             Before::GoesOn { .. } => {
                 self.target_refused = matches!(direction, Direction::Target { .. });
-                self.end_session("the session that should go on was given up here");
+                self.end_session("this node had given up the session that should continue");
             }
             Before::Unknown | Before::Kept { .. } => self.direct(direction, epoch),
         }
@@ -87,7 +87,7 @@ impl Volume {
         if matches!(direction, Direction::Target { .. }) && self.receiving > 0 {
             // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
             self.target_refused = true;
-            self.end_session("changes of the role before are still being made");
+            self.end_session("trims or zeroing of the former role are still running");
             return;
         }
         self.epoch = epoch;
@@ -432,7 +432,7 @@ impl Volume {
             self.report_link_end();
         }
         if self.diskless.is_active() {
-            self.disk_lost("and the link to the peer, which could have stood in for it, is gone");
+            self.disk_lost("and the link to the peer, whose disk could have been used instead, is gone");
         }
         // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
         // pipeline wishes once.

@@ -154,7 +154,7 @@ impl Volume {
         let Some(verifying) = &mut self.verifying else { return };
         let Some(equal) = equal else { return verifying.verify.untake(range) };
         if verifying.verify.compared(range, equal) {
-            tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes are others");
+            tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes differ");
             self.mark_differing(range);
         }
     }

@@ -103,7 +103,7 @@ pub struct Step {
 pub enum HandshakeError {
     /// The client set flags that were not offered, or is no NBD client.
     #[error(
-        "client flags {flags:#010x} contain ones that were not offered: not an NBD client, or one from the future"
+        "client flags {flags:#010x} contain ones that were not offered: not an NBD client, or an incompatible one"
     )]
     ClientFlags {
         /// As sent.
