@@ -1,5 +1,5 @@
-//! Where the daemon listens, as far as the system lets it: an address that cannot be bound is tried again until it can be,
-//! and holds nothing else up.
+//! The daemon's listening addresses: an address that cannot be bound is tried again until it can be, and delays
+//! nothing else.
 //!
 //! What is refused is logged once, and again when the reason changes and when it is over; `status` lists it.
 //!

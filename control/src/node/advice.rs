@@ -1,5 +1,5 @@
-//! What is wrong with a disk that cannot be opened, and what an operator can do about it: the text of a failed volume, in
-//! `status`, in the log, for clients and for the peer. Decides nothing and changes nothing.
+//! The text for a disk that cannot be opened: what is wrong and what an operator can do, for `status`, the log,
+//! clients and the peer. Decides nothing and changes nothing.
 //!
 //! Invariants: a text names what is wrong and where, and a next step. Where that step gives up what the disk holds, the
 //! text says so, and says what the disk's own metadata tells of the peer: whether it has that data.

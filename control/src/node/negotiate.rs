@@ -1,4 +1,5 @@
-//! The part of a conversation that settles its link: hellos, the RDMA connection where both have it, TCP where not.
+//! Negotiates the link of a conversation: exchanges hellos, then connects by RDMA if both nodes have it, otherwise
+//! uses TCP.
 //!
 //! Runs between a connection and [`super::volume`], which hears of a hello only when it is settled what will carry the
 //! session. The dialer connects, because it knows first that both can; the acceptor has its listener open before its

@@ -1,4 +1,4 @@
-//! What connections cost that have proved nothing yet: how many there may be at a time, and how often the log hears of them.
+//! Limits for connections that have not proved the key yet: how many at a time, and how often the log names them.
 //! Sans-IO: time comes in.
 //!
 //! Used by [`super::peers`], which accepts every connection at once and keeps it here until its first sealed message has

@@ -1,4 +1,5 @@
-//! One volume's task: what happens goes into its controller, what the controller decides is carried out here.
+//! One volume's task: feeds events to the volume's controller and carries out the actions that the controller
+//! returns.
 //!
 //! Actions are carried out strictly in order, and a store is durable before the next action begins; that is what the
 //! controller's promises rest on. While a store is under way other events wait in the inbox.

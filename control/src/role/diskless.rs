@@ -1,4 +1,4 @@
-//! The part of the controller that deals with a disk that fails under a primary: the peer's stands in for it.
+//! The part of the controller for a primary whose disk fails and that goes on over the peer's disk.
 //!
 //! ```text
 //! primary: disk fails, clients held ── DISK_FAILED ──▶ standby: a generation of its own, stored

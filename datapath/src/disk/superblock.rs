@@ -1,4 +1,4 @@
-//! The superblock: what a disk knows about itself across a crash, as one block of 4096 bytes.
+//! The superblock: the state of a disk that survives a crash, in one block of 4096 bytes.
 //!
 //! It stands in two copies at the beginning of the metadata area, beside the disk (`<disk>.meta`) or in the last MiB of a
 //! block device. Here is the block, encoded and decoded but for what the [`metadata`](super::metadata) module adds to it, which

@@ -1,4 +1,4 @@
-//! NBD clients of the reactor: who is let in, whom each is handed to, and how a connection ends.
+//! NBD clients of the reactor: accepts connections, assigns each to its volume, and ends it.
 //!
 //! Nothing here blocks.
 

@@ -1,4 +1,4 @@
-//! What control tells the reactor, and what the reactor tells control.
+//! Commands from control to the reactor, and events from the reactor to control.
 //!
 //! Commands come by channel with a ring of the reactor's bell; events go back by channel. A volume is named by its index:
 //! those the reactor was made with come first, then those added since, in that order.

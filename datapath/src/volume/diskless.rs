@@ -1,4 +1,4 @@
-//! A volume that outlives its disk: the peer's takes its place, and clients see no more than a pause.
+//! A primary whose disk failed: it goes on over the peer's disk, and clients see only a pause.
 //!
 //! ```text
 //! Sound ─disk fails, peer in sync─▶ Failing ─peer has it on record─▶ Agreed ─nothing uses the old memory─▶ Gone

@@ -1,4 +1,4 @@
-//! One volume in the reactor: the disk, its locks, the pipeline or the access side, and the link, joined up.
+//! One volume in the reactor: connects its disk, range locks, pipeline or standby side, and link.
 //!
 //! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through
 //! [`Volume::poll`] (`session.rs`; `links.rs` while there are two). What follows for front ends stands in [`Volume::notices`], for control in

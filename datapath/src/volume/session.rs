@@ -1,4 +1,4 @@
-//! The link's side of a volume: sessions, what the peer posts, and what we post.
+//! Sessions of a volume: begin and end one, apply what the peer posts, post what the pipeline decides, keep-alives.
 
 use super::diskless::{Diskless, post_reply};
 use super::parting::{LinkEnd, Parting};

@@ -1,4 +1,4 @@
-//! The activity log as it is stored: a ring of transactions, and what they amount to after a crash.
+//! The stored form of the activity log: a ring of transactions, and how they are replayed after a crash.
 //!
 //! Transaction number `n` is the block at place `n` modulo [`ACTIVITY_RING_LEN`]. It holds up to [`UPDATES_MAX`] slots that
 //! changed, and as context the slots of one chunk of the table, chunk `n` modulo the number of chunks. So the last

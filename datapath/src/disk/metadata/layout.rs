@@ -1,4 +1,5 @@
-//! Where everything stands in a metadata area, computed from the volume's size, the grain and the activity log's size.
+//! The position of each part of a metadata area, computed from the volume's size, the grain and the activity log's
+//! size.
 //!
 //! ```text
 //! beside a file      0 superblocks │ 64 KiB activity log (128 KiB) │ 192 KiB dirty bitmap …

@@ -1,5 +1,5 @@
-//! Where metadata is stored: the few calls that everything else here is built on, so that a simulator can stand in for
-//! a disk that tears and loses writes.
+//! The medium of metadata: a few calls that the rest of `metadata` is built on, so that tests can simulate a disk
+//! that tears and loses writes.
 //!
 //! Invariants: a write may be read back at once, but only [`Medium::sync`] brings it to stable storage; until then any
 //! subset of its 512-byte sectors may be there after a loss of power. A sync that failed says nothing about what is

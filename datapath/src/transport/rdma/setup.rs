@@ -1,4 +1,4 @@
-//! Making the connection that a link over RDMA stands on.
+//! Makes the RDMA connection for a link.
 //!
 //! After the hellos: one node listens for one connection, on a port of the system's choice, and tells the peer where and
 //! with which secret; the other dials. Each brings a ring that is registered already ([`super::ring`]) and introduces
