@@ -6,9 +6,9 @@
 
 use costandby_datapath::disk::record::{Admit, Record, Touched};
 use costandby_datapath::limits::RDMA_LOOK_MS;
+use costandby_datapath::testing::fake_rdma::{self, Manner};
 use costandby_datapath::transport::rdma::RdmaLink;
 use costandby_datapath::transport::rdma::endpoint::Endpoint;
-use costandby_datapath::transport::rdma::fake::{self, Manner};
 use costandby_datapath::transport::{Link, LinkEvent, Slot};
 use costandby_datapath::units::{ByteRange, Epoch, Seq, Token};
 use costandby_datapath::wire::{Header, Kind};
@@ -134,7 +134,7 @@ fn warm_up<E: Endpoint>(primary: &mut Primary<E>, mut other: impl FnMut()) {
 
 #[test]
 fn rdma_write_allocates_nothing_in_memory() {
-    let (first, second) = fake::pair(16 << 20, Manner::default()).expect("memory");
+    let (first, second) = fake_rdma::pair(16 << 20, Manner::default()).expect("memory");
     let (mut primary, mut standby) = (Primary::new(first), Standby::new(second));
     warm_up(&mut primary, || assert!(standby.turn()));
     let before = (allocations(), primary.link.registration_counters().bounced_bytes);

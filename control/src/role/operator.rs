@@ -187,6 +187,7 @@ impl VolumeController {
             self.set_connection(Connection::Standalone);
         }
         self.obstacle = None;
+        self.demotion_known(Some("the two are disconnected"), actions);
     }
 
     /// Whether this disk is on record as failed, and as one that went on from what the peer has, or was still copied to it.
@@ -425,7 +426,11 @@ impl VolumeController {
             return self.wind_down(actions);
         }
         let Some(demotion) = self.demotion.take() else { return };
-        self.recall = None;
+        // It agreed that this node serves; its end must not undo the demotion.
+        self.abandon_handshake(actions);
+        let may_return = self.recall.take().is_some_and(|recall| !recall.alone)
+            && self.connection == Connection::Connecting
+            && self.obstacle.is_none();
         actions.push(Action::StopServing);
         if std::mem::take(&mut self.undurable) {
             // Once it is no primary's disk any more, only its generation tells that it differs from the peer's.
@@ -435,14 +440,26 @@ impl VolumeController {
         self.superblock.clean = true;
         self.store(actions);
         self.set_role(Role::Standby);
-        self.alone = false;
-        if self.in_session() {
-            // A promotion there is refused until it is known there, and whoever asked wants just that next.
-            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        let alone = std::mem::take(&mut self.alone);
+        let in_session = self.in_session();
+        if in_session || may_return {
+            // A promotion there is refused until it is known there, and whoever asked wants just that next. Where the link broke
+            // a moment ago the peer is told in the session that follows.
+            if in_session {
+                actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+            }
             self.demoted = Some(Demotion { id: demotion.id, deadline: now + GRANT_TIMEOUT });
             return;
         }
-        self.reply(demotion.id, Ok(format!("{} is standby", self.settings.node)), actions);
+        let VolumeSettings { node, peer, .. } = &self.settings;
+        let text = if alone {
+            format!(
+                "{node} is standby; {peer} lacks what was written here without it, and is copied to when it is back"
+            )
+        } else {
+            format!("{node} is standby")
+        };
+        self.reply(demotion.id, Ok(text), actions);
     }
 
     /// The peer knows that this node was demoted, or will not come to know of it for the reason given.
@@ -450,6 +467,9 @@ impl VolumeController {
         let Some(demotion) = self.demoted.take() else { return };
         let VolumeSettings { node, peer, .. } = &self.settings;
         let text = match but {
+            None if self.connection == Connection::SyncSource => {
+                format!("{node} is standby; {peer} knows, and can be promoted when it has been copied to")
+            }
             None => format!("{node} is standby"),
             Some(why) => format!("{node} is standby; whether {peer} knows it is not known: {why}"),
         };
@@ -544,7 +564,12 @@ impl VolumeController {
             self.end_promotion(&text, actions);
         }
         if self.demoted.as_ref().is_some_and(|demotion| now >= demotion.deadline) {
-            let text = format!("it did not answer in {} s", GRANT_TIMEOUT.as_secs());
+            let secs = GRANT_TIMEOUT.as_secs();
+            let text = if self.in_session() {
+                format!("it did not answer in {secs} s")
+            } else {
+                format!("the link broke, and there was no session within {secs} s")
+            };
             self.demotion_known(Some(&text), actions);
         }
         self.resume_if_due(now, actions);

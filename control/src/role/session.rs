@@ -37,8 +37,7 @@ impl VolumeController {
             return self.handshake_over(actions);
         }
         let mine = self.view();
-        let settled =
-            self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);
+        let settled = self.connection == Connection::Connecting && self.role != Role::Promoting;
         if !settled || self.shutdown_deadline.is_some() || self.offered.as_ref() != Some(&mine) {
             return self.refuse(RefuseCode::Busy, "in the middle of a change", actions);
         }
@@ -55,6 +54,12 @@ impl VolumeController {
         }
         self.overtaken = false;
         let agreement = agree(&mine, &hello.view);
+        if self.role == Role::Demoting
+            && (agreement.goes_on.is_none() || agreement.primary != Some(Side::Mine))
+        {
+            // What is in flight ends in the session that it began in, or without the peer.
+            return self.refuse(RefuseCode::Busy, "in the middle of a demotion", actions);
+        }
         match agreement.verdict {
             Verdict::Resync { source, .. } if agreement.overwrites_a_primary(&mine, &hello.view) => {
                 let text = overtaken(source, &mine, &hello.view, settings);
@@ -143,7 +148,8 @@ impl VolumeController {
         let with_disk = !self.diskless.is_gone();
         superblock.primary = (agreement.primary == Some(Side::Mine) || resumes) && with_disk;
         superblock.clean |= superblock.primary && !before.primary;
-        let kept = self.role != Role::Primary || agreement.primary == Some(Side::Mine);
+        let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        let kept = !serves || agreement.primary == Some(Side::Mine);
         assert!(kept, "a node that serves was to stop by a handshake: {agreement:?}");
         let full =
             matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. });
@@ -252,7 +258,13 @@ impl VolumeController {
         } else {
             SessionSide::Target { resync: connection == Connection::SyncTarget }
         };
-        actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
+        // A node that is being demoted still finishes what was asked before, and admits nothing new.
+        let admits = serve && self.role != Role::Demoting;
+        actions.push(Action::StartSession { side, before, serve: admits, epoch: Epoch(agreement.epoch) });
+        if self.demoted.is_some() {
+            // Whether the word was heard that was sent over the link before is not known.
+            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        }
         let text = match agreement.verdict {
             _ if goes_on => {
                 format!("connected to {} again: the session goes on where its link broke", self.settings.peer)
@@ -348,7 +360,6 @@ impl VolumeController {
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
-        self.demotion_known(Some("the link broke"), actions);
         if !self.link_changes {
             self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
         }

@@ -94,7 +94,11 @@ impl One {
     }
 
     fn command(&mut self, command: Command) -> Vec<Action> {
-        self.on(Event::Operator { id: ID, command })
+        self.command_of(ID, command)
+    }
+
+    fn command_of(&mut self, id: ReplyId, command: Command) -> Vec<Action> {
+        self.on(Event::Operator { id, command })
     }
 
     fn peer_hello(&self) -> Hello {

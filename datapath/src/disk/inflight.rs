@@ -72,7 +72,7 @@ impl Inflight {
     }
 
     /// Grants again. Appends the waiters that may now go on.
-    pub fn resume(&mut self, granted: &mut Vec<Token>) {
+    pub fn resume(&mut self, granted: &mut impl Extend<Token>) {
         self.held = false;
         self.grant_waiters(granted);
     }
@@ -114,7 +114,7 @@ impl Inflight {
     ///
     /// # Panics
     /// When `token` does not hold that lock: our own bookkeeping is broken.
-    pub fn release(&mut self, token: Token, start: u64, granted: &mut Vec<Token>) {
+    pub fn release(&mut self, token: Token, start: u64, granted: &mut impl Extend<Token>) {
         let at = self.locked.partition_point(|(held, _)| held.start < start);
         let held = self.locked.get(at).filter(|(range, holder)| range.start == start && *holder == token);
         assert!(held.is_some(), "{token:?} releases a lock at {start} that it does not hold");
@@ -125,7 +125,7 @@ impl Inflight {
     }
 
     /// Forgets a waiter (its client is gone). Appends the waiters that may now go on.
-    pub fn cancel(&mut self, token: Token, granted: &mut Vec<Token>) {
+    pub fn cancel(&mut self, token: Token, granted: &mut impl Extend<Token>) {
         self.waiting.retain(|w| w.token != token);
         self.grant_waiters(granted);
     }
@@ -146,14 +146,14 @@ impl Inflight {
 
     /// Takes a pinned read back to the waiters, behind all of them: its client is not taking replies, and a change wants
     /// the range. Appends the waiters that may now go on.
-    pub fn put_back(&mut self, token: Token, range: ByteRange, granted: &mut Vec<Token>) {
+    pub fn put_back(&mut self, token: Token, range: ByteRange, granted: &mut impl Extend<Token>) {
         self.pinned.retain(|(_, holder)| *holder != token);
         self.waiting.push_back(Waiter { token, range, access: Access::Read });
         self.grant_waiters(granted);
     }
 
     /// Ends a pin. Appends the waiters that may now go on.
-    pub fn unpin(&mut self, token: Token, granted: &mut Vec<Token>) {
+    pub fn unpin(&mut self, token: Token, granted: &mut impl Extend<Token>) {
         self.pinned.retain(|(_, holder)| *holder != token);
         self.grant_waiters(granted);
     }
@@ -199,7 +199,7 @@ impl Inflight {
         }
     }
 
-    fn grant_waiters(&mut self, granted: &mut Vec<Token>) {
+    fn grant_waiters(&mut self, granted: &mut impl Extend<Token>) {
         if self.held {
             return;
         }
@@ -221,7 +221,7 @@ impl Inflight {
             if waiter.access == Access::Read {
                 self.pin(waiter.token, waiter.range);
             }
-            granted.push(waiter.token);
+            granted.extend([waiter.token]);
         }
     }
 }

@@ -311,7 +311,7 @@ impl Drop for LoopbackLink {
 
 #[cfg(test)]
 mod tests {
-    crate::link_laws!(|ring_len| {
+    crate::link_conformance!(|ring_len| {
         let (here, there) = super::pair(ring_len).expect("ring memory");
         (Box::new(here), Box::new(there))
     });

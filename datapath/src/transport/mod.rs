@@ -19,10 +19,7 @@ use costandby_ffi::mapping::Span;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-#[doc(hidden)]
-pub mod conformance;
 mod credit;
-pub mod fault;
 pub mod loopback;
 mod outbox;
 pub mod rdma;

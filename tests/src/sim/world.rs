@@ -397,7 +397,7 @@ impl World {
         }
         let dirty = opened.dirty.dirty_grains() > 0;
         let (record, superblocks) = costandby_datapath::disk::record::Record::of(*opened);
-        let metadata = MetadataCalls::new(record.store.clone());
+        let metadata = MetadataCalls::new(record.store().cloned());
         let settings = VolumeSettings {
             config: "pair.toml".to_owned(),
             volume: "db".to_owned(),

@@ -24,7 +24,7 @@ const SKIPPED: &str = "SKIPPED: ";
 /// Parts of datapath whose tests play the device, as they do on the host, and never look for one: only for the long run.
 const DOUBLES: [&str; 5] = [
     "transport::rdma::tests::",
-    "transport::fault::tests::",
+    "testing::fault::tests::",
     "transport::rdma::registration::cache::",
     "transport::rdma::placement::",
     "transport::rdma::private_data::",

@@ -40,8 +40,6 @@ pub mod medium;
 pub mod place;
 pub mod sector;
 #[cfg(test)]
-pub(crate) mod simulated;
-#[cfg(test)]
 mod tests;
 
 /// Blocks read or zeroed in one call: 256 KiB.

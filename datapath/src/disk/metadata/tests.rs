@@ -1,10 +1,10 @@
 //! The metadata area on simulated and real media: damage in every part, foreign areas and other formats, and size.
 
 use super::medium::FileMedium;
-use super::simulated::{Dice, Simulated};
 use super::*;
 use crate::disk::activity_log::Touch;
 use crate::limits::DIRTY_GRAIN_LEN;
+use crate::testing::simulated_medium::{Dice, Simulated};
 use crate::units::Epoch;
 use proptest::prelude::*;
 

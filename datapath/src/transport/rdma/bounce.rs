@@ -86,7 +86,7 @@ pub(super) struct BounceBuffer<Region> {
 ///
 /// # Errors
 /// What the registrar or the system says.
-pub(super) fn make<R: Registrar>(registrar: &R) -> io::Result<(Span, R::Region)> {
+pub(crate) fn make<R: Registrar>(registrar: &R) -> io::Result<(Span, R::Region)> {
     let span = Mapping::anonymous(RDMA_BOUNCE_LEN)?.span(0, RDMA_BOUNCE_LEN);
     let region = registrar.register(&span)?;
     Ok((span, region))

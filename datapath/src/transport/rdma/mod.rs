@@ -3,7 +3,7 @@
 //! The device gathers {64 bytes of header, a span of the disk} and lays both into the peer's ring at the place this end
 //! counts to ([`placement`]); the immediate names the place. Messages are small sends that the device copies at once.
 //! Payloads come from sections of the disk that are registered, or through a small bounce buffer while they are not
-//! ([`registration`]). The connection is an [`Endpoint`]: the device's ([`verbs`](endpoint)), or [`fake`], which tests drive.
+//! ([`registration`]). The connection is an [`Endpoint`]: the device's ([`verbs`](endpoint)), or one in memory that tests drive.
 //!
 //! Where it stands in the flow: as [`super::tcp`], between the mirror pipeline (or the access side) and the device. The
 //! endpoint comes connected, with secrets exchanged, from `control`. So may the TCP connection the hellos were
@@ -48,12 +48,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-mod bounce;
+pub(crate) mod bounce;
 pub mod endpoint;
-#[doc(hidden)]
-pub mod fake;
-#[doc(hidden)]
-pub mod hostile;
 pub mod keeper;
 mod placement;
 pub mod private_data;

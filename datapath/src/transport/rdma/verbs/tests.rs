@@ -2,9 +2,9 @@
 //! and once with frames held up, lost, doubled and damaged.
 
 use super::*;
+use crate::testing::conformance::Ends;
+use crate::testing::fault::{FaultLink, Plan, tests as faults};
 use crate::transport::Link;
-use crate::transport::conformance::Ends;
-use crate::transport::fault::{FaultLink, Plan, tests as faults};
 use crate::transport::rdma::ring::Ring;
 use crate::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::testing::{scaled, skip_outside_rig};
@@ -81,7 +81,7 @@ macro_rules! device_laws {
             #[test]
             fn $law() {
                 let Some((address, _alone)) = super::device() else { return };
-                crate::transport::conformance::$law(&|ring_len| super::pair(address, ring_len, $plan));
+                crate::testing::conformance::$law(&|ring_len| super::pair(address, ring_len, $plan));
             }
         )*
     };

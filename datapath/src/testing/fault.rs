@@ -4,12 +4,12 @@
 //! Tests and the simulator put it between a reactor and any transport. What goes wrong is a [`Plan`], so a failing run
 //! is repeated by its numbers. Nothing here decides by the clock or by chance that has no seed.
 //!
-//! Invariants: the laws of [`super`] still hold of the wrapped link, but for what is planned: a damaged payload, which
+//! Invariants: the laws of [`transport`](crate::transport) still hold of the wrapped link, but for what is planned: a damaged payload, which
 //! only the checksum that the access side computes can find, and a frame lost or doubled, which only its seq tells. A
 //! token is reported once and in order all the same. A cut is told as the peer's, never as ours.
 
 use super::conformance::Dice;
-use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
+use crate::transport::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
 use crate::units::Token;
 use crate::wire::Header;
 use costandby_ffi::mapping::Span;

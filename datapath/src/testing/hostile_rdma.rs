@@ -4,10 +4,10 @@
 //! our side does meanwhile. What must hold: nothing panics, the link ends at most once, and every token is reported
 //! once and in order.
 
-use super::RdmaLink;
-use super::endpoint::{Completion, Endpoint, MESSAGE_LEN, Piece, Registrar};
-use super::fake::{self, FakeEndpoint, Manner};
 use crate::limits::RING_LEN_MIN;
+use crate::testing::fake_rdma::{self, FakeEndpoint, Manner};
+use crate::transport::rdma::RdmaLink;
+use crate::transport::rdma::endpoint::{Completion, Endpoint, MESSAGE_LEN, Piece, Registrar};
 use crate::transport::{Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind};
@@ -41,9 +41,9 @@ pub fn play(data: &[u8]) -> u64 {
     let seed = data.first().filter(|first| **first % 2 == 1).map(|first| u64::from(*first));
     let manner = Manner { seed, send_len: 64, receives: 16, ..Manner::default() };
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-    let [endpoint, mut peer] = fake::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
+    let [endpoint, mut peer] = fake_rdma::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
     let [ring, _theirs] = rings;
-    let link = fake::link(endpoint, ring, RING_LEN_MIN).expect("link");
+    let link = fake_rdma::link(endpoint, ring, RING_LEN_MIN).expect("link");
     let memory = Mapping::anonymous(RING_LEN_MIN).expect("memory").span(0, RING_LEN_MIN);
     let region = peer.registrar().register(&memory).expect("no limit");
     let mut owner = Owner {
@@ -152,7 +152,7 @@ impl Owner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::conformance::Dice;
+    use crate::testing::conformance::Dice;
 
     #[test]
     fn a_peer_that_does_anything_panics_nobody() {

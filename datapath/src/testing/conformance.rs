@@ -1,13 +1,13 @@
 //! The laws every transport keeps, as one test suite: give it a way to make two joined ends and it plays both.
 //!
-//! Hidden from the documentation because only tests call it: [`link_laws!`](crate::link_laws) makes one test of each
+//! Hidden from the documentation because only tests call it: [`link_conformance!`](crate::link_conformance) makes one test of each
 //! law. Each panics with the law that was broken. Sizes and orders are random from fixed seeds; every wait is bounded.
 //!
 //! The suite watches an end through [`End`], which checks at each poll what holds always: no more events than allowed,
 //! payloads as announced, each token reported once, nothing after the end.
 
-use super::{DownReason, Link, LinkEvent, Slot};
 use crate::limits::{LINK_EVENTS_MAX, MESSAGES_QUEUED_MAX, PAYLOAD_LEN_MAX, POSTS_OPEN_MAX, RING_LEN_MIN};
+use crate::transport::{DownReason, Link, LinkEvent, Slot};
 use crate::units::{ByteRange, Epoch, Seq, Token};
 use crate::wire::{Header, Kind};
 use costandby_ffi::mapping::{Mapping, Span};
@@ -27,9 +27,9 @@ pub type Make<'a> = &'a dyn Fn(usize) -> Ends;
 /// One test a law, for the transport whose ends the given closure makes.
 #[doc(hidden)]
 #[macro_export]
-macro_rules! link_laws {
+macro_rules! link_conformance {
     ($make:expr) => {
-        $crate::link_laws! { $make =>
+        $crate::link_conformance! { $make =>
             frames_and_messages_keep_one_order,
             the_ring_goes_round_at_any_size,
             the_largest_frame_passes,
@@ -49,7 +49,7 @@ macro_rules! link_laws {
         $(
             #[test]
             fn $law() {
-                $crate::transport::conformance::$law(&$make);
+                $crate::testing::conformance::$law(&$make);
             }
         )*
     };
@@ -346,7 +346,7 @@ pub fn frames_and_messages_keep_one_order(make: Make<'_>) {
 /// A one-way flow goes round the ring many times, with sizes from one byte to the largest that fits, although the
 /// receiver itself never sends anything.
 pub fn the_ring_goes_round_at_any_size(make: Make<'_>) {
-    let payload_max = super::frame_len_max(RING) - 64;
+    let payload_max = crate::transport::frame_len_max(RING) - 64;
     play(make, RING, &Traffic { seed: 4, steps: 1500, payload_max, both_ways: false });
     play(make, RING, &Traffic { seed: 5, steps: 30_000, payload_max: 700, both_ways: false });
 }

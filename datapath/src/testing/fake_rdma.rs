@@ -8,9 +8,9 @@
 //!
 //! Invariants: requests are carried out in order, once, or never; nothing moves but in a call of one of the two ends.
 
-use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
-use super::{Joined, RdmaLink, bounce};
-use crate::transport::conformance::Dice;
+use crate::testing::conformance::Dice;
+use crate::transport::rdma::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
+use crate::transport::rdma::{Joined, RdmaLink, bounce};
 use costandby_ffi::mapping::{Mapping, Span};
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;

@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::limits::RING_LEN_MIN;
-use crate::transport::conformance::{End, Ends, Source, plain, until};
+use crate::testing::conformance::{End, Ends, Source, plain, until};
+use crate::testing::fake_rdma::{self, Manner};
 use crate::transport::loopback;
-use crate::transport::rdma::fake::{self, Manner};
 use crate::transport::tcp::TcpLink;
 use crate::wire::Kind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -25,7 +25,7 @@ fn over_tcp(ring_len: usize, plan: Plan) -> Ends {
 
 fn over_rdma(ring_len: usize, plan: Plan) -> Ends {
     let manner = Manner { seed: Some(11), ..Manner::default() };
-    let (here, there) = fake::pair(ring_len, manner).expect("memory");
+    let (here, there) = fake_rdma::pair(ring_len, manner).expect("memory");
     (Box::new(FaultLink::new(here, plan)), Box::new(FaultLink::new(there, plan)))
 }
 
@@ -35,11 +35,11 @@ const TRANSPORTS: [fn(usize, Plan) -> Ends; 3] = [over_loopback, over_tcp, over_
 type Make<'a> = &'a dyn Fn(usize, Plan) -> Ends;
 
 mod without_a_plan {
-    crate::link_laws!(|ring_len| super::over_loopback(ring_len, super::Plan::default()));
+    crate::link_conformance!(|ring_len| super::over_loopback(ring_len, super::Plan::default()));
 }
 
 mod in_heaps {
-    crate::link_laws! {
+    crate::link_conformance! {
         |ring_len| super::over_loopback(ring_len, super::Plan { poll_every: Some(3), ..Default::default() }) =>
             frames_and_messages_keep_one_order,
             claim_waits_for_release,
@@ -49,20 +49,20 @@ mod in_heaps {
 }
 
 mod late_over_loopback {
-    crate::link_laws!(|ring_len| {
+    crate::link_conformance!(|ring_len| {
         super::over_loopback(ring_len, super::Plan { delay: Some(1), ..Default::default() })
     });
 }
 
 mod late_over_tcp {
-    crate::link_laws!(|ring_len| super::over_tcp(
+    crate::link_conformance!(|ring_len| super::over_tcp(
         ring_len,
         super::Plan { delay: Some(2), ..Default::default() }
     ));
 }
 
 mod late_over_rdma {
-    crate::link_laws!(|ring_len| super::over_rdma(
+    crate::link_conformance!(|ring_len| super::over_rdma(
         ring_len,
         super::Plan { delay: Some(3), ..Default::default() }
     ));

@@ -2,8 +2,8 @@
 //! loss of power, and each in any of the versions written since the last sync. A sync that fails leaves as little on it, but
 //! what was written is read back until the power goes, and no later sync brings it there: so Linux keeps its pages.
 
-use super::medium::Medium;
-use super::sector::SECTOR_LEN;
+use crate::disk::metadata::medium::Medium;
+use crate::disk::metadata::sector::SECTOR_LEN;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
