@@ -306,3 +306,6 @@ impl ExportDirectory for Directory<'_> {
         served.map(|v| ListedExport { name: v.name().to_owned(), description: String::new() }).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
