@@ -30,7 +30,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const SETTINGS: Settings = Settings { send_len: 64, receive_len: 64, ack_timeout: 20 };
 
 /// Bytes of the disk that may be registered: all of the largest that is measured.
-const WINDOWS_LIMIT_BYTES: u64 = 4 << 30;
+const REGISTERED_BYTES_MAX: u64 = 4 << 30;
 
 /// What the two ends say when they connect: where the ring is, and its key.
 const PRIVATE_LEN: usize = 12;
@@ -199,7 +199,7 @@ fn link(connected: Connected) -> Outcome<Box<dyn Link>> {
         peer_ring_len,
         peer_receives,
         companion: None,
-        windows_limit_bytes: WINDOWS_LIMIT_BYTES,
+        registered_bytes_max: REGISTERED_BYTES_MAX,
     };
     Ok(Box::new(RdmaLink::new(endpoint, joined)?))
 }

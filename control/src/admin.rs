@@ -150,7 +150,7 @@ pub struct VerifyStatus {
     pub repair: bool,
     /// How much of the disk is compared.
     pub percent: f64,
-    /// Bytes in grains of the dirty map that differ.
+    /// Bytes in grains of the dirty bitmap that differ.
     pub differing_bytes: u64,
     /// How many ranges that is; known when it has ended.
     pub differing_ranges: u64,
@@ -218,7 +218,7 @@ impl Command {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CommandError {
     /// There is no such volume on this node.
-    #[error("node {node} has no volume {volume:?}")]
+    #[error("node {node} has no volume {volume:?}: `status` shows those it has")]
     NoSuchVolume {
         /// Who answers.
         node: String,

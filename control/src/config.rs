@@ -49,8 +49,8 @@ pub const PEER_TIMEOUT_MIN: Duration = Duration::from_millis(50);
 /// Longest `peer_timeout`: with `ack = "memory"` a write hangs as long as this when the peer dies.
 pub const PEER_TIMEOUT_MAX: Duration = Duration::from_secs(300);
 
-/// Least `rdma_memory` other than none: one window of the smallest kind; less could register nothing.
-pub const RDMA_MEMORY_MIN: u64 = limits::RDMA_WINDOW_LEN_MIN as u64;
+/// Least `rdma_memory` other than none: one section of the smallest kind; less could register nothing.
+pub const RDMA_MEMORY_MIN: u64 = limits::RDMA_SECTION_LEN_MIN as u64;
 
 /// Most `rdma_memory`: more memory than a machine has, so that a slip of the unit is noticed.
 pub const RDMA_MEMORY_MAX: u64 = 64 << 40;
@@ -343,7 +343,7 @@ impl Config {
     /// How the command line begins that means this configuration and `node`, to be named in a remedy.
     #[must_use]
     pub fn command_line(&self, node: &str) -> String {
-        format!("costandby --config {} --node {node}", self.file.display())
+        crate::command_line::begin(&self.file.display().to_string(), node)
     }
 
     /// Refuses what the file may say but no daemon runs with; for `up`, after [`Config::node`]. A machine without an RDMA

@@ -576,6 +576,15 @@ impl Agreement {
         }
     }
 
+    /// Whether it has one disk overwritten whose node serves: no node lets that happen unasked, so there is no session. Both
+    /// see that, in the views that they decide on.
+    #[must_use]
+    pub fn overwrites_a_primary(&self, mine: &View, theirs: &View) -> bool {
+        let Verdict::Resync { source, .. } = self.verdict else { return false };
+        let target = if source == Side::Mine { theirs } else { mine };
+        target.is_serving()
+    }
+
     /// Whether a session follows.
     #[must_use]
     pub fn allows_session(&self) -> bool {
@@ -585,7 +594,7 @@ impl Agreement {
 
 /// [`compare`], who serves afterwards, and under which epoch.
 ///
-/// A serving primary stays; where its disk would become a target its controller refuses. A node that was primary when it
+/// A serving primary stays; where its disk would become a target both controllers refuse ([`Agreement::overwrites_a_primary`]). A node that was primary when it
 /// stopped resumes unless somebody else took over. On two fresh disks the configured primary begins, with a new epoch, unless
 /// only the other's may hold data: then that one does.
 #[must_use]

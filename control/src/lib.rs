@@ -20,6 +20,7 @@ pub mod admin;
 pub mod admin_client;
 pub mod cli;
 pub mod cluster;
+pub mod command_line;
 pub mod compared;
 pub mod config;
 pub mod contents;

@@ -28,6 +28,7 @@
 //! Survives: a crash between any two actions, a link lost at any time, two operators promoting at once, and a peer that
 //! says anything at all (answered by a refusal or a closed link, never by a panic).
 
+use crate::command_line::Commands;
 use crate::compared::Settings;
 use crate::generation::{Agreement, Lineage, Recall, ServingRole, View};
 use crate::hello::{Hello, Ready, Refuse, RefuseCode};
@@ -218,7 +219,7 @@ pub enum Event {
         reason: String,
         /// Some write is in flight, or not confirmed durable by the peer.
         undurable: bool,
-        /// The dirty map is not empty.
+        /// The dirty bitmap is not empty.
         dirty: bool,
         /// What this end knows of the session, where it may go on over another link.
         parted: Option<Parted>,
@@ -233,7 +234,7 @@ pub enum Event {
     NeedAlone,
     /// As source: every block was copied and the target confirmed it durable.
     ResyncDone,
-    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty map.
+    /// A verification ended, or could not begin. What it found and did not repair is marked in the dirty bitmap.
     Verified(Box<Verified>),
     /// As target: bytes that the source announced are others here. Also during a copy, where that is nothing special.
     FoundDifferent,
@@ -379,6 +380,8 @@ pub enum Action {
 /// What the configuration says about the volume on this node.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VolumeSettings {
+    /// The configuration file, as the texts name it that suggest a command.
+    pub config: String,
     /// The volume's name.
     pub volume: String,
     /// This node's name.
@@ -391,6 +394,17 @@ pub struct VolumeSettings {
     pub on_peer_loss: OnPeerLoss,
     /// What an acknowledged write promises.
     pub ack: AckLevel,
+    /// How long a peer may be silent before clients are served without it.
+    pub peer_timeout: Duration,
+}
+
+impl VolumeSettings {
+    /// How a text names a command about the volume.
+    #[must_use]
+    pub fn commands(&self) -> Commands<'_> {
+        let Self { config, volume, node, peer, .. } = self;
+        Commands { config, volume, node, peer }
+    }
 }
 
 /// What was found when the disk was opened.
@@ -398,7 +412,7 @@ pub struct VolumeSettings {
 pub struct Found {
     /// What its metadata says.
     pub superblock: Superblock,
-    /// Its dirty map is not empty, what a crash left in the activity log included.
+    /// Its dirty bitmap is not empty, what a crash left in the activity log included.
     pub dirty: bool,
     /// The kernel's boot, see [`Superblock::boot`].
     pub boot: [u8; 16],
@@ -443,7 +457,7 @@ pub struct VolumeController {
     superblock: Superblock,
     /// The kernel's boot.
     boot: [u8; 16],
-    /// The dirty map may not be empty.
+    /// The dirty bitmap may not be empty.
     dirty: bool,
     /// The disk lost what the daemon before this one had not flushed, and nothing made up for it yet.
     lost_power: bool,
@@ -477,7 +491,7 @@ pub struct VolumeController {
     /// The link is being left for another one that is there already.
     link_changes: bool,
     /// A write waits to go alone until the handshake under way has ended.
-    need_alone: bool,
+    need_alone: Option<Duration>,
     /// The map has everything, on record, and no session took anything off it since.
     all_marked: bool,
     /// When to ask for promotion next: this node was primary and has what it lacked.
@@ -493,7 +507,8 @@ pub struct VolumeController {
     refusal: Option<String>,
     /// Why there is none although this node looks for the peer.
     obstacle: Option<Obstacle>,
-    /// The last hello showed a split brain: giving up this disk's data leads to a session.
+    /// The last hello showed a split brain, or a peer that serves although this node went on without it: giving up this
+    /// disk's data leads to a session.
     split_brain: bool,
     /// By the last hello the peer went on without this node, which serves: an operator's `demote` makes room for its data.
     overtaken: bool,
@@ -538,7 +553,7 @@ impl VolumeController {
             alone: false,
             undurable: false,
             settling: false,
-            need_alone: false,
+            need_alone: None,
             all_marked: false,
             resume_at: None,
             invalidating: None,
@@ -608,7 +623,7 @@ impl VolumeController {
             }
             Event::LinkChanges(on_purpose) => self.link_changes = on_purpose,
             Event::Settled => self.on_settled(actions),
-            Event::NeedAlone => self.on_need_alone(actions),
+            Event::NeedAlone => self.on_need_alone(now, actions),
             Event::ResyncDone => self.on_resync_done(actions),
             Event::Verified(outcome) => self.on_verified(*outcome, actions),
             Event::FoundDifferent => self.on_found_different(actions),
@@ -719,6 +734,20 @@ impl VolumeController {
 
     fn log(&self, level: Level, text: &str, actions: &mut Vec<Action>) {
         actions.push(Action::Log { level, text: format!("volume {}: {text}", self.settings.volume) });
+    }
+
+    /// How a text names a command about the volume.
+    #[must_use]
+    pub fn commands(&self) -> Commands<'_> {
+        self.settings.commands()
+    }
+
+    fn here(&self, command: &str) -> String {
+        self.commands().here(command)
+    }
+
+    fn there(&self, command: &str) -> String {
+        self.commands().there(command)
     }
 
     fn reply(&self, id: ReplyId, result: Result<String, String>, actions: &mut Vec<Action>) {

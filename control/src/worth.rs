@@ -8,8 +8,8 @@ use costandby_datapath::disk::superblock::{DiskState, Superblock};
 pub fn worth(peer: &str, found: Option<&Superblock>) -> String {
     match found {
         None => format!(
-            "only if {peer} has all of the data, which cannot be told from here: ask `costandby status` there whether it is \
-             primary, or was in sync"
+            "only if {peer} has all of the data, which cannot be told from here: `status` there says whether it is primary, \
+             or was in sync"
         ),
         Some(found) if found.is_fresh() => "it never held data of this pair".to_owned(),
         Some(found) if found.disk_state == DiskState::Inconsistent => {

@@ -97,9 +97,9 @@ pub enum Violation {
         /// Bytes of the frame.
         frame_len: usize,
     },
-    /// A piece of a dirty map that cannot be one, or that nobody asked for.
+    /// A piece of a dirty bitmap that cannot be one, or that nobody asked for.
     #[error("{what} (bytes {range}): the nodes do not agree on what may differ between their disks")]
-    DirtyMap {
+    DirtyBitmap {
         /// What was wrong.
         what: &'static str,
         /// As sent.

@@ -24,6 +24,9 @@ pub mod front;
 pub mod limits;
 pub mod mirror;
 pub mod reactor;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 pub mod transport;
 pub mod units;
 pub mod volume;

@@ -120,7 +120,8 @@ pub const TURN_MS_MAX: u64 = 20;
 pub const RESYNC_READ_AHEAD_LEN: u64 = 8 << 20;
 
 /// Peer timeouts that a peer may be silent for while its host still answers: a program held up by its disk (a mapped
-/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk.
+/// page that cannot be had at once) is worth waiting for, since the alternative is a copy of the whole disk. Before its first byte in a session it has one and a half:
+/// it has shown nothing yet, and clients wait.
 pub const STALLED_PEER_TIMEOUTS: u32 = 10;
 
 /// Seconds the peer may take over one change or flush while it shows every other sign of life: its disk hangs. Longer
@@ -197,31 +198,31 @@ pub const RDMA_RECEIVES_MAX: u32 = 1 << 20;
 
 /// Bytes of the disk registered at a time: a few milliseconds' work for the registrar's thread, four thousand pages a
 /// key, and 64 keys for a GiB, where RDMA devices have tens of thousands.
-pub const RDMA_WINDOW_LEN: usize = 16 << 20;
+pub const RDMA_SECTION_LEN: usize = 16 << 20;
 
-/// Smallest window, where little may be registered: the largest usual request, so that most still have one source.
-pub const RDMA_WINDOW_LEN_MIN: usize = 1 << 20;
+/// Smallest section, where little may be registered: the largest usual request, so that most still have one source.
+pub const RDMA_SECTION_LEN_MIN: usize = 1 << 20;
 
-/// Windows a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger windows.
-pub const RDMA_WINDOWS_MAX: usize = 1 << 20;
+/// Sections a disk is cut into: their table costs 24 MiB then, for 16 TiB. Larger disks have larger sections.
+pub const RDMA_SECTIONS_MAX: usize = 1 << 20;
 
 /// Share of the machine's memory that may be registered for sending from the disks, where the configuration does not
 /// say: a quarter, as registered pages can be neither reclaimed nor written back and freed.
 pub const RDMA_MEMORY_SHARE: u64 = 4;
 
-/// Bytes one RDMA link locks whatever its disk: its ring (44 MiB), the stage, headers and messages.
+/// Bytes one RDMA link locks whatever its disk: its ring (44 MiB), the bounce buffer, headers and messages.
 pub const RDMA_LINK_LOCKED_LEN: u64 = 52 << 20;
 
 /// Bytes of the registered memory that changes are copied through while their place on the disk is not registered:
 /// enough to keep 10 Gbit/s busy for 3 ms, twice over, and little beside the ring where locked memory is scarce.
-pub const RDMA_STAGE_LEN: usize = 4 << 20;
+pub const RDMA_BOUNCE_LEN: usize = 4 << 20;
 
-/// Bytes copied into the stage in one piece: a quarter of it, so that skipping the stage's end wastes no more than that
+/// Bytes copied into the bounce buffer in one piece: a quarter of it, so that skipping the bounce buffer's end wastes no more than that
 /// and the next piece is copied while the one before is on its way; copying it takes under a tenth of a millisecond.
-pub const RDMA_STAGE_PIECE_LEN_MAX: usize = RDMA_STAGE_LEN / 4;
+pub const RDMA_BOUNCE_PIECE_LEN_MAX: usize = RDMA_BOUNCE_LEN / 4;
 
-/// Pieces in the stage at a time: one for each frame that may be open, and some more for long ones.
-pub const RDMA_STAGE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
+/// Pieces in the bounce buffer at a time: one for each frame that may be open, and some more for long ones.
+pub const RDMA_BOUNCE_PIECES_MAX: usize = 2 * POSTS_OPEN_MAX;
 
 /// Bytes of our RDMA ring: the smallest that a change of 32 MiB can stand in whole while a quarter of it is released and
 /// untold, as one has to until its checksum is known; it is locked memory, and bringing it in is what a first connection
@@ -265,12 +266,12 @@ pub const DIRTY_GRAIN_LEN_MIN: u64 = 4 << 10;
 /// Largest grain: a stray write of 4 KiB then costs 1 MiB of copying, about as much as anyone would accept.
 pub const DIRTY_GRAIN_LEN_MAX: u64 = 1 << 20;
 
-/// Bytes of memory that a dirty map takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
+/// Bytes of memory that a dirty bitmap takes where nobody chose a grain: up to 24 TiB the grain is 64 KiB, beyond
 /// that it doubles, so that the metadata of any volume stays under 64 MiB.
-pub const DIRTY_MAP_LEN_WANTED: u64 = 48 << 20;
+pub const DIRTY_BITMAP_LEN_WANTED: u64 = 48 << 20;
 
-/// Bytes of memory that a dirty map may take at all: 16 TiB at a grain of 4 KiB, 4 PiB at 1 MiB.
-pub const DIRTY_MAP_LEN_MAX: u64 = 576 << 20;
+/// Bytes of memory that a dirty bitmap may take at all: 16 TiB at a grain of 4 KiB, 4 PiB at 1 MiB.
+pub const DIRTY_BITMAP_LEN_MAX: u64 = 576 << 20;
 
 /// Blocks of the dirty bitmap in one store: 1 MiB, one write's worth for a disk.
 pub const DIRTY_STORE_BLOCKS_MAX: usize = 256;
@@ -353,48 +354,48 @@ pub const VERIFY_RANGES_LISTED_MAX: usize = 256;
 
 /// Bytes a second at which the background copy goes on at least while clients are busy: a TiB in three days, in steps so
 /// short and few that hardly a client could tell.
-pub const PACE_RATE_MIN: u64 = 4 << 20;
+pub const THROTTLE_RATE_MIN: u64 = 4 << 20;
 
 /// Bytes a second at which it begins beside busy clients, before anything is known about the link and the disks: a
 /// tenth of what common disks and a gigabit link do, and few judgements away from either bound.
-pub const PACE_RATE_START: u64 = 32 << 20;
+pub const THROTTLE_RATE_START: u64 = 32 << 20;
 
 /// Bytes a second beyond which nothing is held back any more: more than one reactor's thread can copy.
-pub const PACE_RATE_MAX: u64 = 8 << 30;
+pub const THROTTLE_RATE_MAX: u64 = 8 << 30;
 
 /// Bytes a second up to which it grows beside clients that only read, where nothing tells how they fare: steps of a few
 /// dozen microseconds each millisecond.
-pub const PACE_RATE_READERS: u64 = 256 << 20;
+pub const THROTTLE_RATE_READERS: u64 = 256 << 20;
 
 /// Bytes of the shortest steps: less than a tenth of a millisecond on a gigabit link, which doubles nobody's wait.
-pub const PACE_STEP_LEN_MIN: u64 = 8 << 10;
+pub const THROTTLE_STEP_LEN_MIN: u64 = 8 << 10;
 
 /// One in so many changes may be slow beside a copy before that is held back: half of what a 99th percentile overlooks,
 /// as it finds out by going too far.
-pub const PACE_SLOW_ONE_IN: u64 = 200;
+pub const THROTTLE_SLOW_ONE_IN: u64 = 200;
 
 /// Milliseconds between judgements: at 1000 writes a second each rests on 250 of them, and a copy that disturbs is slowed
 /// down before anyone can tell.
-pub const PACE_JUDGE_MS: u64 = 250;
+pub const THROTTLE_JUDGE_MS: u64 = 250;
 
 /// Changes a judgement rests on at least: fewer cannot tell how many in two hundred are slow.
-pub const PACE_CHANGES_MIN: u64 = 200;
+pub const THROTTLE_CHANGES_MIN: u64 = 200;
 
 /// Milliseconds after which fewer changes have to do: a client that writes ten times a second counts as well.
-pub const PACE_JUDGE_LATEST_MS: u64 = 2000;
+pub const THROTTLE_JUDGE_LATEST_MS: u64 = 2000;
 
 /// The latest undisturbed changes by which is judged: of fewer, a 99th percentile is mostly chance; more remember a load
 /// that has changed since.
-pub const PACE_CHANGES_KNOWN: usize = 1024;
+pub const THROTTLE_CHANGES_KNOWN: usize = 1024;
 
 /// Milliseconds between two pauses of a copy that leaves no client undisturbed, in which to see what undisturbed is.
-pub const PACE_PAUSE_EVERY_MS: u64 = 2000;
+pub const THROTTLE_PAUSE_EVERY_MS: u64 = 2000;
 
 /// Milliseconds such a pause takes at most: a twentieth of the time between two.
-pub const PACE_PAUSE_MS: u64 = 100;
+pub const THROTTLE_PAUSE_MS: u64 = 100;
 
 /// Undisturbed changes that end such a pause.
-pub const PACE_PAUSE_CHANGES: u64 = 250;
+pub const THROTTLE_PAUSE_CHANGES: u64 = 250;
 
 /// Bytes the background copy has applied after which both disks are flushed and its bits cleared: half a second's at
 /// 1 Gbit/s, so that little is copied twice when the session is lost.
@@ -407,10 +408,10 @@ pub const RESYNC_FLUSH_MS: u64 = 1000;
 /// scattered grains.
 pub const RESYNC_RUNS_MAX: usize = 64 << 10;
 
-/// Messages of a dirty map sent in one turn: they share a queue of [`MESSAGES_QUEUED_MAX`] with acks.
+/// Messages of a dirty bitmap sent in one turn: they share a queue of [`MESSAGES_QUEUED_MAX`] with acks.
 pub const DIRTY_TOLD_MAX: usize = 32;
 
-/// Bytes of one run of a dirty map in a message: what its 32-bit length holds, and a power of two.
+/// Bytes of one run of a dirty bitmap in a message: what its 32-bit length holds, and a power of two.
 pub const DIRTY_RUN_LEN_MAX: u64 = 1 << 31;
 
 /// Milliseconds between checkpoints of the activity log while there is something to account for: what a crash makes

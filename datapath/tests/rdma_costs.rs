@@ -6,9 +6,9 @@
 
 use costandby_datapath::disk::record::{Admit, Record, Touched};
 use costandby_datapath::limits::RDMA_LOOK_MS;
+use costandby_datapath::testing::fake_rdma::{self, Manner};
 use costandby_datapath::transport::rdma::RdmaLink;
 use costandby_datapath::transport::rdma::endpoint::Endpoint;
-use costandby_datapath::transport::rdma::fake::{self, Manner};
 use costandby_datapath::transport::{Link, LinkEvent, Slot};
 use costandby_datapath::units::{ByteRange, Epoch, Seq, Token};
 use costandby_datapath::wire::{Header, Kind};
@@ -123,9 +123,9 @@ fn write<E: Endpoint>(primary: &mut Primary<E>, count: u64, mut other: impl FnMu
 fn warm_up<E: Endpoint>(primary: &mut Primary<E>, mut other: impl FnMut()) {
     let begun = Instant::now();
     loop {
-        let before = primary.link.window_counters().staged_bytes;
+        let before = primary.link.registration_counters().bounced_bytes;
         write(primary, (DISK_LEN / LEN) as u64, &mut other);
-        if primary.link.window_counters().staged_bytes == before {
+        if primary.link.registration_counters().bounced_bytes == before {
             return;
         }
         assert!(begun.elapsed() < PATIENCE, "the disk is never registered");
@@ -134,12 +134,12 @@ fn warm_up<E: Endpoint>(primary: &mut Primary<E>, mut other: impl FnMut()) {
 
 #[test]
 fn rdma_write_allocates_nothing_in_memory() {
-    let (first, second) = fake::pair(16 << 20, Manner::default()).expect("memory");
+    let (first, second) = fake_rdma::pair(16 << 20, Manner::default()).expect("memory");
     let (mut primary, mut standby) = (Primary::new(first), Standby::new(second));
     warm_up(&mut primary, || assert!(standby.turn()));
-    let before = (allocations(), primary.link.window_counters().staged_bytes);
+    let before = (allocations(), primary.link.registration_counters().bounced_bytes);
     write(&mut primary, 10_000, || assert!(standby.turn()));
-    let after = (allocations(), primary.link.window_counters().staged_bytes);
+    let after = (allocations(), primary.link.registration_counters().bounced_bytes);
     assert_eq!(after, before, "allocations on either end, bytes copied");
 }
 
@@ -197,7 +197,7 @@ mod rdma_device {
             peer_ring_len,
             peer_receives,
             companion: None,
-            windows_limit_bytes: 1 << 30,
+            registered_bytes_max: 1 << 30,
         };
         RdmaLink::new(endpoint, joined).expect("link")
     }
@@ -227,9 +227,9 @@ mod rdma_device {
         let Some(address) = address() else { return };
         with_primary(address, |primary| {
             warm_up(primary, || ());
-            let before = (allocations(), primary.link.window_counters().staged_bytes);
+            let before = (allocations(), primary.link.registration_counters().bounced_bytes);
             write(primary, 1000, || ());
-            let after = (allocations(), primary.link.window_counters().staged_bytes);
+            let after = (allocations(), primary.link.registration_counters().bounced_bytes);
             assert_eq!(after, before, "allocations, bytes copied");
         });
     }

@@ -7,8 +7,8 @@ use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::front::queue::{Operation, OperationKind, QueueClient, queue};
 use costandby_datapath::reactor::command::{Before, Command, Direction, VolumeSpec};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
+use costandby_datapath::testing::fake_rdma::{self, Manner};
 use costandby_datapath::transport::Link;
-use costandby_datapath::transport::rdma::fake::{self, Manner};
 use costandby_datapath::units::{AckLevel, Epoch, OnPeerLoss, PollMode};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -107,7 +107,7 @@ const MODES: [PollMode; 3] = [PollMode::Event, PollMode::Adaptive, PollMode::Bus
 #[test]
 fn rdma_wakes_each_sleeper_in_memory() {
     for poll in MODES {
-        let (here, there) = fake::pair(RING_LEN, Manner::default()).expect("memory");
+        let (here, there) = fake_rdma::pair(RING_LEN, Manner::default()).expect("memory");
         writes_are_answered(poll, (Box::new(here), Box::new(there)));
     }
 }
@@ -121,9 +121,9 @@ fn rdma_wakes_each_sleeper_on_a_device() {
 
     fn link(connected: Connected) -> Box<dyn Link> {
         let Connected { endpoint, ring, receives, peer_ring_len, peer_receives } = connected;
-        let windows_limit_bytes = 1 << 30;
+        let registered_bytes_max = 1 << 30;
         let joined =
-            Joined { ring, receives, peer_ring_len, peer_receives, companion: None, windows_limit_bytes };
+            Joined { ring, receives, peer_ring_len, peer_receives, companion: None, registered_bytes_max };
         Box::new(RdmaLink::new(endpoint, joined).expect("link"))
     }
 

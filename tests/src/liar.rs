@@ -10,8 +10,8 @@ use costandby_control::secure::key::Keys;
 use costandby_datapath::disk::superblock::{DiskState, Generations};
 use costandby_datapath::units::{Epoch, Generation};
 use std::io;
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::net::{SocketAddr, TcpListener};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -53,6 +53,25 @@ impl Liar {
         runtime().block_on(async {
             let stream = TcpStream::connect(self.target).await?;
             let shake = Channel::dial(stream, &self.keys, self.node, self.peer);
+            let late = || Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            let mut channel = tokio::time::timeout(ANSWER_MAX, shake).await.unwrap_or_else(|_| late())?;
+            Ok(talk(&mut channel).await)
+        })
+    }
+
+    /// Takes one connection in the peer's place, where the node dials; the rest as in [`Liar::talk`].
+    ///
+    /// # Errors
+    /// Why there is no connection.
+    pub fn answer<T>(
+        &self,
+        listener: &TcpListener,
+        talk: impl AsyncFnOnce(&mut Channel) -> T,
+    ) -> Result<T, SecureError> {
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(true)?;
+        runtime().block_on(async {
+            let shake = Channel::accept(TcpStream::from_std(stream)?, &self.keys, self.node);
             let late = || Err(io::Error::from(io::ErrorKind::TimedOut).into());
             let mut channel = tokio::time::timeout(ANSWER_MAX, shake).await.unwrap_or_else(|_| late())?;
             Ok(talk(&mut channel).await)
@@ -116,6 +135,18 @@ pub async fn hear(channel: &mut Channel) -> Answer {
         Ok(Err(error)) => Answer::Closed(error.to_string()),
         Err(_) => Answer::Closed("nothing was said in time".to_owned()),
     }
+}
+
+/// Says nothing until the node closes the connection, and how long that took.
+///
+/// # Panics
+/// When it is not closed in time.
+pub async fn be_silent(channel: &mut Channel) -> Duration {
+    let (began, mut heard) = (Instant::now(), [0; 4096]);
+    let closed = async { while channel.stream().read(&mut heard).await.is_ok_and(|len| len > 0) {} };
+    let in_time = tokio::time::timeout(2 * ANSWER_MAX, closed).await;
+    assert!(in_time.is_ok(), "a silent peer's connection is kept open");
+    began.elapsed()
 }
 
 /// An envelope around any JSON, with a good checksum.

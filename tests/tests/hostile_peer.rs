@@ -15,6 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 const SIZE_MIB: u64 = 8;
 const SIZE: u64 = SIZE_MIB << 20;
 
+/// Between two hellos that shall both be answered: a node makes a peer wait a little whose sessions come to nothing.
+const PAUSE: Duration = Duration::from_millis(55);
+
 /// Beta serves alone, with writes that nobody else has; a liar with the key takes alpha's place and dials.
 struct Stage {
     pair: Pair,
@@ -67,6 +70,7 @@ impl Stage {
 
     /// Says one message on a connection of its own; the answer.
     fn say(&self, bytes: &[u8]) -> Answer {
+        std::thread::sleep(PAUSE);
         let said = self.liar.talk(async |channel| {
             say(channel, bytes).await.expect("sent");
             hear(channel).await
@@ -194,6 +198,7 @@ fn who_claims_to_have_gone_on_is_refused_by_name_and_an_epoch_far_off_as_well() 
     let refused = |stage: &mut Stage, what: &str, change: &dyn Fn(&mut Hello), words: &str| {
         let mut hello = honest.clone();
         change(&mut hello);
+        std::thread::sleep(PAUSE);
         let said = stage.liar.talk(async |channel| {
             say(channel, &encode(&Message::Hello(Box::new(hello)))).await.expect("sent");
             [hear(channel).await, hear(channel).await]
@@ -240,6 +245,26 @@ fn who_claims_to_have_gone_on_is_refused_by_name_and_an_epoch_far_off_as_well() 
 }
 
 #[test]
+fn no_lie_in_a_question_ends_a_daemon_or_holds_anything_of_it() {
+    let mut stage = stage();
+    let threads = |stage: &Stage| {
+        std::fs::read_dir(format!("/proc/{}/task", stage.pair.pid(BETA))).expect("it runs").count()
+    };
+    let before = threads(&stage);
+    let ask = json!({"ask": {"node": "alpha", "volume": "db", "rdma": true}});
+    serde_json::from_value::<Message>(ask.clone()).expect("a good question");
+    for (name, lie) in mutations(&ask).into_iter().chain([("a good one".to_owned(), ask)]) {
+        let answer = stage.say(&envelope(&lie.to_string()));
+        if let Answer::Said(message) = &answer {
+            assert!(matches!(**message, Message::Refuse(_)), "{name}: {message:?}");
+        }
+    }
+    stage.assert_unharmed("every question");
+    assert!(threads(&stage) <= before + 8, "{before} threads before, {} after", threads(&stage));
+    stage.assert_recovers();
+}
+
+#[test]
 fn no_lie_after_the_hello_ends_a_daemon_or_changes_a_byte() {
     let mut stage = stage();
     let honest = encode(&serde_json::from_value::<Message>(stage.honest()).expect("a message"));
@@ -265,6 +290,7 @@ fn no_lie_after_the_hello_ends_a_daemon_or_changes_a_byte() {
         second.push((format!("{other:.30}"), other));
     }
     for (name, lie) in &second {
+        std::thread::sleep(PAUSE);
         let said = stage.liar.talk(async |channel| {
             say(channel, &honest).await.expect("sent");
             let hello = hear(channel).await;
@@ -312,6 +338,7 @@ fn no_frame_of_a_lying_target_changes_a_serving_primary() {
     let (mut sessions, all) = (0, frames(epoch));
     for (name, frame) in &all {
         let honest = encode(&serde_json::from_value::<Message>(stage.honest()).expect("a message"));
+        std::thread::sleep(PAUSE);
         let began = stage.liar.talk(async |channel| {
             say(channel, &honest).await.expect("sent");
             let _hello = hear(channel).await;
@@ -338,5 +365,5 @@ async fn send_raw(channel: &mut costandby_control::secure::channel::Channel, byt
     let stream = channel.stream();
     let _ = stream.write_all(bytes).await;
     let mut answer = vec![0; 1 << 16];
-    let _ = tokio::time::timeout(Duration::from_millis(60), stream.read(&mut answer)).await;
+    let _ = tokio::time::timeout(Duration::from_millis(30), stream.read(&mut answer)).await;
 }

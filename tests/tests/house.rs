@@ -1,6 +1,7 @@
 //! The rules of the house that no compiler checks: who may import whom, where `unsafe` may stand, how a file begins and how
 //! long it gets, that no test ends early without saying so, that nothing in a daemon prints, that files which call themselves
-//! sans-IO do no I/O, that the specification names tests which exist, and that documents name files which exist.
+//! sans-IO do no I/O, that no file stands in a circle of imports, that no test double ships, that the specification names tests
+//! which exist, and that documents name files which exist.
 //!
 //! Reads the sources of the workspace this test was built from, and nothing else. Each rule is a function from text to
 //! complaints, so that the rule itself is tested on text that breaks it.
@@ -11,6 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+#[path = "house/circles.rs"]
+mod circles;
 
 /// Lines after which a file needs splitting.
 const FILE_LINES_MAX: usize = 800;
@@ -175,8 +179,15 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
             found.push(format!("{name}:{number}: unsafe outside ffi"));
         }
     }
+    let suggests = name.starts_with("control/src/") && !name.starts_with("control/src/cli/");
+    if suggests && runs_in_a_daemon(name) && name != "control/src/command_line.rs" {
+        found.extend(suggestion_complaints(name, text));
+    }
     if runs_in_a_daemon(name) {
         found.extend(printing_complaints(name, &code));
+        if circles::shipped(&code).contains("testing::") {
+            found.push(format!("{name}: names a test double outside of tests"));
+        }
     }
     found.extend(sans_io_complaints(name, text, &code));
     let is_root = ["/src/lib.rs", "/src/main.rs"].iter().any(|root| name.ends_with(root));
@@ -184,6 +195,35 @@ fn complaints(name: &str, text: &str) -> Vec<String> {
         found.push(format!("{name}: the crate does not forbid unsafe_code"));
     }
     found
+}
+
+/// Subcommands about a volume: a text of a daemon that suggests one has it from `command_line.rs`, with the configuration and
+/// the node.
+const ABOUT_A_VOLUME: [&str; 9] = [
+    "promote",
+    "demote",
+    "connect",
+    "disconnect",
+    "invalidate",
+    "verify",
+    "wait-sync",
+    "create",
+    "dump-metadata",
+];
+
+/// Commands that a file writes out by hand.
+fn suggestion_complaints(name: &str, text: &str) -> Vec<String> {
+    let by_hand = |line: &str| {
+        let said = line.split("`costandby ").skip(1);
+        said.map(str::trim_start).any(|rest| {
+            rest.starts_with('\\') || ABOUT_A_VOLUME.iter().any(|subcommand| rest.starts_with(subcommand))
+        })
+    };
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//"));
+    let found = lines.filter(|(_, line)| by_hand(line));
+    found
+        .map(|(number, _)| format!("{name}:{number}: a command by hand, where `Commands` makes it"))
+        .collect()
 }
 
 /// What a file whose header says Sans-IO does not do: read clocks, start threads, touch files and sockets, draw random numbers.
@@ -304,7 +344,8 @@ fn early_ends(name: &str, text: &str) -> Vec<String> {
 /// Whether the file's code is part of a daemon or of the command line: no tests, no build scripts.
 fn runs_in_a_daemon(name: &str) -> bool {
     let room = ["ffi/src/", "datapath/src/", "control/src/"].iter().any(|room| name.starts_with(room));
-    room && name != "ffi/src/testing.rs" && !name.ends_with("/tests.rs") && !name.contains("/tests/")
+    let double = name == "ffi/src/testing.rs" || name.starts_with("datapath/src/testing/");
+    room && !double && !name.ends_with("/tests.rs") && !name.contains("/tests/")
 }
 
 /// Macros that print, anywhere; stdout and stderr outside of the command line.
@@ -341,8 +382,16 @@ fn import_complaints(metadata: &serde_json::Value) -> Vec<String> {
             continue;
         };
         for dependency in package["dependencies"].as_array().expect("a list of dependencies") {
+            let for_tests = dependency["kind"] == "dev" || name == "costandby-tests";
+            let features = dependency["features"].as_array().into_iter().flatten();
+            let doubles = features.into_iter().any(|feature| feature == "testing");
             let dependency = dependency["name"].as_str().expect("a dependency has a name");
-            if dependency.starts_with("costandby") && !allowed.contains(&dependency) {
+            if doubles && !for_tests {
+                found
+                    .push(format!("{name} ships the test doubles of {dependency}: its feature is for tests"));
+            }
+            let own = dependency == name && for_tests;
+            if dependency.starts_with("costandby") && !allowed.contains(&dependency) && !own {
                 found.push(format!(
                     "{name} imports {dependency}, against ffi <- datapath <- control <- bench, tests"
                 ));
@@ -519,6 +568,12 @@ fn the_specification_names_tests_that_exist() {
 }
 
 #[test]
+fn no_file_stands_in_a_circle_of_imports() {
+    let imports = circles::imports(&sources());
+    assert_none(&circles::complaints(&imports, &circles::STANDING));
+}
+
+#[test]
 fn the_documents_name_files_that_exist() {
     let root = root();
     let documents = documents();
@@ -577,6 +632,11 @@ fn each_broken_rule_is_found() {
     );
     assert_eq!(broken("control/src/cli/x.rs", "//! x\nfn f() { println!() }\n"), 1, "but does not panic");
     assert_eq!(broken("datapath/src/x.rs", "//! println!\nfn f() { writeln!(a, \"print!\") }\n"), 0);
+    let suggested = "//! x\nfn f() { \"say `costandby promote {volume}`\" }\n";
+    assert_eq!(broken("control/src/role/x.rs", suggested), 1, "without --config and --node");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby \\\n verify\" }\n"), 1);
+    assert_eq!(broken("control/src/cli/x.rs", suggested), 0, "a subcommand's help");
+    assert_eq!(broken("control/src/role/x.rs", "//! x\nfn f() { \"`costandby keygen`\" }\n"), 0);
     let clock = "fn f() { Instant::now() }\n#[cfg(test)]\nmod tests { std::thread::sleep(); }\n";
     assert_eq!(
         broken("datapath/src/x.rs", &format!("//! x. Sans-IO.\n{clock}")),
@@ -616,6 +676,27 @@ fn an_import_against_the_stream_is_found() {
     assert_eq!(import_complaints(&package("costandby-control", "costandby-datapath")).len(), 0);
     assert_eq!(import_complaints(&package("costandby-datapath", "costandby-control")).len(), 1);
     assert_eq!(import_complaints(&package("costandby-new", "libc")).len(), 1);
+}
+
+#[test]
+fn a_test_double_in_what_ships_is_found() {
+    let package = |name: &str, kind: Option<&str>| {
+        let dependency = serde_json::json!({
+            "name": "costandby-ffi", "kind": kind, "features": ["rdma", "testing"],
+        });
+        serde_json::json!({ "packages": [{ "name": name, "dependencies": [dependency] }] })
+    };
+    assert_eq!(import_complaints(&package("costandby-control", None)).len(), 1);
+    assert_eq!(import_complaints(&package("costandby-control", Some("dev"))).len(), 0);
+    assert_eq!(import_complaints(&package("costandby-tests", None)).len(), 0);
+    let names = |name, text: &str| complaints(name, text).len();
+    assert_eq!(names("datapath/src/x.rs", "//! x\nuse crate::testing::fault::Plan;\n"), 1);
+    assert_eq!(names("control/src/x.rs", "//! x\nuse costandby_datapath::{testing::fault, wire};\n"), 1);
+    assert_eq!(
+        names("datapath/src/x.rs", "//! x\n#[cfg(test)]\nmod tests { use crate::testing::fault; }\n"),
+        0
+    );
+    assert_eq!(names("datapath/src/testing/x.rs", "//! x\nuse crate::testing::fault;\n"), 0);
 }
 
 #[test]

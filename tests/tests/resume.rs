@@ -116,6 +116,56 @@ fn a_standby_whose_link_just_broke_can_be_promoted_at_once() {
 }
 
 #[test]
+fn both_nodes_say_what_an_overtaken_primary_is_and_its_data_can_be_kept() {
+    let pair = pair();
+    pair.client(ALPHA, "db").write(0, &[7; BLOCK_LEN], false).expect("mirrored");
+    pair.proxy().refuse(true);
+    pair.proxy().cut();
+    wait_for("beta knows", LIMIT, || {
+        pair.status(BETA, "db").filter(|beta| beta.connection == "connecting").map(drop)
+    });
+    pair.promote(BETA, "db");
+    pair.client(BETA, "db").write(0, &[8; BLOCK_LEN], false).expect("served");
+    pair.proxy().refuse(false);
+    for node in [ALPHA, BETA] {
+        let told = pair.wait_status(node, "db", "told", |status| {
+            status
+                .advice
+                .as_deref()
+                .is_some_and(|advice| advice.starts_with("split brain: beta went on without alpha"))
+        });
+        assert!(told.parted && told.role == "primary", "{told:?}");
+        let advice = told.advice.expect("just seen");
+        let config = pair.config(node);
+        for command in ["alpha demote db", "beta demote db", "beta connect db --discard-my-data"] {
+            let whole = format!("`costandby --config {} --node {command}`", config.display());
+            assert!(advice.contains(&whole), "{advice}");
+        }
+    }
+    // Several more dials.
+    std::thread::sleep(Duration::from_secs(2));
+    for node in [ALPHA, BETA] {
+        let log = pair.log(node);
+        let told = log.lines().filter(|line| line.contains("split brain")).count();
+        assert_eq!(told, 1, "{log}");
+    }
+    let refused = pair.cli(BETA, &["connect", "db", "--discard-my-data"]);
+    assert!(
+        refused.stderr.contains("beta serves the volume") && refused.stderr.contains(" demote db` first"),
+        "{}",
+        refused.stderr
+    );
+    pair.cli_ok(BETA, &["demote", "db"]);
+    pair.cli_ok(BETA, &["connect", "db", "--discard-my-data"]);
+    pair.wait_in_sync("db");
+    assert_eq!(pair.primary("db"), ALPHA);
+    let mut found = vec![0; BLOCK_LEN];
+    pair.client(ALPHA, "db").read(0, &mut found).expect("served");
+    assert_eq!(found, [7; BLOCK_LEN]);
+    pair.settle_and_compare("db");
+}
+
+#[test]
 fn a_primary_that_went_alone_copies_what_it_wrote_since() {
     let mut pair = pair();
     let mut client = pair.client(ALPHA, "db");

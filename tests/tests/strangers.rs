@@ -11,8 +11,10 @@ use costandby_datapath::wire::{Header, Kind};
 use costandby_tests::ledger::Ledger;
 use costandby_tests::liar::{Answer, Liar, hear, recorded_opening, say, say_bare};
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, NODES, Pair, Settings, VolumeSettings};
-use costandby_tests::wait_for;
+use costandby_tests::{scaled, wait_for};
+use std::collections::VecDeque;
 use std::fs;
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
@@ -135,7 +137,7 @@ fn connections_that_say_nothing_keep_no_peer_out() {
     pair.tell(ALPHA, "db", admin::Command::Connect { discard_my_data: false }).expect("connects");
     pair.wait_in_sync("db");
     let took = began.elapsed();
-    assert!(took < costandby_tests::scaled(Duration::from_secs(8)), "{took:?} with strangers at the door");
+    assert!(took < scaled(Duration::from_secs(8)), "{took:?} with strangers at the door");
     // None of them is kept for long.
     wait_for("they are closed", LIMIT, || {
         held.iter()
@@ -148,6 +150,70 @@ fn connections_that_say_nothing_keep_no_peer_out() {
     });
     let lines = pair.log(BETA).lines().filter(|line| line.contains("refused a connection")).count();
     assert!(lines <= 10, "{lines} lines");
+}
+
+#[test]
+fn a_flood_of_connections_stops_neither_the_pair_nor_its_clients_nor_status() {
+    let mut pair = pair();
+    let writing = Ledger::new(SIZE).write_slowly(&pair.uri(ALPHA, "db"), 5, Duration::from_millis(2));
+    let opening = recorded_opening(&pair.keys(BETA), NODES[ALPHA], NODES[BETA]);
+    let knocks: [&[u8]; 4] = [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\x00",
+        &opening,
+    ];
+    let targets = [ALPHA, BETA].map(|node| pair.peer_address(node));
+    let ends = Instant::now() + Duration::from_secs(4);
+    let (mut slowest, acked) = (Duration::ZERO, writing.acked());
+    let knocked: u32 = std::thread::scope(|scope| {
+        let flood = knocks.map(|knock| {
+            scope.spawn(move || {
+                let (mut held, mut count) = (VecDeque::new(), 0);
+                while Instant::now() < ends {
+                    for target in targets {
+                        // Refused while the node's queue is full.
+                        let Ok(mut stream) = TcpStream::connect(target) else { continue };
+                        let _ = stream.write_all(knock);
+                        held.push_back(stream);
+                        count += 1;
+                    }
+                    if held.len() > 100 {
+                        held.pop_front();
+                    }
+                }
+                count
+            })
+        });
+        while Instant::now() < ends {
+            for node in [ALPHA, BETA] {
+                let began = Instant::now();
+                assert!(pair.status(node, "db").is_some_and(|status| status.in_sync()), "{}", NODES[node]);
+                slowest = slowest.max(began.elapsed());
+            }
+        }
+        flood.map(|flood| flood.join().expect("it knocked")).into_iter().sum()
+    });
+    assert!(knocked > 500, "{knocked} connections are no flood");
+    assert!(slowest < scaled(Duration::from_secs(1)), "a status took {slowest:?}");
+    assert!(writing.acked() > acked + 50, "{} writes in four seconds", writing.acked() - acked);
+    let mut ledger = writing.finish_ok();
+    ledger.check(&mut pair.client(ALPHA, "db")).unwrap_or_else(|lost| panic!("{lost}"));
+    for node in [ALPHA, BETA] {
+        pair.assert_alive(node);
+        let log = pair.log(node);
+        assert!(!log.contains("lost "), "{}: its session ended: {log}", NODES[node]);
+        let refusals: Vec<_> = log.lines().filter(|line| line.contains("refused a connection")).collect();
+        assert!((1..=20).contains(&refusals.len()), "{}: {refusals:#?}", NODES[node]);
+        for what in ["as HTTP does", "as TLS does"] {
+            assert_eq!(
+                refusals.iter().filter(|line| line.contains(what)).count(),
+                1,
+                "{what}: {refusals:#?}"
+            );
+        }
+    }
+    pair.settle_and_compare("db");
 }
 
 /// Ends the session, so that the next one needs a handshake.
@@ -261,6 +327,10 @@ fn a_daemon_does_not_start_without_a_key_that_is_its_own() {
     fs::write(&path, "not a key\n").expect("written");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("a mode");
     refused(&["line 1", "costandby-key-1:"]);
+    let kept = pair.cli(ALPHA, &["keygen", "--force"]);
+    assert!(kept.stderr.contains("a text of another kind, and was not touched"), "{}", kept.stderr);
+    fs::write(&path, "costandby-key-1:0102\n").expect("written");
+    refused(&["line 1", "was it copied whole"]);
     let kept = pair.cli(ALPHA, &["keygen"]);
     assert!(kept.stderr.contains("was not touched"), "{}", kept.stderr);
     pair.cli_ok(ALPHA, &["keygen", "--force"]);

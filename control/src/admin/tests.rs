@@ -293,7 +293,9 @@ async fn every_command_leaves_who_what_and_the_outcome_in_the_log() {
         ("WARN", format!("{who} demote, which is refused: volume db: not now volume=\"db\"")),
         (
             "WARN",
-            format!("{who} verify --stop, which is refused: node alpha has no volume \"web\" volume=\"web\""),
+            format!(
+                "{who} verify --stop, which is refused: node alpha has no volume \"web\": `status` shows those it has volume=\"web\""
+            ),
         ),
     ] {
         assert!(

@@ -1,6 +1,6 @@
 //! `costandby keygen`: makes the pair's key, and replaces it step by step while the pair is in use.
 //!
-//! A file is made for its owner alone and is never overwritten without `--force`. Of the key itself nothing is printed but its
+//! A file is made for its owner alone and is never overwritten without `--force`, and one that is no key file never. Of the key itself nothing is printed but its
 //! fingerprint, which is the same on both nodes where the key is.
 //!
 //! Rotation: `--rotate add` puts a new key behind the one in use, `use` makes the new one first, `end` drops the old one. After
@@ -90,7 +90,12 @@ fn make(path: &Path, force: bool) -> Result<String, KeygenError> {
     let key = random()?;
     let (shown, fingerprint) = (path.display(), key.fingerprint());
     let keys = Keys::one(key);
-    match keyring::create(path, &keys) {
+    let made = keyring::create(path, &keys);
+    if matches!(made, Err(KeyError::Exists { .. })) {
+        // Whatever else it is must neither be lost nor be called a key.
+        keyring::is_key_file(path)?;
+    }
+    match made {
         Ok(()) => Ok(format!(
             "{shown}: a new key, fingerprint {fingerprint}, for its owner alone. Copy it to the other node (`scp -p`), and name it \
              in both configurations: key = \"{shown}\"\n"
@@ -173,6 +178,10 @@ mod tests {
         let said = make(&path, true).expect("replaced");
         assert!(said.contains("does not come back until both nodes have"), "{said}");
         assert_ne!(keyring::read(&path).expect("good"), first);
+        std::fs::write(&path, "precious\n").expect("written");
+        let refused = make(&path, true).expect_err("another file").to_string();
+        assert!(refused.contains("no key file") && refused.contains("was not touched"), "{refused}");
+        assert_eq!(std::fs::read_to_string(&path).expect("there"), "precious\n");
     }
 
     #[test]

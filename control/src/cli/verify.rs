@@ -35,8 +35,8 @@ const RANGES_SHOWN: usize = 20;
 pub enum VerifyError {
     /// They do not.
     #[error(
-        "volume {volume}: {bytes} in {ranges} ranges differ on the standby: `costandby verify {volume} --repair` copies \
-         them from here"
+        "volume {volume}: {bytes} in {ranges} ranges differ on the standby: the same command with `--repair` copies them \
+         from here"
     )]
     Differs {
         /// Which volume.

@@ -5,6 +5,7 @@
 //! text says so, and says what the disk's own metadata tells of the peer: whether it has that data.
 
 use super::open::OpenError;
+use crate::command_line::Commands;
 use crate::config::Disk;
 use crate::config::quantity::display_size;
 use crate::worth::worth;
@@ -17,11 +18,8 @@ use std::path::Path;
 
 /// A volume that could not be opened.
 pub(super) struct Case<'a> {
-    pub(super) volume: &'a str,
+    pub(super) commands: Commands<'a>,
     pub(super) size: u64,
-    pub(super) peer: &'a str,
-    /// How the command line begins that means this daemon's configuration and node.
-    pub(super) command_line: &'a str,
     pub(super) disk: &'a Disk,
     pub(super) error: &'a OpenError,
     /// What its metadata says, where it can be read all the same.
@@ -99,8 +97,8 @@ impl Case<'_> {
                 (
                     format!("disk {shown} is missing, and so is its metadata"),
                     self.again(&format!(
-                        "mount its file system; if this disk was never made, `{} create {}`",
-                        self.command_line, self.volume
+                        "mount its file system; if this disk was never made, {}",
+                        self.commands.here("create")
                     )),
                 )
             }
@@ -228,7 +226,7 @@ impl Case<'_> {
         };
         let remedy = format!(
             "it may lack writes: {record} {}. Mend or replace the medium, make room where it is full, and {}",
-            self.peer,
+            self.commands.peer,
             self.opens_it()
         );
         (problem, remedy)
@@ -252,7 +250,7 @@ impl Case<'_> {
     }
 
     fn opens_it(&self) -> String {
-        format!("`{} connect {}` opens it without a restart", self.command_line, self.volume)
+        format!("{} opens it without a restart", self.commands.here("connect"))
     }
 
     fn again(&self, step: &str) -> String {
@@ -261,27 +259,28 @@ impl Case<'_> {
 
     /// The way that gives up what the disk holds, and what is known of that.
     fn give_up(&self) -> String {
-        let Self { volume, peer, .. } = self;
+        let peer = self.commands.peer;
         let worth = worth(peer, self.found);
         format!(
-            "`{} create {volume} --force` gives up what this disk holds, to be copied from {peer} ({worth}); then {}",
-            self.command_line,
+            "{} gives up what this disk holds, to be copied from {peer} ({worth}); then {}",
+            self.commands.here("create --force"),
             self.opens_it()
         )
     }
 
     /// Who can serve until then, where this node's disk was the one that served.
     fn meanwhile(&self) -> Option<String> {
-        let Self { volume, peer, .. } = self;
+        let peer = self.commands.peer;
         let found = self.found.filter(|found| found.primary && !found.is_fresh())?;
         Some(if found.peer_has_current {
             format!(
-                "until then `costandby promote {volume}` on {peer}, which has the data by this disk's metadata, serves it"
+                "until then {} on {peer}, which has the data by this disk's metadata, serves it",
+                self.commands.there("promote")
             )
         } else {
             format!(
-                "this node was primary without {peer}: `costandby promote {volume}` there would serve without what was \
-                 written meanwhile"
+                "this node was primary without {peer}: {} would serve without what was written meanwhile",
+                self.commands.there("promote")
             )
         })
     }

@@ -130,17 +130,14 @@ impl Attachment {
         self.shared.enter(Phase::Opening, unopened(DiskState::Inconsistent, Some(advice.clone()), None));
         self.turn_clients_away(&format!("{advice}: try again in a moment"));
         let (config, disk) = (self.shared.config.clone(), self.disk.clone());
-        let (peer, command_line) = (self.settings.peer.clone(), self.surroundings.command_line.clone());
+        let settings = self.settings.clone();
         let others = self.registry.other_disks(config.name.as_str());
         let opening = blocking(move || {
             open::open_volume(&config, &disk, &node, distrusted, &others).map_err(|error| {
                 let found = open::look(&config, &disk, &node);
-                let (volume, size) = (config.name.as_str(), config.size);
                 let case = Case {
-                    volume,
-                    size,
-                    peer: &peer,
-                    command_line: &command_line,
+                    commands: settings.commands(),
+                    size: config.size,
                     disk: &disk,
                     error: &error,
                     found: found.as_ref(),
@@ -274,12 +271,13 @@ impl Attachment {
             checksum_first: config.checksum_first,
             record,
         };
+        let watched = settings.clone();
         let controller = VolumeController::new(settings, Found { superblock, dirty, boot }, random);
         let index = registry.admit(&shared, spec);
         shared.enter(Phase::Open(index), controller.status());
         let reactor = registry.reactor.clone();
         if let Disk::Path(path) = &disk_config {
-            let watch = Watch::new(config.name.as_str(), &surroundings.node, shared.peer.as_str(), path);
+            let watch = Watch::new(watched, path);
             let link = Link { reactor: reactor.clone(), index };
             tokio::spawn(watch.run(Arc::downgrade(&shared), image, link));
         }

@@ -18,7 +18,7 @@ use attach::Attachment;
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
-use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
+use costandby_datapath::transport::rdma::registration::{Machine, disk_memory};
 use peers::Route;
 use registry::{Phase, Registry, Shared};
 use status::Backend;
@@ -277,15 +277,20 @@ impl Start<'_> {
         let (machine, links, makers) = (Machine::here(), configured.len(), rdma::Makers::default());
         let mut shared = Vec::with_capacity(links);
         let mut parts = Vec::with_capacity(links);
+        // Whoever reads a text of the daemon stands in another directory.
+        let config_file = &self.config.file;
+        let config_file = std::path::absolute(config_file).unwrap_or_else(|_| config_file.clone());
         for (volume, disk) in configured {
             let peer = volume.peer_of(node.as_str()).expect("the configuration was checked").clone();
             let settings = VolumeSettings {
+                config: config_file.display().to_string(),
                 volume: volume.name.as_str().to_owned(),
                 node: node.as_str().to_owned(),
                 peer: peer.as_str().to_owned(),
                 configured_primary: volume.primary == *node,
                 on_peer_loss: volume.on_peer_loss,
                 ack: volume.ack,
+                peer_timeout: self.config.peer_timeout,
             };
             let surroundings = Surroundings {
                 route: Route::to(
@@ -295,7 +300,6 @@ impl Start<'_> {
                     Arc::clone(&self.keys),
                 ),
                 node: node.as_str().to_owned(),
-                command_line: self.config.command_line(node.as_str()),
                 local: self.node.listen.ip(),
                 rdma: rdma::setup(disk_memory(self.node.rdma_memory, &machine, links, volume.size), &makers),
                 settings: settings_of(volume, self.config.peer_timeout),

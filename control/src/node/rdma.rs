@@ -158,8 +158,8 @@ impl Default for Makers {
 
 /// This machine's RDMA for a volume, with so many bytes of its disk registered at most.
 #[cfg(feature = "rdma")]
-pub(super) fn setup(windows_limit_bytes: u64, makers: &Makers) -> Arc<dyn RdmaSetup> {
-    Arc::new(real::Verbs::new(windows_limit_bytes, makers.clone()))
+pub(super) fn setup(registered_bytes_max: u64, makers: &Makers) -> Arc<dyn RdmaSetup> {
+    Arc::new(real::Verbs::new(registered_bytes_max, makers.clone()))
 }
 
 /// A build without it has none.

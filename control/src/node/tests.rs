@@ -68,12 +68,14 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     std::thread::spawn(move || reactor.run());
     let peer = volume.peer_of(node).expect("two nodes").clone();
     let settings = VolumeSettings {
+        config: "pair.toml".into(),
         volume: "db".into(),
         node: node.into(),
         peer: peer.as_str().into(),
         configured_primary: volume.primary.as_str() == node,
         on_peer_loss,
         ack,
+        peer_timeout: Duration::from_secs(5),
     };
     let superblock = Superblock::fresh("db", node, SIZE, true);
     let found = Found { superblock, dirty: false, boot: [1; 16] };
@@ -82,7 +84,6 @@ fn start(config: &Config, node: &str, listener: tokio::net::TcpListener, rdma: A
     let shared = Arc::new(Shared::new(volume, peer.clone(), controller.status(), Phase::Opening, inbox));
     let surroundings = Surroundings {
         route: Route::to(peer.as_str(), config.node(peer.as_str()).expect("there").listen, node, keys()),
-        command_line: "costandby --config f --node alpha".into(),
         node: node.into(),
         local: [127, 0, 0, 1].into(),
         rdma: Arc::clone(&rdma) as Arc<dyn rdma::RdmaSetup>,

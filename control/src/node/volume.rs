@@ -13,7 +13,7 @@ use super::registry::{Shared, Source};
 use super::watch::hangs_text;
 use crate::admin;
 use crate::compared::Settings;
-use crate::hello::{Ask, Hello, Message};
+use crate::hello::{Ask, Hello, Message, Refuse, RefuseCode};
 use crate::progress::Sample;
 use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
 use crate::secure::channel::Channel;
@@ -137,8 +137,6 @@ pub(super) struct Surroundings {
     pub(super) route: Route,
     /// This node's name.
     pub(super) node: String,
-    /// How a command line begins that means this daemon's configuration and node.
-    pub(super) command_line: String,
     /// This node's address towards its peers.
     pub(super) local: IpAddr,
     /// This node's RDMA.
@@ -220,9 +218,14 @@ impl VolumeTask {
             Input::Reactor(event) => self.take_reactor(event).await,
             Input::Accepted { stream, hello } => {
                 self.end_change().await;
+                self.redial.handshake_ended(self.began.elapsed());
                 if self.conversation.take().is_some() {
                     // Only the peer dials us, so it has given up the older one.
                     self.handle(Event::SessionFailed { text: "it began anew".into() }).await;
+                }
+                if !self.redial.answers(self.began.elapsed()) {
+                    let text = "its last sessions came to nothing, so the next one waits a little".to_owned();
+                    return peers::part(stream, Refuse { code: RefuseCode::Busy, text });
                 }
                 let ours = self.begin_conversation(false);
                 let inbox = self.shared.inbox.clone();
@@ -264,7 +267,7 @@ impl VolumeTask {
 
     async fn take_reactor(&mut self, event: ReactorEvent) {
         let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, dirty, moved, parted, .. } => {
+            ReactorEvent::LinkDown { reason, undurable, dirty, moved, heard, parted, .. } => {
                 self.link_up = false;
                 self.shared.warn(Source::PeersCalls, &[]);
                 self.link_ended(&reason);
@@ -272,7 +275,7 @@ impl VolumeTask {
                     self.no_pause_after_session();
                     self.handle(Event::LinkChanges(true)).await;
                 } else {
-                    self.pause_after_session(moved);
+                    self.pause_after_session(moved, heard);
                 }
                 self.handle(Event::LinkDown { reason, undurable, dirty, parted }).await;
                 return self.left_link().await;
@@ -323,15 +326,20 @@ impl VolumeTask {
 
     /// A dial, or the talk after it, came to nothing.
     fn pause_dialling(&mut self) {
+        self.redial.handshake_ended(self.began.elapsed());
         self.dial_pause = (self.dial_pause * 2).min(DIAL_PAUSE_MAX);
-        self.next_dial = Instant::now() + self.dial_pause;
+        self.next_dial = Instant::now() + self.dial_pause.max(self.redial.after_handshake());
     }
 
     /// A session's link broke: its peer most likely lives, and is dialled again at once. Not where session after session ends
     /// without a single change that got through.
-    fn pause_after_session(&mut self, moved: bool) {
+    fn pause_after_session(&mut self, moved: bool, heard: bool) {
         let lived = self.session_began.take().map_or(Duration::ZERO, |began| began.elapsed());
-        let (pause, text) = self.redial.session_ended(lived, moved, self.shared.peer.as_str());
+        let now = self.began.elapsed();
+        let (pause, text) = self.redial.session_ended(now, lived, moved, self.shared.peer.as_str());
+        if heard {
+            self.redial.session_was_heard();
+        }
         if let Some(text) = text {
             tracing::warn!(volume = self.shared.config.name.as_str(), "{text}");
         }
@@ -437,6 +445,7 @@ impl VolumeTask {
                         undurable: true,
                         dirty: true,
                         moved: false,
+                        heard: false,
                         parted: None,
                     },
                     ReactorEvent::Settled { volume },
@@ -458,8 +467,10 @@ impl VolumeTask {
                 format!("volume {volume} is served by {peer}: this node is its standby, connect there")
             }
             (_, _) => format!(
-                "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, run \
-                 `costandby promote {volume}` on the node that shall"
+                "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, promote it on the node \
+                 that shall: {}, or {}",
+                self.controller.commands().here("promote"),
+                self.controller.commands().there("promote")
             ),
         };
         if text != self.refusal_told {
@@ -490,6 +501,7 @@ impl VolumeTask {
             }
             Action::StopDialing => self.dials = false,
             Action::SendReady(ready) => {
+                self.redial.ready_said(self.began.elapsed());
                 if let Some(stream) = self.conversation.as_mut().and_then(|c| c.stream.take()) {
                     peers::converse(self.serial, stream, Message::Ready(ready), self.shared.inbox.clone());
                 }
@@ -526,6 +538,7 @@ impl VolumeTask {
             Action::GoAlone => self.send(Command::GoAlone { volume }),
             Action::CloseLink => {
                 self.conversation = None;
+                self.redial.handshake_ended(self.began.elapsed());
                 if self.link_up {
                     self.send(Command::CloseLink { volume, reason: "by this node's decision" });
                 }

@@ -11,7 +11,7 @@
 //! Survives: a file system that hangs (its look waits, in a thread of its own, and nothing else does).
 
 use super::registry::{Shared, Source};
-use crate::role::code;
+use crate::role::{VolumeSettings, code};
 use crate::users::{Identity, identity};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::disk::superblock::Location;
@@ -29,22 +29,20 @@ const EVERY: Duration = Duration::from_secs(2);
 /// A volume's files as they were when its disk was opened.
 #[derive(Clone)]
 pub(super) struct Watch {
-    volume: String,
-    node: String,
-    peer: String,
+    settings: VolumeSettings,
     files: Vec<(&'static str, PathBuf, Identity)>,
 }
 
 impl Watch {
     /// Of the disk at `path`, which is open.
-    pub(super) fn new(volume: &str, node: &str, peer: &str, path: &Path) -> Self {
+    pub(super) fn new(settings: VolumeSettings, path: &Path) -> Self {
         let metadata = Location::beside(path).path;
         let both = [("disk", path.to_owned()), ("metadata", metadata)];
         let files = both.into_iter().filter_map(|(what, path)| {
             let identity = identity(&path)?;
             Some((what, path, identity))
         });
-        Self { volume: volume.into(), node: node.into(), peer: peer.into(), files: files.collect() }
+        Self { settings, files: files.collect() }
     }
 
     /// What is wrong, one sentence each. Blocks.
@@ -56,13 +54,15 @@ impl Watch {
                 Some(_) => "is another one than this daemon has open",
                 None => "was deleted or renamed, or its directory was unmounted",
             };
-            let Self { volume, peer, .. } = self;
+            let (peer, commands) = (&self.settings.peer, self.settings.commands());
             Some(format!(
                 "{what} {} {how}: the daemon goes on with the one it opened, which is lost when the daemon ends. Do not restart this \
-                 daemon: put the file back under its name; or, with {peer} UpToDate, let {peer} serve (`costandby demote {volume}` \
-                 here, `costandby promote {volume}` there), and make this disk anew then: stop this daemon, `costandby create \
-                 {volume}`, start it",
-                path.display()
+                 daemon: put the file back under its name; or, with {peer} UpToDate, let {peer} serve ({}, {}), and make this disk \
+                 anew then: stop this daemon, {}, start it",
+                path.display(),
+                commands.here("demote"),
+                commands.there("promote"),
+                commands.here("create")
             ))
         });
         wrong.collect()
@@ -87,7 +87,7 @@ impl Watch {
     }
 
     fn note_files(&self, shared: &Shared, seen: Vec<String>) {
-        let (volume, over) = (self.volume.as_str(), seen.is_empty());
+        let (volume, over) = (self.settings.volume.as_str(), seen.is_empty());
         if shared.warn(Source::Files, &seen) {
             for text in seen {
                 tracing::error!(volume, "{text}");
@@ -102,7 +102,7 @@ impl Watch {
     fn note_calls(&self, shared: &Shared, disk: &DiskImage, link: &Link, hung: &mut bool) {
         let slow = Duration::from_secs(DISK_CALL_SLOW_S);
         let age = disk.oldest_call().filter(|age| *age >= slow).map(|age| age.as_secs());
-        let Self { volume, node, .. } = self;
+        let VolumeSettings { volume, node, .. } = &self.settings;
         let text = age.map(|age| hangs_text(&format!("the disk of {node}"), age));
         shared.warn(Source::Calls, text.as_slice());
         if age.is_some() || *hung {
@@ -135,6 +135,7 @@ pub(super) fn hangs_text(disk: &str, seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use costandby_datapath::units::{AckLevel, OnPeerLoss};
     use std::fs;
 
     #[test]
@@ -143,7 +144,17 @@ mod tests {
         let (disk, meta, aside) = (dir.path().join("d"), dir.path().join("d.meta"), dir.path().join("aside"));
         fs::write(&disk, "x").expect("written");
         fs::write(&meta, "x").expect("written");
-        let watch = Watch::new("db", "alpha", "beta", &disk);
+        let settings = VolumeSettings {
+            config: "pair.toml".into(),
+            volume: "db".into(),
+            node: "alpha".into(),
+            peer: "beta".into(),
+            configured_primary: true,
+            on_peer_loss: OnPeerLoss::Continue,
+            ack: AckLevel::Memory,
+            peer_timeout: Duration::from_secs(1),
+        };
+        let watch = Watch::new(settings, &disk);
         assert!(watch.look().is_empty());
         fs::rename(&disk, &aside).expect("renamed");
         let seen = watch.look();

@@ -10,7 +10,7 @@ use super::{Action, Connection, Level, Role, VolumeController, VolumeSettings};
 use crate::hello::{Refuse, RefuseCode};
 
 /// Bytes of a peer's words that are shown: the longest of ours, a split brain's with both histories, and some more.
-const WORDS_LEN_MAX: usize = 1200;
+const WORDS_LEN_MAX: usize = 2000;
 
 /// What stands between this node and a session.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -139,27 +139,26 @@ impl VolumeController {
     /// What a peer that asks is told while this node will have no session; `None` where it would.
     #[must_use]
     pub fn will_refuse(&self) -> Option<Refuse> {
-        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let VolumeSettings { node, peer, .. } = &self.settings;
         if self.connection != Connection::Standalone {
             return None;
         }
         let text = self.refusal.clone().unwrap_or_else(|| {
-            format!(
-                "an operator disconnected {node}: `costandby connect {volume}` there looks for {peer} again"
-            )
+            format!("an operator disconnected {node}: {} looks for {peer} again", self.here("connect"))
         });
         Some(Refuse { code: RefuseCode::Disconnected, text })
     }
 
     /// What an operator may want to know while this node looks for its peer.
     pub(super) fn connecting_advice(&self, frozen: bool) -> String {
-        let VolumeSettings { volume, peer, .. } = &self.settings;
+        let peer = &self.settings.peer;
         let why = self.obstacle.as_ref().map(|obstacle| obstacle.text(peer) + "; ").unwrap_or_default();
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         let state = if frozen {
             format!(
-                "writes wait for {peer} to return; `costandby promote {volume} --force` goes on without it: only if {peer} does \
-                 not serve, or what one of the two writes is lost"
+                "writes wait for {peer} to return; {} goes on without it: only if {peer} does not serve, or what one of the two \
+                 writes is lost",
+                self.here("promote --force")
             )
         } else if serves && !self.alone && self.recall.is_some() {
             format!(
@@ -170,8 +169,9 @@ impl VolumeController {
             format!("serving without {peer}, which is brought up to date when it is back")
         } else if self.is_usable() {
             format!(
-                "waiting for {peer}; `costandby promote {volume}` serves without it: only if {peer} does not serve and did not \
-                 go on alone, or what one of the two writes is lost"
+                "waiting for {peer}; {} serves without it: only if {peer} does not serve and did not go on alone, or what one of \
+                 the two writes is lost",
+                self.here("promote")
             )
         } else if self.may_lack_writes() {
             format!(
@@ -185,9 +185,11 @@ impl VolumeController {
         } else if self.failed_ahead() {
             format!(
                 "this disk failed while {peer} did not have all of its data: IT MAY HOLD WRITES THAT {peer} LACKS. Save what can \
-                 be read of it before anything else. `costandby promote {volume} --force` here serves what its medium still gives; \
-                 `costandby promote {volume}` on {peer}, or `costandby create {volume} --force` here with the daemon stopped, gives \
-                 those writes up"
+                 be read of it before anything else. {} serves what its medium still gives; {}, or {} with the daemon of this \
+                 node stopped, gives those writes up",
+                self.here("promote --force"),
+                self.there("promote"),
+                self.here("create --force")
             )
         } else {
             format!("waiting for {peer}, to sync from it")

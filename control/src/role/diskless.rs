@@ -112,7 +112,7 @@ impl VolumeController {
 
     /// Why the session must not be ended nor this disk given up, if one of the two nodes serves from the other's disk.
     pub(super) fn stand_in(&self) -> Option<String> {
-        let VolumeSettings { volume, node, peer: name, .. } = &self.settings;
+        let VolumeSettings { node, peer: name, .. } = &self.settings;
         let peer = self.peer.as_ref().filter(|_| self.in_session())?;
         let (serves, stands_in) = if peer.diskless {
             (name, node)
@@ -122,13 +122,15 @@ impl VolumeController {
             return None;
         };
         Some(format!(
-            "the disk of {serves} failed, and {serves} serves from the one of {stands_in}, the only copy: \
-             `costandby demote {volume}` on {serves} first, then `costandby promote {volume}` on {stands_in}"
+            "the disk of {serves} failed, and {serves} serves from the one of {stands_in}, the only copy: {} \
+             first, then {}",
+            self.settings.commands().on(serves, "demote"),
+            self.settings.commands().on(stands_in, "promote")
         ))
     }
 
     pub(super) fn diskless_advice(&self) -> Option<String> {
-        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let VolumeSettings { node, peer, .. } = &self.settings;
         let session = self.peer.as_ref().filter(|_| self.in_session())?;
         if session.diskless {
             return Some(format!(
@@ -137,9 +139,11 @@ impl VolumeController {
         }
         let text = self.diskless.text()?;
         Some(format!(
-            "the disk failed ({text}); reads and writes go to the one of {peer}, the only copy: `costandby demote \
-             {volume}` here and `costandby promote {volume}` on {peer} when it suits; then stop the daemon of {node}, replace \
-             its disk, `costandby create {volume} --force`, and start it: everything is copied back"
+            "the disk failed ({text}); reads and writes go to the one of {peer}, the only copy: when it suits, {} \
+             and {}; then stop the daemon of {node}, replace its disk, {}, and start the daemon: everything is copied back",
+            self.here("demote"),
+            self.there("promote"),
+            self.here("create --force")
         ))
     }
 }

@@ -4,49 +4,54 @@
 //! log and `status`. Each command that a text suggests stands with what it gives up.
 
 use super::VolumeSettings;
-use crate::generation::{Verdict, View};
+use crate::generation::{Side, Verdict, View};
 use costandby_datapath::disk::superblock::Generations;
 use costandby_datapath::units::Generation;
 
 pub(super) fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
     let VolumeSettings { volume, node, peer, .. } = settings;
+    let commands = settings.commands();
+    let either = |command| format!("{} or {}", commands.here(command), commands.there(command));
     let both =
         || format!("on {node} {}; on {peer} {}", history(&mine.generations), history(&theirs.generations));
     match verdict {
         Verdict::SizeDiffers => format!(
             "the volume has {} bytes on {node} and {} on {peer}: one disk was made with another `size`. Correct that in its \
-             node's configuration, and make that disk anew (with its daemon stopped, `costandby create {volume} --force`, which \
-             gives up what it holds)",
-            mine.size, theirs.size
+             node's configuration, and make that disk anew, with its daemon stopped: {}, which gives up what the disk holds",
+            mine.size,
+            theirs.size,
+            either("create --force")
         ),
         Verdict::SplitBrain => format!(
             "split brain: both nodes went on without the other ({}); nothing was changed. On the node whose data is not \
-             wanted, and only there: `costandby connect {volume} --discard-my-data` (after `demote`, if it serves), which gives \
-             up what it wrote alone; then `costandby connect {volume}` on the other{}",
+             wanted, and only there: `demote` if it serves, then {}, which gives up what that node wrote alone; then `connect \
+             {volume}` on the other{}",
             both(),
+            either("connect --discard-my-data"),
             put_back(mine, theirs, settings)
         ),
         Verdict::TwoWithData => format!(
             "both disks are new and neither is known to be empty, so each may hold data; nothing was changed. Choose whose data \
-             the volume begins with: `costandby promote {volume} --force` on that node, {node} or {peer}, and on that one only; \
-             the other one's disk is then overwritten with it"
+             the volume begins with, and say it on that node only: {}; the other one's disk is then overwritten with it",
+            either("promote --force")
         ),
         Verdict::NoUsableDisk if mine.is_lost_while_new() || theirs.is_lost_while_new() => {
             lost_while_new(mine, theirs, settings)
         }
         Verdict::NoUsableDisk => format!(
-            "neither disk can be copied from ({node}'s is {}, {peer}'s {}{}); nothing was changed. `costandby promote {volume} \
-             --force` serves what one of them holds, and gives up the other one's data: say it only on the node whose data is \
-             wanted",
+            "neither disk can be copied from ({node}'s is {}, {peer}'s {}{}); nothing was changed. One of {} serves what that \
+             node's disk holds, and gives up the other one's data: say it only on the node whose data is wanted",
             mine.disk_state_shown(),
             theirs.disk_state_shown(),
-            newer(mine, theirs, settings)
+            newer(mine, theirs, settings),
+            either("promote --force")
         ),
         _ => format!(
             "the disk of {node} and the one of {peer} have no common past ({}), so they may be two volumes': correct their \
-             paths. If they are one volume's, on the node whose data is not wanted: stop its daemon, `costandby create {volume} \
-             --force`, which gives up what its disk holds, and start it; then `costandby connect {volume}` on the other",
-            both()
+             paths. If they are one volume's, on the node whose data is not wanted: stop its daemon, {}, which gives up what its \
+             disk holds, and start it; then `connect {volume}` on the other",
+            both(),
+            either("create --force")
         ),
     }
 }
@@ -92,16 +97,25 @@ fn put_back(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
     )
 }
 
-/// Why a node that serves is not overwritten, whatever its peer says of itself, and what an operator can do.
-pub(super) fn serving_is_kept(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let VolumeSettings { volume, node, peer, .. } = settings;
+/// Why neither node has a session, where one went on from what the other one has, which serves: the same text on both.
+/// `ahead` is the one that went on.
+pub(super) fn overtaken(ahead: Side, mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
+    let VolumeSettings { node, peer, .. } = settings;
+    let ((ahead, its), (serves, other)) = match ahead {
+        Side::Mine => ((node, mine), (peer, theirs)),
+        Side::Theirs => ((peer, theirs), (node, mine)),
+    };
+    let commands = settings.commands();
     format!(
-        "split brain: {peer} went on without {node}, which serves (on {node} {}; on {peer} {}); a node that serves is not \
-         overwritten unasked, and nothing was changed. If {peer}'s data is wanted: `costandby demote {volume}` on {node}, which is \
-         then copied from {peer} and gives up what {peer} lacks. If {node}'s data is: on {peer} `costandby demote {volume}` if it \
-         serves, then stop its daemon, `costandby create {volume} --force`, which gives up what its disk holds, and start it",
-        history(&mine.generations),
-        history(&theirs.generations)
+        "split brain: {ahead} went on without {serves}, which serves ({ahead}: {}; {serves}: {}). Nothing was changed, and each \
+         node goes on as it is until an operator chooses. For the data of {ahead}: {} makes {serves} a copy of {ahead}, and what only \
+         {serves} holds is lost. For the data of {serves}: {}, then {}, makes {ahead} a copy of {serves}, and what {ahead} wrote since \
+         they parted is lost",
+        history(&its.generations),
+        history(&other.generations),
+        commands.on(serves, "demote"),
+        commands.on(ahead, "demote"),
+        commands.on(ahead, "connect --discard-my-data"),
     )
 }
 
@@ -116,10 +130,10 @@ fn newer(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
 }
 
 fn history(generations: &Generations) -> String {
-    let mut text = format!("{:016x}", generations.current.0);
-    let past = [generations.base].into_iter().chain(generations.history);
-    for generation in past.filter(|&generation| generation != Generation::ZERO) {
-        text.push_str(&format!(" ← {:016x}", generation.0));
-    }
-    text
+    let past = [generations.current, generations.base].into_iter().chain(generations.history);
+    let mut known: Vec<_> = past.filter(|&generation| generation != Generation::ZERO).collect();
+    // The base is the first of the history as well, or stands in it.
+    known.dedup();
+    let shown: Vec<_> = known.iter().map(|generation| format!("{:016x}", generation.0)).collect();
+    if shown.is_empty() { "new".to_owned() } else { shown.join(" ← ") }
 }

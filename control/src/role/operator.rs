@@ -38,8 +38,7 @@ impl VolumeController {
             Command::StopVerify => self.on_stop_verify(id, actions),
             Command::Disconnect => {
                 self.part(actions);
-                let VolumeSettings { volume, peer, .. } = &self.settings;
-                let text = format!("disconnected from {peer} until `costandby connect {volume}`");
+                let text = format!("disconnected from {} until {}", self.settings.peer, self.here("connect"));
                 self.reply(id, Ok(text), actions);
             }
         }
@@ -54,23 +53,25 @@ impl VolumeController {
             self.dial(actions);
             text.to_owned()
         } else {
+            let peer = &self.settings.peer;
             let why = self.obstacle_text().map(|text| format!(": {text}"));
-            format!("connecting or connected already{}", why.unwrap_or_default())
+            let how = if self.in_session() { "connected" } else { "connecting" };
+            format!("{how} to {peer} already{}", why.unwrap_or_default())
         };
         self.reply(id, Ok(text), actions);
     }
 
     /// Whether what the disk holds may be given up at an operator's word; if not, why.
     fn may_discard(&self) -> Result<(), String> {
-        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let VolumeSettings { node, peer, .. } = &self.settings;
         if self.role != Role::Standby {
-            return Err(format!(
-                "{node} serves the volume: `costandby demote {volume}` first, if its data is the data to lose"
-            ));
+            let demote = self.here("demote");
+            return Err(format!("{node} serves the volume: {demote} first, if its data is the data to lose"));
         }
         if self.superblock.disk_state == DiskState::Failed {
+            let create = self.here("create --force");
             return Err(format!(
-                "the disk failed: stop the daemon, replace the disk, and `costandby create {volume} --force` makes a new one of \
+                "the disk failed: stop the daemon, replace the disk, and {create} makes a new one of \
                  it, to be copied from {peer}; what only the failed disk held is lost with it"
             ));
         }
@@ -95,16 +96,19 @@ impl VolumeController {
 
     /// Both went on without the other, and this node's side is the one to lose.
     fn on_discard(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
-        let VolumeSettings { volume, peer, .. } = &self.settings;
+        let peer = &self.settings.peer;
         let refusal = if self.peer.is_none() && !self.split_brain {
             // It may be the only good copy, or the copying refused for another reason all the same.
             Err(format!(
                 "no split brain with {peer} was seen since this daemon started, so nothing is given up: \
-                 `costandby connect {volume}` on both nodes shows what the two disks are to each other"
+                 {} and {} show what the two disks are to each other",
+                self.here("connect"),
+                self.there("connect")
             ))
         } else if self.peer.is_some() {
             Err(format!(
-                "connected to {peer}: there is nothing to discard; `costandby invalidate {volume}` copies anew"
+                "connected to {peer}: there is nothing to discard; {} copies anew",
+                self.here("invalidate")
             ))
         } else {
             self.may_discard()
@@ -116,20 +120,21 @@ impl VolumeController {
         if self.connection != Connection::Standalone {
             self.set_connection(Connection::Standalone);
         }
-        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let VolumeSettings { node, peer, .. } = &self.settings;
         let text = format!(
-            "{node}'s data is given up; connecting to be copied from {peer} (there: `costandby connect {volume}`, if it \
-             is parted)"
+            "{node}'s data is given up; connecting to be copied from {peer} (if {peer} is parted: {})",
+            self.there("connect")
         );
         self.on_connect(id, &text, actions);
     }
 
     fn on_invalidate(&mut self, id: ReplyId, actions: &mut Vec<Action>) {
-        let VolumeSettings { volume, peer: name, .. } = &self.settings;
+        let name = &self.settings.peer;
         let refusal = match &self.peer {
             None => Err(format!(
-                "not connected to {name}, so there is nobody to copy from: `costandby connect {volume}` first, or \
-                 `costandby connect {volume} --discard-my-data`"
+                "not connected to {name}, so there is nobody to copy from: {} first, or {}",
+                self.here("connect"),
+                self.here("connect --discard-my-data")
             )),
             Some(_) if !self.in_session() => Err(format!("the link to {name} is closing; try again")),
             Some(_) if self.connection == Connection::SyncTarget => {
@@ -141,7 +146,7 @@ impl VolumeController {
                     && self.connection == Connection::Connected =>
             {
                 // Two standbys might both be told so, and leave no copy at all.
-                Err(format!("{name} does not serve: `costandby promote {volume}` there first"))
+                Err(format!("{name} does not serve: {} first", self.there("promote")))
             }
             Some(_) if self.connection != Connection::Connected => {
                 Err(format!("{name} is being copied to from here: its disk is not whole yet"))
@@ -182,6 +187,7 @@ impl VolumeController {
             self.set_connection(Connection::Standalone);
         }
         self.obstacle = None;
+        self.demotion_known(Some("the two are disconnected"), actions);
     }
 
     /// Whether this disk is on record as failed, and as one that went on from what the peer has, or was still copied to it.
@@ -195,7 +201,7 @@ impl VolumeController {
 
     /// Why a disk that may not be served unasked is not, and what serving it all the same gives up.
     fn unusable_text(&self) -> String {
-        let VolumeSettings { volume, peer, .. } = &self.settings;
+        let peer = &self.settings.peer;
         let state = self.shown_disk_state().as_str();
         if self.superblock.is_fresh() {
             return format!(
@@ -208,7 +214,8 @@ impl VolumeController {
             return format!(
                 "the disk is {state}, and MAY HOLD WRITES THAT {peer} LACKS. Save what can be read of it first. --force serves what \
                  its medium still gives, and {peer} is copied from it: only if {peer} was not promoted meanwhile. \
-                 `costandby promote {volume}` on {peer} instead gives those writes up"
+                 {} instead gives those writes up",
+                self.there("promote")
             );
         }
         let holds = match self.shown_disk_state() {
@@ -227,7 +234,7 @@ impl VolumeController {
 
     /// Where the data is, now that this node's disk failed: the first thing to know before anything is replaced.
     fn who_has_the_data(&self) -> String {
-        let VolumeSettings { volume, node, peer, ack, .. } = &self.settings;
+        let VolumeSettings { node, peer, ack, .. } = &self.settings;
         let superblock = &self.superblock;
         let mend = format!("Repair or replace the disk of {node}, then restart its daemon");
         let in_sync = self.connection == Connection::Connected && self.in_session() && !self.unrepaired;
@@ -235,11 +242,8 @@ impl VolumeController {
             let last =
                 if *ack == AckLevel::Async { " but for the last writes (ack = \"async\")" } else { "" };
             let serves = self.peer.as_ref().is_some_and(|peer| peer.primary);
-            let takeover = if serves {
-                String::new()
-            } else {
-                format!(", and `costandby promote {volume}` there serves it")
-            };
+            let takeover =
+                if serves { String::new() } else { format!(", and {} serves it", self.there("promote")) };
             return format!("{peer} has the data{last}{takeover}. {mend}");
         }
         if superblock.is_fresh() && !superblock.zeroed {
@@ -260,8 +264,10 @@ impl VolumeController {
         if ahead {
             return format!(
                 "IT MAY HOLD WRITES THAT {peer} LACKS. Save what can be read of it before anything else; if it can be made to \
-                 work, restart the daemon of {node}, and `costandby promote {volume} --force` there serves it. `costandby promote {volume}` on {peer}, or `costandby create {volume} \
-                 --force` on {node}, gives those writes up"
+                 work, restart the daemon of {node}, and {} serves it. {}, or {}, gives those writes up",
+                self.here("promote --force"),
+                self.there("promote"),
+                self.here("create --force")
             );
         }
         format!("{peer} had the same data when the two parted, and has what it wrote since. {mend}")
@@ -291,16 +297,14 @@ impl VolumeController {
             return self.promote_alone(id, actions);
         };
         let refusal = if peer.primary {
-            format!("the connected peer {peer_name} is primary; demote it there first")
+            format!("the connected peer {peer_name} is primary: {} first", self.there("demote"))
         } else if !self.in_session() {
             format!("the link to {peer_name} is closing; try again")
         } else if self.connection == Connection::SyncSource {
-            let volume = &self.settings.volume;
-            format!(
-                "{peer_name} is being copied to: `costandby wait-sync {volume}` first, or `disconnect` it"
-            )
+            let (wait, part) = (self.here("wait-sync"), self.here("disconnect"));
+            format!("{peer_name} is being copied to: {wait} first, or {part} to stop the copy")
         } else if !self.is_usable() {
-            format!("the disk is {state}: `costandby wait-sync {}` first", self.settings.volume)
+            format!("the disk is {state}: {} first", self.here("wait-sync"))
         } else {
             return self.ask_for_promotion(now, Some(id), actions);
         };
@@ -383,10 +387,12 @@ impl VolumeController {
                 }
                 if self.connection == Connection::SyncSource {
                     // Nobody could serve until the copy ends: neither its target nor, in the middle of sending it, this node.
-                    let VolumeSettings { volume, node, peer, .. } = &self.settings;
+                    let VolumeSettings { node, peer, .. } = &self.settings;
                     let text = format!(
-                        "{peer} is being copied to and could not serve, so {node} goes on: `costandby wait-sync {volume}` first, \
-                         or `costandby disconnect {volume}` to stop the copy and demote then"
+                        "{peer} is being copied to and could not serve, so {node} goes on: {} first, or {} to stop the copy and \
+                         demote then",
+                        self.here("wait-sync"),
+                        self.here("disconnect")
                     );
                     return self.reply(id, Err(text), actions);
                 }
@@ -420,7 +426,11 @@ impl VolumeController {
             return self.wind_down(actions);
         }
         let Some(demotion) = self.demotion.take() else { return };
-        self.recall = None;
+        // It agreed that this node serves; its end must not undo the demotion.
+        self.abandon_handshake(actions);
+        let may_return = self.recall.take().is_some_and(|recall| !recall.alone)
+            && self.connection == Connection::Connecting
+            && self.obstacle.is_none();
         actions.push(Action::StopServing);
         if std::mem::take(&mut self.undurable) {
             // Once it is no primary's disk any more, only its generation tells that it differs from the peer's.
@@ -430,14 +440,26 @@ impl VolumeController {
         self.superblock.clean = true;
         self.store(actions);
         self.set_role(Role::Standby);
-        self.alone = false;
-        if self.in_session() {
-            // A promotion there is refused until it is known there, and whoever asked wants just that next.
-            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        let alone = std::mem::take(&mut self.alone);
+        let in_session = self.in_session();
+        if in_session || may_return {
+            // A promotion there is refused until it is known there, and whoever asked wants just that next. Where the link broke
+            // a moment ago the peer is told in the session that follows.
+            if in_session {
+                actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+            }
             self.demoted = Some(Demotion { id: demotion.id, deadline: now + GRANT_TIMEOUT });
             return;
         }
-        self.reply(demotion.id, Ok(format!("{} is standby", self.settings.node)), actions);
+        let VolumeSettings { node, peer, .. } = &self.settings;
+        let text = if alone {
+            format!(
+                "{node} is standby; {peer} lacks what was written here without it, and is copied to when it is back"
+            )
+        } else {
+            format!("{node} is standby")
+        };
+        self.reply(demotion.id, Ok(text), actions);
     }
 
     /// The peer knows that this node was demoted, or will not come to know of it for the reason given.
@@ -445,6 +467,9 @@ impl VolumeController {
         let Some(demotion) = self.demoted.take() else { return };
         let VolumeSettings { node, peer, .. } = &self.settings;
         let text = match but {
+            None if self.connection == Connection::SyncSource => {
+                format!("{node} is standby; {peer} knows, and can be promoted when it has been copied to")
+            }
             None => format!("{node} is standby"),
             Some(why) => format!("{node} is standby; whether {peer} knows it is not known: {why}"),
         };
@@ -539,23 +564,30 @@ impl VolumeController {
             self.end_promotion(&text, actions);
         }
         if self.demoted.as_ref().is_some_and(|demotion| now >= demotion.deadline) {
-            let text = format!("it did not answer in {} s", GRANT_TIMEOUT.as_secs());
+            let secs = GRANT_TIMEOUT.as_secs();
+            let text = if self.in_session() {
+                format!("it did not answer in {secs} s")
+            } else {
+                format!("the link broke, and there was no session within {secs} s")
+            };
             self.demotion_known(Some(&text), actions);
         }
         self.resume_if_due(now, actions);
+        if self.need_alone.is_some_and(|until| now >= until) {
+            self.abandon_handshake(actions);
+        }
         if let Some(demotion) = self.demotion.take_if(|demotion| now >= demotion.deadline) {
             self.set_role(Role::Primary);
             actions.push(Action::Serve { epoch: self.superblock.epoch });
-            let super::VolumeSettings { volume, node, peer, .. } = &self.settings;
+            let super::VolumeSettings { node, peer, .. } = &self.settings;
+            let wait = self.here("wait-sync");
             let what = if self.holds_writes() {
                 format!(
                     "writes wait for {peer} to be in sync (on_peer_loss = \"freeze\"): have {peer} return and let a copy end \
-                     (`costandby wait-sync {volume}`)"
+                     ({wait})"
                 )
             } else {
-                format!(
-                    "let a copy end first (`costandby wait-sync {volume}`), see to slow disks and the link"
-                )
+                format!("let a copy end first ({wait}), see to slow disks and the link")
             };
             let text = format!(
                 "the requests in flight did not finish within {} s, so {node} is still primary: {what}, then try again",

@@ -1,6 +1,6 @@
 //! The part of the controller that deals with the peer: hello, session, resync, going alone, messages.
 
-use super::explain::{explain, serving_is_kept};
+use super::explain::{explain, overtaken};
 use super::{
     Action, Connection, GRANT_TIMEOUT, Level, Obstacle, Peer, Pending, Role, SessionSide, VolumeController,
     VolumeSettings, code, lineage_of,
@@ -37,8 +37,7 @@ impl VolumeController {
             return self.handshake_over(actions);
         }
         let mine = self.view();
-        let settled =
-            self.connection == Connection::Connecting && matches!(self.role, Role::Standby | Role::Primary);
+        let settled = self.connection == Connection::Connecting && self.role != Role::Promoting;
         if !settled || self.shutdown_deadline.is_some() || self.offered.as_ref() != Some(&mine) {
             return self.refuse(RefuseCode::Busy, "in the middle of a change", actions);
         }
@@ -46,17 +45,26 @@ impl VolumeController {
         if theirs > mine.epoch.0 && !self.is_next_epoch(theirs) {
             let text = format!(
                 "{} claims epoch {theirs}, this node has {}: so many promotions never were; its metadata is damaged, or another \
-                 program speaks for it. Nothing was changed; `costandby dump-metadata {}` there shows what it has",
-                settings.peer, mine.epoch.0, settings.volume
+                 program speaks for it. Nothing was changed; {} shows what it has",
+                settings.peer,
+                mine.epoch.0,
+                self.there("dump-metadata")
             );
             return self.refuse_by_name(RefuseCode::Disks, text, actions);
         }
         self.overtaken = false;
         let agreement = agree(&mine, &hello.view);
+        if self.role == Role::Demoting
+            && (agreement.goes_on.is_none() || agreement.primary != Some(Side::Mine))
+        {
+            // What is in flight ends in the session that it began in, or without the peer.
+            return self.refuse(RefuseCode::Busy, "in the middle of a demotion", actions);
+        }
         match agreement.verdict {
-            Verdict::Resync { source: Side::Theirs, .. } if self.role == Role::Primary => {
-                let text = serving_is_kept(&mine, &hello.view, &self.settings);
-                self.overtaken = true;
+            Verdict::Resync { source, .. } if agreement.overwrites_a_primary(&mine, &hello.view) => {
+                let text = overtaken(source, &mine, &hello.view, settings);
+                self.overtaken = source == Side::Theirs;
+                self.split_brain = source == Side::Mine;
                 self.refuse_by_name(RefuseCode::Disks, text, actions);
             }
             Verdict::InSync { .. } | Verdict::Resync { .. } => {
@@ -140,7 +148,8 @@ impl VolumeController {
         let with_disk = !self.diskless.is_gone();
         superblock.primary = (agreement.primary == Some(Side::Mine) || resumes) && with_disk;
         superblock.clean |= superblock.primary && !before.primary;
-        let kept = self.role != Role::Primary || agreement.primary == Some(Side::Mine);
+        let serves = matches!(self.role, Role::Primary | Role::Demoting);
+        let kept = !serves || agreement.primary == Some(Side::Mine);
         assert!(kept, "a node that serves was to stop by a handshake: {agreement:?}");
         let full =
             matches!(agreement.verdict, Verdict::Resync { source: Side::Mine, scope: Scope::Full, .. });
@@ -243,13 +252,19 @@ impl VolumeController {
         self.peer =
             Some(Peer { view: pending.peer, primary: peer_serves, diskless: diskless && peer_serves });
         self.alone = false;
-        self.need_alone = false;
+        self.need_alone = None;
         let side = if serve || resync {
             SessionSide::Source { resync }
         } else {
             SessionSide::Target { resync: connection == Connection::SyncTarget }
         };
-        actions.push(Action::StartSession { side, before, serve, epoch: Epoch(agreement.epoch) });
+        // A node that is being demoted still finishes what was asked before, and admits nothing new.
+        let admits = serve && self.role != Role::Demoting;
+        actions.push(Action::StartSession { side, before, serve: admits, epoch: Epoch(agreement.epoch) });
+        if self.demoted.is_some() {
+            // Whether the word was heard that was sent over the link before is not known.
+            actions.push(Action::SendPeer { code: code::DEMOTED, arg: 0 });
+        }
         let text = match agreement.verdict {
             _ if goes_on => {
                 format!("connected to {} again: the session goes on where its link broke", self.settings.peer)
@@ -315,8 +330,8 @@ impl VolumeController {
 
     fn handshake_over(&mut self, actions: &mut Vec<Action>) {
         self.set_connection(Connection::Connecting);
-        if std::mem::take(&mut self.need_alone) {
-            self.on_need_alone(actions);
+        if let Some(until) = self.need_alone.take() {
+            self.on_need_alone(until, actions);
         }
     }
 
@@ -345,7 +360,6 @@ impl VolumeController {
         self.resume_at = None;
         let text = format!("the link to {} broke while it was asked; try again", self.settings.peer);
         self.end_promotion(&text, actions);
-        self.demotion_known(Some("the link broke"), actions);
         if !self.link_changes {
             self.log(Level::Warn, &format!("lost {}: {reason}", self.settings.peer), actions);
         }
@@ -408,13 +422,16 @@ impl VolumeController {
         }
     }
 
-    pub(super) fn on_need_alone(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn on_need_alone(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.peer.is_some() || !matches!(self.role, Role::Primary | Role::Demoting) {
             return;
         }
         match self.settings.on_peer_loss {
-            // The peer may be about to start a session on the strength of our hello.
-            OnPeerLoss::Continue if self.pending.is_some() => self.need_alone = true,
+            // The peer may be about to start a session on the strength of our hello, or says nothing more: clients wait for half
+            // as long again as for any silence of a peer, and then the handshake is given up.
+            OnPeerLoss::Continue if self.pending.is_some() => {
+                self.need_alone.get_or_insert(now + self.settings.peer_timeout / 2);
+            }
             OnPeerLoss::Continue => self.go_alone(actions),
             OnPeerLoss::Freeze => {
                 let text = format!("writes wait for {} (on_peer_loss = \"freeze\")", self.settings.peer);

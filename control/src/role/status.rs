@@ -118,20 +118,21 @@ impl VolumeController {
         if let Some(advice) = self.diskless_advice() {
             return Some(advice);
         }
-        let (volume, peer) = (&self.settings.volume, &self.settings.peer);
+        let peer = &self.settings.peer;
         let serves = matches!(self.role, Role::Primary | Role::Demoting);
         Some(match self.connection {
             Connection::Standalone => {
                 let meanwhile = if serves { format!("serving without {peer}; ") } else { String::new() };
                 format!(
-                    "{meanwhile}an operator disconnected this node from {peer}; `costandby connect {volume}` looks for it again"
+                    "{meanwhile}an operator disconnected this node from {peer}; {} looks for it again",
+                    self.here("connect")
                 )
             }
             Connection::Connecting => self.connecting_advice(frozen),
             Connection::Connected if self.unrepaired => {
                 format!(
-                    "{peer}'s disk differs from this one: `costandby verify {volume} --repair` copies what differs now, \
-                     disconnect and connect does as well"
+                    "{peer}'s disk differs from this one: {} copies what differs now, disconnect and connect does as well",
+                    self.here("verify --repair")
                 )
             }
             Connection::SyncTarget if self.superblock.primary => {
@@ -140,7 +141,11 @@ impl VolumeController {
                 )
             }
             Connection::Connected if !serves && self.peer.as_ref().is_some_and(|peer| !peer.primary) => {
-                format!("no node serves; `costandby promote {volume}` on the one that should")
+                format!(
+                    "no node serves: on the one that should, {} or {}",
+                    self.here("promote"),
+                    self.there("promote")
+                )
             }
             _ => return None,
         })

@@ -38,12 +38,14 @@ fn synced(node: &str) -> Superblock {
 
 fn settings(node: &str, peer: &str, on_peer_loss: OnPeerLoss) -> VolumeSettings {
     VolumeSettings {
+        config: "pair.toml".to_owned(),
         volume: "db".to_owned(),
         node: node.to_owned(),
         peer: peer.to_owned(),
         configured_primary: node == "alpha",
         on_peer_loss,
         ack: AckLevel::Memory,
+        peer_timeout: Duration::from_millis(500),
     }
 }
 
@@ -92,7 +94,11 @@ impl One {
     }
 
     fn command(&mut self, command: Command) -> Vec<Action> {
-        self.on(Event::Operator { id: ID, command })
+        self.command_of(ID, command)
+    }
+
+    fn command_of(&mut self, id: ReplyId, command: Command) -> Vec<Action> {
+        self.on(Event::Operator { id, command })
     }
 
     fn peer_hello(&self) -> Hello {
@@ -177,7 +183,7 @@ fn without_contact_even_a_former_primary_serves_only_at_an_operators_word() {
     assert_eq!(status.role, Role::Standby);
     let advice = status.advice.expect("an operator is told what to do");
     assert!(
-        advice.starts_with("waiting for alpha; `costandby promote db` serves without it: only if"),
+        advice.starts_with("waiting for alpha; `costandby --config pair.toml --node beta promote db` serves without it: only if"),
         "{advice}"
     );
 }
@@ -393,7 +399,9 @@ fn promotion_is_refused_while_the_connected_peer_is_primary() {
         let actions = one.command(promote(force));
         assert_eq!(
             reply(&actions),
-            Err("volume db: the connected peer alpha is primary; demote it there first")
+            Err(
+                "volume db: the connected peer alpha is primary: `costandby --config pair.toml --node alpha demote db` first"
+            )
         );
     }
     one.message(code::DEMOTED, 0);

@@ -1,7 +1,7 @@
 //! The part of the controller that deals with verifications: when one may begin, and what follows from what it found.
 //!
 //! Only a serving node in sync with its peer verifies: its disk is what the peer's is held against. What differs and is not
-//! repaired at once is marked in the dirty map, so that the next handshake ends in a copy of it, from this node. Until
+//! repaired at once is marked in the dirty bitmap, so that the next handshake ends in a copy of it, from this node. Until
 //! then the volume may not be handed over, for the other node would serve what differs.
 //!
 //! The node whose disk was found to differ knows it first and puts that on its own record at once: `Outdated`, which serves
@@ -30,16 +30,17 @@ pub struct Verification {
 
 impl VolumeController {
     pub(super) fn on_verify(&mut self, id: ReplyId, repair: bool, actions: &mut Vec<Action>) {
-        let (volume, node, peer) = (&self.settings.volume, &self.settings.node, &self.settings.peer);
+        let VolumeSettings { node, peer, .. } = &self.settings;
         let refusal = if self.role != Role::Primary {
-            Some(format!("{node} does not serve the volume: verify on the node that does"))
+            Some(format!("{node} does not serve the volume: {} if {peer} does", self.there("verify")))
         } else if self.connection == Connection::SyncSource {
-            Some(format!("{peer} is being copied to: `costandby wait-sync {volume}` first"))
+            Some(format!("{peer} is being copied to: {} first", self.here("wait-sync")))
         } else if self.connection != Connection::Connected || !self.in_session() {
             Some(format!("not connected to {peer}, so there is nothing to compare with"))
         } else if self.verification.running {
             Some(format!(
-                "a verification is under way: see `costandby status`, or end it with `costandby verify {volume} --stop`"
+                "a verification is under way: `status` shows how far it is, {} ends it",
+                self.here("verify --stop")
             ))
         } else {
             None
@@ -121,10 +122,11 @@ impl VolumeController {
         self.superblock.disk_state = DiskState::Outdated;
         self.superblock.copying = COPYING_WHOLE;
         self.store(actions);
-        let VolumeSettings { volume, node, peer, .. } = &self.settings;
+        let VolumeSettings { node, peer, .. } = &self.settings;
         let text = format!(
             "a verification found bytes that differ from {peer}'s: the disk of {node} is Outdated and is not promoted until \
-             `costandby verify {volume} --repair` on {peer}, or the next connection, has copied them"
+             {}, or the next connection, has copied them",
+            self.there("verify --repair")
         );
         self.log(Level::Error, &text, actions);
     }
@@ -154,16 +156,17 @@ impl VolumeController {
 
     /// Why the volume may not be handed over now, if that is because of a verification.
     pub(super) fn verification_forbids_demotion(&self) -> Option<String> {
-        let (volume, peer) = (&self.settings.volume, &self.settings.peer);
+        let peer = &self.settings.peer;
         if self.verification.running {
             return Some(format!(
-                "a verification is under way: wait for its end, or `costandby verify {volume} --stop`"
+                "a verification is under way: wait for its end, or {}",
+                self.here("verify --stop")
             ));
         }
         self.unrepaired.then(|| {
             format!(
-                "{peer}'s disk differs from this one: `costandby verify {volume} --repair` first (or disconnect and \
-                 connect, which copies what differs)"
+                "{peer}'s disk differs from this one: {} first (or disconnect and connect, which copies what differs)",
+                self.here("verify --repair")
             )
         })
     }

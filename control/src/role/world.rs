@@ -138,12 +138,14 @@ impl World {
             seed
         });
         let settings = VolumeSettings {
+            config: "pair.toml".to_owned(),
             volume: "db".to_owned(),
             node: NAMES[at].to_owned(),
             peer: NAMES[1 - at].to_owned(),
             configured_primary: at == 0,
             on_peer_loss: if self.freeze { OnPeerLoss::Freeze } else { OnPeerLoss::Continue },
             ack: AckLevel::Memory,
+            peer_timeout: Duration::from_millis(500),
         };
         // A daemon flushes what the one before it left in the cache before it has a peer overwritten with it.
         self.flush(at);

@@ -136,7 +136,7 @@ impl fmt::Display for Rejection {
 #[derive(Debug, thiserror::Error)]
 pub enum SecureError {
     /// Another program talks to this port, or ours to another's.
-    #[error("it does not begin as costandby does: is the port another program's?")]
+    #[error("it does not begin as costandby does, but as {} does: is the port another program's?", looks_like(*found))]
     Magic {
         /// The bytes where the mark belongs.
         found: [u8; 8],
@@ -202,6 +202,24 @@ pub enum SecureError {
         #[from]
         source: std::io::Error,
     },
+}
+
+/// What program a connection's first bytes look like.
+fn looks_like(found: [u8; 8]) -> &'static str {
+    const KNOWN: [(&[u8], &str); 11] = [
+        (b"GET ", "HTTP"),
+        (b"HEAD ", "HTTP"),
+        (b"POST ", "HTTP"),
+        (b"PUT ", "HTTP"),
+        (b"OPTIONS ", "HTTP"),
+        (b"PRI * HT", "HTTP"),
+        (b"HTTP/", "HTTP"),
+        (b"\x16\x03", "TLS"),
+        (b"SSH-", "SSH"),
+        (b"NBDMAGIC", "NBD"),
+        (b"\0\0\0\x01IHA", "NBD"),
+    ];
+    KNOWN.iter().find(|(begin, _)| found.starts_with(begin)).map_or("another program", |(_, what)| *what)
 }
 
 fn message(kind: u8, body: &[u8]) -> Vec<u8> {

@@ -65,7 +65,7 @@ pub enum TextError {
         problem: LineError,
     },
     /// No line is a key.
-    #[error("it holds no key: make one with `costandby keygen --force`, or copy the other node's file")]
+    #[error("it holds no key: make one with `costandby keygen FILE --force`, or copy the other node's file")]
     Empty,
     /// More than [`KEYS_MAX`].
     #[error(

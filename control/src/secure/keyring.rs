@@ -25,10 +25,14 @@ pub enum KeyError {
         path: PathBuf,
     },
     /// It cannot be read.
-    #[error("key file {path} cannot be read: {source}")]
+    #[error(
+        "key file {path} cannot be read by user {user}: {source}; see to the owner and mode of the file and of its directories"
+    )]
     Read {
         /// Which.
         path: PathBuf,
+        /// Who reads it.
+        user: u32,
         /// The operating system's words.
         source: io::Error,
     },
@@ -76,6 +80,16 @@ pub enum KeyError {
         /// What it is.
         what: &'static str,
     },
+    /// Something else than a key file.
+    #[error(
+        "{path} is no key file, but {found}, and was not touched: name another path for the key, or move that file away"
+    )]
+    Other {
+        /// Which.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// Not what `costandby keygen` writes.
     #[error("key file {path}: {source}")]
     Text {
@@ -114,16 +128,21 @@ pub fn read(path: &Path) -> Result<Keys, KeyError> {
     read_stamped(path).map(|(keys, _)| keys)
 }
 
+fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 fn read_stamped(path: &Path) -> Result<(Keys, Stamp), KeyError> {
     let path_buf = || path.to_owned();
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => KeyError::Missing { path: path_buf() },
-        _ => KeyError::Read { path: path_buf(), source },
+        _ => KeyError::Read { path: path_buf(), user: user(), source },
     };
     // Looked at before it is opened: opening a pipe would wait for its writer.
     let metadata = std::fs::metadata(path).map_err(failed)?;
     if !metadata.is_file() {
-        return Err(KeyError::NotOne { path: path_buf(), what: "not a regular file" });
+        let what = if metadata.is_dir() { "a directory" } else { "not a regular file" };
+        return Err(KeyError::NotOne { path: path_buf(), what });
     }
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
@@ -131,9 +150,8 @@ fn read_stamped(path: &Path) -> Result<(Keys, Stamp), KeyError> {
     if mode & 0o077 != 0 {
         return Err(KeyError::Mode { path: path_buf(), mode });
     }
-    let user = rustix::process::geteuid().as_raw();
-    if metadata.uid() != user && metadata.uid() != 0 {
-        return Err(KeyError::Owner { path: path_buf(), owner: metadata.uid(), user });
+    if metadata.uid() != user() && metadata.uid() != 0 {
+        return Err(KeyError::Owner { path: path_buf(), owner: metadata.uid(), user: user() });
     }
     if metadata.len() > KEY_FILE_LEN_MAX {
         return Err(KeyError::NotOne { path: path_buf(), what: "longer than any" });
@@ -159,6 +177,38 @@ pub fn create(path: &Path, keys: &Keys) -> Result<(), KeyError> {
         std::fs::create_dir_all(parent).map_err(failed)?;
     }
     write_new(path, keys).map_err(failed)
+}
+
+/// Whether what stands at `path` may be overwritten with a key: a key file, whole or damaged, whatever its mode and owner, or
+/// an empty file. Blocks.
+///
+/// # Errors
+/// [`KeyError::Other`] with what it is instead, [`KeyError::Read`].
+pub fn is_key_file(path: &Path) -> Result<(), KeyError> {
+    let failed = |source| KeyError::Read { path: path.to_owned(), user: user(), source };
+    let other = |found| KeyError::Other { path: path.to_owned(), found };
+    let metadata = match std::fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            return Err(other("a symbolic link to nothing"));
+        }
+        metadata => metadata.map_err(failed)?,
+    };
+    if metadata.is_dir() {
+        return Err(other("a directory"));
+    }
+    if !metadata.is_file() {
+        return Err(other("a device, a socket or a pipe"));
+    }
+    if metadata.len() > KEY_FILE_LEN_MAX {
+        return Err(other("a file that is longer than any key file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(KEY_FILE_LEN_MAX).read_to_end(&mut bytes)).map_err(failed)?;
+    let text = String::from_utf8(bytes).map_err(|_| other("a file that holds no text"))?;
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    // Of any version, and however much of it was copied.
+    let is_key = |line: &str| line.starts_with("costandby-key-") || "costandby-key-".starts_with(line);
+    if lines.all(is_key) { Ok(()) } else { Err(other("a text of another kind")) }
 }
 
 /// Replaces a key file, or makes it: whoever reads it meanwhile reads the old one or the new one. Blocks.
@@ -314,7 +364,7 @@ mod tests {
         assert!(complaint().contains("line 1 does not begin with"), "{}", complaint());
         write(&path, &"#\n".repeat(4096), 0o600);
         assert!(complaint().contains("longer than any"), "{}", complaint());
-        assert!(read(dir.path()).expect_err("a directory").to_string().contains("not a regular file"));
+        assert!(read(dir.path()).expect_err("a directory").to_string().contains("it is a directory"));
     }
 
     #[test]
@@ -330,6 +380,36 @@ mod tests {
         assert_eq!((mode(), read(&path).expect("good")), (0o600, keys(2)));
         assert_eq!(std::fs::read_dir(dir.path().join("etc")).expect("there").count(), 1, "nothing is left");
         assert!(matches!(replace(&dir.path().join("no/pair.key"), &keys(1)), Err(KeyError::Write { .. })));
+    }
+
+    #[test]
+    fn only_a_key_file_may_be_overwritten_by_a_key() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("file");
+        for (text, mode) in [
+            (keys(1).to_text(), 0o644),
+            ("# a remark\n\n".to_owned(), 0o600),
+            (String::new(), 0o600),
+            (keys(1).to_text()[..30].to_owned(), 0o600),
+            ("costandby-key-9:00\n".to_owned(), 0o600),
+        ] {
+            write(&path, &text, mode);
+            is_key_file(&path).unwrap_or_else(|error| panic!("{text:?}: {error}"));
+        }
+        let refused = |path: &Path| is_key_file(path).expect_err("another file").to_string();
+        write(&path, "root:x:0:0:root:/root:/bin/sh\n", 0o600);
+        assert!(refused(&path).contains("a text of another kind, and was not touched"), "{}", refused(&path));
+        write(&path, &format!("{}password = 1\n", keys(1).to_text()), 0o600);
+        assert!(refused(&path).contains("another kind"), "{}", refused(&path));
+        write(&path, &"#\n".repeat(4096), 0o600);
+        assert!(refused(&path).contains("longer than any"), "{}", refused(&path));
+        std::fs::write(&path, [0xff; 40]).expect("written");
+        assert!(refused(&path).contains("holds no text"), "{}", refused(&path));
+        assert!(refused(dir.path()).contains("a directory"), "{}", refused(dir.path()));
+        let dangling = dir.path().join("link");
+        std::os::unix::fs::symlink("/nonexistent", &dangling).expect("a link");
+        assert!(refused(&dangling).contains("a symbolic link to nothing"), "{}", refused(&dangling));
+        assert!(refused(Path::new("/dev/null")).contains("a device"), "{}", refused(Path::new("/dev/null")));
     }
 
     #[test]

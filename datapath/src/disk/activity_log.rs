@@ -15,8 +15,8 @@
 //! [`ActivityLog::end_checkpoint`]:
 //! - What was `written` before is the same on both disks for good, or dirty: with a live peer both disks were flushed,
 //!   each flush begun after the checkpoint; alone, every range of [`ActivityLog::for_each_unconfirmed`] is set in the
-//!   dirty map.
-//! - Every bit that the dirty map had at the checkpoint's beginning, or got by that, is in the stored bitmap. With a live
+//!   dirty bitmap.
+//! - Every bit that the dirty bitmap had at the checkpoint's beginning, or got by that, is in the stored bitmap. With a live
 //!   peer as well: what was written alone before may still wait for its copy, with no record but the log.
 //!
 //! If the session ends in between, the flush of the peer proves nothing any more: [`ActivityLog::abort_checkpoint`].
@@ -24,7 +24,7 @@
 //! **What the caller keeps to.** `touch` before the first byte of the mapping changes, and go on only when it said
 //! `Hot` or its ticket is committed. `written` when the change stands here and the peer has applied it (or it is marked
 //! dirty because there is no peer); then its range is unlocked. When the session ends, everything unconfirmed and
-//! everything still in flight is set in the dirty map before anything is acknowledged alone.
+//! everything still in flight is set in the dirty bitmap before anything is acknowledged alone.
 //!
 //! **Invariants.** At any crash the stored log names a superset of the extents with a touch that was let through and is
 //! not accounted for otherwise. One transaction is under way at a time. All bounds are the geometry's; in the steady
@@ -288,7 +288,7 @@ impl ActivityLog {
         self.use_now(at);
     }
 
-    /// A touched change stands on this disk, and on the peer's or in the dirty map.
+    /// A touched change stands on this disk, and on the peer's or in the dirty bitmap.
     ///
     /// # Panics
     /// When it was not touched.

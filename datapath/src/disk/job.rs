@@ -1,9 +1,9 @@
 //! The blocking calls on a disk, as jobs for other threads, so that the reactor never waits for a medium.
 
 use super::activity_log::Transaction;
-use super::dirty_map::DirtyBlock;
+use super::dirty_bitmap::DirtyBlock;
 use super::image::{DiskError, DiskImage};
-use super::record::RecordStore;
+use super::record_store::RecordStore;
 use crate::units::{ByteRange, Token};
 
 /// A blocking call to make.

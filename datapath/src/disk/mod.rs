@@ -3,7 +3,7 @@
 
 pub mod activity_log;
 pub mod digest;
-pub mod dirty_map;
+pub mod dirty_bitmap;
 pub mod doubts;
 pub mod image;
 pub mod inflight;
@@ -11,5 +11,6 @@ pub mod job;
 pub mod metadata;
 pub mod pool;
 pub mod record;
+pub mod record_store;
 pub mod superblock;
 pub mod worker;

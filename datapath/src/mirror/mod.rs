@@ -1,10 +1,10 @@
 //! The mirror: what the primary (or the source of a copy) does with a change after it landed in the mapped disk.
 //!
 //! Sans-IO throughout: [`pipeline`] decides what is posted, acknowledged, flushed and marked dirty; [`resync`] decides
-//! what the background copy sends next, [`verify`] what a verification compares next, [`pace`] how fast. The reactor carries their actions out.
+//! what the background copy sends next, [`verify`] what a verification compares next, [`throttle`] how fast. The reactor carries their actions out.
 
-pub mod pace;
 pub mod pipeline;
 pub mod ranges;
 pub mod resync;
+pub mod throttle;
 pub mod verify;

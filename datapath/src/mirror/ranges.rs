@@ -1,6 +1,6 @@
 //! A set of byte ranges: what the copy's steps have covered, whatever their order and size. Sans-IO.
 //!
-//! Steps may be shorter than the dirty map's grain, come twice, and end in another order than they began; only what is
+//! Steps may be shorter than the dirty bitmap's grain, come twice, and end in another order than they began; only what is
 //! covered without a gap may be cleared.
 
 use crate::units::ByteRange;

@@ -1,6 +1,6 @@
 //! The background copy: what to send next, when its bits may be cleared, and when it is done. Sans-IO.
 //!
-//! The copy waits until the peer has told its own dirty map, then walks the union of both once, a bounded number of
+//! The copy waits until the peer has told its own dirty bitmap, then walks the union of both once, a bounded number of
 //! steps at a time. Each step goes through the same range locks and the same pipeline as a client's write, so that the
 //! peer applies both in one order; writes that arrive meanwhile are mirrored wherever the cursor stands.
 //!
@@ -13,11 +13,11 @@
 //!
 //! A copy may compare first: a step then asks the peer whether it holds other bytes, a stretch that differs is asked for
 //! grain by grain, and only grains that differ are sent; equal ones count as applied. How long steps are and how many go
-//! at a time is [`super::pace`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
+//! at a time is [`super::throttle`]'s business; steps that send may be shorter than a grain, and a grain is cleared when all
 //! of it was applied.
 
 use super::ranges::Ranges;
-use crate::disk::dirty_map::DirtyMap;
+use crate::disk::dirty_bitmap::DirtyBitmap;
 use crate::limits::{RESYNC_FLUSH_LEN, RESYNC_FLUSH_MS, RESYNC_HOLE_LEN_MAX, RESYNC_RUNS_MAX};
 use crate::units::ByteRange;
 use std::collections::VecDeque;
@@ -80,7 +80,7 @@ pub struct Resync {
 }
 
 impl Resync {
-    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty map's; `compares` where
+    /// A copy that waits for the peer's word, of a disk of `size` bytes. `grain_len` is our dirty bitmap's; `compares` where
     /// what is equal is not to be sent.
     #[must_use]
     pub fn new(grain_len: u64, size: u64, compares: bool) -> Self {
@@ -120,7 +120,7 @@ impl Resync {
     /// remember of a session before, which only waits for a flush. That is of whole grains, in order. False when the peer has
     /// said so before.
     #[must_use]
-    pub fn told_all(&mut self, dirty: &DirtyMap, equal: Vec<ByteRange>) -> bool {
+    pub fn told_all(&mut self, dirty: &DirtyBitmap, equal: Vec<ByteRange>) -> bool {
         if self.stage != Stage::Told {
             return false;
         }
@@ -140,7 +140,7 @@ impl Resync {
 
     /// Where nothing is left to send but what is equal, one grain of that is sent all the same: only a flush behind a step
     /// is a flush of the peer's disk.
-    pub fn ask_for_a_step(&mut self, dirty: &DirtyMap) {
+    pub fn ask_for_a_step(&mut self, dirty: &DirtyBitmap) {
         if self.steps_in_flight == 0
             && self.stage == Stage::Copying
             && let Some(first) = self.equal_unflushed.first()
@@ -191,11 +191,11 @@ impl Resync {
     /// What to do next, or `None` when nothing is left to begin, or too much waits for a flush. The caller says with
     /// [`Resync::took`] how much of it the step covers.
     #[must_use]
-    pub fn next(&self, dirty: &DirtyMap) -> Option<Wanted> {
+    pub fn next(&self, dirty: &DirtyBitmap) -> Option<Wanted> {
         if self.applied.len() >= RESYNC_RUNS_MAX { None } else { self.left(dirty) }
     }
 
-    fn left(&self, dirty: &DirtyMap) -> Option<Wanted> {
+    fn left(&self, dirty: &DirtyBitmap) -> Option<Wanted> {
         if self.stage != Stage::Copying {
             return None;
         }
@@ -289,7 +289,7 @@ impl Resync {
     }
 
     /// Whether to flush both disks now. When that has ended, [`Resync::flushed`] is to be called.
-    pub fn take_flush(&mut self, dirty: &DirtyMap, now: Instant) -> bool {
+    pub fn take_flush(&mut self, dirty: &DirtyBitmap, now: Instant) -> bool {
         if self.flushing.is_some() || self.stage != Stage::Copying {
             return false;
         }

@@ -42,7 +42,7 @@ pub struct Verify {
 }
 
 impl Verify {
-    /// Of a disk of `size` bytes whose dirty map has grains of `grain` bytes.
+    /// Of a disk of `size` bytes whose dirty bitmap has grains of `grain` bytes.
     #[must_use]
     pub fn new(size: u64, grain: u64) -> Self {
         Self {

@@ -2,7 +2,7 @@
 //!
 //! It imitates one-sided slot writes rather than a byte stream: a post is copied straight into the peer's ring at the
 //! place its permit stands for, and a completion with the header is queued for the peer, as RDMA WRITE WITH IMMEDIATE
-//! does. Messages stand in the same queue, bounded by credits of their own. So the law suite, which it shares with
+//! does. Messages stand in the same queue, bounded by credits of their own. So the conformance suite, which it shares with
 //! every transport, also shows that the trait does not lean on a stream.
 //!
 //! Invariants: nothing moves but in a call of one of its ends, so one thread can play both and every run is the same;
@@ -311,7 +311,7 @@ impl Drop for LoopbackLink {
 
 #[cfg(test)]
 mod tests {
-    crate::link_laws!(|ring_len| {
+    crate::link_conformance!(|ring_len| {
         let (here, there) = super::pair(ring_len).expect("ring memory");
         (Box::new(here), Box::new(there))
     });

@@ -20,9 +20,6 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 mod credit;
-pub mod fault;
-#[doc(hidden)]
-pub mod laws;
 pub mod loopback;
 mod outbox;
 pub mod rdma;

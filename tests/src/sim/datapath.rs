@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// The peers' timeout, as configured by default.
-const PEER_TIMEOUT: Duration = Duration::from_millis(500);
+pub(super) const PEER_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Longest sleep of a reactor with nothing to do.
 const STALL_CHECK: Nanos = 1000 * MS;

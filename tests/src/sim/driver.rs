@@ -467,6 +467,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );
@@ -661,6 +662,7 @@ impl World {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 }),
             );

@@ -2,7 +2,7 @@
 //!
 //! What runs is production code: the controller of a volume (`control::role`, with `generation` and `hello`), the volume
 //! itself (`datapath::volume` with session, pipeline, access, resync and range locks), the credits, ring and codec of a
-//! link, and the metadata with its activity log and dirty map. Around it stand a virtual clock (`clock`), a wire (`network`, `streams`), media
+//! link, and the metadata with its activity log and dirty bitmap. Around it stand a virtual clock (`clock`), a wire (`network`, `streams`), media
 //! that forget (`storage`, `metadata`), the turn of the reactor (`datapath`) and the task of a volume (`driver`), both repeated from
 //! production in the same order, then clients, an operator who also makes trouble, and the rules (`checker`).
 //!

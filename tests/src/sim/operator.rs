@@ -19,6 +19,8 @@ pub(super) struct Operator {
     unserved_since: Option<Nanos>,
     /// Since when there is no session.
     apart_since: Option<Nanos>,
+    /// Whose data he keeps where a node went on without one that serves.
+    keeps_overtaken: bool,
     /// Whom to promote once nobody serves.
     wish: Option<usize>,
 }
@@ -80,6 +82,9 @@ impl World {
         });
         self.operator.unserved_since =
             if serving.is_some() { None } else { self.operator.unserved_since.or(Some(now)) };
+        if together {
+            self.operator.keeps_overtaken = self.operator.commands % 2 == 1;
+        }
         self.operator.apart_since = if together { None } else { self.operator.apart_since.or(Some(now)) };
         for (at, status) in statuses.iter().enumerate() {
             match status {
@@ -111,10 +116,18 @@ impl World {
             self.agenda.at(due, Event::Boot { at });
             return Ok(());
         }
-        if says("went on without") && status.role == Role::Primary {
-            if apart > patience {
-                self.seen.insert("an overtaken primary gave way");
-                self.order(at, Command::Demote);
+        let overtaken = says("which serves") && says(&format!("went on without {}", NAMES[at]));
+        let overtook = says("which serves") && says(&format!("{} went on without", NAMES[at]));
+        if overtaken || overtook {
+            // Of one split brain the same side is kept throughout.
+            if apart > patience && overtaken != self.operator.keeps_overtaken {
+                let command = match status.role {
+                    Role::Primary => Command::Demote,
+                    _ => Command::Connect { discard_my_data: true },
+                };
+                let seen = ["an overtaken primary was kept", "an overtaken primary gave way"];
+                self.seen.insert(seen[usize::from(overtaken)]);
+                self.order(at, command);
             }
             return Ok(());
         }

@@ -397,14 +397,16 @@ impl World {
         }
         let dirty = opened.dirty.dirty_grains() > 0;
         let (record, superblocks) = costandby_datapath::disk::record::Record::of(*opened);
-        let metadata = MetadataCalls::new(record.store.clone());
+        let metadata = MetadataCalls::new(record.store().cloned());
         let settings = VolumeSettings {
+            config: "pair.toml".to_owned(),
             volume: "db".to_owned(),
             node: NAMES[at].to_owned(),
             peer: NAMES[1 - at].to_owned(),
             configured_primary: at == 0,
             on_peer_loss: self.config.on_loss,
             ack: self.config.ack,
+            peer_timeout: super::datapath::PEER_TIMEOUT,
         };
         let found = role::Found { superblock, dirty, boot: node.boot_id };
         let mut random = Rng::new(self.rng.next_u64());

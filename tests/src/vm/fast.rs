@@ -24,10 +24,10 @@ const SKIPPED: &str = "SKIPPED: ";
 /// Parts of datapath whose tests play the device, as they do on the host, and never look for one: only for the long run.
 const DOUBLES: [&str; 5] = [
     "transport::rdma::tests::",
-    "transport::fault::tests::",
-    "transport::rdma::windows::cache::",
+    "testing::fault::tests::",
+    "transport::rdma::registration::cache::",
     "transport::rdma::placement::",
-    "transport::rdma::private::",
+    "transport::rdma::private_data::",
 ];
 
 /// Tests of ffi that need what only a step of their own gives them: the device for themselves, or a second guest.

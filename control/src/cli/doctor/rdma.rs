@@ -8,18 +8,18 @@ use super::machine::{module, read};
 use crate::config::quantity::display_size;
 use crate::config::{LinkKind, Node, Volume};
 use crate::link::gist;
-use costandby_datapath::limits::RDMA_RING_LEN;
 #[cfg(feature = "rdma")]
-use costandby_datapath::limits::RDMA_STAGE_LEN;
+use costandby_datapath::limits::RDMA_BOUNCE_LEN;
+use costandby_datapath::limits::RDMA_RING_LEN;
 #[cfg(feature = "rdma")]
 use costandby_ffi::verbs::{
     Device, Gid, GidKind, LinkLayer, Memlock, Port, PortState, Transport, VerbsError,
 };
 use std::net::IpAddr;
 
-/// Bytes that each volume locks in any case: its ring, and the stage of its link.
+/// Bytes that each volume locks in any case: its ring, and the bounce buffer of its link.
 #[cfg(feature = "rdma")]
-const LINK_LOCKED_LEN: u64 = RDMA_RING_LEN + RDMA_STAGE_LEN as u64;
+const LINK_LOCKED_LEN: u64 = RDMA_RING_LEN + RDMA_BOUNCE_LEN as u64;
 
 /// Smallest path MTU that is worth no word: below it each 4 KiB write takes several packets more than it has to.
 #[cfg(feature = "rdma")]

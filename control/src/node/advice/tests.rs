@@ -14,8 +14,8 @@ fn superblock(change: impl FnOnce(&mut Superblock)) -> Superblock {
 }
 
 fn case<'a>(disk: &'a Disk, error: &'a OpenError, found: Option<&'a Superblock>) -> Case<'a> {
-    let command_line = "costandby --config /etc/pair.toml --node alpha";
-    Case { volume: "db", size: 1 << 20, peer: "beta", command_line, disk, error, found }
+    let commands = Commands { config: "/etc/pair.toml", volume: "db", node: "alpha", peer: "beta" };
+    Case { commands, size: 1 << 20, disk, error, found }
 }
 
 fn text(error: &OpenError, found: Option<&Superblock>) -> String {
@@ -130,7 +130,7 @@ fn a_disk_that_may_hold_the_newest_data_is_not_given_up_lightly() {
     let both = superblock(|superblock| superblock.primary = true);
     let said = text(&missing(), Some(&both));
     assert!(said.contains("by this disk's metadata beta has the data") && !said.contains("LOST"), "{said}");
-    assert!(said.contains("`costandby promote db` on beta"), "{said}");
+    assert!(said.contains("`costandby --config /etc/pair.toml --node beta promote db`"), "{said}");
     let standby = superblock(|_| {});
     assert!(!text(&missing(), Some(&standby)).contains("promote"), "a standby's disk holds nobody up");
     let half = superblock(|superblock| superblock.disk_state = DiskState::Inconsistent);

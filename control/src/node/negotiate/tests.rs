@@ -29,12 +29,14 @@ fn terms(node: &str, wanted: LinkKind, rdma: Arc<FakeRdma>) -> Terms {
 
 fn hello(node: &str) -> Hello {
     let settings = VolumeSettings {
+        config: "pair.toml".into(),
         volume: "db".into(),
         node: node.into(),
         peer: "other".into(),
         configured_primary: true,
         on_peer_loss: OnPeerLoss::Continue,
         ack: AckLevel::Memory,
+        peer_timeout: Duration::from_secs(5),
     };
     let superblock = Superblock::fresh("db", node, 1 << 20, true);
     let found = Found { superblock, dirty: false, boot: [1; 16] };

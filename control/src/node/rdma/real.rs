@@ -1,11 +1,11 @@
 //! RDMA as this machine has it: the datapath's verbs behind [`super::RdmaSetup`].
 
 use super::{Makers, Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
-use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_RING_LEN, RDMA_STAGE_LEN};
+use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RDMA_BOUNCE_LEN, RDMA_RING_LEN};
 use costandby_datapath::transport::rdma::keeper::{Making, Whereabouts};
 use costandby_datapath::transport::rdma::ring::{Ring, RingKeeper, RingLease};
 use costandby_datapath::transport::rdma::setup::{self, Connected, Listening, SetupError};
-use costandby_datapath::transport::rdma::{Joined, RdmaLink, private};
+use costandby_datapath::transport::rdma::{Joined, RdmaLink, private_data};
 use costandby_datapath::transport::{Link, ring_takes};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -27,7 +27,7 @@ const LEND_LOOK: Duration = Duration::from_millis(2);
 /// A volume's RDMA over this machine's devices.
 pub(super) struct Verbs {
     /// Bytes of a disk that a link may register.
-    windows_limit_bytes: u64,
+    registered_bytes_max: u64,
     keeper: RingKeeper,
     makers: Makers,
     /// When and why the ring could not be made, last time.
@@ -38,8 +38,8 @@ fn ring_len() -> usize {
     usize::try_from(RDMA_RING_LEN).expect("64-bit")
 }
 
-fn secret(secret: &Secret) -> private::Secret {
-    private::Secret(secret.0)
+fn secret(secret: &Secret) -> private_data::Secret {
+    private_data::Secret(secret.0)
 }
 
 /// The volume's ring for a link, as soon as it is free.
@@ -55,13 +55,13 @@ fn lend(keeper: &RingKeeper) -> Option<RingLease> {
 }
 
 /// The link, but for its companion. Made while the peer can still be told that there will be none.
-fn prepared(connected: Connected, windows_limit_bytes: u64) -> Result<Prepared, String> {
+fn prepared(connected: Connected, registered_bytes_max: u64) -> Result<Prepared, String> {
     let Connected { endpoint, ring, receives, peer_ring_len, peer_receives } = connected;
     if !ring_takes(peer_ring_len, PAYLOAD_LEN_MAX as usize) {
         return Err(format!("the peer announces a ring of {peer_ring_len} bytes, which cannot be used"));
     }
     let joined =
-        Joined { ring, receives, peer_ring_len, peer_receives, companion: None, windows_limit_bytes };
+        Joined { ring, receives, peer_ring_len, peer_receives, companion: None, registered_bytes_max };
     let mut link =
         RdmaLink::new(endpoint, joined).map_err(|error| format!("making the RDMA link: {error}"))?;
     Ok(Prepared::new(move |companion: TcpStream| -> io::Result<Box<dyn Link>> {
@@ -71,8 +71,8 @@ fn prepared(connected: Connected, windows_limit_bytes: u64) -> Result<Prepared, 
 }
 
 impl Verbs {
-    pub(super) fn new(windows_limit_bytes: u64, makers: Makers) -> Self {
-        Self { windows_limit_bytes, keeper: RingKeeper::default(), makers, failed: Arc::default() }
+    pub(super) fn new(registered_bytes_max: u64, makers: Makers) -> Self {
+        Self { registered_bytes_max, keeper: RingKeeper::default(), makers, failed: Arc::default() }
     }
 
     /// Makes the ring in the background, in its turn.
@@ -113,7 +113,7 @@ impl RdmaSetup for Verbs {
             Whereabouts::InUse => return Ok(RingState::InUse),
             Whereabouts::Making { done_bytes } => {
                 return Ok(RingState::Making {
-                    percent: done_bytes * 100 / (RDMA_RING_LEN + RDMA_STAGE_LEN as u64),
+                    percent: done_bytes * 100 / (RDMA_RING_LEN + RDMA_BOUNCE_LEN as u64),
                 });
             }
             Whereabouts::Nowhere => {}
@@ -132,8 +132,8 @@ impl RdmaSetup for Verbs {
 
     fn listen(&self, local: IpAddr, shown: &Secret) -> Result<Box<dyn RdmaListener>, String> {
         let listening = Listening::bind(local, secret(shown)).map_err(|error| error.to_string())?;
-        let (windows_limit_bytes, keeper) = (self.windows_limit_bytes, self.keeper.clone());
-        Ok(Box::new(VerbsListener { listening, windows_limit_bytes, keeper }))
+        let (registered_bytes_max, keeper) = (self.registered_bytes_max, self.keeper.clone());
+        Ok(Box::new(VerbsListener { listening, registered_bytes_max, keeper }))
     }
 
     fn dial(
@@ -145,13 +145,13 @@ impl RdmaSetup for Verbs {
     ) -> Result<Prepared, String> {
         let ring = lend(&self.keeper).ok_or_else(|| SetupError::RingInUse.to_string())?;
         let connected = setup::dial(local, to, secret(shown), ring, step_max);
-        prepared(connected.map_err(|error| error.to_string())?, self.windows_limit_bytes)
+        prepared(connected.map_err(|error| error.to_string())?, self.registered_bytes_max)
     }
 }
 
 struct VerbsListener {
     listening: Listening,
-    windows_limit_bytes: u64,
+    registered_bytes_max: u64,
     keeper: RingKeeper,
 }
 
@@ -168,6 +168,6 @@ impl RdmaListener for VerbsListener {
     ) -> Result<Prepared, String> {
         let keeper = &self.keeper;
         let connected = self.listening.accept(come_max, step_max, || wanted.still(), || lend(keeper));
-        prepared(connected.map_err(|error| error.to_string())?, self.windows_limit_bytes)
+        prepared(connected.map_err(|error| error.to_string())?, self.registered_bytes_max)
     }
 }

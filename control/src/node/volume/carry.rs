@@ -164,6 +164,7 @@ impl VolumeTask {
 
     pub(super) fn start_session(&mut self, side: SessionSide, before: Before, serve: bool, epoch: Epoch) {
         self.session_began = Some(Instant::now());
+        self.redial.session_began();
         let conversation = self.conversation.take();
         self.epoch = epoch;
         self.link_up = true;
@@ -193,6 +194,7 @@ impl VolumeTask {
                     undurable: true,
                     dirty: true,
                     moved: false,
+                    heard: false,
                     parted: None,
                 };
                 for event in [down, ReactorEvent::Settled { volume }] {

@@ -65,12 +65,14 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
         ReactorConfig { poll: PollMode::Event, peer_timeout: Duration::from_secs(1), nbd_listeners: vec![] };
     let (reactor, handle) = Reactor::new(reactor_config, vec![spec], events).expect("starts");
     let settings = VolumeSettings {
+        config: "pair.toml".into(),
         volume: "db".into(),
         node: "alpha".into(),
         peer: "beta".into(),
         configured_primary: true,
         on_peer_loss: OnPeerLoss::Continue,
         ack: AckLevel::Memory,
+        peer_timeout: Duration::from_secs(1),
     };
     let mut next = 1000;
     let random = Box::new(move || {
@@ -85,7 +87,6 @@ fn task(superblock: Superblock, store: SuperblockStore<FileMedium>) -> (VolumeTa
     let shared = Arc::new(Shared::new(volume, peer, controller.status(), Phase::Open(0), inbox));
     let surroundings = Surroundings {
         route: Route::to("beta", ([127, 0, 0, 1], 1).into(), "alpha", Arc::default()),
-        command_line: "costandby --config f --node alpha".into(),
         node: "alpha".into(),
         local: [127, 0, 0, 1].into(),
         rdma: crate::node::rdma::setup(0, &crate::node::rdma::Makers::default()),

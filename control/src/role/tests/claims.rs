@@ -31,6 +31,67 @@ fn a_primary_that_serves_is_copied_to_only_after_an_operator_demoted_it() {
     assert_eq!(one.controller.status().advice.filter(|advice| advice.contains("went on")), None);
 }
 
+/// A node that was promoted while alpha went on serving, and alpha's hello.
+fn promoted_beside_a_primary() -> One {
+    let mut one = One::new("beta", |_| {});
+    one.on(lost(false));
+    reply(&one.command(promote(false))).expect("alone");
+    one.peer_serves = true;
+    one
+}
+
+#[test]
+fn both_nodes_say_the_same_of_a_primary_that_was_overtaken_and_store_nothing() {
+    let mut ahead = promoted_beside_a_primary();
+    let before = ahead.stored().clone();
+    let mut texts = Vec::new();
+    for _ in 0..3 {
+        let actions = ahead.greet();
+        let [Action::Refuse(refuse)] = &actions[..] else { panic!("{actions:?}") };
+        assert_eq!((ahead.stored(), ahead.controller.role), (&before, Role::Primary));
+        texts.push(refuse.text.clone());
+    }
+    let mut serves = One::primary("alpha", OnPeerLoss::Continue);
+    serves.on(lost(false));
+    let numbers = (serves.stored().sessions_offered, serves.stored().sessions_begun);
+    serves.peer = before;
+    (serves.peer.sessions_offered, serves.peer.sessions_begun) = numbers;
+    serves.peer_serves = true;
+    let actions = serves.greet();
+    let [Action::Refuse(refuse)] = &actions[..] else { panic!("{actions:?}") };
+    texts.push(refuse.text.clone());
+    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:#?}");
+    for command in ["alpha demote db`", "beta demote db`", "beta connect db --discard-my-data`"] {
+        assert!(
+            texts[0].contains(&format!("`costandby --config pair.toml --node {command}")),
+            "{}",
+            texts[0]
+        );
+    }
+    for one in [&serves, &ahead] {
+        assert_eq!(one.controller.status().advice.as_ref(), Some(&texts[0]));
+    }
+}
+
+#[test]
+fn who_overtook_a_primary_gives_its_own_data_up_only_demoted_and_at_an_operators_word() {
+    let mut one = promoted_beside_a_primary();
+    one.greet();
+    let discard = Command::Connect { discard_my_data: true };
+    let actions = one.command(discard);
+    let text = reply(&actions).expect_err("it serves");
+    assert!(text.contains("`costandby --config pair.toml --node beta demote db` first"), "{text}");
+    one.command(Command::Demote);
+    one.on(Event::Quiesced);
+    let actions = one.greet();
+    assert!(matches!(actions.last(), Some(Action::Refuse(_))), "its data is the newer: {actions:?}");
+    let actions = one.command(discard);
+    assert_eq!(stored(&actions[0]).disk_state, DiskState::Inconsistent);
+    reply(&actions).expect("given up");
+    one.greet();
+    assert_eq!(one.controller.connection, Connection::Handshaking, "alpha's disk is copied");
+}
+
 #[test]
 fn an_epoch_that_no_promotions_led_to_is_refused_by_name() {
     let ours = synced("alpha").epoch.0;

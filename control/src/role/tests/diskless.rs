@@ -46,7 +46,7 @@ fn the_peer_is_asked_and_the_disk_is_detached_only_after_its_record() {
         assert_eq!((stored.disk_state, stored.primary), (DiskState::Failed, false));
         let status = one.controller.status();
         assert_eq!((status.role, status.disk_state), (Role::Primary, DiskState::Diskless));
-        assert!(status.advice.expect("what to do").contains("costandby demote db"));
+        assert!(status.advice.expect("what to do").contains(" demote db`"));
     }
 }
 

@@ -4,7 +4,7 @@ use super::*;
 use costandby_datapath::units::Seq;
 
 /// Hello and ready between two controllers, both as they are.
-fn meet(alpha: &mut One, beta: &mut One) -> [Vec<Action>; 2] {
+pub(super) fn meet(alpha: &mut One, beta: &mut One) -> [Vec<Action>; 2] {
     let hellos = [&mut *alpha, &mut *beta].map(|one| one.controller.hello(1 << 20, &["tcp"]));
     let [from_alpha, from_beta] = hellos.map(Box::new);
     let mut actions = [alpha.on(Event::HelloReceived(from_beta)), beta.on(Event::HelloReceived(from_alpha))];
@@ -19,7 +19,7 @@ fn meet(alpha: &mut One, beta: &mut One) -> [Vec<Action>; 2] {
 }
 
 /// A pair in sync, of which alpha serves.
-fn in_session() -> (One, One) {
+pub(super) fn in_session() -> (One, One) {
     let serves = |superblock: &mut Superblock| superblock.primary = true;
     let (mut alpha, mut beta) = (One::new("alpha", serves), One::new("beta", |_| {}));
     let actions = meet(&mut alpha, &mut beta);
@@ -34,13 +34,13 @@ fn before(actions: &[Action]) -> Before {
     }
 }
 
-fn broke(source: bool, applied: u64, numbered: u64) -> Event {
+pub(super) fn broke(source: bool, applied: u64, numbered: u64) -> Event {
     let (epoch, applied, numbered) = (Epoch(3), Seq(applied), Seq(numbered));
     let parted = Some(Parted { source, epoch, applied, numbered, map_told: true });
     Event::LinkDown { reason: "cut".to_owned(), undurable: source, dirty: false, parted }
 }
 
-fn goes_on(applied: u64) -> Before {
+pub(super) fn goes_on(applied: u64) -> Before {
     Before::GoesOn { applied: Seq(applied), map_told: true }
 }
 

@@ -1,6 +1,17 @@
 //! Demotions and what their peer is told, consent that comes too late, and the numbers of sessions.
 
+use super::going_on::{broke, goes_on, in_session, meet};
 use super::*;
+
+/// As source, the link broke when all was on stable storage on both nodes.
+fn broke_durably() -> Event {
+    match broke(true, 12, 12) {
+        Event::LinkDown { reason, dirty, parted, .. } => {
+            Event::LinkDown { reason, undurable: false, dirty, parted }
+        }
+        other => panic!("{other:?}"),
+    }
+}
 
 #[test]
 fn demotion_quiesces_then_stops_then_is_on_record_then_told() {
@@ -33,14 +44,17 @@ fn a_demotion_is_answered_also_where_the_peer_says_nothing() {
     assert_eq!(silent.at(NOW + GRANT_TIMEOUT / 2, Event::Tick), []);
     let actions = silent.at(NOW + GRANT_TIMEOUT, Event::Tick);
     assert!(reply(&actions).expect("it is").contains("alpha is standby; whether beta knows"), "{actions:?}");
-    let actions = demoted().on(lost(false));
-    let answer = Action::Reply {
-        id: ID,
-        result: Ok(
-            "volume db: alpha is standby; whether beta knows it is not known: the link broke".to_owned()
-        ),
-    };
-    assert!(actions.contains(&answer), "{actions:?}");
+    let mut gone = demoted();
+    assert_eq!(gone.on(lost(false)), [Action::Dial], "the session may be back in a moment");
+    let actions = gone.at(NOW + GRANT_TIMEOUT, Event::Tick);
+    let text = "volume db: alpha is standby; whether beta knows it is not known: the link broke, and there was no session \
+                within 5 s";
+    assert_eq!(reply(&actions), Ok(text));
+    let mut parted = demoted();
+    let actions = parted.command_of(ReplyId(8), Command::Disconnect);
+    let text = "volume db: alpha is standby; whether beta knows it is not known: the two are disconnected"
+        .to_owned();
+    assert!(actions.contains(&Action::Reply { id: ID, result: Ok(text) }), "{actions:?}");
     let mut told = One::new("beta", |_| {});
     told.peer_serves = true;
     told.connect();
@@ -124,4 +138,84 @@ fn a_handshake_under_way_does_not_undo_a_demotion() {
     assert_eq!(one.on(Event::SessionReady(theirs)), [], "the connection was given up");
     assert_eq!(one.controller.role, Role::Standby);
     assert!(!one.stored().primary && one.stored().clean);
+}
+
+#[test]
+fn a_demotion_outlives_a_broken_link_and_is_answered_when_the_peer_knows() {
+    let told = Action::SendPeer { code: code::DEMOTED, arg: 0 };
+    // Broken between the demotion and the peer's word.
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Demote);
+    alpha.on(Event::Quiesced);
+    assert_eq!(alpha.on(broke(false, 9, 9)), [Action::Dial]);
+    beta.on(broke(false, 9, 9));
+    beta.on(Event::Settled);
+    let actions = meet(&mut alpha, &mut beta);
+    assert_eq!(actions[0].last(), Some(&told), "in the session that follows");
+    assert!(!actions[0].iter().any(|action| matches!(action, Action::Reply { .. })));
+    let noted = beta.message(code::DEMOTED, 0);
+    assert_eq!(noted, [Action::SendPeer { code: code::DEMOTED_NOTED, arg: 0 }]);
+    assert_eq!(reply(&alpha.message(code::DEMOTED_NOTED, 0)), Ok("volume db: alpha is standby"));
+    let asked = beta.command(promote(false));
+    assert!(matches!(asked[..], [Action::SendPeer { code: code::PROMOTE_REQUEST, .. }]), "{asked:?}");
+
+    // Broken while requests in flight end: they end in the session that goes on.
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Demote);
+    assert_eq!(alpha.on(broke(true, 6, 12)), [Action::Dial]);
+    beta.on(broke(false, 7, 7));
+    let generation = alpha.stored().generations;
+    let actions = meet(&mut alpha, &mut beta);
+    let Some(Action::StartSession { before, serve, side, .. }) = actions[0].last() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((*before, *serve, *side), (goes_on(7), false, SessionSide::Source { resync: false }));
+    assert_eq!(alpha.controller.role, Role::Demoting);
+    let actions = alpha.on(Event::Quiesced);
+    assert_eq!((actions[0].clone(), actions.last()), (Action::StopServing, Some(&told)));
+    assert_eq!(alpha.stored().generations, generation, "nothing was acknowledged without beta");
+    assert_eq!(reply(&alpha.message(code::DEMOTED_NOTED, 0)), Ok("volume db: alpha is standby"));
+
+    // Nothing was in flight, and all of it was durable on both: the end of the demotion needs no session, its answer does.
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Demote);
+    alpha.on(broke_durably());
+    beta.on(broke(false, 12, 12));
+    beta.on(Event::Settled);
+    let actions = alpha.on(Event::Quiesced);
+    assert!(matches!(actions[..], [Action::StopServing, Action::StoreMetadata(_)]), "{actions:?}");
+    assert_eq!(meet(&mut alpha, &mut beta)[0].last(), Some(&told));
+    assert_eq!(alpha.controller.status().connection, Connection::Connected);
+    assert_eq!(reply(&alpha.message(code::DEMOTED_NOTED, 0)), Ok("volume db: alpha is standby"));
+}
+
+#[test]
+fn a_demotion_says_where_its_node_ended_without_the_peer() {
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Demote);
+    alpha.on(broke(true, 6, 12));
+    beta.on(broke(false, 7, 7));
+    alpha.on(Event::NeedAlone);
+    // A handshake that would end it is put off, and one whose agreement has it serve is given up with it.
+    let [from_alpha, from_beta] =
+        [&mut alpha, &mut beta].map(|one| Box::new(one.controller.hello(1 << 20, &["tcp"])));
+    drop(from_alpha);
+    let actions = alpha.on(Event::HelloReceived(from_beta));
+    assert!(matches!(&actions[..], [Action::Refuse(Refuse { code: RefuseCode::Busy, .. })]), "{actions:?}");
+    let text = "volume db: alpha is standby; beta lacks what was written here without it, and is copied to when it is back";
+    assert_eq!(reply(&alpha.on(Event::Quiesced)), Ok(text));
+
+    let (mut alpha, mut beta) = in_session();
+    alpha.command(Command::Demote);
+    alpha.on(broke_durably());
+    beta.on(broke(false, 12, 12));
+    let [_, from_beta] = [&mut alpha, &mut beta].map(|one| Box::new(one.controller.hello(1 << 20, &["tcp"])));
+    let Some(Action::SendReady(mine)) = alpha.on(Event::HelloReceived(from_beta)).last().cloned() else {
+        panic!("no ready")
+    };
+    let actions = alpha.on(Event::Quiesced);
+    assert_eq!(actions[..2], [Action::CloseLink, Action::StopServing]);
+    let theirs = Ready { agreement: mine.agreement.mirrored(), lineage: mine.lineage };
+    assert_eq!(alpha.on(Event::SessionReady(theirs)), []);
+    assert_eq!(alpha.controller.role, Role::Standby);
 }

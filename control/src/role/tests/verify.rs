@@ -23,7 +23,7 @@ fn verifying() -> One {
 fn only_a_primary_in_sync_verifies_and_one_at_a_time() {
     let mut standby = One::new("beta", |_| {});
     let actions = standby.command(Command::Verify { repair: false });
-    assert!(reply(&actions).expect_err("it does not serve").contains("verify on the node that does"));
+    assert!(reply(&actions).expect_err("it does not serve").contains(" verify db`"));
     let mut alone = One::primary("alpha", OnPeerLoss::Continue);
     alone.on(Event::LinkDown { reason: "cut".to_owned(), undurable: false, dirty: false, parted: None });
     let actions = alone.command(Command::Verify { repair: false });

@@ -216,3 +216,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn another_programs_first_bytes_are_named() {
+    let said = |begin: &[u8]| {
+        let mut header = [0; HEADER_LEN];
+        header[..begin.len()].copy_from_slice(begin);
+        body_len(&header).expect_err("another program's").to_string()
+    };
+    for (begin, what) in [
+        (&b"GET / HTTP/1"[..], "as HTTP does"),
+        (b"POST /x HTTP", "as HTTP does"),
+        (b"\x16\x03\x01\x02\0\x01", "as TLS does"),
+        (b"SSH-2.0-Open", "as SSH does"),
+        (b"NBDMAGICIHAV", "as NBD does"),
+        (b"\x7fELF", "as another program does"),
+    ] {
+        let text = said(begin);
+        assert!(text.starts_with("it does not begin as costandby does") && text.contains(what), "{text}");
+    }
+}

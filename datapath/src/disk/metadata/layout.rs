@@ -13,8 +13,8 @@ use super::sector::{BLOCK_LEN, PAYLOAD_LEN, SECTORS_PER_BLOCK};
 use crate::disk::superblock::{AREA_LEN, DEVICE_METADATA_LEN};
 use crate::limits::{
     ACTIVITY_EXTENT_LEN, ACTIVITY_EXTENT_LEN_MAX, ACTIVITY_EXTENT_LEN_MIN, ACTIVITY_RING_LEN, ACTIVITY_SLOTS,
-    ACTIVITY_SLOTS_MAX, ACTIVITY_SLOTS_MIN, DIRTY_GRAIN_LEN, DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN,
-    DIRTY_MAP_LEN_MAX, DIRTY_MAP_LEN_WANTED, PAYLOAD_LEN_MAX, VOLUME_LEN_MAX,
+    ACTIVITY_SLOTS_MAX, ACTIVITY_SLOTS_MIN, DIRTY_BITMAP_LEN_MAX, DIRTY_BITMAP_LEN_WANTED, DIRTY_GRAIN_LEN,
+    DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, PAYLOAD_LEN_MAX, VOLUME_LEN_MAX,
 };
 
 /// Bits of the dirty bitmap in a sector.
@@ -119,7 +119,7 @@ impl Geometry {
         if !bounds.contains(&slots) || geometry.touch_len_max() < largest {
             return Err(GeometryError::Slots { slots, extent_len });
         }
-        if geometry.map_len() > DIRTY_MAP_LEN_MAX {
+        if geometry.map_len() > DIRTY_BITMAP_LEN_MAX {
             return Err(GeometryError::TooFine { grain_len, size });
         }
         Ok(geometry)
@@ -131,7 +131,7 @@ impl Geometry {
     /// [`GeometryError`] on a volume that not even the largest grain suits.
     pub fn for_volume(size: u64) -> Result<Self, GeometryError> {
         let mut grain_len = DIRTY_GRAIN_LEN;
-        while grain_len < DIRTY_GRAIN_LEN_MAX && size.div_ceil(grain_len) / 8 > DIRTY_MAP_LEN_WANTED {
+        while grain_len < DIRTY_GRAIN_LEN_MAX && size.div_ceil(grain_len) / 8 > DIRTY_BITMAP_LEN_WANTED {
             grain_len *= 2;
         }
         Self::new(size, grain_len, ACTIVITY_EXTENT_LEN, ACTIVITY_SLOTS)

@@ -2,10 +2,10 @@
 //!
 //! [`create`] makes an area, [`open`] reads one and hands out its two halves: the
 //! [`SuperblockStore`] for control, whose stores are rare and ordered, and the [`AreaStore`] for the disk's worker
-//! threads, which store the transactions and blocks that the sans-IO [`ActivityLog`] and [`DirtyMap`] give them. Both
+//! threads, which store the transactions and blocks that the sans-IO [`ActivityLog`] and [`DirtyBitmap`] give them. Both
 //! write through one [`Medium`]. `docs/METADATA.md` is the format.
 //!
-//! **After a crash** [`open`] gives the dirty map with every hot extent marked in it; [`Opened::recover`] puts that on
+//! **After a crash** [`open`] gives the dirty bitmap with every hot extent marked in it; [`Opened::recover`] puts that on
 //! record and then empties the log. It must end before anything is served. Doing it twice does the same as once.
 //!
 //! Invariants: a call that stores returns only when it is on stable storage; the newest good superblock is never at
@@ -19,7 +19,7 @@
 //! Everything here blocks; never call it from the reactor's thread.
 
 use super::activity_log::{ActivityLog, Transaction, ring};
-use super::dirty_map::{DirtyBlock, DirtyMap};
+use super::dirty_bitmap::{DirtyBitmap, DirtyBlock};
 use super::superblock::{COPIES, CopyError, GIVE_UP, SUPERBLOCK_LEN, Superblock, SuperblockError};
 use crate::limits::{DAMAGE_LISTED_MAX, DIRTY_STORE_BLOCKS_MAX};
 use crate::units::ByteRange;
@@ -39,8 +39,6 @@ pub mod layout;
 pub mod medium;
 pub mod place;
 pub mod sector;
-#[cfg(test)]
-pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
 
@@ -189,7 +187,7 @@ impl<M: Medium> AreaStore<M> {
         Ok(())
     }
 
-    /// Stores blocks of the bitmap with one sync. When this returns `Ok`, tell [`DirtyMap::stored`] of each.
+    /// Stores blocks of the bitmap with one sync. When this returns `Ok`, tell [`DirtyBitmap::stored`] of each.
     ///
     /// # Errors
     /// As [`SuperblockStore::store`].
@@ -218,7 +216,7 @@ impl<M: Medium> AreaStore<M> {
     ///
     /// # Errors
     /// As [`SuperblockStore::store`]; what was not stored stays unsaved.
-    pub fn store_unsaved(&self, dirty: &mut DirtyMap) -> Result<(), SuperblockError> {
+    pub fn store_unsaved(&self, dirty: &mut DirtyBitmap) -> Result<(), SuperblockError> {
         loop {
             let blocks = dirty.take_unsaved(DIRTY_STORE_BLOCKS_MAX);
             if blocks.is_empty() {
@@ -250,7 +248,7 @@ pub struct Opened<M> {
     /// The newest good superblock.
     pub superblock: Superblock,
     /// What the peer may lack, hot extents included.
-    pub dirty: DirtyMap,
+    pub dirty: DirtyBitmap,
     /// The log as it was found.
     pub activity: ActivityLog,
     /// What was found on the way.
@@ -441,7 +439,7 @@ pub fn open<M: Medium>(
 
 /// What stands in the log and the bitmap.
 pub(crate) struct AreaRead {
-    pub(crate) dirty: DirtyMap,
+    pub(crate) dirty: DirtyBitmap,
     pub(crate) damage: DirtyDamage,
     pub(crate) replayed: ring::Replayed,
     /// Highest number of a store of bitmap blocks.
@@ -493,7 +491,7 @@ pub(crate) fn read_area<M: Medium>(medium: &M, layout: Layout, shape: &Shape) ->
     medium.read(layout.activity_at, &mut ring_bytes)?;
     let replayed = ring::replay(geometry, shape.area, shape.activity_known, &ring_bytes);
     let mut read =
-        AreaRead { dirty: DirtyMap::new(geometry), damage: DirtyDamage::default(), replayed, counter: 0 };
+        AreaRead { dirty: DirtyBitmap::new(geometry), damage: DirtyDamage::default(), replayed, counter: 0 };
     let blocks = usize::try_from(geometry.dirty_blocks()).expect("the geometry bounds it");
     let mut bytes = vec![0; STRIDE_BLOCKS * BLOCK_LEN];
     let zeros = bytes.clone();

@@ -1,10 +1,10 @@
 //! The metadata area on simulated and real media: damage in every part, foreign areas and other formats, and size.
 
 use super::medium::FileMedium;
-use super::simulated::{Dice, Simulated};
 use super::*;
 use crate::disk::activity_log::Touch;
 use crate::limits::DIRTY_GRAIN_LEN;
+use crate::testing::simulated_medium::{Dice, Simulated};
 use crate::units::Epoch;
 use proptest::prelude::*;
 
@@ -131,7 +131,7 @@ fn marks_that_only_the_cache_holds_are_on_record_after_a_restart() {
         medium.restart(false, &mut dice);
         let mut opened = reopen(&medium);
         opened.recover().expect("the medium works again");
-        assert_eq!(opened.dirty.set_all(), super::super::dirty_map::Marked::Durable);
+        assert_eq!(opened.dirty.set_all(), super::super::dirty_bitmap::Marked::Durable);
         medium.restart(true, &mut dice);
         assert_eq!(reopen(&medium).dirty.dirty_bytes(), SIZE, "seed {seed}");
     }

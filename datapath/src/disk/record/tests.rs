@@ -2,9 +2,9 @@
 //! any step.
 
 use super::*;
-use crate::disk::metadata::simulated::{Dice, Simulated};
 use crate::disk::metadata::{create, open};
 use crate::disk::superblock::Superblock;
+use crate::testing::simulated_medium::{Dice, Simulated};
 use std::collections::VecDeque;
 
 const G: u64 = crate::limits::DIRTY_GRAIN_LEN;
@@ -33,7 +33,7 @@ fn reopen(medium: &Simulated) -> Record {
 }
 
 /// What a crash leaves marked.
-fn after_crash(medium: &Simulated) -> DirtyMap {
+fn after_crash(medium: &Simulated) -> DirtyBitmap {
     medium.restart(true, &mut Dice::new(5));
     open(medium.clone(), 0, "v", "alpha", SIZE).expect("readable").dirty
 }
@@ -81,7 +81,7 @@ fn extent(n: u64) -> ByteRange {
     ByteRange::new(n * EXTENT, 4096)
 }
 
-fn is_dirty(map: &DirtyMap, range: ByteRange) -> bool {
+fn is_dirty(map: &DirtyBitmap, range: ByteRange) -> bool {
     map.next_dirty(range.start, u64::MAX).is_some_and(|run| run.start < range.end())
 }
 
@@ -96,6 +96,57 @@ fn a_change_to_a_cold_place_waits_until_a_crash_would_find_it() {
     assert_eq!(record.next_ready(), Some((Token(1), Touched::Log)));
     assert_eq!(record.touch(Token(2), extent(3)), Admit::Go(Touched::Log), "hot now");
     assert!(is_dirty(&after_crash(&medium), extent(3)));
+}
+
+#[test]
+fn whoever_marks_all_or_tells_its_marks_hears_of_it_once_they_are_stored_and_only_once() {
+    use std::sync::mpsc;
+    let (_medium, mut record) = fresh();
+    let (told, heard) = mpsc::channel();
+    let again = told.clone();
+    record.mark_all(Box::new(move |result| told.send(result).expect("the test listens")));
+    record.peer_told_all();
+    record.tell_marked_all();
+    assert!(heard.try_recv().is_err() && !record.take_told_stored(), "nothing is stored yet");
+    all_jobs(&mut record);
+    record.tell_marked_all();
+    record.tell_marked_all();
+    assert_eq!((heard.try_recv(), heard.try_recv().is_err()), (Ok(Ok(())), true), "once");
+    assert!(record.take_told_stored() && !record.take_told_stored(), "once");
+    record.clear_all();
+    record.mark_all(Box::new(move |result| again.send(result).expect("the test listens")));
+    record.fail_marked_all("the disk failed");
+    all_jobs(&mut record);
+    record.tell_marked_all();
+    assert_eq!((heard.try_recv(), heard.try_recv().is_err()), (Ok(Err("the disk failed".into())), true));
+    let _ = record.dirty.set(extent(1));
+    record.peer_told_all();
+    record.session_ended(true);
+    all_jobs(&mut record);
+    assert!(!record.take_told_stored(), "of a session that has ended");
+}
+
+#[test]
+fn a_checkpoint_ends_with_the_flush_that_it_rides_on_and_with_no_other() {
+    let (_medium, mut record) = fresh();
+    record.session_began();
+    written(&mut record, 1, extent(1));
+    record.ride_on(Token(7));
+    assert!(record.in_checkpoint());
+    record.ride_on(Token(8));
+    record.flush_ended(Token(8));
+    assert!(record.in_checkpoint(), "one that began after it");
+    record.flush_ended(Token(7));
+    assert!(!record.in_checkpoint());
+    written(&mut record, 2, extent(1));
+    record.ride_on(Token(9));
+    record.session_ended(true);
+    record.session_began();
+    written(&mut record, 3, extent(1));
+    let serial = record.begin_checkpoint();
+    assert!(serial.is_some());
+    record.flush_ended(Token(9));
+    assert!(record.in_checkpoint(), "one of the session before");
 }
 
 #[test]
@@ -275,7 +326,7 @@ fn a_round_ends_though_marks_keep_coming() {
 
 #[test]
 fn a_record_that_is_stored_nowhere_keeps_nobody_waiting() {
-    let mut record = Record::new(DirtyMap::new(geometry()), ActivityLog::new(geometry(), 0, 0), None);
+    let mut record = Record::new(DirtyBitmap::new(geometry()), ActivityLog::new(geometry(), 0, 0), None);
     record.session_began();
     for n in 0..SLOTS {
         assert_eq!(record.touch(Token(n), extent(n)), Admit::Go(Touched::Log));

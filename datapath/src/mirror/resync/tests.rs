@@ -1,23 +1,23 @@
-//! The copy's order, bounds and arithmetic, against dirty maps and a peer made up here.
+//! The copy's order, bounds and arithmetic, against dirty bitmaps and a peer made up here.
 
 use super::*;
 use crate::disk::metadata::layout::Geometry;
 use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNK_LEN, RESYNC_CHUNKS_IN_FLIGHT};
 use proptest::prelude::*;
 
-fn map(size: u64, marks: impl IntoIterator<Item = ByteRange>) -> DirtyMap {
-    let mut dirty = DirtyMap::new(Geometry::for_volume(size).expect("usual"));
+fn map(size: u64, marks: impl IntoIterator<Item = ByteRange>) -> DirtyBitmap {
+    let mut dirty = DirtyBitmap::new(Geometry::for_volume(size).expect("usual"));
     for mark in marks {
         let _ = dirty.set(mark);
     }
     dirty
 }
 
-fn full(size: u64) -> DirtyMap {
+fn full(size: u64) -> DirtyBitmap {
     map(size, [ByteRange::new(0, size)])
 }
 
-fn begun(dirty: &DirtyMap, size: u64, compares: bool) -> Resync {
+fn begun(dirty: &DirtyBitmap, size: u64, compares: bool) -> Resync {
     let mut resync = Resync::new(G, size, compares);
     assert_eq!(resync.next(dirty), None, "the peer has not told yet");
     assert!(resync.told_all(dirty, Vec::new()) && !resync.told_all(dirty, Vec::new()));

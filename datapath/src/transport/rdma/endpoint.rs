@@ -106,12 +106,12 @@ pub trait Endpoint: Send {
     /// What registers memory for this endpoint.
     fn registrar(&self) -> Self::Registrar;
 
-    /// Memory to send from that is registered and that nobody else uses, for the link's stage. Once an endpoint. It may
+    /// Memory to send from that is registered and that nobody else uses, for the link's bounce buffer. Once an endpoint. It may
     /// have been another link's before, so what stands in it means nothing.
     ///
     /// # Errors
     /// Where it is made now: what the registrar or the system says.
-    fn stage(&self) -> io::Result<(Span, Self::Region)>;
+    fn bounce(&self) -> io::Result<(Span, Self::Region)>;
 
     /// Queues an RDMA write of the pieces, one behind the other, to `ring_offset` in the peer's ring; with an
     /// `immediate` the peer is told ([`Completion::Placed`]). Goes out with [`Endpoint::ring_doorbell`] at the latest.

@@ -2,8 +2,8 @@
 //!
 //! The device gathers {64 bytes of header, a span of the disk} and lays both into the peer's ring at the place this end
 //! counts to ([`placement`]); the immediate names the place. Messages are small sends that the device copies at once.
-//! Payloads come from windows of the disk that are registered, or through a small stage while they are not
-//! ([`windows`]). The connection is an [`Endpoint`]: the device's ([`verbs`](endpoint)), or [`fake`], which tests drive.
+//! Payloads come from sections of the disk that are registered, or through a small bounce buffer while they are not
+//! ([`registration`]). The connection is an [`Endpoint`]: the device's ([`verbs`](endpoint)), or one in memory that tests drive.
 //!
 //! Where it stands in the flow: as [`super::tcp`], between the mirror pipeline (or the access side) and the device. The
 //! endpoint comes connected, with secrets exchanged, from `control`. So may the TCP connection the hellos were
@@ -14,19 +14,19 @@
 //!   with one of its receives; so nothing of ours ever finds the peer without a receive posted;
 //! - work requests are done in the order posted, and never more are open than the send queue takes; the rest waits in
 //!   the outbox, where a frame's first byte is sent with the header it began with;
-//! - the last request of a kick reports its completion, and so does each that the stage waits for;
+//! - the last request of a kick reports its completion, and so does each that the bounce buffer waits for;
 //! - once [`Endpoint::cut`] was called, by closing, dropping or any failure, the peer reaches nothing here.
 //!
-//! While busy, nothing here allocates, locks, copies payload (registered windows) or calls the system for a write; a look
+//! While busy, nothing here allocates, locks, copies payload (registered sections) or calls the system for a write; a look
 //! at the clock and at what no completion tells comes every few milliseconds.
 //!
 //! Failures survived: a peer that names places it may not, sends what is no header, mixes up changes and messages,
 //! returns what it never used (each named, link down); a device, queue pair or connection that fails, and a peer that
-//! goes (what had arrived is still told); a disk that cannot be read while it is staged ([`DownReason::Medium`]).
+//! goes (what had arrived is still told); a disk that cannot be read while it is copied to the bounce buffer ([`DownReason::Medium`]).
 
 use self::endpoint::{Completion, Endpoint, EndpointError, Piece, Registrar};
 use self::placement::{OwnPlaces, PeerPlaces};
-use self::windows::{Source, WindowCounters, Windows};
+use self::registration::{RegistrationCounters, Registrations, Source};
 use super::credit::{OwnReceives, OwnRing, PeerReceives, PeerRing};
 use super::outbox::Outbox;
 use super::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot, State, check_post};
@@ -48,22 +48,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub(crate) mod bounce;
 pub mod endpoint;
-#[doc(hidden)]
-pub mod fake;
-#[doc(hidden)]
-pub mod hostile;
 pub mod keeper;
 mod placement;
-pub mod private;
+pub mod private_data;
+pub mod registration;
 #[cfg(feature = "rdma")]
 pub mod ring;
 #[cfg(feature = "rdma")]
 pub mod setup;
-mod stage;
 #[cfg(feature = "rdma")]
 pub mod verbs;
-pub mod windows;
 
 /// What a connection was made with, beside its endpoint.
 #[derive(Debug)]
@@ -79,7 +75,7 @@ pub struct Joined {
     /// The connection of the hellos, with nothing left to read on it.
     pub companion: Option<TcpStream>,
     /// Bytes of the disk that may be registered.
-    pub windows_limit_bytes: u64,
+    pub registered_bytes_max: u64,
 }
 
 /// A frame whose work requests are all posted, and not all done.
@@ -125,7 +121,7 @@ pub struct RdmaLink<E: Endpoint> {
     endpoint: E,
     state: State,
     outbox: Outbox,
-    windows: Windows<E::Registrar>,
+    registrations: Registrations<E::Registrar>,
     /// Registered memory for headers: as many slots as work requests may be open, each taken by one frame.
     headers: Span,
     headers_region: E::Region,
@@ -170,7 +166,7 @@ impl<E: Endpoint> RdmaLink<E> {
     /// `InvalidInput` when a ring is under [`RING_LEN_MIN`] or there are fewer receives than [`RDMA_RECEIVES_MIN`];
     /// otherwise when memory cannot be registered or the system gives no descriptor or thread.
     pub fn new(endpoint: E, joined: Joined) -> io::Result<Self> {
-        let Joined { ring, receives, peer_ring_len, peer_receives, companion, windows_limit_bytes } = joined;
+        let Joined { ring, receives, peer_ring_len, peer_receives, companion, registered_bytes_max } = joined;
         let ring_len = ring.len() / 2;
         if ring_len.min(peer_ring_len) < RING_LEN_MIN || receives.min(peer_receives) < RDMA_RECEIVES_MIN {
             let text = format!(
@@ -183,14 +179,14 @@ impl<E: Endpoint> RdmaLink<E> {
         let registrar = endpoint.registrar();
         let headers = Mapping::anonymous(sends_len * HEADER_LEN)?.span(0, sends_len * HEADER_LEN);
         let headers_region = registrar.register(&headers)?;
-        let windows = Windows::with_stage(&registrar, endpoint.stage()?, windows_limit_bytes)?;
+        let registrations = Registrations::with_bounce(&registrar, endpoint.bounce()?, registered_bytes_max)?;
         let sleep_on = sleep_on(&endpoint, companion.as_ref())?;
         let nothing = Completion::Placed { immediate: 0 };
         Ok(Self {
             endpoint,
             state: State::Open,
             outbox: Outbox::new(),
-            windows,
+            registrations,
             headers,
             headers_region,
             headers_used: 0,
@@ -238,8 +234,8 @@ impl<E: Endpoint> RdmaLink<E> {
 
     /// What is registered, and what was copied for want of it.
     #[must_use]
-    pub fn window_counters(&self) -> WindowCounters {
-        self.windows.counters()
+    pub fn registration_counters(&self) -> RegistrationCounters {
+        self.registrations.counters()
     }
 
     /// Ends the link: from here on the peer reaches nothing of ours. `deliver`: what had arrived is still told.
@@ -305,7 +301,7 @@ impl<E: Endpoint> RdmaLink<E> {
         }
     }
 
-    /// Sends until all is out or something is missing: room in the send queue or the stage, or a receive of the peer's.
+    /// Sends until all is out or something is missing: room in the send queue or the bounce buffer, or a receive of the peer's.
     fn flush(&mut self) {
         if !self.state.is_open() || (self.outbox.is_empty() && !self.must_tell()) {
             return;
@@ -393,7 +389,7 @@ impl<E: Endpoint> RdmaLink<E> {
     /// and stands in one piece there.
     fn step_change(&mut self) -> Result<bool, DownReason> {
         let follows = self.more_follows();
-        let Self { endpoint, outbox, windows, requests, headers, headers_region, .. } = self;
+        let Self { endpoint, outbox, registrations, requests, headers, headers_region, .. } = self;
         let front = outbox.front(self.own.to_tell(), self.own_receives.to_tell());
         let (entry, progress) = front.expect("the caller saw it");
         let (header, frame_len) = (&entry.header, entry.header.frame_len());
@@ -404,7 +400,7 @@ impl<E: Endpoint> RdmaLink<E> {
         // What crosses the end of the ring goes on at its beginning, by another request.
         let (at, room) = self.peer_places.part(self.place, progress);
         let len_max = endpoint.write_len_max().min(room);
-        let mut staged = false;
+        let mut bounced = false;
         let payload = match &entry.span {
             None => None,
             // A header alone takes all that is left of the ring.
@@ -412,10 +408,10 @@ impl<E: Endpoint> RdmaLink<E> {
             Some(span) => {
                 let resync = header.flags & flags::RESYNC != 0;
                 let len_max = if progress == 0 { len_max - HEADER_LEN } else { len_max };
-                match windows.source(span, out, len_max, resync, id) {
+                match registrations.source(span, out, len_max, resync, id) {
                     Source::Direct(piece) => Some(piece),
-                    Source::Staged(piece) => {
-                        staged = true;
+                    Source::Bounced(piece) => {
+                        bounced = true;
                         Some(piece)
                     }
                     Source::Wait => return Ok(false),
@@ -425,7 +421,7 @@ impl<E: Endpoint> RdmaLink<E> {
         };
         let payload_len = payload.as_ref().map_or(0, |piece| piece.len);
         let whole = out + payload_len == header.payload_len();
-        let signalled = staged || requests.signal_due() || (whole && !follows);
+        let signalled = bounced || requests.signal_due() || (whole && !follows);
         let immediate = whole.then(|| PeerPlaces::immediate(self.place));
         let bytes = if progress == 0 {
             let slots = (headers.len() / HEADER_LEN) as u64;
@@ -465,7 +461,7 @@ impl<E: Endpoint> RdmaLink<E> {
         );
         self.requests.done = id;
         self.done_unseen = true;
-        self.windows.done_up_to(id);
+        self.registrations.done_up_to(id);
         while let Some(flight) = self.flights.front()
             && flight.last_id <= id
         {

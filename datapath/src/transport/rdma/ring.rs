@@ -1,5 +1,5 @@
 //! A ring that peers write into by RDMA: memory, resident and registered in a domain of its own. With it goes the memory of
-//! the stage that its link sends from, for the same reasons.
+//! the bounce buffer that its link sends from, for the same reasons.
 //!
 //! Made by [`super::setup`]'s callers ahead of any connection, kept by a [`Keeper`], and lent to one connection after
 //! another. Nearly all of the time that making one takes is bringing its pages into memory (5 to 10 ms a MiB in an emulated
@@ -9,12 +9,12 @@
 //! - A domain holds one ring and at most one queue pair; what its peer can reach is this ring.
 //! - The ring is mapped twice, back to back, for who reads it, and registered once: a sender takes apart what crosses its
 //!   end.
-//! - It is free only when its domain has no queue pair and no span of its memory, nor of its stage's, is left from a
+//! - It is free only when its domain has no queue pair and no span of its memory, nor of its bounce buffer's, is left from a
 //!   former link.
 
 use super::keeper::{Keeper, Lease, Making, Reusable, Use};
 use super::setup::SetupError;
-use crate::limits::{RDMA_RING_STEP_LEN, RDMA_STAGE_LEN};
+use crate::limits::{RDMA_BOUNCE_LEN, RDMA_RING_STEP_LEN};
 use costandby_ffi::mapping::{Mapping, Span};
 use costandby_ffi::verbs::{Domain, DomainState, Listener, Region, VerbsError};
 use std::net::IpAddr;
@@ -31,7 +31,7 @@ pub type RingLease = Lease<Ring>;
 #[derive(Debug)]
 pub struct Ring {
     memory: Registered,
-    stage: Registered,
+    bounce: Registered,
     domain: Domain,
 }
 
@@ -72,10 +72,10 @@ impl Ring {
         let no_memory = |source| SetupError::Ring { len, source };
         // First, for it fails at once where there is no device.
         let domain = Domain::at(local)?;
-        let (ring, stage) = (Mapping::ring(len), Mapping::anonymous(RDMA_STAGE_LEN));
-        let (ring, stage) = (ring.map_err(no_memory)?, stage.map_err(no_memory)?);
+        let (ring, bounce) = (Mapping::ring(len), Mapping::anonymous(RDMA_BOUNCE_LEN));
+        let (ring, bounce) = (ring.map_err(no_memory)?, bounce.map_err(no_memory)?);
         let mut done_bytes = 0;
-        for (mapping, len) in [(&ring, len), (&stage, RDMA_STAGE_LEN)] {
+        for (mapping, len) in [(&ring, len), (&bounce, RDMA_BOUNCE_LEN)] {
             for start in (0..len).step_by(RDMA_RING_STEP_LEN) {
                 if !progress(done_bytes) {
                     return Err(SetupError::GivenUp);
@@ -86,8 +86,8 @@ impl Ring {
             }
         }
         let memory = Registered::new(ring, len, |span| Region::ring(&domain, span))?;
-        let stage = Registered::new(stage, RDMA_STAGE_LEN, |span| Region::source(&domain, span))?;
-        Ok(Self { memory, stage, domain })
+        let bounce = Registered::new(bounce, RDMA_BOUNCE_LEN, |span| Region::source(&domain, span))?;
+        Ok(Self { memory, bounce, domain })
     }
 
     /// Makes it for a keeper.
@@ -132,9 +132,9 @@ impl Ring {
         &self.memory.region
     }
 
-    /// Memory for its link's stage.
-    pub(super) fn stage(&self) -> (Span, Region) {
-        (self.stage.mapping.span(0, self.stage.mapping.len()), self.stage.region.clone())
+    /// Memory for its link's bounce buffer.
+    pub(super) fn bounce(&self) -> (Span, Region) {
+        (self.bounce.mapping.span(0, self.bounce.mapping.len()), self.bounce.region.clone())
     }
 
     /// What its queue pair has to be of.
@@ -148,7 +148,7 @@ impl Reusable for Ring {
         match self.domain.state() {
             DomainState::Lost => Use::Lost,
             DomainState::Taken => Use::Taken,
-            DomainState::Free if self.memory.is_held() || self.stage.is_held() => Use::Taken,
+            DomainState::Free if self.memory.is_held() || self.bounce.is_held() => Use::Taken,
             DomainState::Free => {
                 // What the last reader of the memory did with it comes before what the next peer writes there.
                 fence(Ordering::Acquire);

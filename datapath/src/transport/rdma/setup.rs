@@ -2,7 +2,7 @@
 //!
 //! After the hellos: one node listens for one connection, on a port of the system's choice, and tells the peer where and
 //! with which secret; the other dials. Each brings a ring that is registered already ([`super::ring`]) and introduces
-//! itself with its address and key ([`super::private`]). What comes out is for [`super::RdmaLink`].
+//! itself with its address and key ([`super::private_data`]). What comes out is for [`super::RdmaLink`].
 //!
 //! Invariants: nobody is connected without the secret, and nothing is opened for who does not show it; a listener serves
 //! one connection; a connection that is not wanted after all is closed by dropping what was made, and its ring is given
@@ -15,7 +15,7 @@
 //! Everything here blocks, but each step only as long as its caller says: steps that are done are progress, and what
 //! comes next has its time anew. Nothing here brings memory in or registers any.
 
-use super::private::{Introduction, PrivateError, Secret};
+use super::private_data::{Introduction, PrivateDataError, Secret};
 use super::ring::{Ring, RingLease};
 use super::verbs::VerbsEndpoint;
 use crate::limits::{RDMA_ACK_TIMEOUT, RDMA_RECEIVES_LEN, RDMA_REFUSED_MAX, RDMA_SENDS_LEN};
@@ -41,7 +41,7 @@ pub enum SetupError {
         /// Who.
         peer: SocketAddr,
         /// What was wrong.
-        source: PrivateError,
+        source: PrivateDataError,
     },
     /// The peer accepted without showing the secret.
     #[error("{peer} accepted the RDMA connection without the secret agreed with it: is it another node?")]

@@ -1,11 +1,11 @@
-//! The law suite over endpoints in memory, and what peers and devices can do to a link.
+//! The conformance suite over endpoints in memory, and what peers and devices can do to a link.
 
 use super::endpoint::{Completion, Endpoint, EndpointError, MESSAGE_LEN, Piece, Registrar};
-use super::fake::{self, FakeEndpoint, FakeRegion, Manner};
 use super::{DownReason, Joined, RdmaLink};
 use crate::error::Violation;
 use crate::limits::{LINK_EVENTS_MAX, RING_LEN_MIN, RING_SLACK};
-use crate::transport::laws::{Dice, End, Source, plain, until};
+use crate::testing::conformance::{Dice, End, Source, plain, until};
+use crate::testing::fake_rdma::{self, FakeEndpoint, FakeRegion, Manner};
 use crate::transport::{Link, LinkEvent};
 use crate::units::{ByteRange, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
@@ -15,29 +15,29 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 
 mod at_once {
-    use super::{Manner, fake};
-    crate::link_laws!(|ring_len| {
-        let (here, there) = fake::pair(ring_len, Manner::default()).expect("memory");
+    use super::{Manner, fake_rdma};
+    crate::link_conformance!(|ring_len| {
+        let (here, there) = fake_rdma::pair(ring_len, Manner::default()).expect("memory");
         (Box::new(here), Box::new(there))
     });
 }
 
 mod late_and_in_heaps {
-    use super::{Manner, fake};
-    crate::link_laws!(|ring_len| {
+    use super::{Manner, fake_rdma};
+    crate::link_conformance!(|ring_len| {
         let (here, there) =
-            fake::pair(ring_len, Manner { seed: Some(7), ..Manner::default() }).expect("memory");
+            fake_rdma::pair(ring_len, Manner { seed: Some(7), ..Manner::default() }).expect("memory");
         (Box::new(here), Box::new(there))
     });
 }
 
 /// The narrowest device: frames go in many requests, and everything runs out all the time.
 mod narrow {
-    use super::{Manner, fake};
-    crate::link_laws! {
+    use super::{Manner, fake_rdma};
+    crate::link_conformance! {
         |ring_len| {
             let manner = Manner { seed: Some(3), send_len: 5, write_len_max: 1024, receives: 16, ..Manner::default() };
-            let (here, there) = fake::pair(ring_len, manner).expect("memory");
+            let (here, there) = fake_rdma::pair(ring_len, manner).expect("memory");
             (Box::new(here), Box::new(there))
         } =>
             frames_and_messages_keep_one_order,
@@ -48,12 +48,12 @@ mod narrow {
     }
 }
 
-/// Nothing of the disk may be registered: all goes through the stage.
-mod staged {
-    use super::{Manner, fake};
-    crate::link_laws!(|ring_len| {
-        let manner = Manner { seed: Some(5), windows_max: 0, ..Manner::default() };
-        let (here, there) = fake::pair(ring_len, manner).expect("memory");
+/// Nothing of the disk may be registered: all goes through the bounce buffer.
+mod bounced {
+    use super::{Manner, fake_rdma};
+    crate::link_conformance!(|ring_len| {
+        let manner = Manner { seed: Some(5), registered_bytes_max: 0, ..Manner::default() };
+        let (here, there) = fake_rdma::pair(ring_len, manner).expect("memory");
         (Box::new(here), Box::new(there))
     });
 }
@@ -77,7 +77,7 @@ impl Hostile {
 
     fn with(manner: Manner, companion: Option<TcpStream>) -> Self {
         let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-        let [endpoint, peer] = fake::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
+        let [endpoint, peer] = fake_rdma::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
         let memory = Mapping::anonymous(RING_LEN_MIN).expect("memory").span(0, RING_LEN_MIN);
         let region = peer.registrar().register(&memory).expect("no limit");
         let [ring, _] = rings;
@@ -87,7 +87,7 @@ impl Hostile {
             peer_ring_len: RING_LEN_MIN,
             peer_receives: manner.receives,
             companion,
-            windows_limit_bytes: 1 << 30,
+            registered_bytes_max: 1 << 30,
         };
         let link = RdmaLink::new(endpoint, joined).expect("link");
         Self { end: End::new(Box::new(link)), peer, memory, region, ring, id: 0 }
@@ -350,10 +350,10 @@ fn a_closed_link_lets_go_of_its_companion() {
 fn a_devices_event_ends_the_link() {
     let mut hostile = Hostile::new();
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-    let [mut endpoint, _peer] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
+    let [mut endpoint, _peer] = fake_rdma::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
     endpoint.device_event("port down");
     let [ring, _] = rings;
-    hostile.end = End::new(Box::new(fake::link(endpoint, ring, RING_LEN_MIN).expect("link")));
+    hostile.end = End::new(Box::new(fake_rdma::link(endpoint, ring, RING_LEN_MIN).expect("link")));
     let reason = hostile.end();
     assert!(matches!(reason, DownReason::Rdma(EndpointError::Device("port down"))), "{reason}");
 }
@@ -365,11 +365,11 @@ fn a_request_that_fails_ends_the_link_once() {
     for number in 1..=20 {
         let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
         let manner = Manner { seed: Some(number), write_len_max: 1000, ..Manner::default() };
-        let [mut first, second] = fake::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
+        let [mut first, second] = fake_rdma::endpoints([&rings[0], &rings[1]], manner).expect("descriptors");
         first.fail_at(number);
         let [here, there] = rings;
-        let mut here = End::new(Box::new(fake::link(first, here, RING_LEN_MIN).expect("link")));
-        let mut there = End::new(Box::new(fake::link(second, there, RING_LEN_MIN).expect("link")));
+        let mut here = End::new(Box::new(fake_rdma::link(first, here, RING_LEN_MIN).expect("link")));
+        let mut there = End::new(Box::new(fake_rdma::link(second, there, RING_LEN_MIN).expect("link")));
         for seq in 0..10 {
             let (header, span) = source.write(seq, 0, 1 + usize::try_from(seq).unwrap() * 400);
             assert!(here.post(header, Some(span)));
@@ -405,11 +405,12 @@ fn once_closed_the_ring_is_out_of_reach() {
 #[test]
 fn nothing_stays_registered_when_a_link_is_gone() {
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-    let [first, second] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
+    let [first, second] =
+        fake_rdma::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
     let registrar = first.registrar();
     let [here, there] = rings;
-    let mut here = fake::link(first, here, RING_LEN_MIN).expect("link");
-    let there = fake::link(second, there, RING_LEN_MIN).expect("link");
+    let mut here = fake_rdma::link(first, here, RING_LEN_MIN).expect("link");
+    let there = fake_rdma::link(second, there, RING_LEN_MIN).expect("link");
     let source = Source::new(4096);
     for token in 0..8 {
         let (header, span) = source.write(token, 0, 4000);
@@ -428,12 +429,12 @@ fn nothing_stays_registered_when_a_link_is_gone() {
 fn what_arrived_behind_a_failure_is_told() {
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
     let [mut first, second] =
-        fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
+        fake_rdma::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
     first.fail_at(1);
     first.fail_before_arrivals();
     let [here, there] = rings;
-    let mut here = End::new(Box::new(fake::link(first, here, RING_LEN_MIN).expect("link")));
-    let mut there = End::new(Box::new(fake::link(second, there, RING_LEN_MIN).expect("link")));
+    let mut here = End::new(Box::new(fake_rdma::link(first, here, RING_LEN_MIN).expect("link")));
+    let mut there = End::new(Box::new(fake_rdma::link(second, there, RING_LEN_MIN).expect("link")));
     let source = Source::new(4096);
     for seq in 0..3 {
         let (header, span) = source.write(seq, 0, 500);
@@ -457,8 +458,8 @@ fn what_arrived_behind_a_failure_is_told() {
 #[test]
 fn what_crosses_the_ring_s_end_goes_in_two_parts() {
     for seed in [None, Some(1), Some(2)] {
-        let manner = Manner { seed, windows_max: 0, ..Manner::default() };
-        let (here, there) = fake::pair(RING_LEN_MIN, manner).expect("memory");
+        let manner = Manner { seed, registered_bytes_max: 0, ..Manner::default() };
+        let (here, there) = fake_rdma::pair(RING_LEN_MIN, manner).expect("memory");
         let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
         let source = Source::new(8192);
         let mut seq = 0;
@@ -490,9 +491,9 @@ fn a_companion_may_come_later() {
     let (ours, theirs) = sockets();
     let mut hostile = Hostile::new();
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-    let [endpoint, _peer] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
+    let [endpoint, _peer] = fake_rdma::endpoints([&rings[0], &rings[1]], Manner::default()).expect("fds");
     let [ring, _] = rings;
-    let mut link = fake::link(endpoint, ring, RING_LEN_MIN).expect("link");
+    let mut link = fake_rdma::link(endpoint, ring, RING_LEN_MIN).expect("link");
     link.accompany(ours).expect("slept on");
     assert!(link.prepare_sleep());
     drop(theirs);
@@ -532,9 +533,10 @@ fn a_disk_that_cannot_be_read_ends_the_link_as_the_disks_fault() {
 #[test]
 fn too_small_a_ring_or_too_few_receives_make_no_link() {
     let rings = [(); 2].map(|()| Mapping::ring(RING_LEN_MIN).expect("memory"));
-    let [first, second] = fake::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
+    let [first, second] =
+        fake_rdma::endpoints([&rings[0], &rings[1]], Manner::default()).expect("descriptors");
     let [ring, small] = rings;
-    let error = fake::link(first, Arc::clone(&ring), RING_LEN_MIN - 64).expect_err("too small");
+    let error = fake_rdma::link(first, Arc::clone(&ring), RING_LEN_MIN - 64).expect_err("too small");
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
     let joined = Joined {
         ring: small,
@@ -542,7 +544,7 @@ fn too_small_a_ring_or_too_few_receives_make_no_link() {
         peer_ring_len: RING_LEN_MIN,
         peer_receives: 3,
         companion: None,
-        windows_limit_bytes: 0,
+        registered_bytes_max: 0,
     };
     let error = RdmaLink::new(second, joined).expect_err("too few");
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
@@ -552,7 +554,7 @@ fn too_small_a_ring_or_too_few_receives_make_no_link() {
 #[test]
 fn two_ends_that_used_up_each_others_receives_get_out_of_it() {
     let (here, there) =
-        fake::pair(RING_LEN_MIN, Manner { receives: 16, ..Manner::default() }).expect("memory");
+        fake_rdma::pair(RING_LEN_MIN, Manner { receives: 16, ..Manner::default() }).expect("memory");
     let source = Source::new(64);
     let mut ends = [End::new(Box::new(here)), End::new(Box::new(there))];
     let mut issued = [0, 0];
@@ -568,11 +570,12 @@ fn two_ends_that_used_up_each_others_receives_get_out_of_it() {
     });
 }
 
-/// A frame that waits half way, for room in the stage, began with counts that nothing newer may overtake.
+/// A frame that waits half way, for room in the bounce buffer, began with counts that nothing newer may overtake.
 #[test]
 fn no_sign_of_life_overtakes_a_frame_that_has_begun() {
     const MIB: usize = 1 << 20;
-    let (here, there) = fake::pair(32 * MIB, Manner { windows_max: 0, ..Manner::default() }).expect("memory");
+    let (here, there) =
+        fake_rdma::pair(32 * MIB, Manner { registered_bytes_max: 0, ..Manner::default() }).expect("memory");
     let source = Source::new(9 * MIB);
     let (mut here, mut there) = (End::new(Box::new(here)), End::new(Box::new(there)));
     for seq in 0..3 {

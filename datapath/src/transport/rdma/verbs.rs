@@ -94,9 +94,9 @@ impl Endpoint for VerbsEndpoint {
         VerbsRegistrar { domain: self.queue_pair.domain().clone() }
     }
 
-    fn stage(&self) -> io::Result<(Span, Region)> {
+    fn bounce(&self) -> io::Result<(Span, Region)> {
         // Kept with the ring: bringing its pages in would take as long as those of a tenth of the ring.
-        Ok(self.ring.as_ref().ok_or(io::ErrorKind::NotConnected)?.ring().stage())
+        Ok(self.ring.as_ref().ok_or(io::ErrorKind::NotConnected)?.ring().bounce())
     }
 
     fn write(

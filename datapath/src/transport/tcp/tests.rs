@@ -1,10 +1,10 @@
-//! The law suite over real sockets, and what only a byte stream can do to us.
+//! The conformance suite over real sockets, and what only a byte stream can do to us.
 
 use super::{Gather, TcpLink};
 use crate::error::Violation;
 use crate::limits::{GATHER_PIECES_MAX, RING_LEN_MIN, RING_SLACK};
+use crate::testing::conformance::{End, Source, plain, until};
 use crate::transport::DownReason;
-use crate::transport::laws::{End, Source, plain, until};
 use crate::transport::outbox::Outbox;
 use crate::units::{ByteRange, Seq, Token};
 use crate::wire::{HEADER_LEN, Header, Kind, WireError};
@@ -20,7 +20,7 @@ fn sockets() -> (TcpStream, TcpStream) {
     (here, there)
 }
 
-crate::link_laws!(|ring_len| {
+crate::link_conformance!(|ring_len| {
     let (here, there) = sockets();
     let link = |stream| Box::new(TcpLink::new(stream, ring_len, ring_len).expect("link"));
     (link(here), link(there))

@@ -1,8 +1,8 @@
 //! What links are made of, for tests of sessions that go on over another kind of link, and one such test.
 
 use super::*;
-use crate::transport::fault::{FaultLink, Plan};
-use crate::transport::rdma::fake::{self, Manner};
+use crate::testing::fake_rdma::{self, Manner};
+use crate::testing::fault::{FaultLink, Plan};
 use crate::transport::tcp::TcpLink;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
@@ -35,7 +35,7 @@ impl Make {
             }
             Self::Rdma => {
                 let manner = Manner { seed: Some(11), ..Manner::default() };
-                let (here, there) = fake::pair(RING_LEN, manner).expect("memory");
+                let (here, there) = fake_rdma::pair(RING_LEN, manner).expect("memory");
                 (Box::new(here), Box::new(there))
             }
             Self::Slow => {

@@ -3,9 +3,9 @@
 //! What must hold, and what the bytes stand for, is said where the steps are played.
 #![no_main]
 
-use costandby_datapath::transport::rdma::hostile;
+use costandby_datapath::testing::hostile_rdma;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    hostile::play(data);
+    hostile_rdma::play(data);
 });

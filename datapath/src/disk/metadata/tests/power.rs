@@ -4,11 +4,11 @@
 //! The model keeps to what the activity log's doc asks of its caller and to nothing more, and knows the truth: which
 //! version of each grain either disk has in memory and on stable storage.
 
-use super::super::simulated::{Dice, Simulated};
 use super::super::{Opened, create, open};
 use crate::disk::activity_log::Touch;
 use crate::disk::metadata::layout::Geometry;
 use crate::disk::superblock::{Superblock, SuperblockError};
+use crate::testing::simulated_medium::{Dice, Simulated};
 use crate::units::{ByteRange, Epoch};
 use proptest::prelude::*;
 use std::collections::HashMap;

@@ -1,10 +1,10 @@
-//! The law suite over a real device, both ends in one process: the one that has `COSTANDBY_RDMA_ADDRESS`. Once as it is,
+//! The conformance suite over a real device, both ends in one process: the one that has `COSTANDBY_RDMA_ADDRESS`. Once as it is,
 //! and once with frames held up, lost, doubled and damaged.
 
 use super::*;
+use crate::testing::conformance::Ends;
+use crate::testing::fault::{FaultLink, Plan, tests as faults};
 use crate::transport::Link;
-use crate::transport::fault::{FaultLink, Plan, tests as faults};
-use crate::transport::laws::Ends;
 use crate::transport::rdma::ring::Ring;
 use crate::transport::rdma::{Joined, RdmaLink};
 use costandby_ffi::testing::{scaled, skip_outside_rig};
@@ -38,7 +38,7 @@ fn link(ring: RingLease, established: Established) -> RdmaLink<VerbsEndpoint> {
         receives: SETTINGS.receive_len,
         peer_receives: SETTINGS.receive_len,
         companion: None,
-        windows_limit_bytes: 1 << 30,
+        registered_bytes_max: 1 << 30,
     };
     let endpoint = VerbsEndpoint::new(queue_pair, ring, Target { address, key }).unwrap();
     RdmaLink::new(endpoint, joined).unwrap()
@@ -81,7 +81,7 @@ macro_rules! device_laws {
             #[test]
             fn $law() {
                 let Some((address, _alone)) = super::device() else { return };
-                crate::transport::laws::$law(&|ring_len| super::pair(address, ring_len, $plan));
+                crate::testing::conformance::$law(&|ring_len| super::pair(address, ring_len, $plan));
             }
         )*
     };
