@@ -71,7 +71,7 @@ impl Inflight {
     }
 
     /// Grants again. Appends the waiters that may now go on.
-    pub fn resume(&mut self, granted: &mut Vec<Token>) {
+    pub fn resume(&mut self, granted: &mut impl Extend<Token>) {
         self.held = false;
         self.grant_waiters(granted);
     }
@@ -113,7 +113,7 @@ impl Inflight {
     ///
     /// # Panics
     /// When `token` does not hold that lock: our own bookkeeping is broken.
-    pub fn release(&mut self, token: Token, start: u64, granted: &mut Vec<Token>) {
+    pub fn release(&mut self, token: Token, start: u64, granted: &mut impl Extend<Token>) {
         let at = self.locked.partition_point(|(held, _)| held.start < start);
         let held = self.locked.get(at).filter(|(range, holder)| range.start == start && *holder == token);
         assert!(held.is_some(), "{token:?} releases a lock at {start} that it does not hold");
@@ -124,7 +124,7 @@ impl Inflight {
     }
 
     /// Forgets a waiter (its client is gone). Appends the waiters that may now go on.
-    pub fn cancel(&mut self, token: Token, granted: &mut Vec<Token>) {
+    pub fn cancel(&mut self, token: Token, granted: &mut impl Extend<Token>) {
         self.waiting.retain(|w| w.token != token);
         self.grant_waiters(granted);
     }
@@ -145,14 +145,14 @@ impl Inflight {
 
     /// Takes a pinned read back to the waiters, behind all of them: its client is not taking replies, and a change wants
     /// the range. Appends the waiters that may now go on.
-    pub fn put_back(&mut self, token: Token, range: ByteRange, granted: &mut Vec<Token>) {
+    pub fn put_back(&mut self, token: Token, range: ByteRange, granted: &mut impl Extend<Token>) {
         self.pinned.retain(|(_, holder)| *holder != token);
         self.waiting.push_back(Waiter { token, range, access: Access::Read });
         self.grant_waiters(granted);
     }
 
     /// Ends a pin. Appends the waiters that may now go on.
-    pub fn unpin(&mut self, token: Token, granted: &mut Vec<Token>) {
+    pub fn unpin(&mut self, token: Token, granted: &mut impl Extend<Token>) {
         self.pinned.retain(|(_, holder)| *holder != token);
         self.grant_waiters(granted);
     }
@@ -198,7 +198,7 @@ impl Inflight {
         }
     }
 
-    fn grant_waiters(&mut self, granted: &mut Vec<Token>) {
+    fn grant_waiters(&mut self, granted: &mut impl Extend<Token>) {
         if self.held {
             return;
         }
@@ -220,7 +220,7 @@ impl Inflight {
             if waiter.access == Access::Read {
                 self.pin(waiter.token, waiter.range);
             }
-            granted.push(waiter.token);
+            granted.extend([waiter.token]);
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::activity_log::Transaction;
 use super::dirty_bitmap::DirtyBlock;
 use super::image::{DiskError, DiskImage};
-use super::record::RecordStore;
+use super::record_store::RecordStore;
 use crate::units::{ByteRange, Token};
 
 /// A blocking call to make.

@@ -11,5 +11,6 @@ pub mod job;
 pub mod metadata;
 pub mod pool;
 pub mod record;
+pub mod record_store;
 pub mod superblock;
 pub mod worker;

@@ -1,6 +1,6 @@
 //! What is on record about a disk besides its superblock: the activity log and the dirty bitmap, and where they are stored.
 //!
-//! A [`Record`] goes into the reactor with its volume ([`crate::reactor::command::VolumeSpec`]); what it wants stored
+//! A [`Record`] goes into the reactor with its volume (`VolumeSpec`); what it wants stored
 //! ([`Record::next_job`]) is carried out on a thread of its own through a [`RecordStore`]. Sans-IO but for that name.
 //!
 //! ```text
@@ -18,57 +18,32 @@
 //!
 //! Survives: a crash at any point, a session that ends in mid-checkpoint, a store that fails (the disk has failed then).
 
-use super::activity_log::{ActivityLog, Ticket, Touch, Transaction};
-use super::dirty_bitmap::{DirtyBitmap, DirtyBlock};
+use super::activity_log::{ActivityLog, Ticket, Touch};
+use super::dirty_bitmap::DirtyBitmap;
 use super::doubts::Doubts;
 use super::job::JobKind;
 use super::metadata::layout::Geometry;
 use super::metadata::medium::Medium;
-use super::metadata::{AreaStore, Opened, SuperblockStore};
-use super::superblock::SuperblockError;
+use super::metadata::{Opened, SuperblockStore};
+use super::record_store::RecordStore;
 use crate::limits::{CHECKPOINT_MS, DIRTY_STORE_BLOCKS_MAX, LAGGING_STORE_MS, WINDOW_LEN};
 use crate::units::{ByteRange, Seq, Token};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Where log and map are stored. Blocking; never on the reactor's thread.
-pub trait RecordStore: Send + Sync + std::fmt::Debug {
-    /// As [`AreaStore::commit`].
-    ///
-    /// # Errors
-    /// As there.
-    fn commit(&self, transaction: &Transaction) -> Result<(), SuperblockError>;
-
-    /// As [`AreaStore::store_dirty`].
-    ///
-    /// # Errors
-    /// As there.
-    fn store_dirty(&self, blocks: &[DirtyBlock]) -> Result<(), SuperblockError>;
-}
-
-impl<M: Medium> RecordStore for AreaStore<M> {
-    fn commit(&self, transaction: &Transaction) -> Result<(), SuperblockError> {
-        AreaStore::commit(self, transaction)
-    }
-
-    fn store_dirty(&self, blocks: &[DirtyBlock]) -> Result<(), SuperblockError> {
-        AreaStore::store_dirty(self, blocks)
-    }
-}
-
 /// A disk's activity log and dirty bitmap, recovered, and the rules that tie them together.
 #[derive(Debug)]
 pub struct Record {
     /// What the peer may lack.
-    pub dirty: DirtyBitmap,
+    dirty: DirtyBitmap,
     /// Grains that are marked only because the session before ended: the peer had applied what was written there, and
     /// may not have brought it to its stable storage. A peer that lives on has it still. All of them are dirty.
     doubts: Doubts,
     /// What is being written.
-    pub activity: ActivityLog,
+    activity: ActivityLog,
     /// Where they are stored; `None`: nowhere, and nothing waits for it (a memory disk, which is new at each start).
-    pub store: Option<Arc<dyn RecordStore>>,
+    store: Option<Arc<dyn RecordStore>>,
     /// A peer applies what we write.
     live: bool,
     /// Touched, and waiting for their transaction.
@@ -85,6 +60,11 @@ pub struct Record {
     long_ended: bool,
     checkpoint: Option<Checkpoint>,
     checkpoint_serial: u64,
+    /// The flush that a checkpoint rides on, and the checkpoint's number.
+    riding: Option<(Token, u64)>,
+    /// The store of the marks that the target of a copy has told.
+    told: Option<Round>,
+    marked_all: MarkedAllWaits,
     unconfirmed_since: Option<Instant>,
     rounds_over: u64,
     rounds_wanted: u64,
@@ -121,6 +101,19 @@ pub enum Admit {
 /// A number of stores: what was marked when it was asked for is stored once [`Record::is_stored`] says so.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Round(u64);
+
+/// Hears the end of a [`Record::mark_all`].
+pub type MarkedAll = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+/// Who waits for the store of a whole disk's marks.
+#[derive(Default)]
+struct MarkedAllWaits(Vec<(Round, MarkedAll)>);
+
+impl std::fmt::Debug for MarkedAllWaits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(round, _)| round)).finish()
+    }
+}
 
 #[derive(Clone, Copy, Debug)]
 struct LongChange {
@@ -177,6 +170,9 @@ impl Record {
             long_ended: false,
             checkpoint: None,
             checkpoint_serial: 0,
+            riding: None,
+            told: None,
+            marked_all: MarkedAllWaits::default(),
             unconfirmed_since: None,
             rounds_over: 0,
             rounds_wanted: 0,
@@ -188,6 +184,18 @@ impl Record {
             retired,
             failed: false,
         }
+    }
+
+    /// What the peer may lack.
+    #[must_use]
+    pub fn dirty(&self) -> &DirtyBitmap {
+        &self.dirty
+    }
+
+    /// Where log and map are stored.
+    #[must_use]
+    pub fn store(&self) -> Option<&Arc<dyn RecordStore>> {
+        self.store.as_ref()
     }
 
     /// Says that `token` is about to change `range`. Once it is let through, exactly one [`Record::written`] must follow;
@@ -340,6 +348,45 @@ impl Record {
         }
     }
 
+    /// The peer may lack anything. `done` hears when that is on stable storage, from [`Record::tell_marked_all`].
+    pub fn mark_all(&mut self, done: MarkedAll) {
+        let _ = self.dirty.set_all();
+        self.forget_doubts();
+        let round = self.ask_store();
+        self.marked_all.0.push((round, done));
+    }
+
+    /// Calls those whose [`Record::mark_all`] is on stable storage.
+    pub fn tell_marked_all(&mut self) {
+        let over = self.rounds_over;
+        for (_, done) in self.marked_all.0.extract_if(.., |(round, _)| round.0 <= over) {
+            done(Ok(()));
+        }
+    }
+
+    /// Calls those whose [`Record::mark_all`] never will be.
+    pub fn fail_marked_all(&mut self, error: &str) {
+        for (_, done) in self.marked_all.0.drain(..) {
+            done(Err(error.to_owned()));
+        }
+    }
+
+    /// The target of a copy has told all of its marks: they are to be stored. [`Record::take_told_stored`] says when.
+    pub fn peer_told_all(&mut self) {
+        self.told = Some(self.ask_store());
+    }
+
+    /// Whether all that the target has told is on stable storage. Says so once.
+    pub fn take_told_stored(&mut self) -> bool {
+        let over = self.rounds_over;
+        self.told.take_if(|round| round.0 <= over).is_some()
+    }
+
+    /// The target that has told its marks is gone.
+    pub fn forget_told(&mut self) {
+        self.told = None;
+    }
+
     /// The peer may have applied this step of a copy over marked bytes, or not: [`Record::resolve`] follows once it is known.
     pub fn unsure(&mut self, seq: Seq, range: ByteRange) {
         self.doubts.unsure(seq, range);
@@ -379,14 +426,22 @@ impl Record {
 
     /// These bytes are equal and on stable storage on both disks.
     pub fn clear(&mut self, ranges: &[ByteRange]) {
+        let grain_len = self.dirty.geometry().grain_len();
         for range in ranges {
-            let under_way = self.long.iter().map(|long| long.range);
-            let mut unsettled = under_way.chain(self.long_written.iter().chain(&self.long_settling).copied());
-            // A long change has no record but its bits. They go with it.
-            if unsettled.any(|long| long.overlaps(*range)) {
-                self.long_written.push(*range);
-            } else {
-                self.wipe(*range);
+            let mut at = range.start;
+            while at < range.end() {
+                let left = ByteRange::new(at, range.end() - at);
+                let under_way = self.long.iter().map(|long| long.range);
+                let unsettled = under_way.chain(self.long_written.iter().chain(&self.long_settling).copied());
+                let next = unsettled.filter(|long| long.overlaps(left)).min_by_key(|long| long.start);
+                // A long change has no record but its bits. They go with it; what is beside it is cleared.
+                let kept_from = next.map_or(left.end(), |long| (long.start / grain_len * grain_len).max(at));
+                if kept_from > at {
+                    self.wipe(ByteRange::new(at, kept_from - at));
+                }
+                let Some(long) = next else { break };
+                at = long.end().next_multiple_of(grain_len).min(range.end());
+                self.long_written.push(ByteRange::new(kept_from, at - kept_from));
             }
         }
     }
@@ -406,6 +461,8 @@ impl Record {
     /// still in flight are the caller's to mark. Does nothing twice.
     pub fn session_ended(&mut self, durable: bool) {
         self.live = false;
+        self.riding = None;
+        self.told = None;
         self.forget_long();
         self.checkpoint = None;
         self.activity.abort_checkpoint();
@@ -462,6 +519,20 @@ impl Record {
         }
         self.begin(!self.live);
         self.live.then_some(self.checkpoint_serial)
+    }
+
+    /// A flush of both disks is about to be asked for: a checkpoint rides on it, if one can begin.
+    pub fn ride_on(&mut self, flush: Token) {
+        if self.can_checkpoint() {
+            self.riding = self.begin_checkpoint().map(|serial| (flush, serial));
+        }
+    }
+
+    /// The flush has ended well, with the checkpoint that may ride on it.
+    pub fn flush_ended(&mut self, flush: Token) {
+        if let Some((_, serial)) = self.riding.take_if(|(ridden, _)| *ridden == flush) {
+            self.flushed(serial);
+        }
     }
 
     fn begin(&mut self, flushed: bool) {

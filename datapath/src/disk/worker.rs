@@ -8,7 +8,7 @@
 
 use super::image::{DiskError, DiskImage};
 use super::pool::{Calls, WorkerPool};
-use super::record::RecordStore;
+use super::record_store::RecordStore;
 use crossbeam_channel::{Receiver, Sender};
 use std::cell::Cell;
 use std::sync::Arc;

@@ -237,7 +237,7 @@ impl Reactor {
 
     fn add_volume(&mut self, spec: VolumeSpec, counters: Arc<VolumeCounters>, now: Instant) {
         let index = self.volumes.len();
-        let workers = DiskWorkers::in_pool(&self.pool, index, &spec.disk, spec.record.store.as_ref());
+        let workers = DiskWorkers::in_pool(&self.pool, index, &spec.disk, spec.record.store());
         self.absent.remove(&spec.name);
         self.volumes.push(Volume::new(index, spec, workers, now).counted_by(counters));
         self.link_ready.push(false);

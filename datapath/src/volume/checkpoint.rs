@@ -6,18 +6,17 @@
 //! Invariants: before control hears that a session has ended, all that the peer may lack is marked; a quiesce is reported
 //! only when both disks are flushed and the record is settled.
 
-use super::{Notice, Origin, RECORD_JOB, Request, Volume};
-use crate::disk::record::{Round, Touched};
+use super::interface::{Event, Notice, Op, Origin};
+use super::request_table::Request;
+use super::{RECORD_JOB, Volume};
+use crate::disk::record::{MarkedAll, Touched};
 use crate::disk::worker::Job;
 use crate::error::IoError;
 use crate::limits::IDLE_RETIRE_MS;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::reactor::command::Event;
 use crate::units::Token;
 use crate::wire::Kind;
 use std::time::{Duration, Instant};
-
-use super::requests::Op;
 
 /// How far a quiesce is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,9 +31,6 @@ pub(super) enum Quiesce {
     Settling,
 }
 
-/// Hears the end of a [`Volume::mark_all`].
-pub(super) type MarkedAll = Box<dyn FnOnce(Result<(), String>) + Send>;
-
 impl Volume {
     /// Marks the whole disk dirty, on record.
     pub fn mark_all(&mut self, done: MarkedAll) {
@@ -42,17 +38,8 @@ impl Volume {
             done(Err("the disk failed".to_owned()));
             return;
         }
-        let _ = self.record.dirty.set_all();
-        self.record.forget_doubts();
-        let round = self.record.ask_store();
-        self.marked_all.push((round, done));
-        self.tell_marked_all();
-    }
-
-    fn tell_marked_all(&mut self) {
-        for (_, done) in self.marked_all.extract_if(.., |(round, _)| self.record.is_stored(*round)) {
-            done(Ok(()));
-        }
+        self.record.mark_all(done);
+        self.record.tell_marked_all();
     }
 
     /// Does what is due for the record: cheap when nothing is.
@@ -62,7 +49,7 @@ impl Volume {
             self.begin_checkpoint();
         }
         let idle = Duration::from_millis(IDLE_RETIRE_MS);
-        if self.record.can_retire() && self.last_client.is_none_or(|at| now.duration_since(at) >= idle) {
+        if self.record.can_retire() && self.background.is_idle_for(now, idle) {
             self.record.settle();
         }
         while let Some(kind) = self.record.next_job(now) {
@@ -72,14 +59,12 @@ impl Volume {
             self.unpark(token, touched);
         }
         self.receipt_marks();
-        if !self.marked_all.is_empty() {
-            self.tell_marked_all();
-        }
+        self.record.tell_marked_all();
     }
 
     /// A change that was parked may be made.
     pub(super) fn unpark(&mut self, token: Token, touched: Touched) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         request.touched = Some(touched);
         let (origin, op) = (request.origin, request.op);
         self.make(token);
@@ -90,22 +75,15 @@ impl Volume {
 
     pub(super) fn begin_checkpoint(&mut self) {
         if let Some(serial) = self.record.begin_checkpoint() {
-            let token = self.add_request(Request::flush(Origin::Checkpoint { serial }));
+            let token = self.requests.add(Request::flush(Origin::Checkpoint { serial }));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
 
     /// A flush that covers everything and that no copy holds back is about to be asked for: a checkpoint rides on it.
     pub(super) fn ride_on_flush(&mut self, token: Token) {
-        if self.source && self.record.can_checkpoint() && !self.pipeline.is_frozen() {
-            self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
-        }
-    }
-
-    /// The flush `token` has ended well.
-    pub(super) fn flush_ended(&mut self, token: Token) {
-        if let Some((_, serial)) = self.riding.take_if(|(flush, _)| *flush == token) {
-            self.record.flushed(serial);
+        if self.session.is_source() && !self.pipeline.is_frozen() {
+            self.record.ride_on(token);
         }
     }
 
@@ -115,12 +93,7 @@ impl Volume {
         let record = &mut self.record;
         self.pipeline.for_each_unreleased(|range| record.mark(range));
         record.session_ended(durable);
-        self.riding = None;
-        self.map_round = None;
-        for request in self.requests.iter_mut().flatten() {
-            // How long it will have taken is the peer's absence.
-            request.landed_at = None;
-        }
+        self.requests.forget_landing_times();
     }
 
     /// We begin to apply the peer's changes: what we wrote ourselves is accounted for by marks alone from here.
@@ -133,14 +106,14 @@ impl Volume {
     /// Ends a change that was let through and is given up: some of its bytes may have changed here, and the peer hears
     /// of none.
     pub(super) fn give_up_change(&mut self, token: Token, error: IoError) {
-        let request = *self.request_mut(token);
+        let request = *self.requests.get(token);
         if let Some(touched) = request.touched {
             self.record.mark(request.range);
             self.record.written(token, request.range, touched);
             // A session goes on only between disks that are equal; without a disk there is but one.
             if !self.diskless.is_active() {
-                self.end_session("a change was given up half-way");
-                if self.parted.is_some() {
+                self.session.end("a change was given up half-way");
+                if self.session.is_parted() {
                     let waits = self.pipeline.waits_for_parted();
                     self.end_parting(true);
                     if waits {
@@ -164,19 +137,17 @@ impl Volume {
         match self.quiesce {
             Quiesce::No | Quiesce::Flushing => {}
             Quiesce::Draining => {
-                if self.receiving == 0
+                if !self.requests.is_making()
                     && self.pipeline.in_flight() == 0
-                    && self.inflight.waiting_len() == 0
+                    && !self.requests.has_waiting()
                     && self.record.parked_len() == 0
                     && !self.diskless.is_fetching()
                     && !self.record.in_checkpoint()
                 {
                     self.quiesce = Quiesce::Flushing;
                     self.serving = false;
-                    let token = self.add_request(Request::flush(Origin::Quiesce));
-                    if self.record.can_checkpoint() {
-                        self.riding = self.record.begin_checkpoint().map(|serial| (token, serial));
-                    }
+                    let token = self.requests.add(Request::flush(Origin::Quiesce));
+                    self.record.ride_on(token);
                     self.pipeline_event(PipelineEvent::FlushBackground(token));
                 }
             }
@@ -192,6 +163,3 @@ impl Volume {
         }
     }
 }
-
-/// The rounds that somebody outside waits for.
-pub(super) type MarkedAllWaits = Vec<(Round, MarkedAll)>;

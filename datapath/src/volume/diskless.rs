@@ -20,22 +20,20 @@
 //! such a page and nowhere else; a link that breaks and is back within the peer's timeout, once the peer has it on record. Not
 //! survived: the loss of the peer as well, which ends the service.
 
+use super::Volume;
 use super::checkpoint::Quiesce;
-use super::{Origin, Outgoing, Request, Volume};
+use super::interface::{Event, Notice, Origin};
+use super::request_table::Request;
 use crate::access::Access;
-use crate::disk::image::DiskImage;
 use crate::disk::record::{Admit, Record, Touched};
 use crate::error::Violation;
 use crate::limits::{
-    DETACH_S_MAX, DISKLESS_MEMORY_LEN, DISKLESS_RANGES_MAX, FETCHES_MAX, PAYLOAD_LEN_MAX, READ_REPLY_LEN_MAX,
-    READS_OWED_MAX, RESYNC_CHUNK_LEN,
+    DETACH_S_MAX, DISKLESS_MEMORY_LEN, DISKLESS_RANGES_MAX, FETCHES_MAX, PAYLOAD_LEN_MAX, RESYNC_CHUNK_LEN,
 };
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::reactor::command::Event;
-use crate::transport::{DownReason, Link, Slot};
-use crate::units::{ByteRange, Epoch, Token};
-use crate::volume::Notice;
-use crate::wire::{Header, Kind, flags};
+use crate::transport::Slot;
+use crate::units::{ByteRange, Token};
+use crate::wire::{Header, flags};
 use costandby_ffi::mapping::{Mapping, Span};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -131,9 +129,9 @@ impl Volume {
             State::Gone => false,
             State::Sound => {
                 let serves = self.serving && self.quiesce == Quiesce::No && !self.disk_failure_told;
-                let in_sync = self.source && self.resync.is_none() && self.pipeline.peer_in_sync();
-                let linked = self.link.is_some() && !self.link_distrusted;
-                serves && in_sync && linked && self.disk.is_detachable()
+                let in_sync =
+                    self.session.is_source() && !self.background.is_copying() && self.pipeline.peer_in_sync();
+                serves && in_sync && self.session.is_trusted() && self.disk.is_detachable()
             }
         }
     }
@@ -146,7 +144,7 @@ impl Volume {
         if self.diskless.state == State::Sound {
             self.diskless.state = State::Failing;
             self.end_verify("the local disk failed");
-            self.inflight.hold();
+            self.requests.hold();
             self.pipeline_event(PipelineEvent::LocalFailing);
             tracing::warn!(volume = %self.name, error, "the disk failed; requests are held until the peer knows");
             self.events.push(Event::DiskFailing { volume: self.index, error: error.to_owned() });
@@ -186,14 +184,13 @@ impl Volume {
             return self.disk_lost("and the peer did not take it on record in time");
         }
         // Replies under way are made of the disk's memory: what is left of them is copied out.
-        for (_, token) in self.inflight.pinned() {
+        for token in self.requests.pinned() {
             self.notices.push(Notice::Unpin { token });
         }
-        let posts_left = self.outbox.iter().any(|outgoing| matches!(outgoing, Outgoing::Post(..)));
         let in_use = self.workers.are_busy()
             || !self.pipeline.all_released()
-            || posts_left
-            || self.inflight.pinned().next().is_some();
+            || self.session.has_posts()
+            || self.requests.pinned().next().is_some();
         if self.diskless.state == State::Agreed && !in_use {
             self.replace_disk();
         }
@@ -205,7 +202,7 @@ impl Volume {
         if let Err(error) = self.disk.detach(&[]) {
             return self.disk_lost(&error.to_string());
         }
-        let locked: Vec<_> = self.inflight.locked().collect();
+        let locked: Vec<_> = self.requests.locked().collect();
         for (range, _) in locked {
             self.left_behind(range);
         }
@@ -219,7 +216,7 @@ impl Volume {
         for (token, touched) in unparked {
             self.unpark(token, touched);
         }
-        self.inflight.resume(&mut self.granted);
+        self.requests.resume();
     }
 
     /// What was on record about the disk went with it: a record that is stored nowhere, and holds up nothing, takes its
@@ -227,24 +224,21 @@ impl Volume {
     fn replace_record(&mut self) -> Option<Vec<(Token, Touched)>> {
         let mut record = Record::in_memory(self.disk.size());
         record.session_began();
-        let let_through: Vec<_> = self.inflight.locked().collect();
+        let let_through: Vec<_> = self.requests.locked().collect();
         for (range, token) in let_through {
-            if self.request_mut(token).touched.is_some() {
+            if self.requests.get(token).touched.is_some() {
                 let Admit::Go(touched) = record.touch(token, range) else { return None };
-                self.request_mut(token).touched = Some(touched);
+                self.requests.get_mut(token).touched = Some(touched);
             }
         }
         let mut unparked = Vec::new();
         for token in self.record.parked() {
-            if let Admit::Go(touched) = record.touch(token, self.request_mut(token).range) {
+            if let Admit::Go(touched) = record.touch(token, self.requests.get(token).range) {
                 unparked.push((token, touched));
             }
         }
+        self.record.fail_marked_all("the disk failed");
         self.record = record;
-        self.riding = None;
-        for (_, done) in self.marked_all.drain(..) {
-            done(Err("the disk failed".to_owned()));
-        }
         Some(unparked)
     }
 
@@ -253,7 +247,7 @@ impl Volume {
         if self.diskless.is_active() {
             self.disk.fail();
             self.diskless.state = State::Sound;
-            self.inflight.resume(&mut self.granted);
+            self.requests.resume();
         }
     }
 
@@ -268,11 +262,11 @@ impl Volume {
 
     /// Asks the peer for a read's bytes, whose range is pinned.
     pub(super) fn fetch(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
+        let range = self.requests.get(token).range;
         self.diskless.fetches_begun += 1;
         let id = self.diskless.fetches_begun;
         self.diskless.fetches.push_back(Fetch { id, token, range, got: 0, asked: false });
-        self.outbox.push_back(Outgoing::Read { id, range });
+        self.session.queue_read(id, range);
     }
 
     /// The session goes on over another link: the questions that were under way, from where their answers have come to.
@@ -280,7 +274,7 @@ impl Volume {
         for fetch in &mut self.diskless.fetches {
             fetch.asked = false;
             let range = ByteRange::new(fetch.range.start + fetch.got, fetch.range.len - fetch.got);
-            self.outbox.push_back(Outgoing::Read { id: fetch.id, range });
+            self.session.queue_read(fetch.id, range);
         }
     }
 
@@ -292,7 +286,7 @@ impl Volume {
     pub(super) fn cancel_fetches(&mut self, cancelled: &mut Vec<Token>) {
         let fetches = std::mem::take(&mut self.diskless.fetches);
         for fetch in fetches {
-            self.inflight.unpin(fetch.token, &mut self.granted);
+            self.requests.unpin(fetch.token);
             cancelled.push(fetch.token);
         }
     }
@@ -300,7 +294,7 @@ impl Volume {
     /// The peer's answer to the oldest question, or part of it.
     pub(super) fn reply_arrived(&mut self, slot: Slot) -> Result<(), Violation> {
         let Slot { header, ref payload, .. } = slot;
-        if !self.source || header.epoch != self.epoch {
+        if !self.session.is_source_of(&header) {
             return Err(Violation::Role { what: "an answer to a read", role: "standby" });
         }
         let out_of_turn = Violation::Reply { id: header.aux, range: header.range };
@@ -319,32 +313,17 @@ impl Volume {
         let token = (fetch.got == fetch.range.len).then_some(fetch.token);
         if !self.pipeline.awaits_durability() {
             // Else answers to reads would hide a flush that hangs.
-            self.last_answer = self.last_heard;
+            self.session.answered();
         }
-        self.release(slot);
+        self.session.release(slot);
         if let Some(token) = token {
             self.diskless.fetches.pop_front();
             self.counters.reads_fetched.fetch_add(1, Ordering::Relaxed);
-            match self.request_mut(token).origin {
+            match self.requests.get(token).origin {
                 Origin::Nobody => self.read_done(token),
                 origin => self.notices.push(Notice::Granted { origin, token }),
             }
         }
-        Ok(())
-    }
-
-    /// The peer has no disk, and asks ours.
-    pub(super) fn read_asked(&mut self, header: &Header) -> Result<(), Violation> {
-        let Some(access) = &self.access else {
-            return Err(Violation::Role { what: "a read", role: "primary" });
-        };
-        access.read_asked(header)?;
-        // Little else ever waits here on the side that answers.
-        if self.outbox.len() >= READS_OWED_MAX {
-            return Err(Violation::TooManyReads);
-        }
-        self.disk.read_ahead(header.range);
-        self.outbox.push_back(Outgoing::Reply { id: header.aux, range: header.range });
         Ok(())
     }
 
@@ -374,7 +353,7 @@ impl Volume {
             let page = self.disk.mapping().page_len() as u64;
             let start = oldest.start / page * page;
             let pages = ByteRange::new(start, oldest.end().next_multiple_of(page) - start);
-            if self.inflight.is_in_use(pages) {
+            if self.requests.is_in_use(pages) {
                 self.diskless.used.push_back(oldest);
             } else {
                 self.diskless.used_len -= oldest.len;
@@ -382,35 +361,4 @@ impl Volume {
             }
         }
     }
-}
-
-/// Posts an answer as far as the peer's ring has room for it and `until` has not come, and takes that off `left`. Returns
-/// whether all of it is out.
-pub(super) fn post_reply(
-    link: &mut dyn Link,
-    disk: &DiskImage,
-    epoch: Epoch,
-    id: u64,
-    left: &mut ByteRange,
-    until: Instant,
-) -> bool {
-    while left.len > 0 {
-        if Instant::now() >= until {
-            return false;
-        }
-        // Nothing is registered for it: a disk that is read from elsewhere is not read there twice.
-        let mut header = Header { flags: flags::RESYNC, ..Header::new(Kind::ReadReply, epoch) };
-        header.range = ByteRange::new(left.start, left.len.min(READ_REPLY_LEN_MAX));
-        header.aux = id;
-        let Some(permit) = link.claim(header.payload_len()) else { return false };
-        let span = disk.span(header.range);
-        header.payload_crc = span.crc32c();
-        if disk.is_failed() {
-            link.close(DownReason::Medium);
-            return false;
-        }
-        link.post(permit, header, Some(span), Token(u64::MAX));
-        *left = ByteRange::new(header.range.end(), left.len - header.range.len);
-    }
-    true
 }

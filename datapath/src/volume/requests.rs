@@ -1,56 +1,20 @@
 //! The front ends' side of a volume: admission, the record's word, landing.
 
+use super::Volume;
 use super::checkpoint::Quiesce;
-use super::{Notice, Origin, Request, Volume};
-use crate::disk::inflight::{Access, Admission};
+use super::interface::{Begin, NewRequest, Notice, Op, Origin};
+use super::request_table::Request;
+use crate::disk::inflight::Admission;
 use crate::disk::record::Admit;
 use crate::disk::worker::{Job, JobKind};
 use crate::error::IoError;
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::units::{ByteRange, Token};
+use crate::units::Token;
 use crate::wire::{Kind, flags};
 
 /// Longest range zeroed in place by the reactor itself; beyond it a worker thread does it. 64 KiB takes a few
 /// microseconds, less than the hand-over.
 const ZERO_IN_PLACE_LEN_MAX: u64 = 64 << 10;
-
-/// What a request does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Op {
-    /// Look at the range.
-    Read,
-    /// Change it: `Write`, `WriteZeroes` or `Trim`.
-    Change(Kind),
-    /// Everything acknowledged before is to be on stable storage.
-    Flush,
-}
-
-/// A checked request of a front end: its range fits the volume and is not empty (but for a flush).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NewRequest {
-    /// Who hears of it.
-    pub origin: Origin,
-    /// What.
-    pub op: Op,
-    /// Where.
-    pub range: ByteRange,
-    /// Complete only when durable on every in-sync replica.
-    pub fua: bool,
-}
-
-/// Answer to [`Volume::begin`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Begin {
-    /// Read: the range may be read now; end with [`Volume::read_done`]. Write: put the payload into the range, then
-    /// call [`Volume::landed`]. Other: nothing to do but wait for the notice.
-    Go(Token),
-    /// A [`Notice::Granted`] follows, to be treated as `Go`.
-    Waits(Token),
-    /// No room; try again after the next completion and take no further requests until then.
-    Full,
-    /// Refused at once; no notice follows.
-    Failed(IoError),
-}
 
 impl Volume {
     /// Starts a request.
@@ -64,66 +28,45 @@ impl Volume {
         if new.op == Op::Read && self.fetches_are_full() {
             return Begin::Full;
         }
-        self.client_came = true;
+        self.background.client_came();
         if new.op == Op::Flush {
-            let token = self.add_request(Request::flush(new.origin));
+            let token = self.requests.add(Request::flush(new.origin));
             self.ride_on_flush(token);
             self.pipeline_event(PipelineEvent::Flush(token));
             return Begin::Go(token);
         }
         assert!(new.range.len > 0 && new.range.fits(self.disk.size()), "front ends check ranges");
-        let access = if new.op == Op::Read { Access::Read } else { Access::Change };
-        let token = self.add_request(Request {
-            origin: new.origin,
-            op: new.op,
-            range: new.range,
-            flags: if new.fua { flags::FUA } else { 0 },
-            locked: false,
-            touched: None,
-            landed: false,
-            completed: false,
-            lost: false,
-            differs: false,
-            untold: false,
-            landed_at: None,
-        });
-        match self.inflight.request(token, new.range, access) {
+        let flags = if new.fua { flags::FUA } else { 0 };
+        let token = self.requests.add(Request::of(new.origin, new.op, new.range, flags));
+        match self.requests.lock(token) {
             Admission::Granted if new.op == Op::Read && self.reads_from_peer() => {
-                self.inflight.pin(token, new.range);
+                self.requests.pin(token);
                 self.fetch(token);
                 Begin::Waits(token)
             }
             Admission::Granted if self.start(token) => Begin::Go(token),
             Admission::Granted => Begin::Waits(token),
             Admission::Waits => Begin::Waits(token),
-            Admission::Full => {
-                self.drop_request(token);
-                Begin::Full
-            }
+            Admission::Full => Begin::Full,
         }
     }
 
     /// A read's bytes are out of the mapping.
     pub fn read_done(&mut self, token: Token) {
-        if self.inflight.has_pin(token) {
-            self.inflight.unpin(token, &mut self.granted);
-        }
-        let request = self.drop_request(token);
-        self.passed_through(request.range);
+        let range = self.requests.end_read(token);
+        self.passed_through(range);
     }
 
     /// A read was granted, but its client takes no replies now: let the changes that want the range go first. Another
     /// [`Notice::Granted`] follows.
     pub fn put_back(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
-        self.inflight.put_back(token, range, &mut self.granted);
+        let range = self.requests.put_back(token);
         self.passed_through(range);
     }
 
     /// A read's bytes are stuck half-way to a slow client: keep changes off them until [`Volume::unpin`].
     pub fn pin(&mut self, token: Token) {
-        let range = self.request_mut(token).range;
-        self.inflight.pin(token, range);
+        self.requests.pin(token);
     }
 
     /// The pinned bytes are out (or copied). Ends the read as well.
@@ -133,10 +76,10 @@ impl Volume {
 
     /// The payload of a write stands in the mapping: mirror it.
     pub fn landed(&mut self, token: Token) {
-        self.receiving -= 1;
+        self.requests.making_ends();
         if !self.serving {
             self.give_up_change(token, IoError::NotPrimary);
-        } else if self.request_mut(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
+        } else if self.requests.get(token).lost || (self.disk.is_failed() && !self.outlives_failure()) {
             self.give_up_change(token, IoError::DiskFailed);
         } else {
             self.hand_over(token);
@@ -147,30 +90,21 @@ impl Volume {
     pub fn cancel_waiting(&mut self, token: Token) {
         if self.is_fetching(token) {
             // The peer answers all the same, and nobody may change the range before.
-            self.request_mut(token).origin = Origin::Nobody;
+            self.requests.get_mut(token).origin = Origin::Nobody;
             return;
         }
         if self.record.give_up(token) {
-            let start = self.request_mut(token).range.start;
-            self.inflight.release(token, start, &mut self.granted);
-            self.drop_request(token);
+            self.requests.unlock(token);
+            self.requests.remove(token);
             return;
         }
-        self.inflight.cancel(token, &mut self.granted);
-        // It may have been granted in this very turn.
-        if let Some(at) = self.granted.iter().position(|t| *t == token) {
-            self.granted.remove(at);
-            let request = *self.request_mut(token);
-            if matches!(request.op, Op::Change(_)) {
-                self.inflight.release(token, request.range.start, &mut self.granted);
-            }
-        } else if self.request_mut(token).locked {
-            self.receiving -= 1;
-            let request = *self.request_mut(token);
+        if !self.requests.take_back(token) {
+            self.requests.making_ends();
+            let request = *self.requests.get(token);
             if let Some(touched) = request.touched {
                 self.record.written(token, request.range, touched);
             }
-            self.inflight.release(token, request.range.start, &mut self.granted);
+            self.requests.unlock(token);
         }
         self.read_done(token);
     }
@@ -178,15 +112,12 @@ impl Volume {
     /// A client is gone: cancels its changes that wait for their range, but for a write, which its connection knows. Returns how
     /// many there were.
     pub fn cancel_changes_of(&mut self, connection: u32, serial: u32) -> usize {
-        let waits = |request: &Request| {
+        let tokens = self.requests.find(|request| {
             let Origin::Nbd { connection: at, serial: of, .. } = request.origin else { return false };
             let makes_itself = matches!(request.op, Op::Change(kind) if kind != Kind::Write);
-            (at, of) == (connection, serial) && makes_itself && !request.locked
-        };
-        // Ended changes that the peer has not released yet are not locked either, but have landed.
-        let waiting = |request: &Option<Request>| request.as_ref().is_some_and(|r| waits(r) && !r.landed);
-        let found = self.requests.iter().enumerate().filter(|(_, request)| waiting(request));
-        let tokens: Vec<_> = found.map(|(at, _)| Token(at as u64)).collect();
+            // Ended changes that the peer has not released yet are not locked either, but have landed.
+            (at, of) == (connection, serial) && makes_itself && !request.locked && !request.landed
+        });
         for token in &tokens {
             self.cancel_waiting(*token);
         }
@@ -194,15 +125,14 @@ impl Volume {
     }
 
     pub(super) fn unlock_and_fail(&mut self, token: Token, error: IoError) {
-        let start = self.request_mut(token).range.start;
-        self.inflight.release(token, start, &mut self.granted);
+        self.requests.unlock(token);
         self.fail(token, error);
     }
 
     fn hand_over(&mut self, token: Token) {
-        let has_peer = self.source;
-        let landed = self.throttle.landed(self.now.checked_sub(self.stalled).unwrap_or(self.now));
-        let request = self.request_mut(token);
+        let has_peer = self.session.is_source();
+        let landed = self.background.landed(self.now);
+        let request = self.requests.get_mut(token);
         request.landed = true;
         // One that waits for no peer says nothing about what clients bear.
         if has_peer && !request.origin.is_background() {
@@ -215,7 +145,7 @@ impl Volume {
 
     /// The range is ours: do what needs no client. False when the change is parked until it is on record.
     pub(super) fn start(&mut self, token: Token) -> bool {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         let (range, op, origin) = (request.range, request.op, request.origin);
         if !matches!(op, Op::Change(_)) {
             return true;
@@ -227,7 +157,7 @@ impl Volume {
         }
         match self.record.touch(token, range) {
             Admit::Go(touched) => {
-                self.request_mut(token).touched = Some(touched);
+                self.requests.get_mut(token).touched = Some(touched);
                 self.make(token);
                 true
             }
@@ -237,9 +167,9 @@ impl Volume {
 
     /// The change may be made: makes it, but for a write, whose bytes the client brings.
     pub(super) fn make(&mut self, token: Token) {
-        let request = self.request_mut(token);
+        let request = self.requests.get_mut(token);
         let (range, op) = (request.range, request.op);
-        self.receiving += 1;
+        self.requests.making_begins();
         match op {
             Op::Change(Kind::Write) => {}
             Op::Change(_) if self.disk.is_detached() => self.landed(token),
@@ -257,7 +187,7 @@ impl Volume {
 
     pub(super) fn local_change_done(&mut self, token: Token, failed: bool) {
         if failed && !self.outlives_failure() {
-            self.receiving -= 1;
+            self.requests.making_ends();
             self.give_up_change(token, IoError::DiskFailed);
         } else {
             // The peer can do it all the same: nothing of it comes from this disk.
@@ -266,34 +196,27 @@ impl Volume {
     }
 
     pub(super) fn serve_granted(&mut self) {
-        while !self.granted.is_empty() {
-            let mut granted = std::mem::take(&mut self.granted);
-            for token in granted.drain(..) {
-                let request = *self.request_mut(token);
-                let holds = match request.origin {
-                    Origin::Resync { serial } => self.resync_step_holds(serial, &request),
-                    Origin::Verify { serial } => self.verify_step_counts(serial),
-                    _ => true,
-                };
-                if !holds {
-                    self.inflight.release(token, request.range.start, &mut self.granted);
-                    self.drop_request(token);
-                    continue;
-                }
-                if request.op == Op::Read && self.reads_from_peer() {
-                    self.fetch(token);
-                    continue;
-                }
-                if self.start(token)
-                    && matches!(request.op, Op::Read | Op::Change(Kind::Write))
-                    && !request.origin.is_background()
-                {
-                    self.notices.push(Notice::Granted { origin: request.origin, token });
-                }
+        while let Some(token) = self.requests.next_granted() {
+            let request = *self.requests.get(token);
+            let holds = match request.origin {
+                Origin::Resync { serial } => self.copy_step_holds(serial, &request),
+                Origin::Verify { serial } => self.background.verify_step_counts(serial),
+                _ => true,
+            };
+            if !holds {
+                self.requests.unlock(token);
+                self.requests.remove(token);
+                continue;
             }
-            if self.granted.is_empty() {
-                self.granted = granted;
-                return;
+            if request.op == Op::Read && self.reads_from_peer() {
+                self.fetch(token);
+                continue;
+            }
+            if self.start(token)
+                && matches!(request.op, Op::Read | Op::Change(Kind::Write))
+                && !request.origin.is_background()
+            {
+                self.notices.push(Notice::Granted { origin: request.origin, token });
             }
         }
     }

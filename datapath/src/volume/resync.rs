@@ -10,25 +10,19 @@
 //!
 //! Survives a peer that tells ranges outside the volume, backwards, unasked or without end: its session ends.
 
-use super::{Origin, Outgoing, Request, Volume};
+use super::Volume;
+use super::background::Step;
+use super::interface::{Event, Op};
+use super::request_table::Request;
 use crate::disk::dirty_bitmap::DirtyBitmap;
-use crate::disk::image::Extent;
-use crate::disk::inflight::{Access, Admission};
+use crate::disk::inflight::Admission;
 use crate::error::Violation;
-use crate::limits::{
-    DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX, RESYNC_CHUNK_LEN,
-    RESYNC_READ_AHEAD_LEN, VERIFY_LEN_MAX,
-};
+use crate::limits::{DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, DIRTY_RUN_LEN_MAX, DIRTY_TOLD_MAX};
 use crate::mirror::pipeline::Event as PipelineEvent;
-use crate::mirror::resync::Resync;
-use crate::mirror::throttle::Leave;
-use crate::reactor::command::Event;
 use crate::transport::Link;
 use crate::units::{ByteRange, Epoch};
 use crate::wire::{Header, Kind, flags};
 use std::time::Instant;
-
-use super::requests::Op;
 
 /// Grains that one message with a mask stands for.
 const MASK_GRAINS: u64 = 64;
@@ -119,36 +113,36 @@ fn told_ranges(header: &Header, size: u64) -> Result<impl Iterator<Item = ByteRa
 impl Volume {
     /// The peer's word about dirty bitmaps.
     pub(super) fn map_message(&mut self, header: &Header) -> Result<(), Violation> {
-        if header.epoch < self.epoch {
+        let epoch = self.session.epoch();
+        if header.epoch < epoch {
             // Of before the roles changed.
             return Ok(());
         }
         let wrong = |what| Violation::DirtyBitmap { what, range: header.range };
-        if header.epoch > self.epoch {
-            return Err(Violation::Epoch { found: header.epoch, ours: self.epoch });
+        if header.epoch > epoch {
+            return Err(Violation::Epoch { found: header.epoch, ours: epoch });
         }
         if header.kind == Kind::DirtyKept {
-            match self.telling.take() {
-                Some(Telling::All) => self.record.clear_all(),
-                // It is said again where a link broke before it was known to have arrived.
-                None if self.gone_on => {}
-                _ => return Err(wrong("a receipt for marks that were not told")),
+            match self.session.marks_kept() {
+                Some(true) => self.record.clear_all(),
+                Some(false) => {}
+                None => return Err(wrong("a receipt for marks that were not told")),
             }
             return Ok(());
         }
-        let Some(resync) = &mut self.resync else { return Err(wrong("marks that nobody asked for")) };
+        let Some(copy) = self.background.copy_mut() else { return Err(wrong("marks that nobody asked for")) };
         if header.kind == Kind::DirtyEnd {
-            if !resync.told_all(&self.record.dirty, self.record.doubts()) {
+            if !copy.told_all(self.record.dirty(), self.record.doubts()) {
                 return Err(wrong("a second end of the marks"));
             }
-            self.map_round = Some(self.record.ask_store());
+            self.record.peer_told_all();
             return Ok(());
         }
         let ranges = told_ranges(header, self.disk.size())?;
-        if !resync.told(header.range) {
+        if !copy.told(header.range) {
             return Err(wrong("marks out of order"));
         }
-        self.last_answer = self.last_heard;
+        self.session.answered();
         for range in ranges {
             self.record.mark(range);
         }
@@ -157,170 +151,61 @@ impl Volume {
 
     /// Says that the target's marks are on our record, once they are.
     pub(super) fn receipt_marks(&mut self) {
-        if self.map_round.take_if(|round| self.record.is_stored(*round)).is_some()
-            && let Some(resync) = &mut self.resync
+        if self.record.take_told_stored()
+            && let Some(copy) = self.background.copy_mut()
         {
-            resync.kept();
-            self.outbox.push_back(Outgoing::MarksKept);
+            copy.kept();
+            self.session.queue_marks_kept();
         }
     }
 
-    /// Copies what is marked here and there, once the peer has told its marks.
-    pub(super) fn begin_copy(&mut self, compares: bool) {
-        self.resync_serial += 1;
-        self.resync = Some(Resync::new(self.record.dirty.geometry().grain_len(), self.disk.size(), compares));
-    }
-
-    /// No step of a copy counts any more.
-    pub(super) fn end_copy(&mut self) {
-        if self.resync.take().is_some() {
-            self.throttle.all_ended();
-        }
-    }
-
-    /// Whether a step that waited is still right: its copy is the present one, and a hole that it would tell the peer of
-    /// is still one. A client may have written there while the step waited; the step is then planned anew.
-    pub(super) fn resync_step_holds(&mut self, serial: u64, request: &Request) -> bool {
-        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else {
-            return false;
-        };
-        let range = request.range;
-        if matches!(request.op, Op::Change(Kind::Write | Kind::Verify)) {
-            return true;
-        }
-        let extent = self.disk.extent_at(range.start, range.end());
-        let holds = extent.hole && extent.range.len == range.len;
-        if !holds {
-            resync.untake(range, false);
-            self.throttle.step_ended();
-        }
-        holds
-    }
-
-    /// A step of the copy `serial` is released: the peer has it, or has looked at it.
-    pub(super) fn resync_step_released(&mut self, serial: u64, kind: Kind, range: ByteRange, differs: bool) {
-        let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) else { return };
-        self.throttle.step_ended();
-        if kind == Kind::Verify && differs {
-            resync.differs(range);
-        } else {
-            resync.applied(range);
-        }
-    }
-
-    /// Begins what steps may begin, and the flush that is due behind what was applied.
+    /// Begins what steps of the copy may begin, and the flush that is due behind what was applied.
     pub(super) fn step_resync(&mut self, now: Instant) {
-        let urgent = self.pipeline.waits_for_copy();
-        if self.parted.is_some() || (self.copy_paused && !urgent) {
+        if !self.background.is_copying() || self.session.is_parted() {
             return;
         }
-        if let Some(resync) = &mut self.resync {
-            resync.ask_for_a_step(&self.record.dirty);
+        let urgent = self.pipeline.waits_for_copy();
+        while let Some(step) = self.background.next_copy_step(now, urgent, self.record.dirty(), &self.disk) {
+            if !self.begin_step(step) {
+                break;
+            }
         }
-        self.begin_steps(now, urgent);
-        // However many steps are under way: what is not cleared by the session's end is copied again.
-        if let Some(resync) = &mut self.resync
-            && resync.take_flush(&self.record.dirty, now)
-        {
-            let token = self.add_request(Request::flush(Origin::ResyncFlush { serial: self.resync_serial }));
+        if let Some(origin) = self.background.copy_flush_due(now, urgent, self.record.dirty()) {
+            let token = self.requests.add(Request::flush(origin));
             self.pipeline_event(PipelineEvent::FlushBackground(token));
         }
     }
 
-    fn begin_steps(&mut self, now: Instant, urgent: bool) {
-        while let Some(resync) = &mut self.resync
-            && let Some(wanted) = resync.next(&self.record.dirty)
-        {
-            let grain = resync.grain_len();
-            let len = match self.throttle.leave(now, self.clients_busy && !urgent) {
-                Leave::Step(len) => len,
-                Leave::Wait(at) => {
-                    self.throttle_due = Some(at);
-                    return;
-                }
-                Leave::Enough => return,
-            };
-            let dirty = wanted.range;
-            let extent = if wanted.differs { Some(dirty) } else { resync.known_data(dirty) }.map_or_else(
-                || self.disk.extent_at(dirty.start, dirty.end()),
-                |range| Extent { range, hole: false },
-            );
-            if !extent.hole && !wanted.differs {
-                resync.found_data(extent.range);
+    /// Gives a step its request. False where clients' requests leave no room: it comes again.
+    pub(super) fn begin_step(&mut self, step: Step) -> bool {
+        let request = Request::of(step.origin, Op::Change(step.kind), step.range, flags::RESYNC);
+        let token = self.requests.add(request);
+        match self.requests.lock(token) {
+            Admission::Granted => {
+                self.start(token);
+                true
             }
-            let plan = Plan { grain, len, compares: resync.compares(wanted), sparse: self.disk.is_sparse() };
-            let (kind, range) = plan.step(dirty, extent.range.len, extent.hole);
-            resync.took(range);
-            self.throttle.step_began(now, range.len);
-            if matches!(kind, Kind::Write | Kind::Verify) {
-                let ahead = ByteRange::new(range.end() + RESYNC_READ_AHEAD_LEN, range.len);
-                self.disk.read_ahead(ahead);
-            }
-            let origin = Origin::Resync { serial: self.resync_serial };
-            let token = self.add_request(Request::change_of(origin, kind, range, flags::RESYNC));
-            match self.inflight.request(token, range, Access::Change) {
-                Admission::Granted => {
-                    self.start(token);
-                }
-                Admission::Waits => {}
-                // The table is full of clients' requests: copy on when there is room.
-                Admission::Full => {
-                    self.drop_request(token);
-                    self.throttle.step_ended();
-                    let resync = self.resync.as_mut().expect("checked above");
-                    resync.untake(range, wanted.differs);
-                    return;
-                }
+            Admission::Waits => true,
+            Admission::Full => {
+                self.background.untake(step);
+                false
             }
         }
+    }
+
+    /// Whether a step that waited is still right.
+    pub(super) fn copy_step_holds(&mut self, serial: u64, request: &Request) -> bool {
+        let Op::Change(kind) = request.op else { panic!("steps are changes") };
+        self.background.copy_step_holds(serial, kind, request.range, &self.disk)
     }
 
     /// Both disks were flushed for the copy number `serial`.
     pub(super) fn copy_flushed(&mut self, serial: u64) {
-        if let Some(resync) = self.resync.as_mut().filter(|_| serial == self.resync_serial) {
-            let (equal, done) = resync.flushed();
-            self.record.clear(&equal);
-            if done && !self.repair_done() {
-                self.events.push(Event::ResyncDone { volume: self.index });
-            }
+        let Some((equal, done)) = self.background.copy_flushed(serial) else { return };
+        self.record.clear(&equal);
+        if done && !self.repair_done() {
+            self.events.push(Event::ResyncDone { volume: self.index });
         }
-    }
-}
-
-/// What the next step has to keep to.
-struct Plan {
-    /// The dirty bitmap's.
-    grain: u64,
-    /// Bytes of data it may send.
-    len: u64,
-    /// It asks the peer instead of sending.
-    compares: bool,
-    /// The disk has holes of its own.
-    sparse: bool,
-}
-
-impl Plan {
-    /// One step over the start of `dirty`, of which the first `extent_len` bytes are a hole or are not. A hole goes as a
-    /// range of whole grains without payload; where this disk has all its blocks allocated, the peer's keeps its blocks
-    /// too. A step that asks covers whole grains as well.
-    fn step(&self, dirty: ByteRange, extent_len: u64, hole: bool) -> (Kind, ByteRange) {
-        let up = |at: u64| at.next_multiple_of(self.grain).min(dirty.end()) - dirty.start;
-        let to = dirty.start + extent_len.min(dirty.len);
-        let whole = if extent_len >= dirty.len {
-            dirty.len
-        } else {
-            (to / self.grain * self.grain).saturating_sub(dirty.start)
-        };
-        if hole && whole > 0 {
-            let kind = if self.sparse { Kind::Trim } else { Kind::WriteZeroes };
-            return (kind, ByteRange::new(dirty.start, whole));
-        }
-        let data_len = if hole { up(dirty.start + 1) } else { up(to) };
-        if self.compares {
-            let asked = up(dirty.start + self.len.min(VERIFY_LEN_MAX));
-            return (Kind::Verify, ByteRange::new(dirty.start, asked.min(data_len)));
-        }
-        (Kind::Write, ByteRange::new(dirty.start, data_len.min(self.len).min(RESYNC_CHUNK_LEN)))
     }
 }
 
@@ -328,37 +213,9 @@ impl Plan {
 mod tests {
     use super::*;
     use crate::disk::metadata::layout::Geometry;
-    use crate::limits::{DIRTY_GRAIN_LEN as G, RESYNC_CHUNK_LEN};
+    use crate::limits::DIRTY_GRAIN_LEN as G;
+    use crate::mirror::resync::Resync;
     use proptest::prelude::*;
-
-    #[test]
-    fn steps_follow_holes_and_keep_to_the_grain() {
-        let plan = |len, compares, sparse| Plan { grain: G, len, compares, sparse };
-        let dirty = ByteRange::new(G, 100 * G);
-        let all = plan(RESYNC_CHUNK_LEN, false, true);
-        assert_eq!(all.step(dirty, 100 * G, true), (Kind::Trim, dirty));
-        let allocated = plan(RESYNC_CHUNK_LEN, false, false);
-        assert_eq!(allocated.step(dirty, 2 * G + 1, true), (Kind::WriteZeroes, ByteRange::new(G, 2 * G)));
-        assert_eq!(all.step(dirty, G - 1, true), (Kind::Write, ByteRange::new(G, G)), "less than a grain");
-        assert_eq!(all.step(dirty, 1, false), (Kind::Write, ByteRange::new(G, G)));
-        assert_eq!(all.step(dirty, 50 * G, false), (Kind::Write, ByteRange::new(G, RESYNC_CHUNK_LEN)));
-        let tail = ByteRange::new(G, 100);
-        assert_eq!(all.step(tail, 100, true), (Kind::Trim, tail), "the disk's end need not fill a grain");
-        let short = plan(G / 8, false, true);
-        assert_eq!(short.step(dirty, 50 * G, false), (Kind::Write, ByteRange::new(G, G / 8)));
-        let rest = ByteRange::new(G + G / 8, 99 * G + 7 * G / 8);
-        assert_eq!(
-            short.step(rest, 3 * G, true),
-            (Kind::Trim, ByteRange::new(rest.start, 2 * G + 7 * G / 8)),
-            "a hole from within a grain still ends with one"
-        );
-        let asks = plan(G / 8, true, true);
-        assert_eq!(asks.step(dirty, 50 * G, false), (Kind::Verify, ByteRange::new(G, G)));
-        assert_eq!(
-            plan(3 * G, true, true).step(dirty, G + 1, false),
-            (Kind::Verify, ByteRange::new(G, 2 * G))
-        );
-    }
 
     fn header(start: u64, len: u64, mask: u64) -> Header {
         let mut header = Header::new(Kind::Dirty, Epoch(1));

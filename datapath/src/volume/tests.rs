@@ -1,14 +1,14 @@
 //! Two volumes joined by a loopback link in one thread: what clients are told, what both disks hold, and that nothing
 //! is left behind. Random runs are in `tests/random.rs`.
 
+use super::interface::{Before, Direction};
 use super::*;
 use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::limits::RING_LEN_MIN;
-use crate::reactor::command::{Before, Direction};
 use crate::transport::loopback;
-use crate::transport::{DownReason, Link};
-use crate::units::{AckLevel, OnPeerLoss};
+use crate::transport::{DownReason, Link, LinkEvent};
+use crate::units::{AckLevel, ByteRange, Epoch, OnPeerLoss, Seq};
 use crate::waker::Waker;
 use crate::wire::Header;
 use crossbeam_channel::Receiver;
@@ -53,7 +53,7 @@ impl Node {
     fn with_record(disk: Arc<DiskImage>, record: Record, ack: AckLevel, on_peer_loss: OnPeerLoss) -> Self {
         let (done, jobs) = crossbeam_channel::unbounded();
         let bell = Waker::new().expect("bell");
-        let workers = DiskWorkers::in_pool(&WorkerPool::new(&done, &bell), 0, &disk, record.store.as_ref());
+        let workers = DiskWorkers::in_pool(&WorkerPool::new(&done, &bell), 0, &disk, record.store());
         let spec = VolumeSpec { name: "v".into(), disk, ack, on_peer_loss, checksum_first: false, record };
         let volume = Volume::new(0, spec, workers, Instant::now());
         Self { volume, jobs, told: HashMap::new(), granted: Vec::new(), events: Vec::new() }
@@ -120,12 +120,9 @@ impl Node {
 
     fn assert_nothing_left(&self) {
         let v = &self.volume;
-        let open: Vec<_> = v.requests.iter().flatten().collect();
-        assert!(open.is_empty(), "requests left: {open:?}");
-        assert_eq!(v.requests_free.len(), v.requests.len(), "a place was freed twice or never");
-        assert_eq!((v.inflight.locked_len(), v.inflight.waiting_len(), v.granted.len()), (0, 0, 0));
-        assert_eq!((v.pipeline.in_flight(), v.receiving, v.outbox.len()), (0, 0, 0));
-        assert!(v.access_job.is_none() && v.arrived.is_empty());
+        v.requests.assert_nothing_left();
+        v.session.assert_nothing_left();
+        assert_eq!(v.pipeline.in_flight(), 0);
         assert_eq!(v.record.parked_len(), 0);
     }
 }
@@ -206,7 +203,7 @@ impl Pair {
     fn until_quiet(&mut self) {
         self.until("quiet", |pair| {
             let v = &pair.a.volume;
-            v.requests.iter().all(Option::is_none) && v.inflight.locked_len() == 0
+            v.requests.is_empty() && v.requests.locked_len() == 0
         });
     }
 
@@ -236,7 +233,7 @@ impl Pair {
         let parted = self.b.volume.told_of_parting().expect("the target's session may go on");
         let map_told = self.a.volume.told_of_parting().expect("the source's too").map_told;
         let before = Before::GoesOn { applied: parted.applied, map_told };
-        let resync = self.a.volume.resync.is_some();
+        let resync = self.a.volume.background.is_copying();
         let now = Instant::now();
         let (source, target) = (Direction::Source { resync }, Direction::Target { resync });
         self.a.volume.attach_after(before, here, source, self.epoch, now);
@@ -372,7 +369,7 @@ fn the_copy_makes_a_foreign_disk_equal_says_so_once_and_then_no_more() {
     pair.until_told(1);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "once");
     pair.until("its last word as durable", |pair| {
         if !pair.a.volume.pipeline.peer_lags_durably() {
@@ -393,7 +390,7 @@ fn a_cut_copy_leaves_no_trace_and_does_not_vouch_for_the_next() {
     pair.connect(true);
     // Up to the copy's last flush, which the peer never gets to answer.
     let mut turns = 0;
-    while !pair.a.volume.requests.iter().flatten().any(|r| matches!(r.origin, Origin::ResyncFlush { .. })) {
+    while !pair.a.volume.requests.iter().any(|r| matches!(r.origin, Origin::ResyncFlush { .. })) {
         pair.turn();
         turns += 1;
         assert!(turns < 1_000_000, "the copy never ends");
@@ -417,7 +414,7 @@ fn a_hole_that_a_client_fills_while_the_copy_waits_for_it_is_not_punched_on_the_
     let range = ByteRange::new(70_000, 5000);
     let Begin::Go(token) = pair.a.begin(1, Op::Change(Kind::Write), range, false) else { panic!("free") };
     pair.connect(true);
-    pair.until("the copy's step over the hole", |pair| pair.a.volume.inflight.waiting_len() == 1);
+    pair.until("the copy's step over the hole", |pair| pair.a.volume.requests.waiting_len() == 1);
     pair.a.fill(range, 4);
     pair.a.volume.landed(token);
     pair.until("the copy's end", |pair| pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })));
@@ -488,7 +485,7 @@ fn a_copy_does_not_hold_up_a_quiesce_and_goes_on_after_the_service_ended() {
     pair.turn();
     pair.a.volume.quiesce();
     pair.until("the quiesce", |pair| pair.a.saw(|e| matches!(e, Event::Quiesced { .. })));
-    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "the copy's end was waited for");
+    assert!(pair.a.volume.record.dirty().dirty_bytes() > 0, "the copy's end was waited for");
     for _ in 0..10 {
         pair.turn();
     }

@@ -8,7 +8,7 @@ use super::clock::US;
 use super::driver::named;
 use super::world::{Event, World};
 use costandby_datapath::disk::image::DiskError;
-use costandby_datapath::disk::record::RecordStore;
+use costandby_datapath::disk::record_store::RecordStore;
 use costandby_datapath::disk::superblock::Superblock;
 use costandby_datapath::disk::worker::{Job, JobDone};
 use std::collections::VecDeque;

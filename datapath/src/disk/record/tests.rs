@@ -99,6 +99,57 @@ fn a_change_to_a_cold_place_waits_until_a_crash_would_find_it() {
 }
 
 #[test]
+fn whoever_marks_all_or_tells_its_marks_hears_of_it_once_they_are_stored_and_only_once() {
+    use std::sync::mpsc;
+    let (_medium, mut record) = fresh();
+    let (told, heard) = mpsc::channel();
+    let again = told.clone();
+    record.mark_all(Box::new(move |result| told.send(result).expect("the test listens")));
+    record.peer_told_all();
+    record.tell_marked_all();
+    assert!(heard.try_recv().is_err() && !record.take_told_stored(), "nothing is stored yet");
+    all_jobs(&mut record);
+    record.tell_marked_all();
+    record.tell_marked_all();
+    assert_eq!((heard.try_recv(), heard.try_recv().is_err()), (Ok(Ok(())), true), "once");
+    assert!(record.take_told_stored() && !record.take_told_stored(), "once");
+    record.clear_all();
+    record.mark_all(Box::new(move |result| again.send(result).expect("the test listens")));
+    record.fail_marked_all("the disk failed");
+    all_jobs(&mut record);
+    record.tell_marked_all();
+    assert_eq!((heard.try_recv(), heard.try_recv().is_err()), (Ok(Err("the disk failed".into())), true));
+    let _ = record.dirty.set(extent(1));
+    record.peer_told_all();
+    record.session_ended(true);
+    all_jobs(&mut record);
+    assert!(!record.take_told_stored(), "of a session that has ended");
+}
+
+#[test]
+fn a_checkpoint_ends_with_the_flush_that_it_rides_on_and_with_no_other() {
+    let (_medium, mut record) = fresh();
+    record.session_began();
+    written(&mut record, 1, extent(1));
+    record.ride_on(Token(7));
+    assert!(record.in_checkpoint());
+    record.ride_on(Token(8));
+    record.flush_ended(Token(8));
+    assert!(record.in_checkpoint(), "one that began after it");
+    record.flush_ended(Token(7));
+    assert!(!record.in_checkpoint());
+    written(&mut record, 2, extent(1));
+    record.ride_on(Token(9));
+    record.session_ended(true);
+    record.session_began();
+    written(&mut record, 3, extent(1));
+    let serial = record.begin_checkpoint();
+    assert!(serial.is_some());
+    record.flush_ended(Token(9));
+    assert!(record.in_checkpoint(), "one of the session before");
+}
+
+#[test]
 fn a_full_log_is_waited_for_in_order_and_a_checkpoint_makes_room() {
     let (_medium, mut record) = fresh();
     record.session_began();
@@ -226,6 +277,28 @@ fn what_a_copy_clears_under_a_long_change_goes_with_that_change() {
     let serial = record.begin_checkpoint().expect("a flush");
     record.flushed(serial);
     assert_eq!(record.dirty.dirty_grains(), 0, "its first grain was marked before it came, and not by it");
+}
+
+#[test]
+fn what_a_copy_clears_beside_a_long_change_does_not_wait_for_it() {
+    let (_medium, mut record) = fresh();
+    let copied = ByteRange::new(0, 2 * LONG);
+    record.mark(copied);
+    record.session_began();
+    let range = ByteRange::new(LONG / 2 / G * G + 512, LONG);
+    let touched = change(&mut record, 1, range);
+    record.clear(&[copied]);
+    let rests_on = LONG / G + 1;
+    assert_eq!(record.dirty.dirty_grains(), rests_on, "what the change touches stays, and no more");
+    record.written(Token(1), range, touched);
+    for _ in 0..2 {
+        let serial = record.begin_checkpoint().expect("a flush");
+        record.flushed(serial);
+        if record.dirty.dirty_grains() == 0 {
+            return;
+        }
+    }
+    panic!("{} grains stay marked", record.dirty.dirty_grains());
 }
 
 #[test]

@@ -86,9 +86,9 @@ fn a_copy_that_was_cut_off_goes_on_with_what_is_left() {
     let mut pair = large_pair(size, OnPeerLoss::Continue);
     pair.a.fill(ByteRange::new(0, size), 3);
     pair.connect(true);
-    pair.until("a part", |pair| pair.a.volume.record.dirty.dirty_bytes() < size);
+    pair.until("a part", |pair| pair.a.volume.record.dirty().dirty_bytes() < size);
     pair.cut();
-    let (first, left) = (copied(&pair.a), pair.a.volume.record.dirty.dirty_bytes());
+    let (first, left) = (copied(&pair.a), pair.a.volume.record.dirty().dirty_bytes());
     assert!(left > 0 && left < size, "{left}");
     // A write that only this side has, in what was copied already.
     pair.a.volume.go_alone();
@@ -119,13 +119,13 @@ fn bits_are_cleared_by_the_peers_word_that_it_is_durable_and_by_no_other() {
     assert!(events.is_empty(), "before the peer has told its marks: {events:?}");
     raw.send(Header::new(Kind::DirtyEnd, Epoch(1))).expect("credit");
     raw.kick();
-    turns_until(&mut node, "the steps", |node| node.volume.outbox.is_empty() && copied(node) > 0);
+    turns_until(&mut node, "the steps", |node| node.volume.session.has_sent_all() && copied(node) > 0);
     raw.send(ack(1, 1, 0)).expect("credit");
     raw.kick();
     for _ in 0..50 {
         node.turn();
     }
-    assert_eq!(node.volume.record.dirty.dirty_bytes(), grains(3, 2).len, "applied is not durable");
+    assert_eq!(node.volume.record.dirty().dirty_bytes(), grains(3, 2).len, "applied is not durable");
     assert!(!node.saw(|e| matches!(e, Event::ResyncDone { .. })));
     raw.send(ack(1, 1, 1)).expect("credit");
     raw.kick();
@@ -188,7 +188,7 @@ fn lies_about_marks_end_the_session_and_mark_nothing() {
         assert!(!node.volume.record.is_dirty(), "{lie:?}");
         // The copy's flush may have been asked for by then; it ends like any other.
         node.volume.go_alone();
-        turns_until(&mut node, "quiet", |node| node.volume.requests.iter().all(Option::is_none));
+        turns_until(&mut node, "quiet", |node| node.volume.requests.is_empty());
         node.assert_nothing_left();
     }
     // One that goes on and on repeats itself sooner or later.
@@ -230,7 +230,7 @@ fn scatter(pair: &mut Pair, first_slot: u32, extents: std::ops::Range<u64>) -> s
 /// Brings the bytes of what was granted.
 fn land_granted(pair: &mut Pair) {
     for (_, token) in std::mem::take(&mut pair.a.granted) {
-        let range = pair.a.volume.request_mut(token).range;
+        let range = pair.a.volume.requests.get(token).range;
         pair.a.fill(range, 1);
         pair.a.volume.landed(token);
     }
@@ -259,7 +259,7 @@ fn more_places_than_the_log_holds_are_written_to_at_once() {
     let slots = scatter(&mut pair, 1000, 0..250);
     until_all_told(&mut pair, slots);
     pair.until_quiet();
-    assert!(pair.a.volume.record.dirty.dirty_grains() >= 250);
+    assert!(pair.a.volume.record.dirty().dirty_grains() >= 250);
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn a_trim_too_long_for_the_log_is_marked_before_and_cleared_after() {
     assert!(matches!(pair.a.begin(1, Op::Change(Kind::Trim), range, false), Begin::Waits(_)));
     assert!(!pair.a.volume.disk.span(ByteRange::new(4096, 4096)).is_zero(), "not before it is on record");
     pair.until_told(1);
-    assert!(pair.a.volume.record.dirty.dirty_bytes() > 300 << 20);
+    assert!(pair.a.volume.record.dirty().dirty_bytes() > 300 << 20);
     pair.a.begin(2, Op::Flush, ByteRange::new(0, 0), false);
     pair.until_told(2);
     pair.until("the marks' end", |pair| !pair.a.volume.record.is_dirty());

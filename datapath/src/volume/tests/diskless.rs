@@ -333,7 +333,7 @@ fn without_the_peer_too_everything_fails_and_control_hears_of_the_link_first() {
             pair.some_turns();
             assert!(pair.a.events.iter().any(down) && !pair.a.events.iter().any(is_failed));
             assert!(pair.a.told(2).is_empty() && pair.a.told(3).is_empty());
-            pair.a.volume.end_patience();
+            pair.a.volume.session.end_patience();
         }
         while !pair.a.events.iter().any(is_failed) {
             pair.a.turn();
@@ -479,7 +479,7 @@ fn answers_that_are_not_due_close_the_link_and_reach_no_client() {
             3 => header.payload_crc ^= 1,
             _ => {}
         }
-        let link = pair.b.volume.link.as_mut().expect("a session");
+        let link = pair.b.volume.session.link_mut();
         let permit = link.claim(header.payload_len()).expect("room");
         link.post(permit, header, Some(bytes), Token(u64::MAX));
         link.kick();
@@ -488,7 +488,7 @@ fn answers_that_are_not_due_close_the_link_and_reach_no_client() {
             // Damage on the way says nothing about the peer: the session could go on.
             pair.until("the link's end", |pair| pair.a.saw(|event| matches!(event, Event::LinkDown { .. })));
             assert!(!pair.a.saw(is_failed));
-            pair.a.volume.end_patience();
+            pair.a.volume.session.end_patience();
         }
         pair.until("the end", |pair| pair.a.saw(is_failed));
         assert_eq!(pair.a.volume.counters.violations.load(Ordering::Relaxed), 1, "case {wrong}");

@@ -140,7 +140,7 @@ fn the_lost_link_is_told_before_the_wish_to_go_on_without_it() {
     let asked = |pair: &Pair| pair.a.events.iter().any(|e| matches!(e, Event::AskAlone { .. }));
     pair.a.volume.keep_alive(Instant::now(), Duration::from_secs(60));
     assert!(!asked(&pair), "the peer was heard a moment ago");
-    pair.a.volume.end_patience();
+    pair.a.volume.session.end_patience();
     pair.a.volume.keep_alive(Instant::now(), Duration::from_secs(60));
     pair.a.turn();
     let place = |wanted: fn(&Event) -> bool| pair.a.events.iter().position(wanted).expect("told");
@@ -207,7 +207,7 @@ fn a_copy_cut_off_by_a_change_of_roles_leaves_nothing() {
     let mut pair = Pair::new(AckLevel::Memory, OnPeerLoss::Continue);
     pair.a.fill(ByteRange::new(0, SIZE), 3);
     pair.connect(true);
-    pair.until("the copy's steps", |pair| pair.a.volume.inflight.locked_len() > 0);
+    pair.until("the copy's steps", |pair| pair.a.volume.requests.locked_len() > 0);
     pair.a.volume.direct(Direction::Idle, Epoch(2));
     pair.a.assert_nothing_left();
 }
@@ -222,7 +222,7 @@ fn roles_do_not_change_under_changes_that_are_still_being_applied() {
     }
     raw.kick();
     node.volume.poll(Instant::now());
-    assert!(node.volume.access_job.is_some());
+    assert!(node.volume.session.is_applying());
     node.volume.direct(Direction::Source { resync: false }, Epoch(2));
     turns_until(&mut node, "the end", |node| node.saw(is_link_down));
     node.assert_nothing_left();
@@ -256,7 +256,7 @@ fn service_that_ends_answers_everyone_once() {
     }
     assert_eq!(pair.a.begin(7, Op::Read, grains(0, 1), false), Begin::Failed(IoError::NotPrimary));
     pair.a.assert_nothing_left();
-    assert!(pair.a.volume.record.dirty.dirty_bytes() > 0, "what was given up may stand here and not there");
+    assert!(pair.a.volume.record.dirty().dirty_bytes() > 0, "what was given up may stand here and not there");
 }
 
 #[test]
@@ -480,12 +480,12 @@ fn no_disk_is_a_target_while_its_own_clients_changes_are_still_being_made() {
         raw
     };
     let _raw = attach(&mut node);
-    assert!(node.volume.access.is_none(), "the trim may fall upon what the peer sends");
+    assert!(!node.volume.session.is_target(), "the trim may fall upon what the peer sends");
     turns_until(&mut node, "the end", |node| node.saw(is_link_down));
-    turns_until(&mut node, "the trim's end", |node| node.volume.receiving == 0);
+    turns_until(&mut node, "the trim's end", |node| !node.volume.requests.is_making());
     let settled = |event: &Event| matches!(event, Event::Settled { .. });
     turns_until(&mut node, "rest, which control waits for", |node| node.saw(settled));
     assert_eq!(node.told(1), [Err(IoError::NotPrimary)]);
     let _raw = attach(&mut node);
-    assert!(node.volume.access.is_some());
+    assert!(node.volume.session.is_target());
 }

@@ -65,10 +65,10 @@ fn a_copy_whose_link_breaks_goes_on_at_the_step_where_it_was() {
         }
     }
     assert_eq!(applied(&pair), pair.a.volume.pipeline.unsure().1.0, "no step came twice");
-    let (total, done) = pair.a.volume.resync.as_ref().expect("until control knows").progress();
+    let (total, done) = pair.a.volume.background.copy_mut().expect("until control knows").progress();
     assert_eq!((total, done), (SIZE, SIZE));
     pair.a.volume.peer_in_sync();
-    pair.until("the last receipt", |pair| pair.a.volume.outbox.is_empty());
+    pair.until("the last receipt", |pair| pair.a.volume.session.has_sent_all());
     pair.until_quiet();
     pair.assert_equal_and_clean();
 }
@@ -84,7 +84,7 @@ fn what_was_written_alone_is_copied_and_what_was_mirrored_before_only_waits_for_
     pair.a.write(30, grains(4, 1), 2);
     pair.a.volume.go_alone();
     pair.until_told(30);
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 20 * G, "on record all of it may differ");
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 20 * G, "on record all of it may differ");
     assert_eq!(pair.a.volume.record.doubts(), [grains(0, 4), grains(5, 15)]);
     let sent = |pair: &Pair| pair.a.volume.counters.resync_bytes_posted.load(Ordering::Relaxed);
     let before = sent(&pair);
@@ -135,12 +135,12 @@ fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
     pair.a.write(1, grains(0, 1), 1);
     pair.cut();
-    let since = pair.a.volume.stalled_since.expect("a client waits");
+    let since = pair.a.volume.session.stalled_since().expect("a client waits");
     let timeout = Duration::from_millis(20);
     std::thread::sleep(timeout);
     pair.go_on();
     pair.cut();
-    assert_eq!(pair.a.volume.stalled_since, Some(since));
+    assert_eq!(pair.a.volume.session.stalled_since(), Some(since));
     pair.a.volume.keep_alive(Instant::now(), timeout);
     pair.a.turn();
     assert!(pair.a.saw(|event| matches!(event, Event::AskAlone { .. })), "its time is up");
@@ -153,8 +153,8 @@ fn clients_wait_once_where_links_come_and_go_and_nothing_gets_through() {
     pair.until_told(1);
     pair.a.write(2, grains(1, 1), 2);
     pair.cut();
-    let since = pair.a.volume.stalled_since.expect("a client waits");
-    assert_eq!(since, pair.a.volume.last_heard);
+    let since = pair.a.volume.session.stalled_since().expect("a client waits");
+    assert_eq!(since, pair.a.volume.session.last_heard());
 }
 
 /// Turns by hand until the copy has a step that the target applied and the source has not heard of, and cuts there.
@@ -165,7 +165,7 @@ fn cut_before_the_ack(pair: &mut Pair) {
         (applied(pair) > before && pair.a.volume.pipeline.unsure_steps().next().is_some()) || ended
     });
     // Nothing of what the link holds is heard any more.
-    pair.a.volume.link_distrusted = true;
+    pair.a.volume.session.distrust_all();
     pair.cut();
 }
 
@@ -195,7 +195,7 @@ fn a_copy_whose_source_went_alone_sends_no_grain_again_that_was_applied() {
         let doubts = record.doubts();
         for (at, (here, there)) in (0..).zip(here.chunks(grain).zip(there.chunks(grain))) {
             let start = grains(at, 1).start;
-            if record.dirty.window(start) & 1 != 0 {
+            if record.dirty().window(start) & 1 != 0 {
                 let known = doubts.iter().any(|range| (range.start..range.end()).contains(&start));
                 assert_eq!(known, here == there, "grain {at} after break {breaks}");
             }
@@ -234,7 +234,7 @@ fn what_was_applied_before_is_flushed_behind_the_first_step_and_nothing_is_clear
         pair.turn();
     }
     assert!(
-        pair.a.volume.record.dirty.dirty_bytes() == 20 * G,
+        pair.a.volume.record.dirty().dirty_bytes() == 20 * G,
         "cleared before the target's flush has ended"
     );
     let mut flushes = vec![flush];

@@ -29,7 +29,7 @@ impl Pair {
 
     /// Nobody holds the copy back.
     fn be_idle(&mut self) {
-        self.a.volume.last_client = None;
+        self.a.volume.background.be_idle();
     }
 
     fn flip(&self, at: u64) {
@@ -66,7 +66,7 @@ fn equal_disks_verify_as_equal_while_clients_write() {
     assert_eq!((verified.findings.differing, verified.findings.ranges, verified.repaired), (0, 0, false));
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn what_differs_is_found_marked_and_repaired() {
     let expected = [ByteRange::new(0, 2 * G), ByteRange::new(10 * G, G), ByteRange::new(24 * G, 4096)];
     assert_eq!(found.listed, expected);
     assert_eq!(
-        pair.a.volume.record.dirty.dirty_bytes(),
+        pair.a.volume.record.dirty().dirty_bytes(),
         3 * G + 4096,
         "marked, and left to the next session"
     );
@@ -98,7 +98,7 @@ fn what_differs_is_found_marked_and_repaired() {
     assert_eq!(verified.findings, found);
     pair.until_quiet();
     pair.assert_equal_and_clean();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
     let applied = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - posted_before;
     assert!(applied <= 4, "{applied} writes for four grains");
     assert!(!pair.a.saw(|e| matches!(e, Event::ResyncDone { .. })), "control did not ask for a copy");
@@ -119,7 +119,7 @@ fn a_verification_ends_with_its_session_and_tells_so_once() {
         assert!(began.elapsed() < PATIENCE, "no step is ever under way");
     }
     pair.cut();
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0, "to compare is not to change");
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0, "to compare is not to change");
     pair.a.volume.landed(token);
     pair.a.volume.keep_alive(Instant::now(), Duration::ZERO);
     pair.until("the wish", |pair| pair.a.saw(|e| matches!(e, Event::AskAlone { .. })));
@@ -145,7 +145,7 @@ fn a_verification_goes_on_where_its_session_goes_on_and_takes_nothing_lost_for_a
         }
         pair.a.volume.verify(false);
         let mut breaks = 0;
-        while pair.a.volume.verifying.is_some() {
+        while pair.a.volume.background.is_verifying() {
             pair.turn();
             if breaks < 30 && pair.a.volume.pipeline.in_flight() > 0 {
                 for _ in 0..breaks % 3 {
@@ -203,7 +203,7 @@ fn a_stopped_verification_tells_what_it_found() {
 #[test]
 fn a_copy_that_compares_first_sends_only_what_differs() {
     let mut pair = Pair::in_sync(AckLevel::Memory);
-    pair.a.volume.checksum_first = true;
+    pair.a.volume.background.compare_first();
     for (slot, grain) in (0..24).enumerate() {
         let slot = u32::try_from(slot).expect("small");
         pair.a.write(slot, ByteRange::new(grain * G, G), u8::try_from(grain + 1).expect("small"));
@@ -222,7 +222,7 @@ fn a_copy_that_compares_first_sends_only_what_differs() {
     let sent = pair.b.volume.counters.changes_applied.load(Ordering::Relaxed) - before;
     // The grain at the end was never written: a hole, told without bytes.
     assert_eq!(sent, 2 + 1, "two grains and a hole");
-    assert_eq!(pair.a.volume.record.dirty.dirty_bytes(), 0);
+    assert_eq!(pair.a.volume.record.dirty().dirty_bytes(), 0);
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn what_a_verification_found_before_it_was_stopped_is_on_record() {
     pair.connect(false);
     pair.flip(0);
     // In idleness it would be stored in any case.
-    pair.a.volume.last_client = Some(Instant::now());
+    pair.a.volume.background.be_busy(Instant::now());
     pair.a.volume.verify(false);
     pair.until("the finding", |pair| pair.a.volume.record.is_dirty());
     pair.a.volume.stop_verify();
@@ -296,8 +296,7 @@ fn a_repair_copies_what_an_earlier_verification_left_marked() {
 fn only_changes_that_a_peer_answers_tell_how_long_clients_wait() {
     let mut node = Node::new(AckLevel::Memory, OnPeerLoss::Continue);
     node.volume.serve();
-    let waits =
-        |node: &Node| node.volume.requests.iter().flatten().any(|request| request.landed_at.is_some());
+    let waits = |node: &Node| node.volume.requests.iter().any(|request| request.landed_at.is_some());
     node.write(1, ByteRange::new(0, 4096), 1);
     assert!(!waits(&node), "nobody is there");
     let (here, there) = loopback::pair(RING_LEN).expect("ring memory");
