@@ -19,7 +19,6 @@ use super::connected::Connection;
 use super::context::{Context, Domain};
 use super::error::VerbsError;
 use super::queue_pair::{QueuePair, Settings};
-use super::reaper;
 use super::sys;
 
 /// Requests that may wait to be taken by [`Listener::request`]: both nodes' volumes reconnecting at once.

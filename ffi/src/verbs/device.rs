@@ -3,7 +3,6 @@
 //! Asked by `doctor` and when a link is chosen, never on the way of a write. Works on a machine without any of it: then
 //! the error says which part is missing.
 
-use std::ffi::{CStr, c_char};
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;

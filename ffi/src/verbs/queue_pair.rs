@@ -17,7 +17,6 @@ use super::connected::Connection;
 use super::context::Domain;
 use super::error::{Failure, VerbsError};
 use super::receive::{RECEIVE, ReceiveQueue};
-use super::region::Region;
 use super::send::{Piece, SendQueue, Target};
 use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES};
