@@ -9,11 +9,11 @@
 //! [`NBD_OPTION_LEN_MAX`] in and one option's reply out. Survives any input: a malformed option gets an error reply and
 //! leaves the session alive; only what makes the stream unreadable, or cannot be answered, is a [`HandshakeError`].
 
-use super::export::{Export, ExportDirectory, Lookup, Opened};
+use super::export::{ExportDirectory, Opened};
 use super::option::{self, Answer, MetaContexts};
 use super::proto::{
     NBD_FLAG_C_FIXED_NEWSTYLE, NBD_FLAG_C_NO_ZEROES, NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES,
-    NBD_INIT_MAGIC, NBD_OPT_EXPORT_NAME, NBD_OPTS_MAGIC, Negotiated,
+    NBD_INIT_MAGIC, NBD_OPT_EXPORT_NAME, NBD_OPTS_MAGIC,
 };
 use crate::limits::NBD_OPTION_LEN_MAX;
 
