@@ -15,12 +15,10 @@ use crate::relay::Relay;
 use crate::report::{Against, Figure, Measure, Row};
 use costandby_control::nbd_client::{NbdClient, NbdUri};
 use serde_json::Value;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Begins the ids of what is measured here.
