@@ -5,7 +5,7 @@ use crate::disk::image::DiskImage;
 use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::disk::worker::DiskWorkers;
-use crate::front::nbd::handshake::{ListedExport, Lookup};
+use crate::front::nbd::export::{ListedExport, Lookup};
 use crate::front::nbd::linger::Lingering;
 use crate::limits::RECEIVE_LEN_MAX;
 use crate::reactor::command::VolumeSpec;
