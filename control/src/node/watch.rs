@@ -160,7 +160,7 @@ mod tests {
         let seen = watch.look();
         assert!(seen.len() == 1 && seen[0].contains("disk ") && seen[0].contains("deleted"), "{seen:?}");
         fs::write(&disk, "y").expect("written");
-        assert!(watch.look()[0].contains("another one"), "{:?}", watch.look());
+        assert!(watch.look()[0].contains("is not the file that this daemon has open"), "{:?}", watch.look());
         fs::rename(&aside, &disk).expect("renamed");
         assert!(watch.look().is_empty(), "it is back");
         fs::remove_file(&meta).expect("removed");

@@ -36,6 +36,7 @@
 //! flipped bit in any of them (see [`ring`]), and a crash during recovery.
 
 use super::metadata::layout::Geometry;
+pub use super::metadata::layout::{CONTEXT_LEN, UPDATES_MAX};
 use crate::units::ByteRange;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
@@ -44,7 +45,7 @@ pub mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use ring::{CONTEXT_LEN, Transaction, UPDATES_MAX};
+pub use ring::Transaction;
 
 /// The transaction to wait for: its number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

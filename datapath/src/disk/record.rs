@@ -426,14 +426,22 @@ impl Record {
 
     /// These bytes are equal and on stable storage on both disks.
     pub fn clear(&mut self, ranges: &[ByteRange]) {
+        let grain_len = self.dirty.geometry().grain_len();
         for range in ranges {
-            let under_way = self.long.iter().map(|long| long.range);
-            let mut unsettled = under_way.chain(self.long_written.iter().chain(&self.long_settling).copied());
-            // A long change has no record but its bits. They go with it.
-            if unsettled.any(|long| long.overlaps(*range)) {
-                self.long_written.push(*range);
-            } else {
-                self.wipe(*range);
+            let mut at = range.start;
+            while at < range.end() {
+                let left = ByteRange::new(at, range.end() - at);
+                let under_way = self.long.iter().map(|long| long.range);
+                let unsettled = under_way.chain(self.long_written.iter().chain(&self.long_settling).copied());
+                let next = unsettled.filter(|long| long.overlaps(left)).min_by_key(|long| long.start);
+                // A long change has no record but its bits. They go with it; what is beside it is cleared.
+                let kept_from = next.map_or(left.end(), |long| (long.start / grain_len * grain_len).max(at));
+                if kept_from > at {
+                    self.wipe(ByteRange::new(at, kept_from - at));
+                }
+                let Some(long) = next else { break };
+                at = long.end().next_multiple_of(grain_len).min(range.end());
+                self.long_written.push(ByteRange::new(kept_from, at - kept_from));
             }
         }
     }

@@ -5,7 +5,7 @@
 use super::{KIND_CONNECTION, Reactor, key};
 use crate::front::nbd::connection::Connection;
 use crate::front::nbd::end::ConnectionEnd;
-use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
+use crate::front::nbd::export::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::limits::{
     CLIENT_IDLE_S, CLIENT_KEEPALIVE_S, CLIENT_KEEPALIVE_STEP_S, CLIENT_KEEPALIVES, CLIENT_TIMEOUT_MS,
 };
@@ -306,3 +306,6 @@ impl ExportDirectory for Directory<'_> {
         served.map(|v| ListedExport { name: v.name().to_owned(), description: String::new() }).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

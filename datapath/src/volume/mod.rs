@@ -1,9 +1,17 @@
-//! One volume in the reactor: connects its disk, range locks, pipeline or standby side, and link.
+//! One volume in the reactor: it connects parts that each own their fields.
 //!
-//! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through
-//! [`Volume::poll`] (`session.rs`; `links.rs` while there are two). What follows for front ends stands in [`Volume::notices`], for control in
-//! [`Volume::events`]; the reactor empties both each turn. Nothing here blocks, and in the steady state nothing
-//! allocates.
+//! | part | owns |
+//! | --- | --- |
+//! | `RequestTable` | requests under way, range locks, grants |
+//! | [`Pipeline`] | order, acknowledgement and flush of this node's changes |
+//! | [`Record`] | activity log, dirty bitmap, and their stores |
+//! | `Background` | copy, verification, throttle |
+//! | `Session` | link, queued frames, standby side, silence |
+//! | `Diskless` | the peer's disk in place of one that failed |
+//!
+//! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through [`Volume::poll`]
+//! (`link.rs`). What follows for front ends stands in [`Volume::notices`], for control in [`Volume::events`]; the reactor empties both
+//! each turn. Nothing here blocks, and in the steady state nothing allocates.
 
 use crate::disk::image::DiskImage;
 use crate::disk::record::Record;

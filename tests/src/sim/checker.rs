@@ -27,6 +27,7 @@
 //! - `idle`: a volume that was idle for long has nothing on record, so that a crash then costs no copy;
 //! - `copied-needlessly`: a copy of what differs sends only grains that some record names, and where no process ended since
 //!   the disks were equal, only those that were written to since no record named them;
+//! - `found-to-differ`: a standby that was found to differ is not trusted before it is repaired (see `rot`);
 //! - `empty-over-data`: of two new disks an empty one is not copied over one with data (see `new_disks`);
 //! - `copied-after-a-reset`: no copy follows where a session in sync lost its link and nothing else happened;
 //! - `unequal`: disks that call themselves in sync with nothing under way are equal, byte for byte.
@@ -34,7 +35,8 @@
 use super::clock::{Nanos, seconds};
 use super::coverage::Coverage;
 use super::metadata::Record;
-use super::storage::{SECTOR_LEN, SimDisk};
+use super::rot::Rot;
+use super::storage::{SECTOR_LEN, SimDisk, pattern};
 use costandby_datapath::units::{AckLevel, ByteRange, OnPeerLoss};
 use std::collections::BTreeMap;
 
@@ -151,20 +153,12 @@ pub(super) struct Checker {
     pub(super) related: bool,
     /// How often each rule was applied, so that a run can show what it covered.
     pub(super) applied: BTreeMap<&'static str, u64>,
+    pub(super) rot: Rot,
 }
 
 pub(super) fn sectors(range: ByteRange) -> std::ops::Range<usize> {
     let index = |n: u64| usize::try_from(n).expect("small") / SECTOR_LEN;
     index(range.start)..index(range.end())
-}
-
-fn pattern(id: ChangeId, sector: usize) -> [u8; SECTOR_LEN] {
-    let mut bytes = [0; SECTOR_LEN];
-    for (at, pair) in bytes.chunks_mut(16).enumerate() {
-        pair[..8].copy_from_slice(&id.to_le_bytes());
-        pair[8..].copy_from_slice(&((sector as u64) << 8 | at as u64).to_le_bytes());
-    }
-    bytes
 }
 
 /// The bytes that change `id` writes to `range`.
@@ -203,6 +197,7 @@ impl Checker {
             crashed: true,
             copies: [None, None],
             applied: BTreeMap::new(),
+            rot: Rot::default(),
         }
     }
 
@@ -252,6 +247,7 @@ impl Checker {
 
     /// When what `bytes` show of `sector` ended, and when it was asked for (zeroes: unknown, so the beginning).
     fn age(&self, bytes: &[u8], sector: usize) -> Result<(Nanos, Nanos, ChangeId), Violation> {
+        let bytes = self.rot.truth(sector, bytes);
         let id = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
         if bytes.iter().all(|&byte| byte == 0) {
             let zero = self.zeroes[sector];
@@ -471,6 +467,7 @@ impl Checker {
 
     fn serves(&mut self, node: usize, acks: bool, record: Record) -> Verdict {
         self.count("serving");
+        self.rot.is_trusted(node, "answers")?;
         if !record.up_to_date || !record.primary || self.duties[node].torn {
             let torn = if self.duties[node].torn { " and it is torn" } else { "" };
             return broken(
@@ -584,6 +581,7 @@ impl Checker {
     /// `source` is about to send the first byte of a copy to a peer with this record.
     pub(super) fn copies(&mut self, source: usize, target: Record) -> Verdict {
         self.count("unmarked");
+        self.rot.is_trusted(source, "is copied from")?;
         // A target is no primary; one that is has restarted since, and been promoted: the connection is dead.
         if target.up_to_date && !target.primary && target.generation != 0 {
             let text =
@@ -664,6 +662,7 @@ impl Checker {
             duty.since = now;
             duty.excused = false;
         }
+        self.duties[node].behind = false;
         let duty = &self.duties[node];
         self.hold("lost", NAMES[node], &disk.content(), 0, &duty.floor)?;
         self.hold("lost", &format!("{}'s medium", NAMES[node]), &disk.shadow, 0, &duty.durable)
@@ -677,6 +676,7 @@ impl Checker {
         duty.since = now;
         duty.excused = true;
         (duty.torn, duty.behind) = (false, false);
+        self.rot.decided(node);
         for list in [&mut duty.floor, &mut duty.durable, &mut duty.flushed, &mut duty.seen] {
             list.fill(0);
         }
@@ -685,6 +685,7 @@ impl Checker {
     /// An operator said `promote --force` on `node`, which does not serve.
     pub(super) fn forced(&mut self, node: usize, record: Record) {
         if !record.up_to_date || record.applying {
+            self.rot.decided(node);
             self.duties[node].excused = true;
             (self.duties[node].torn, self.duties[node].behind) = (false, false);
             self.duties[node].floor.fill(0);
@@ -724,9 +725,8 @@ impl Checker {
         let contents = disks.map(SimDisk::content);
         let pairs = contents[0].chunks(SECTOR_LEN).zip(contents[1].chunks(SECTOR_LEN));
         for (sector, (one, other)) in pairs.enumerate().filter(|(_, (one, other))| one != other) {
-            let under_way =
-                self.changes.iter().any(|c| c.ended == Nanos::MAX && sectors(c.range).contains(&sector));
-            if !under_way {
+            let same = self.rot.truth(sector, one) == self.rot.truth(sector, other);
+            if !same && !self.is_under_way(sector) {
                 let (one, other) = (self.age(one, sector)?.2, self.age(other, sector)?.2);
                 let text = format!(
                     "{when}, sector {sector} holds change {one} on {} and {other} on {}",
@@ -760,7 +760,8 @@ impl Checker {
         self.count("uncovered");
         let pairs = pictures[0].chunks(SECTOR_LEN).zip(pictures[1].chunks(SECTOR_LEN));
         for (sector, (one, other)) in pairs.enumerate().filter(|(_, (one, other))| one != other) {
-            if coverages.iter().all(|coverage| !coverage.names(sector)) {
+            let same = self.rot.truth(sector, one) == self.rot.truth(sector, other);
+            if !same && coverages.iter().all(|coverage| !coverage.names(sector)) {
                 let (one, other) = (self.age(one, sector)?.2, self.age(other, sector)?.2);
                 let text = format!(
                     "{when}, sector {sector} holds change {one} on {} and {other} on {}, and neither side's record says so",
@@ -770,6 +771,10 @@ impl Checker {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn is_under_way(&self, sector: usize) -> bool {
+        self.changes.iter().any(|c| c.ended == Nanos::MAX && sectors(c.range).contains(&sector))
     }
 
     /// The oldest change whose end is not known, for a stuck run's story.

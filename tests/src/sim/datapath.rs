@@ -278,6 +278,7 @@ impl World {
         let events = std::mem::take(&mut self.volume(at).events);
         let any = !events.is_empty();
         for event in events {
+            self.note_event(at, &event);
             if let ReactorEvent::DiskFailed { .. } = event {
                 let now = self.now();
                 self.undisturbed = false;

@@ -645,7 +645,10 @@ impl World {
                 SessionSide::Source { resync: true } => {
                     self.checker.copies_after(self.undisturbed)?;
                 }
-                SessionSide::Source { resync: false } => self.undisturbed = both,
+                SessionSide::Source { resync: false } => {
+                    let other = self.nodes[1 - at].process.as_ref();
+                    self.undisturbed = both && other.is_some_and(|process| process.driver.link_up);
+                }
                 SessionSide::Target { .. } => {}
             }
             if both {

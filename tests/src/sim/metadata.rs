@@ -283,6 +283,8 @@ pub(super) struct Record {
     pub(super) peer_has_current: bool,
     /// The content is one state of the volume, not a mixture.
     pub(super) up_to_date: bool,
+    /// The same, and possibly an old one, or one with parts that differ from the peer's.
+    pub(super) unmixed: bool,
 }
 
 impl Record {
@@ -299,6 +301,7 @@ impl Record {
             applying: superblock.applying,
             peer_has_current: superblock.peer_has_current,
             up_to_date: superblock.disk_state == DiskState::UpToDate,
+            unmixed: matches!(superblock.disk_state, DiskState::UpToDate | DiskState::Outdated),
         })
     }
 }

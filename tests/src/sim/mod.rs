@@ -23,6 +23,7 @@ mod metadata_calls;
 mod network;
 mod new_disks;
 mod operator;
+mod rot;
 mod storage;
 mod story;
 mod streams;

@@ -14,7 +14,7 @@ use crate::Rng;
 use costandby_datapath::transport::loopback::{LoopbackLink, pair};
 use costandby_datapath::transport::{DownReason, Interest, Link, LinkEvent, NoCredit, Permit, Slot};
 use costandby_datapath::units::{ByteRange, Token};
-use costandby_datapath::wire::{Header, flags};
+use costandby_datapath::wire::{Header, Kind, flags};
 use costandby_ffi::mapping::Span;
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -221,7 +221,7 @@ impl Link for SimLink {
     }
 
     fn post(&mut self, permit: Permit, header: Header, span: Option<Span>, token: Token) {
-        if header.flags & flags::RESYNC != 0 {
+        if header.flags & flags::RESYNC != 0 && header.kind != Kind::Verify {
             let wire = lock(&self.wire);
             lock(&wire.ether).copied.push((self.at, header.range));
         }

@@ -96,6 +96,9 @@ impl World {
         match serving {
             None => self.have_somebody_serve(&statuses),
             Some(at) if !self.calm => self.meddle(at),
+            Some(at) if statuses[1 - at].as_ref().is_some_and(|s| s.disk_state == DiskState::Outdated) => {
+                self.order(at, Command::Verify { repair: true });
+            }
             Some(_) => {}
         }
         Ok(())
@@ -228,6 +231,10 @@ impl World {
                 self.seen.insert("a disk was invalidated");
                 self.order(standby, Command::Invalidate);
             }
+            12..=15 => {
+                let repair = self.rng.below(3) == 0;
+                self.order(serving, Command::Verify { repair });
+            }
             5 => {
                 let at = usize::from(self.rng.below(2) == 0);
                 self.order(at, Command::Disconnect);
@@ -283,6 +290,17 @@ impl World {
                 self.nodes[at].stores_slow_until = until;
                 "slow metadata"
             }
+            33..=35 => match self.rot(at) {
+                Some(name) => {
+                    let serving = self.status(1 - at).is_some_and(|status| status.role == Role::Primary);
+                    if serving && self.rng.below(3) > 0 {
+                        let repair = self.rng.below(3) == 0;
+                        self.order(1 - at, Command::Verify { repair });
+                    }
+                    name
+                }
+                None => return Ok(()),
+            },
             30 => {
                 self.nodes[at]
                     .disk

@@ -14,6 +14,16 @@ use std::sync::Arc;
 pub(super) const SECTOR_LEN: usize = 512;
 const PAGE_LEN: usize = 4096;
 
+/// The bytes that change `id` leaves in `sector`.
+pub(super) fn pattern(id: u64, sector: usize) -> [u8; SECTOR_LEN] {
+    let mut bytes = [0; SECTOR_LEN];
+    for (at, pair) in bytes.chunks_mut(16).enumerate() {
+        pair[..8].copy_from_slice(&id.to_le_bytes());
+        pair[8..].copy_from_slice(&((sector as u64) << 8 | at as u64).to_le_bytes());
+    }
+    bytes
+}
+
 /// What stood in the cache when a flush began.
 #[derive(Debug)]
 pub(super) struct FlushBegun {

@@ -327,6 +327,7 @@ impl World {
     /// What background copies sent is what they need to.
     fn check_copied(&mut self) -> Verdict {
         let copied = std::mem::take(&mut lock(&self.ether).copied);
+        self.checker.rot.verdict()?;
         copied.into_iter().try_for_each(|(from, range)| self.checker.copies_range(from, range))
     }
 
@@ -449,6 +450,7 @@ impl World {
             return;
         }
         self.undisturbed = false;
+        self.forget_found(at);
         self.tell(at, format_args!("ends"));
         self.nodes[at].life += 1;
         self.abandon_metadata_call(at);
@@ -518,7 +520,8 @@ impl World {
     /// A superblock has reached the medium.
     pub(super) fn stored(&mut self, at: usize, before: Record, superblock: &Superblock) -> Verdict {
         let now = self.now();
-        if before.up_to_date && superblock.disk_state == DiskState::Inconsistent {
+        if before.unmixed && superblock.disk_state == DiskState::Inconsistent {
+            self.checker.rot.decided(at);
             self.seen.insert("a copy began");
             if self.driver(at).discards {
                 self.seen.insert("data were discarded");
@@ -529,6 +532,7 @@ impl World {
         }
         if !before.up_to_date && superblock.disk_state == DiskState::UpToDate && !superblock.primary {
             self.seen.insert("a copy ended");
+            self.differs_no_more(at)?;
             // The source may have gone on alone since, at an operator's word.
             if self.record(1 - at).generation == superblock.generations.current.0 {
                 self.checker.in_sync();
@@ -635,7 +639,7 @@ impl World {
 
     /// All is as it should be: in sync, served, nothing under way.
     pub(super) fn is_well(&self) -> bool {
-        (0..2).any(|at| self.role(at) == Some(Role::Primary)) && self.is_quiet()
+        (0..2).any(|at| self.role(at) == Some(Role::Primary)) && self.is_quiet() && self.is_repaired()
     }
 
     fn role(&self, at: usize) -> Option<Role> {

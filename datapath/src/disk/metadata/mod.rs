@@ -73,7 +73,7 @@ pub enum MetadataError {
     },
     /// The bitmap is not where a device of this size has it.
     #[error(
-        "metadata {path} was made on a device of another size: restore the device's size; if that is impossible, {GIVE_UP}"
+        "metadata {path} was made on a device of another size: give the device its former size back; if that is impossible, {GIVE_UP}"
     )]
     Moved {
         /// Which device.

@@ -280,6 +280,28 @@ fn what_a_copy_clears_under_a_long_change_goes_with_that_change() {
 }
 
 #[test]
+fn what_a_copy_clears_beside_a_long_change_does_not_wait_for_it() {
+    let (_medium, mut record) = fresh();
+    let copied = ByteRange::new(0, 2 * LONG);
+    record.mark(copied);
+    record.session_began();
+    let range = ByteRange::new(LONG / 2 / G * G + 512, LONG);
+    let touched = change(&mut record, 1, range);
+    record.clear(&[copied]);
+    let rests_on = LONG / G + 1;
+    assert_eq!(record.dirty.dirty_grains(), rests_on, "what the change touches stays, and no more");
+    record.written(Token(1), range, touched);
+    for _ in 0..2 {
+        let serial = record.begin_checkpoint().expect("a flush");
+        record.flushed(serial);
+        if record.dirty.dirty_grains() == 0 {
+            return;
+        }
+    }
+    panic!("{} grains stay marked", record.dirty.dirty_grains());
+}
+
+#[test]
 fn marks_of_a_long_change_that_is_taken_back_go_unless_another_rests_on_them() {
     let (_medium, mut record) = fresh();
     record.session_began();
