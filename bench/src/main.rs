@@ -18,6 +18,7 @@ mod perftest;
 mod plan;
 mod process;
 mod qemu;
+mod relay;
 mod report;
 mod resync;
 #[cfg(feature = "rdma")]

@@ -7,7 +7,7 @@
 use crate::Outcome;
 use crate::histogram::Summary;
 use crate::process::{Process, run_to_end};
-use crate::resync::Relay;
+use crate::relay::Relay;
 use costandby_control::secure::key::{Key, Keys};
 use costandby_control::secure::keyring;
 use serde_json::Value;

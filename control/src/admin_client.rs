@@ -35,8 +35,8 @@ pub enum ClientError {
     },
     /// A file that is no socket is at the socket's path.
     #[error(
-        "{path} is no socket but another file, so a daemon that runs cannot be asked: move that file away, and the daemon makes \
-         its socket within seconds; or give this node another `admin` path"
+        "{path} is not a socket, so a running daemon cannot be reached: move that file away, and the daemon creates its socket \
+         within seconds; or give this node another `admin` path"
     )]
     NotASocket {
         /// The path.
@@ -82,7 +82,7 @@ pub enum ClientError {
     },
     /// Not JSON of the expected shape, or too long.
     #[error(
-        "the daemon on {path} answered {status} and nothing this program can read: are both of one release?"
+        "the daemon on {path} answered {status} and something this program cannot read: are both of the same release?"
     )]
     Garbled {
         /// The socket.

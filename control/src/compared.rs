@@ -1,4 +1,4 @@
-//! What must agree in the two nodes' configuration files, as each node's hello says it, and where it does not.
+//! Compares the settings that must agree in the two nodes' configuration files; each node's hello carries them.
 //!
 //! One file is meant for both nodes, and nothing keeps two copies of it alike. Each volume's hello carries the settings that
 //! both must have; each node compares them with its own and shows what differs in `status`, until a hello that agrees. A

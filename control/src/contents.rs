@@ -1,4 +1,5 @@
-//! What a file or device holds before it becomes a disk: known formats by their marks, and whether its ends are blank.
+//! Recognizes the content of a file or device before it becomes a disk: known formats by their magic, and whether
+//! both ends are blank.
 //!
 //! `costandby create` asks this before it takes anything over, and names what was found and where. A mark is a few bytes at
 //! a fixed place from the start or the end; [`FORMATS`] is the whole table.

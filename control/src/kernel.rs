@@ -1,4 +1,4 @@
-//! What the kernel is asked for: random numbers, and which boot this is.
+//! Values from the kernel: random numbers and the boot id.
 //!
 //! Generations, volume ids and metadata areas are named by random numbers, which must not repeat across nodes and
 //! restarts. The boot's id tells a daemon whether the machine lost power since a mark was put on record, or only the

@@ -1,4 +1,5 @@
-//! Who else on this machine uses a file or device: mounts, swap, holders such as device mapper or md, loop devices.
+//! Finds other users of a file or device on this machine: mounts, swap, holders such as device mapper or md, loop
+//! devices.
 //!
 //! `costandby create` and the daemon ask after the kernel has refused them a device (`O_EXCL`), so that the refusal can name
 //! where it is mounted, and before they use a file, which the kernel refuses nobody.

@@ -1,5 +1,5 @@
-//! What a disk's metadata tells of the worth of its content: whether the peer has it, as far as this disk knows. Said wherever
-//! `create --force` is named, which gives the content up.
+//! Says whether the peer has the content of a disk, as far as the disk's metadata tells. Shown wherever `create
+//! --force`, which gives up the content, is named.
 
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 

@@ -1,11 +1,14 @@
-//! The access side: what a standby (or the target of a copy) does with what its peer posts. Sans-IO.
+//! The standby side: decisions about frames that the peer posts, on a standby or the target of a resync. Sans-IO.
+//! Called by `volume`.
 //!
-//! A frame is looked at twice: [`Access::admit`] checks its header before a byte is touched, [`Access::check_payload`]
-//! its checksum; only then are its bytes applied to the disk, whole, in seq order. So the disk holds at any instant a
-//! prefix of the primary's write order. Changes that block (trim) hold up what follows them.
+//! A frame is checked twice: [`Access::admit`] checks its header before a byte is touched,
+//! [`Access::check_payload`] its checksum; only then are its bytes applied to the disk, whole, in seq order. So at
+//! any instant the disk holds a prefix of the primary's write order. A change that blocks (trim) delays the changes
+//! behind it.
 //!
-//! Acks are cumulative and coalesce: the reactor takes at most one a turn. Where the peer asked for a comparison and the
-//! bytes differ, that is told before the ack that covers it, so an ack without it says that they are equal.
+//! Acks are cumulative: the reactor sends at most one a turn. If the peer asked for a comparison and the bytes
+//! differ, the difference is reported before the ack that covers it. So an ack without a report says that the bytes
+//! are equal.
 
 use crate::error::Violation;
 use crate::limits::DIFFERS_QUEUED_MAX;

@@ -148,9 +148,7 @@ pub enum Violation {
         range: ByteRange,
     },
     /// The connection that only stands for the peer's life was used to say something.
-    #[error(
-        "the peer sent bytes on the connection whose end alone means something: nothing goes there after the hello"
-    )]
+    #[error("the peer sent bytes on a connection on which nothing may be sent after the hello")]
     Companion,
 }
 

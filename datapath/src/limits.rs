@@ -66,10 +66,13 @@ pub const MESSAGES_QUEUED_MAX: usize = 256;
 /// frames are header-only and the ring alone would allow two million of them.
 pub const POSTS_OPEN_MAX: usize = 2 * WINDOW_LEN + RESYNC_CHUNKS_IN_FLIGHT;
 
+/// Bytes of a frame header on the wire and in the ring.
+pub const HEADER_LEN: usize = 64;
+
 /// Bytes of a ring kept for frames that take no permit (acks, flush requests, signs of life): they stand in the ring
 /// behind a change that is not released yet. Twice what a sender may have queued; beyond it the byte stream is held
 /// back until the change is released, and nothing is lost.
-pub const RING_SLACK: usize = 2 * MESSAGES_QUEUED_MAX * crate::wire::HEADER_LEN;
+pub const RING_SLACK: usize = 2 * MESSAGES_QUEUED_MAX * HEADER_LEN;
 
 /// Smallest ring a link is made with: a quarter of it is the slack, a quarter may be released but untold, and what is
 /// left still holds a 32 KiB write. Only tests go this low.

@@ -10,8 +10,7 @@ use crate::units::{ByteRange, Epoch, Seq};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Bytes of a frame header on the wire and in the ring.
-pub const HEADER_LEN: usize = 64;
+pub use crate::limits::HEADER_LEN;
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 2] = *b"cS";

@@ -1,4 +1,4 @@
-//! An allocator that counts, for the tests that say a path allocates nothing.
+//! An allocator that counts, for tests that a code path allocates nothing.
 //!
 //! A test program makes it its `#[global_allocator]` and asks for the count of its own thread before and after: what
 //! other threads allocate meanwhile does not matter. It stands here because an allocator cannot be written without

@@ -1,4 +1,4 @@
-//! A medium that fails under a mapping must end as a failed disk, not as a dead daemon.
+//! Turns SIGBUS on a guarded mapping into a failed disk instead of a dead daemon.
 //!
 //! Loads and stores on a mapping raise SIGBUS when the page behind them cannot be had: the file was truncated, the
 //! disk says EIO, a sparse file meets a full file system, memory is damaged. This file stands below

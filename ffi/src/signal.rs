@@ -1,4 +1,4 @@
-//! Signals that a daemon does not follow.
+//! Signals that a daemon ignores.
 //!
 //! By default most signals end a process at once, also those that nobody sends a daemon on purpose: a timer's, a terminal's, or
 //! SIGXFSZ, which a write beyond a limit to the size of files raises *before* it fails. The daemon calls [`ignore`] once, at

@@ -276,9 +276,9 @@ fn foreign_and_truncated_disks_are_refused() {
     pair.wait_in_sync("web");
     expect(&pair, &["db", &path, "unreadable"]);
     fs::write(&meta, &good[..good.len() / 2]).expect("metadata");
-    expect(&pair, &["db", &path, "cut short"]);
+    expect(&pair, &["db", &path, "truncated"]);
     fs::write(&meta, b"").expect("metadata");
-    expect(&pair, &["db", &path, "cut short"]);
+    expect(&pair, &["db", &path, "truncated"]);
     fs::copy(pair.metadata(BETA, "db"), &meta).expect("metadata");
     expect(&pair, &["db", &path, "belongs to", "beta"]);
     fs::remove_file(&meta).expect("metadata");

@@ -159,7 +159,7 @@ fn an_admin_socket_that_cannot_be_made_keeps_no_client_out() {
     wait_for("a client is served", LIMIT, || pair.connect(ALPHA, "db").ok());
     pair.wait_log(ALPHA, &["cannot listen", "not a socket"]);
     let ran = pair.cli(ALPHA, &["status"]);
-    assert!(ran.stderr.contains(&format!("{} is no socket", path.display())), "{}", ran.stderr);
+    assert!(ran.stderr.contains(&format!("{} is not a socket", path.display())), "{}", ran.stderr);
     assert_eq!(fs::read_to_string(&path).expect("the file"), "precious");
     fs::remove_file(&path).expect("the file is moved away");
     pair.wait_in_sync("db");

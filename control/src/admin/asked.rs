@@ -34,10 +34,10 @@ impl Asked {
     #[must_use]
     pub fn void(&self) -> Option<&'static str> {
         if self.until.is_some_and(|until| boot_clock() >= until) {
-            return Some("it came too late: its deadline had passed before this node could begin");
+            return Some("the command came too late: its deadline had passed before this node could begin");
         }
         let gone = self.connection.as_ref().is_some_and(|connection| hung_up(connection));
-        gone.then_some("whoever gave it had hung up before this node could begin")
+        gone.then_some("the caller had hung up before this node could begin")
     }
 }
 

@@ -325,7 +325,7 @@ fn metadata_check(
     match area {
         Some(area) if area.activity_damage.is_some() || area.dirty_damage.sectors > 0 => {
             let text = format!(
-                "{text}; the record of what may differ is damaged, so {} count as differing: check the medium",
+                "{text}; the dirty bitmap or activity log is damaged, so {} count as differing: check the medium",
                 display_size(area.dirty_bytes)
             );
             Check::warn(what, text)

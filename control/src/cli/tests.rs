@@ -630,7 +630,7 @@ fn wait_sync_does_not_wait_for_nodes_that_stay_apart() {
         let began = std::time::Instant::now();
         let complaint = bench.complaint("alpha", &["wait-sync", "db"]);
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-        assert!(complaint.starts_with("volume db does not come in sync by itself: "), "{complaint}");
+        assert!(complaint.starts_with("volume db cannot get in sync by itself: "), "{complaint}");
         assert!(complaint.contains(why), "{complaint}");
     }
     // What the daemon knows of the peer may be of before the operator's `connect` there.

@@ -47,7 +47,7 @@ pub enum VerifyError {
         ranges: u64,
     },
     /// It ended early.
-    #[error("volume {volume}: the comparison did not come to its end: {why}")]
+    #[error("volume {volume}: the comparison was not completed: {why}")]
     Unfinished {
         /// Which volume.
         volume: String,
@@ -55,7 +55,7 @@ pub enum VerifyError {
         why: String,
     },
     /// The daemon knows nothing of it any more.
-    #[error("volume {volume}: the daemon was restarted meanwhile: begin anew")]
+    #[error("volume {volume}: the daemon was restarted meanwhile: start the verification again")]
     Forgotten {
         /// Which volume.
         volume: String,

@@ -39,7 +39,7 @@ pub enum WaitError {
         status: Box<VolumeStatus>,
     },
     /// Nothing would come of waiting.
-    #[error("volume {} does not come in sync by itself: {}", .0.name, stood(.0))]
+    #[error("volume {} cannot get in sync by itself: {}", .0.name, stood(.0))]
     Parted(Box<VolumeStatus>),
     /// Not a volume of the daemon.
     #[error("node {node} has no volume {volume}: there are {known}")]

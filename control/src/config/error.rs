@@ -226,7 +226,9 @@ pub enum Problem {
     },
     /// Nothing that peers would have to prove.
     #[error(
-        "there is no key, so whoever reaches a node could overwrite its volumes as a peer: make one with `costandby keygen /etc/costandby/pair.key`, copy it to the other node and set `key = \"/etc/costandby/pair.key\"` at the top of the file; or set `insecure = true` there to run without"
+        "there is no key, so anybody who can reach a node could overwrite its volumes as a peer: make one with `costandby \
+         keygen /etc/costandby/pair.key`, copy it to the other node and set `key = \"/etc/costandby/pair.key\"` at the top of \
+         the file; or set `insecure = true` there to run without"
     )]
     NoKey,
     /// Asked for a node that the file does not have.

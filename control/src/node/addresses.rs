@@ -1,5 +1,5 @@
-//! Where the daemon listens, as far as the system lets it: an address that cannot be bound is tried again until it can be,
-//! and holds nothing else up.
+//! The daemon's listening addresses: an address that cannot be bound is tried again until it can be, and delays
+//! nothing else.
 //!
 //! What is refused is logged once, and again when the reason changes and when it is over; `status` lists it.
 //!
@@ -50,7 +50,7 @@ impl Addresses {
             Err(_) => {
                 // A directory may be on a file system that hangs.
                 let reason = format!(
-                    "the system has not answered within {} s: does its directory answer (`ls`), is its file system reached?",
+                    "the system has not answered within {} s: check that the socket's directory (`ls`) and its file system respond",
                     PATIENCE.as_secs()
                 );
                 self.note::<T>(address, Err(reason));

@@ -1,5 +1,5 @@
-//! What is wrong with a disk that cannot be opened, and what an operator can do about it: the text of a failed volume, in
-//! `status`, in the log, for clients and for the peer. Decides nothing and changes nothing.
+//! The text for a disk that cannot be opened: what is wrong and what an operator can do, for `status`, the log,
+//! clients and the peer. Decides nothing and changes nothing.
 //!
 //! Invariants: a text names what is wrong and where, and a next step. Where that step gives up what the disk holds, the
 //! text says so, and says what the disk's own metadata tells of the peer: whether it has that data.
@@ -168,7 +168,7 @@ impl Case<'_> {
                 ),
                 SuperblockError::Missing { path } => unusable(path, "is missing"),
                 SuperblockError::Truncated { path, found } => {
-                    unusable(path, &format!("is cut short: {found} bytes where {AREA_LEN} belong"))
+                    unusable(path, &format!("is truncated: {found} bytes instead of {AREA_LEN}"))
                 }
                 SuperblockError::Unreadable { path, first, second } => {
                     unusable(path, &format!("is unreadable: copy 0 {first}; copy 1 {second}"))
@@ -186,8 +186,8 @@ impl Case<'_> {
                         path.display()
                     ),
                     format!(
-                        "put the right disk there, and {}; or correct the configuration and restart the daemon. The disk \
-                         that is there is another one's, so do not make new metadata for it",
+                        "put the right disk there, and {}; or correct the configuration and restart the daemon. The disk at \
+                         this path belongs to another volume or node, so do not make new metadata for it",
                         self.opens_it()
                     ),
                 ),
@@ -201,7 +201,7 @@ impl Case<'_> {
                 other => (other.to_string(), self.medium()),
             },
             MetadataError::Truncated { path, found, needed } => {
-                unusable(path, &format!("is cut short: {found} bytes where {needed} belong"))
+                unusable(path, &format!("is truncated: {found} bytes instead of {needed}"))
             }
             MetadataError::Moved { path } => (
                 format!("metadata {} was made on a device of another size", path.display()),
@@ -297,7 +297,7 @@ fn wrong_kind(errno: Option<Errno>, path: &Path) -> &'static str {
         _ if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) => {
             "a socket, not a disk"
         }
-        _ => "a device or a file that nothing stands behind",
+        _ => "a device file without a device",
     }
 }
 

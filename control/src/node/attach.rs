@@ -1,9 +1,9 @@
-//! A volume's way into service: its disk is opened beside all others', then the reactor and a task of its own have it. A disk
-//! that cannot be opened keeps its own volume down and no other: the volume is `Failed`, says why to whoever asks, and an
-//! operator's `connect` has it tried again.
+//! Brings a volume into service: opens its disk in parallel with all others, then hands the volume to the reactor
+//! and to a task of its own. A disk that cannot be opened stops only its own volume: the volume is `Failed` and
+//! says why in `status`, to clients and to the peer. An operator's `connect` tries the disk again.
 //!
-//! Invariants: nothing of a volume is served, promised or changed before its disk is open; who asks meanwhile, operator,
-//! client or peer, gets an answer.
+//! Invariants: nothing of a volume is served, promised or changed before its disk is open; operators, clients and
+//! peers that ask meanwhile get an answer.
 //!
 //! Survives: a disk that takes for ever to open (only its own volume waits), a daemon that is told to end meanwhile (opening
 //! is safe to break off), tries without end.

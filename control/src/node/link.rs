@@ -1,4 +1,5 @@
-//! A volume's memory of its links: which one it uses, why not RDMA, and when to try RDMA again. Sans-IO: time comes in.
+//! Remembers a volume's links: the transport in use, why it is not RDMA, and when to try RDMA again. Sans-IO: time
+//! comes in.
 //!
 //! With `link = "auto"` RDMA that failed is left alone for a pause, so that a standby's return costs a failed attempt
 //! once and not each time, and so that a network which lets RDMA connect but not work does not keep the nodes from TCP.
@@ -113,7 +114,7 @@ impl LinkKeeper {
             return None;
         }
         self.short = 0;
-        let why = format!("RDMA connected and did not last, {SHORT_MAX} times, the last time: {reason}");
+        let why = format!("RDMA connected but did not last, {SHORT_MAX} times, the last time: {reason}");
         self.rdma_failed(now, &why);
         Some(why)
     }

@@ -184,14 +184,14 @@ fn warn_about_exposure(config: &Config, nbd: &[Endpoint], listen: std::net::Sock
         let beyond =
             if open_nbd || !listen.ip().is_loopback() { "listening beyond loopback, and " } else { "" };
         tracing::warn!(
-            "insecure = true and no key: {beyond}whoever reaches {listen} may overwrite the volumes, as a peer; `costandby \
+            "insecure = true and no key: {beyond}anybody who can reach {listen} may overwrite the volumes as a peer; `costandby \
              keygen` makes a key"
         );
     }
     if open_nbd {
         tracing::warn!(
-            "insecure for NBD clients: beyond loopback they are neither authenticated nor encrypted, and whoever reaches the \
-             addresses of `nbd` reads and writes the volumes"
+            "insecure for NBD clients: beyond loopback they are neither authenticated nor encrypted, and anybody who can reach \
+             the addresses of `nbd` can read and write the volumes"
         );
     }
 }
@@ -248,7 +248,7 @@ impl Start<'_> {
         ));
         tracing::info!(node = self.node.name.as_str(), volumes = registry.volumes.len(), "up");
         signals.stop().await;
-        tracing::info!("stopping: finishing what is under way");
+        tracing::info!("stopping: finishing open requests");
         listening.stop_peers();
         keys.abort();
         for volume in &registry.volumes {
@@ -260,7 +260,7 @@ impl Start<'_> {
             }
         };
         if tokio::time::timeout(SHUTDOWN_MAX, all).await.is_err() {
-            tracing::warn!("gave up waiting: the next start treats this one as a crash, which is safe");
+            tracing::warn!("gave up waiting: the next start treats this shutdown as a crash, which is safe");
         }
         let _ = stop_admin.send(());
         let _ = admin.await;

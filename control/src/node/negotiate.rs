@@ -1,4 +1,5 @@
-//! The part of a conversation that settles its link: hellos, the RDMA connection where both have it, TCP where not.
+//! Negotiates the link of a conversation: exchanges hellos, then connects by RDMA if both nodes have it, otherwise
+//! uses TCP.
 //!
 //! Runs between a connection and [`super::volume`], which hears of a hello only when it is settled what will carry the
 //! session. The dialer connects, because it knows first that both can; the acceptor has its listener open before its
@@ -110,7 +111,7 @@ pub(super) enum NoLink {
     #[error("{}", .0.text)]
     Refused(Refuse),
     /// The peer said something that does not belong there.
-    #[error("it said {said} where {wanted} belongs: run the same release on both nodes")]
+    #[error("protocol error: expected {wanted}, got {said}; do both nodes run the same release?")]
     OutOfTurn {
         /// What it said.
         said: &'static str,
@@ -406,7 +407,7 @@ impl Terms {
     pub(super) async fn listen(&self, secret: Secret) -> Result<(Offered, RdmaOffer), String> {
         let place = Arc::clone(&self.listeners).try_acquire_owned();
         let place = place.map_err(|_| {
-            format!("all {LISTENERS_MAX} RDMA listeners of the volume wait for connections that were promised before")
+            format!("all {LISTENERS_MAX} RDMA listeners of the volume are waiting for earlier connections")
         })?;
         let (rdma, local) = (Arc::clone(&self.rdma), self.local);
         blocking(move || {

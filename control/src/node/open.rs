@@ -111,7 +111,10 @@ pub(super) fn open_volume(
     if !superblock.clean {
         // A daemon that was killed left writes in the system's cache alone. The peer has them, too, until it is
         // overwritten with this disk; from then on a loss of power here must not take them.
-        tracing::info!(volume = name, "flushing what the daemon before this one left; it answers after that");
+        tracing::info!(
+            volume = name,
+            "unclean shutdown detected: flushing the disk before accepting clients"
+        );
         if let Err(source) = disk.flush() {
             // The system tells of lost writes once: the next flush may succeed, and means nothing. So it goes on record.
             mark_failed(&mut superblock);
@@ -171,14 +174,14 @@ pub(super) fn look(volume: &Volume, disk: &Disk, node: &str) -> Option<Superbloc
 fn tell_report(volume: &str, report: &Report) {
     let Report { damaged_copy, hot_extents, torn_transaction, activity_damage, dirty_damage } = report;
     if let Some((copy, error)) = damaged_copy {
-        tracing::warn!(volume, copy, %error, "one copy of the metadata was damaged; the other serves");
+        tracing::warn!(volume, copy, %error, "one copy of the metadata was damaged; the other copy is used");
     }
     if *hot_extents > 0 || *torn_transaction {
         tracing::info!(
             volume,
             hot_extents,
             torn_transaction,
-            "the daemon before this one ended while it served"
+            "unclean shutdown detected: the daemon before this one ended while it was primary"
         );
     }
     if let Some(error) = activity_damage {

@@ -139,14 +139,14 @@ pub(super) async fn accept(listener: TcpListener, registry: Arc<Registry>) {
                     task.abort();
                     door.refused(
                         ip,
-                        "too many connections that prove nothing; the oldest gives way to a new one",
+                        "too many connections without proof of the key; the oldest is closed for a new one",
                     );
                 }
             }
             Err(error) => {
                 // Out of descriptors, most likely: give way instead of spinning, and say so once.
                 if !std::mem::replace(&mut refused, true) {
-                    tracing::warn!(%error, "cannot accept peers' connections, which is tried again until it can be done");
+                    tracing::warn!(%error, "cannot accept connections from peers; trying again until that works");
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -205,7 +205,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
         _ => {
             return door.refused(
                 from,
-                "a peer began with something else than a hello: run the same release on both nodes",
+                "protocol error: expected a hello first; do both nodes run the same release?",
             );
         }
     };
@@ -267,7 +267,7 @@ fn unproved(address: SocketAddr, error: &SecureError) -> Obstacle {
         },
         error => Obstacle::Unreachable {
             reach: Reach::Other,
-            text: format!("whoever answers at {address}: {error}"),
+            text: format!("the program that answers at {address}: {error}"),
         },
     }
 }
@@ -277,7 +277,7 @@ fn unreachable(address: SocketAddr, error: &std::io::Error) -> Obstacle {
     use std::io::ErrorKind;
     let (reach, text) = match error.kind() {
         ErrorKind::ConnectionRefused => {
-            (Reach::Refused, format!("connection refused by {address}, so no daemon listens there"))
+            (Reach::Refused, format!("connection refused by {address}: no daemon listens there"))
         }
         ErrorKind::TimedOut => (
             Reach::Silent,

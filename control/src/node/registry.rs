@@ -1,4 +1,4 @@
-//! What a daemon's tasks share: each volume's state as others see it, and which volume of the reactor it is.
+//! State that a daemon's tasks share: each volume's public state and its index in the reactor.
 
 use super::link::LinkStatus;
 use super::volume::Input;

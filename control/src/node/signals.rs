@@ -39,8 +39,8 @@ impl Signals {
                 _ = self.terminate.recv() => return,
                 _ = self.interrupt.recv() => return,
                 _ = self.hangup.recv() => tracing::warn!(
-                    "SIGHUP: nothing is reloaded, this release reads its configuration at the start only; to have it read \
-                     again, stop the daemon and start it"
+                    "SIGHUP: nothing is reloaded; this release reads its configuration at the start only: restart the daemon to \
+                     read it again"
                 ),
             }
         }

@@ -1,4 +1,4 @@
-//! What connections cost that have proved nothing yet: how many there may be at a time, and how often the log hears of them.
+//! Limits for connections that have not proved the key yet: how many at a time, and how often the log names them.
 //! Sans-IO: time comes in.
 //!
 //! Used by [`super::peers`], which accepts every connection at once and keeps it here until its first sealed message has
@@ -119,12 +119,14 @@ impl Refusals {
         self.lines += 1;
         let mut line = format!("refused a connection from {from}: {text}");
         if more > 0 {
-            line.push_str(&format!(" ({more} more times since this was said last)"));
+            line.push_str(&format!(" ({more} more times since the last such line)"));
         }
         match std::mem::take(&mut self.unsaid) {
             0 => {}
             unsaid => {
-                line.push_str(&format!(" ({unsaid} other refusals were not logged, there were so many)"));
+                line.push_str(&format!(
+                    " ({unsaid} other refusals were not logged because there were too many)"
+                ));
             }
         }
         Some(line)
@@ -181,7 +183,7 @@ mod tests {
         assert!(refusals.note(s(3), ip(2), "no key").is_some(), "another address");
         assert!(refusals.note(s(3), ip(1), "no volume").is_some(), "another reason");
         let line = refusals.note(s(601), ip(1), "no key").expect("told again");
-        assert!(line.ends_with("no key (598 more times since this was said last)"), "{line}");
+        assert!(line.ends_with("no key (598 more times since the last such line)"), "{line}");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! One volume's task: what happens goes into its controller, what the controller decides is carried out here.
+//! One volume's task: feeds events to the volume's controller and carries out the actions that the controller
+//! returns.
 //!
 //! Actions are carried out strictly in order, and a store is durable before the next action begins; that is what the
 //! controller's promises rest on. While a store is under way other events wait in the inbox.
@@ -607,7 +608,7 @@ impl VolumeTask {
         self.send(Command::MarkAll { volume: self.index, done });
         told.await.unwrap_or_else(|_| Err("the datapath ended".to_owned())).inspect_err(|error| {
             let volume = self.shared.config.name.as_str();
-            tracing::error!(volume, error, "what has to be copied cannot be put on record");
+            tracing::error!(volume, error, "the list of what must be copied cannot be stored");
         })
     }
 

@@ -51,7 +51,7 @@ impl Watch {
             let now = identity(path);
             let how = match now {
                 Some(now) if now == *was => return None,
-                Some(_) => "is another one than this daemon has open",
+                Some(_) => "is not the file that this daemon has open",
                 None => "was deleted or renamed, or its directory was unmounted",
             };
             let (peer, commands) = (&self.settings.peer, self.settings.commands());
@@ -93,7 +93,7 @@ impl Watch {
                 tracing::error!(volume, "{text}");
             }
             if over {
-                tracing::info!(volume, "the disk's files stand at their paths again");
+                tracing::info!(volume, "the disk's files are at their paths again");
             }
         }
     }
@@ -127,8 +127,8 @@ pub(super) struct Link {
 /// What is said of a disk that hangs, on either node.
 pub(super) fn hangs_text(disk: &str, seconds: u64) -> String {
     format!(
-        "{disk} has not answered a request for {seconds} s: what needs that disk waits, on both nodes. Look into that machine's \
-         kernel log and at what the disk is reached by"
+        "{disk} has not answered a request for {seconds} s: requests that need this disk wait, on both nodes. Look in that \
+         machine's kernel log, and check the connection to the disk"
     )
 }
 
@@ -160,7 +160,7 @@ mod tests {
         let seen = watch.look();
         assert!(seen.len() == 1 && seen[0].contains("disk ") && seen[0].contains("deleted"), "{seen:?}");
         fs::write(&disk, "y").expect("written");
-        assert!(watch.look()[0].contains("another one"), "{:?}", watch.look());
+        assert!(watch.look()[0].contains("is not the file that this daemon has open"), "{:?}", watch.look());
         fs::rename(&aside, &disk).expect("renamed");
         assert!(watch.look().is_empty(), "it is back");
         fs::remove_file(&meta).expect("removed");

@@ -1,5 +1,5 @@
-//! The part of the controller that says why there is no session although this node looks for its peer: in the log when it
-//! begins, changes in kind and is over, in `status` for as long as it holds. It decides nothing.
+//! The part of the controller that explains why there is no session although this node looks for its peer: in the
+//! log when the reason appears, changes in kind and ends; in `status` while it holds. It decides nothing.
 //!
 //! Only one node of a pair dials. The other one hears of the same things by asking the dialer now and then whether it would
 //! have a session ([`Event::NoContact`](super::Event::NoContact), [`Event::Contact`](super::Event::Contact)).
@@ -162,8 +162,8 @@ impl VolumeController {
             )
         } else if serves && !self.alone && self.recall.is_some() {
             format!(
-                "the link to {peer} broke, and nothing was acknowledged without {peer} since: the session goes on when it is \
-                 back; a write waits for that for `peer_timeout` at most"
+                "the link to {peer} broke, and nothing was acknowledged without {peer} since: the session goes on when the link \
+                 is back; a write waits for that for `peer_timeout` at most"
             )
         } else if serves {
             format!("serving without {peer}, which is brought up to date when it is back")

@@ -1,4 +1,4 @@
-//! The part of the controller that deals with a disk that fails under a primary: the peer's stands in for it.
+//! The part of the controller for a primary whose disk fails and that goes on over the peer's disk.
 //!
 //! ```text
 //! primary: disk fails, clients held ── DISK_FAILED ──▶ standby: a generation of its own, stored
@@ -50,7 +50,10 @@ impl VolumeController {
         if !(serves && usable) || self.shutdown_deadline.is_some() || self.diskless.text().is_some() {
             return self.on_disk_failed(&text, actions);
         }
-        let log = format!("the disk failed ({text}): asking {} to stand in for it", self.settings.peer);
+        let log = format!(
+            "the disk failed ({text}): asking {} to let this node serve from its disk",
+            self.settings.peer
+        );
         self.log(Level::Error, &log, actions);
         self.diskless = Diskless::Asked(text);
         let arg = self.superblock.generations.current.0;
@@ -70,7 +73,7 @@ impl VolumeController {
         let usable = self.superblock.disk_state == DiskState::UpToDate && !self.medium_failed;
         let Some(peer) = self.peer.as_mut().filter(|peer| peer.primary && stands_by && same && usable) else {
             let text = format!(
-                "{name} wants to serve from this disk, which is no copy of its own: closing the link"
+                "{name} wants to serve from this disk, which is not a complete copy of its own: closing the link"
             );
             actions.push(Action::CloseLink);
             return self.log(Level::Error, &text, actions);
@@ -82,20 +85,23 @@ impl VolumeController {
         }
         let arg = self.superblock.generations.current.0;
         actions.push(Action::SendPeer { code: code::DISK_FAILED_NOTED, arg });
-        let text = format!("the disk of {name} failed: it serves from this one, which is the only copy");
+        let text =
+            format!("the disk of {name} failed: it serves from this node's disk, which is the only copy");
         self.log(Level::Warn, &text, actions);
     }
 
     pub(super) fn on_disk_failed_noted(&mut self, actions: &mut Vec<Action>) {
         let Diskless::Asked(text) = &mut self.diskless else {
-            let text =
-                format!("{} stands in for a disk and was not asked: closing the link", self.settings.peer);
+            let text = format!(
+                "{} offers its disk in place of this node's and was not asked: closing the link",
+                self.settings.peer
+            );
             actions.push(Action::CloseLink);
             return self.log(Level::Error, &text, actions);
         };
         self.diskless = Diskless::Gone(std::mem::take(text));
         actions.push(Action::Detach);
-        let log = format!("serving without a disk, from the one of {}", self.settings.peer);
+        let log = format!("serving without a disk of its own, from the disk of {}", self.settings.peer);
         self.log(Level::Warn, &log, actions);
         self.superblock.disk_state = DiskState::Failed;
         self.superblock.primary = false;
@@ -134,7 +140,7 @@ impl VolumeController {
         let session = self.peer.as_ref().filter(|_| self.in_session())?;
         if session.diskless {
             return Some(format!(
-                "the disk of {peer} failed: it serves from this one, which is the only copy"
+                "the disk of {peer} failed: it serves from this node's disk, which is the only copy"
             ));
         }
         let text = self.diskless.text()?;

@@ -100,8 +100,8 @@ impl VolumeController {
         let refusal = if self.peer.is_none() && !self.split_brain {
             // It may be the only good copy, or the copying refused for another reason all the same.
             Err(format!(
-                "no split brain with {peer} was seen since this daemon started, so nothing is given up: \
-                 {} and {} show what the two disks are to each other",
+                "no split brain with {peer} was detected since this daemon started, so nothing is given up: \
+                 {} and {} show how the two disks are related",
                 self.here("connect"),
                 self.there("connect")
             ))
@@ -132,13 +132,13 @@ impl VolumeController {
         let name = &self.settings.peer;
         let refusal = match &self.peer {
             None => Err(format!(
-                "not connected to {name}, so there is nobody to copy from: {} first, or {}",
+                "not connected to {name}, so there is no source to copy from: {} first, or {}",
                 self.here("connect"),
                 self.here("connect --discard-my-data")
             )),
             Some(_) if !self.in_session() => Err(format!("the link to {name} is closing; try again")),
             Some(_) if self.connection == Connection::SyncTarget => {
-                Err(format!("being copied from {name} already"))
+                Err(format!("this disk is already being copied from {name}"))
             }
             Some(peer)
                 if !peer.primary
@@ -149,7 +149,7 @@ impl VolumeController {
                 Err(format!("{name} does not serve: {} first", self.there("promote")))
             }
             Some(_) if self.connection != Connection::Connected => {
-                Err(format!("{name} is being copied to from here: its disk is not whole yet"))
+                Err(format!("{name} is being copied to from here: its disk is not complete yet"))
             }
             Some(_) => self.may_discard(),
         };
@@ -157,7 +157,7 @@ impl VolumeController {
             return self.reply(id, refusal.map(|()| String::new()), actions);
         }
         if self.invalidating.is_some() {
-            return self.reply(id, Err("it is being given up already".to_owned()), actions);
+            return self.reply(id, Err("the disk is already being given up".to_owned()), actions);
         }
         // The map is not this node's to mark before the session is over.
         self.invalidating = Some(id);
@@ -587,7 +587,7 @@ impl VolumeController {
                      ({wait})"
                 )
             } else {
-                format!("let a copy end first ({wait}), see to slow disks and the link")
+                format!("let a copy end first ({wait}), check for slow disks and a slow link")
             };
             let text = format!(
                 "the requests in flight did not finish within {} s, so {node} is still primary: {what}, then try again",

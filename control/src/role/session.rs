@@ -44,8 +44,8 @@ impl VolumeController {
         let theirs = hello.view.epoch.0;
         if theirs > mine.epoch.0 && !self.is_next_epoch(theirs) {
             let text = format!(
-                "{} claims epoch {theirs}, this node has {}: so many promotions never were; its metadata is damaged, or another \
-                 program speaks for it. Nothing was changed; {} shows what it has",
+                "{} claims epoch {theirs}, this node has {}: there cannot have been so many promotions; the peer's metadata is \
+                 damaged, or another program uses its name. Nothing was changed; {} shows what it has",
                 settings.peer,
                 mine.epoch.0,
                 self.there("dump-metadata")
@@ -188,13 +188,13 @@ impl VolumeController {
 
     pub(super) fn on_ready(&mut self, theirs: Ready, actions: &mut Vec<Action>) {
         let Some(pending) = self.pending.take() else {
-            return self.log(Level::Info, "a ready for a handshake that is over", actions);
+            return self.log(Level::Info, "a Ready message for a handshake that is over", actions);
         };
         let Ready { agreement, lineage } = pending.ready;
         if theirs.agreement != agreement.mirrored() || theirs.lineage != lineage {
             actions.push(Action::CloseLink);
             self.handshake_over(actions);
-            let text = "it decided otherwise: run the same release on both nodes".to_owned();
+            let text = "the peer decided otherwise: do both nodes run the same release?".to_owned();
             return self.on_obstacle(Obstacle::Failed { text }, actions);
         }
         let serve = agreement.primary == Some(Side::Mine);
@@ -616,7 +616,7 @@ impl VolumeController {
     fn on_resync_finish(&mut self, now: Duration, arg: u64, actions: &mut Vec<Action>) {
         let Some(peer) = self.peer.as_ref().filter(|_| self.connection == Connection::SyncTarget && arg != 0)
         else {
-            let text = format!("{} ended a copy that never was: closing the link", self.settings.peer);
+            let text = format!("{} ended a resync that never began: closing the link", self.settings.peer);
             actions.push(Action::CloseLink);
             return self.log(Level::Error, &text, actions);
         };
@@ -641,7 +641,7 @@ impl VolumeController {
     fn on_resync_finished(&mut self, arg: u64, actions: &mut Vec<Action>) {
         let due = self.connection == Connection::SyncSource && self.superblock.peer_has_current;
         if !due || arg != self.superblock.generations.current.0 {
-            let text = format!("{} finished a copy that never was: closing the link", self.settings.peer);
+            let text = format!("{} finished a resync that never began: closing the link", self.settings.peer);
             actions.push(Action::CloseLink);
             return self.log(Level::Error, &text, actions);
         }

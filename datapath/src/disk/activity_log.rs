@@ -1,7 +1,9 @@
-//! The activity log: which extents of the disk are being written to, on record before they are. Sans-IO.
+//! The activity log: names the extents that are being written to, on stable storage before the first write.
+//! Sans-IO.
 //!
-//! A crash leaves no time to say what was in flight. So a change may touch the mapped disk only while its extent is
-//! *hot*: named by a transaction that is on stable storage. After a crash every hot extent counts as dirty, whole.
+//! After a crash nothing else tells what was in flight. So a change may touch the mapped disk only while its extent
+//! is *hot*, that is, named by a transaction on stable storage. After a crash every hot extent counts as dirty as a
+//! whole.
 //!
 //! ```text
 //! touch ─▶ Hot ───────────────────────────▶ land, mirror ─▶ written ─┐ grains unconfirmed
@@ -34,6 +36,7 @@
 //! flipped bit in any of them (see [`ring`]), and a crash during recovery.
 
 use super::metadata::layout::Geometry;
+pub use super::metadata::layout::{CONTEXT_LEN, UPDATES_MAX};
 use crate::units::ByteRange;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher};
@@ -42,7 +45,7 @@ pub mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use ring::{CONTEXT_LEN, Transaction, UPDATES_MAX};
+pub use ring::Transaction;
 
 /// The transaction to wait for: its number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]

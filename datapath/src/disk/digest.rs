@@ -1,9 +1,8 @@
-//! The digest of a stretch of the disk: what two nodes compare instead of the bytes.
+//! The digest of a byte range of the disk. Two nodes compare digests instead of bytes.
 //!
-//! Two functions that have nothing in common, over the same bytes: CRC-32C, which is certain to notice any change within
-//! 32 bits in a row, and XXH3-64, by which two stretches that differ otherwise look alike once in 2^64. Both are made to
-//! find accidents. Neither is secret: who may write to the volume can make two contents of equal digests, and hurts
-//! their own data with that.
+//! Two unrelated functions over the same bytes: CRC-32C detects every change within 32 consecutive bits; XXH3-64
+//! misses another difference once in 2^64. Both detect accidents, not attacks: somebody who may write to the volume
+//! can produce two contents with equal digests, and damages only their own data.
 //!
 //! XXH3-64 is taken block by block with the sum so far as its seed: memory that others may write never becomes a slice,
 //! so each block is copied out first, and the result depends on the bytes alone, not on how they were handed over.

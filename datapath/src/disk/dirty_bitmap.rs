@@ -1,8 +1,8 @@
-//! The dirty bitmap: which grains of the disk the peer may lack, and how far the stored bitmap agrees. Sans-IO.
+//! The dirty bitmap: which grains of the disk the peer may lack, and which of its blocks are stored. Sans-IO.
 //!
-//! A set bit means "these bytes may differ from the peer's". The map lives in memory; its blocks are stored by whoever
-//! carries I/O out: [`DirtyBitmap::take_unsaved`] hands out what to write, [`DirtyBitmap::stored`] hears that it is on stable
-//! storage.
+//! A set bit means "these bytes may differ from the peer's". The map lives in memory; its blocks are stored by the
+//! caller, who does the I/O: [`DirtyBitmap::take_unsaved`] hands out what to write, [`DirtyBitmap::stored`] hears
+//! that it is on stable storage.
 //!
 //! Invariants, and who upholds them:
 //! - **Sets are eager.** A change that is acknowledged without the peer rests on a durable record. That is either its

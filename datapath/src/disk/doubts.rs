@@ -1,4 +1,5 @@
-//! A set of grains of the disk: those that are marked and yet equal on both disks, as long as both daemons live. Sans-IO.
+//! A set of grains that are marked as dirty although they are equal on both disks for as long as both daemons live.
+//! Sans-IO.
 //!
 //! In memory only, on purpose: a daemon that starts knows of none, and everything that is marked counts.
 

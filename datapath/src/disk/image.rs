@@ -1,14 +1,16 @@
 //! The emulated disk's backing: a file, a block device or a memory file, mapped shared and read-write.
 //!
-//! Payloads land in the mapping and replies leave from it; this file only opens it and does what needs the file itself:
-//! flush, holes, extents. A medium that fails (truncated file, EIO, full file system) poisons the mapping instead of
-//! killing the daemon (`ffi::mapping`); from then on [`DiskImage::failure`] says so and every flush fails.
+//! Payloads are received into the mapping and replies are sent from it. This file opens the disk and makes the
+//! calls that need the file itself: flush, holes, extents. A medium that fails (truncated file, EIO, full file
+//! system) poisons the mapping instead of killing the daemon (`ffi::mapping`); from then on [`DiskImage::failure`]
+//! says so and every flush fails.
 //!
-//! [`DiskImage::flush`], [`DiskImage::punch`] and [`DiskImage::zero`] block: they belong on the disk's worker threads.
+//! [`DiskImage::flush`], [`DiskImage::punch`] and [`DiskImage::zero`] block: call them on the disk's worker
+//! threads.
 //!
-//! Pages that are registered with a device stay where they are: to punch, and on most file systems to zero, is to put
-//! other pages in their place, and the device would go on sending the old ones. Such parts of a range are zeroed in
-//! place and keep their blocks ([`Mapping::hold_unpinned`]).
+//! Pages that are registered with an RDMA device must not be replaced: punching a hole, and on most file systems
+//! zeroing, puts other pages in their place, and the device would keep sending the old pages. Registered parts of a
+//! range are zeroed in place and keep their blocks ([`Mapping::hold_unpinned`]).
 //!
 //! A failed disk may be detached ([`DiskImage::detach`]): memory takes its place at the same addresses, through which
 //! requests then pass on their way to and from the peer.
@@ -502,7 +504,7 @@ pub fn lock(file: &File, path: &Path) -> Result<(), DiskError> {
         Ok(false) => Err(DiskError::Locked { path: path.into() }),
         Err(error) => {
             tracing::warn!(
-                "disk {} cannot be locked: {error}; see to it that nothing else uses the file",
+                "disk {} cannot be locked: {error}; make sure that nothing else uses the file",
                 path.display()
             );
             Ok(())

@@ -1,9 +1,10 @@
-//! In-flight range locks: overlapping requests take effect one after the other.
+//! Range locks: overlapping requests take effect one after the other. Called by `volume` for each request.
 //!
 //! A change locks its range from admission (before its payload touches the mapping) until the peer has applied it, so
-//! that the transport may read the bytes again, and so that a read never shows what a failover could take back. Reads
-//! hold no lock; they wait for the changes in flight. One that had to wait is pinned when its turn comes, so that the
-//! change behind it does not get at the bytes before they are read. Waiters are served in order of arrival.
+//! that the transport may read the bytes again, and so that a read never returns bytes that a failover could take
+//! back. Reads hold no lock; they wait for the changes in flight. A read that had to wait is pinned when its turn
+//! comes, so that the change behind it does not overwrite the bytes before they are read. Waiters are served in
+//! order of arrival.
 //!
 //! Invariant: locked ranges never overlap. Sans-IO; allocates only when made.
 

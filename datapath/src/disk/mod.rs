@@ -1,5 +1,5 @@
-//! The emulated disk: its mapped backing, the locks on ranges in flight, what the peer may lack, and what the disk
-//! knows about itself.
+//! The local disk: its mapping (`image`), range locks, activity log, dirty bitmap, superblock and metadata, worker
+//! threads.
 
 pub mod activity_log;
 pub mod digest;

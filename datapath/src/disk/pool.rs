@@ -8,10 +8,11 @@
 //! - the stores of one disk's record are made one after the other, in the order of their submission; calls on its data
 //!   begin in that order;
 //! - a store of a record never waits behind calls on data, of its own disk or of another;
-//! - who submits never starts a thread but the first one: the thread that takes the last free place starts the next;
+//! - a submitting thread starts only the first worker; the worker that takes the last free place starts the next
+//!   one;
 //! - once a disk's handle is dropped, its jobs are done and the pool has let go of the disk.
 //!
-//! Survives: disks that hang; a system that gives no more threads (jobs then wait for a thread that ends its call).
+//! Survives: disks that hang; a system that refuses more threads (jobs then wait for a thread to finish its call).
 
 use super::image::DiskError;
 use super::job::{Job, JobDone, JobKind};
@@ -257,7 +258,7 @@ impl Shared {
                 tracing::warn!(
                     %error,
                     threads,
-                    "the system gives no more threads for calls on disks, which wait for each other now: raise TasksMax= of \
+                    "the system refuses more threads, so calls on disks wait for each other: raise TasksMax= of \
                      the unit, or ulimit -u"
                 );
             }

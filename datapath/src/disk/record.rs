@@ -1,4 +1,4 @@
-//! What is on record about a disk besides its superblock: the activity log and the dirty bitmap, and where they are stored.
+//! The write-intent state of a disk: the activity log and the dirty bitmap, and when they are stored.
 //!
 //! A [`Record`] goes into the reactor with its volume (`VolumeSpec`); what it wants stored
 //! ([`Record::next_job`]) is carried out on a thread of its own through a [`RecordStore`]. Sans-IO but for that name.

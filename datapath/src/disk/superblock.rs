@@ -1,4 +1,4 @@
-//! The superblock: what a disk knows about itself across a crash, as one block of 4096 bytes.
+//! The superblock: the state of a disk that survives a crash, in one block of 4096 bytes.
 //!
 //! It stands in two copies at the beginning of the metadata area, beside the disk (`<disk>.meta`) or in the last MiB of a
 //! block device. Here is the block, encoded and decoded but for what the [`metadata`](super::metadata) module adds to it, which
@@ -467,7 +467,7 @@ pub enum SuperblockError {
     },
     /// Shorter than any metadata we ever wrote.
     #[error(
-        "metadata {path} is cut short: {found} bytes where {AREA_LEN} belong; never put an older copy of it there; {GIVE_UP}"
+        "metadata {path} is truncated: {found} bytes instead of {AREA_LEN}; never put an older copy of it there; {GIVE_UP}"
     )]
     Truncated {
         /// Which file.
@@ -502,7 +502,7 @@ pub enum SuperblockError {
     /// The disk of another volume, node or size than configured.
     #[error(
         "metadata {path} belongs to {what} {found}, the configuration says {expected}: correct the disk's path or the \
-         configuration; the disk that is there is another one's, so do not make new metadata for it"
+         configuration; the disk at this path belongs to another volume or node, so do not make new metadata for it"
     )]
     Foreign {
         /// Which file.

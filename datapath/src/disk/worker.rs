@@ -1,7 +1,8 @@
-//! One disk's way to the threads that make its blocking calls ([`super::pool`]).
+//! Submits one disk's blocking calls to the worker threads ([`super::pool`]).
 //!
-//! Results come back by channel and ring the reactor's doorbell. Stores of what is on record about the disk have a share of
-//! threads of their own: a write to a cold place waits for one, and must not stand behind a slow flush of data.
+//! Results come back by channel and ring the reactor's doorbell. Stores of the activity log and dirty bitmap have
+//! their own share of threads: a write to a cold extent waits for such a store, which must not wait behind a slow
+//! flush of data.
 //!
 //! The queues are bounded: the reactor keeps at most one flush a volume under way (later ones merge into the next), a
 //! punch or zeroing for each request in flight, one transaction and one store of bitmap blocks.

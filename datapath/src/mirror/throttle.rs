@@ -1,14 +1,13 @@
-//! How fast the background copy, or a verification, may go beside busy clients. Sans-IO.
+//! The throttle: how fast a resync or a verification may go beside busy clients. Sans-IO.
 //!
-//! The promise: the 99th percentile of how long clients' changes take (from landing to release) at most doubles. So what
-//! is counted is what the promise speaks of: of all changes beside the copy, how many took longer than twice the 99th
-//! percentile of those that met no step of it. One in a hundred may. So that it stays on that side of the edge, one in
-//! two hundred that takes seven eighths of that cuts the rate by a third; with fewer it grows, by halves until the
-//! first cut, then by sixteenths.
+//! The promise: the 99th percentile of how long clients' changes take (from landing to release) at most doubles.
+//! The limit is therefore twice the 99th percentile of the changes that met no step of the copy, and 1 % of the
+//! changes beside the copy may exceed it. To stay below that, the rate is cut by 1/3 if more than 0.5 % of the
+//! changes take longer than 7/8 of the limit; otherwise the rate grows, by 1/2 until the first cut, then by 1/16.
 //!
-//! What "undisturbed" means is learnt from changes that met no step: before the copy began, between its steps, and where
-//! there are none such, in short pauses. Steps are shorter at low rates, so that the few changes behind one wait less.
-//! With no client about, nothing is held back.
+//! The undisturbed percentile is measured with changes that met no step: before the copy began, between its steps,
+//! and if there are none, in short pauses. Steps are shorter at low rates, so that changes behind a step wait less.
+//! Without clients there is no throttling.
 //!
 //! Invariants: never below [`THROTTLE_RATE_MIN`], however bad it looks, so that every copy ends; memory is bounded; nothing is
 //! allocated after it was made.

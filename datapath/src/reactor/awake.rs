@@ -1,8 +1,8 @@
 //! Which volumes a turn of the reactor looks at. Sans-IO: time comes in.
 //!
-//! What a turn costs grows with the volumes it looks at, and a client of one waits for it. So a volume rests after
-//! [`REST_AFTER`] without a word of it, and then costs nothing until an event, a command or a client wakes it; what time alone
-//! makes due comes to it with the reactor's deadlines, a few times a second.
+//! The cost of a turn grows with the volumes it looks at, and every client waits for the turn. So a volume rests
+//! after [`REST_AFTER`] without events, and then costs nothing until an event, a command or a client wakes it. Work
+//! that only time makes due reaches a resting volume with the reactor's deadlines, a few times a second.
 //!
 //! Invariants: a volume rests only after a turn that looked at it and found nothing, as the reactor itself sleeps only after
 //! such a turn; one that rests was quiet when it was asked last.

@@ -1,11 +1,11 @@
-//! NBD clients of the reactor: who is let in, whom each is handed to, and how a connection ends.
+//! NBD clients of the reactor: accepts connections, assigns each to its volume, and ends it.
 //!
 //! Nothing here blocks.
 
 use super::{KIND_CONNECTION, Reactor, key};
 use crate::front::nbd::connection::Connection;
 use crate::front::nbd::end::ConnectionEnd;
-use crate::front::nbd::handshake::{Export, ExportDirectory, ListedExport, Lookup};
+use crate::front::nbd::export::{Export, ExportDirectory, ListedExport, Lookup};
 use crate::limits::{
     CLIENT_IDLE_S, CLIENT_KEEPALIVE_S, CLIENT_KEEPALIVE_STEP_S, CLIENT_KEEPALIVES, CLIENT_TIMEOUT_MS,
 };
@@ -32,7 +32,7 @@ impl Reactor {
                 Err(error) => {
                     // Looked at again once a second ([`Reactor::keep_time`]), so said once.
                     if !std::mem::replace(&mut self.accept_refused, true) {
-                        tracing::warn!(%error, "cannot accept NBD clients, which is tried again every second");
+                        tracing::warn!(%error, "cannot accept NBD clients; trying again every second");
                     }
                     return;
                 }
@@ -74,7 +74,7 @@ impl Reactor {
         if self.connections_len >= max {
             if self.turned_away == 0 {
                 tracing::warn!(
-                    "an NBD client was turned away, as others are until one leaves: {max} are connected"
+                    "an NBD client was turned away: {max} are connected, and others are turned away until one leaves"
                 );
             }
             self.turned_away += 1;
@@ -82,7 +82,7 @@ impl Reactor {
         }
         if self.turned_away > 0 {
             tracing::info!(
-                "NBD clients are let in again: {} were turned away",
+                "NBD clients are accepted again; {} were turned away",
                 std::mem::take(&mut self.turned_away)
             );
         }
@@ -205,7 +205,7 @@ impl Reactor {
             let Some(connection) = &self.connections[index] else { continue };
             let contended = connection.volume().is_some_and(|volume| self.client_memory.is_contended(volume));
             if connection.is_stalled(now, contended) {
-                let text = "the client stalled in mid-message";
+                let text = "the client stalled in the middle of a message";
                 self.end_connection(index, &ConnectionEnd::Protocol(text.into()), now);
                 any = true;
             }
@@ -306,3 +306,6 @@ impl ExportDirectory for Directory<'_> {
         served.map(|v| ListedExport { name: v.name().to_owned(), description: String::new() }).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

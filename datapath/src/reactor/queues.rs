@@ -1,4 +1,4 @@
-//! The reactor's side of the in-process queues.
+//! The reactor's end of the in-process queues: takes operations, starts them in the volume, returns completions.
 
 use crate::error::IoError;
 use crate::front::queue::{Operation, OperationKind, QueueServer};

@@ -1,4 +1,4 @@
-//! Ring credit: how much of whose ring is taken.
+//! Ring credit: how many bytes of the own ring and of the peer's ring are in use.
 //!
 //! Every transport keeps two accounts. [`PeerRing`] is the sender's view of the peer's ring: what [`super::Link::claim`]
 //! takes and the peer's `ring_returned` gives back. [`OwnRing`] is the receiver's: what arrived, what was released, what

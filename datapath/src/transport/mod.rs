@@ -1,10 +1,10 @@
-//! The link: one-sided slot writes between two nodes, whatever carries them.
+//! The link: one-sided writes into slots of the peer's ring, over any transport.
 //!
 //! Shaped on RDMA WRITE WITH IMMEDIATE: the sender claims space in the peer's ring (a [`Permit`]), posts a header and a
 //! span of its mapped disk into it, and the peer finds the frame in its ring ([`LinkEvent::Arrived`]) until it releases
 //! the slot. TCP imitates that, never the other way round. One link serves one volume; both directions are alike.
 //!
-//! Laws, held by one test suite for every transport:
+//! Rules that every transport keeps; one conformance suite checks them:
 //! - frames arrive in the order posted, messages in the order sent, and neither overtakes the other;
 //! - [`LinkEvent::Sent`] says the local source may be reused as far as the *transport* is concerned: it is no ack;
 //! - after [`LinkEvent::Down`] each outstanding token has been failed exactly once and nothing more is delivered;

@@ -1,4 +1,5 @@
-//! A volume's record at work: checkpoints, stores, parked changes, and what happens to it when sessions and service end.
+//! Drives a volume's activity log and dirty bitmap: checkpoints, stores, parked changes, and the ends of sessions
+//! and service.
 //!
 //! What to store and when is [`crate::disk::record::Record`]'s to say; here it meets the pipeline, which flushes both
 //! disks, and the worker threads.

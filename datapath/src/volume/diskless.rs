@@ -1,4 +1,4 @@
-//! A volume that outlives its disk: the peer's takes its place, and clients see no more than a pause.
+//! A primary whose disk failed: it goes on over the peer's disk, and clients see only a pause.
 //!
 //! ```text
 //! Sound ─disk fails, peer in sync─▶ Failing ─peer has it on record─▶ Agreed ─nothing uses the old memory─▶ Gone
@@ -146,7 +146,7 @@ impl Volume {
             self.end_verify("the local disk failed");
             self.requests.hold();
             self.pipeline_event(PipelineEvent::LocalFailing);
-            tracing::warn!(volume = %self.name, error, "the disk failed; requests are held until the peer knows");
+            tracing::warn!(volume = %self.name, error, "the disk failed; requests wait until the peer has recorded that");
             self.events.push(Event::DiskFailing { volume: self.index, error: error.to_owned() });
         }
         true
@@ -181,7 +181,7 @@ impl Volume {
         }
         let since = *self.diskless.since.get_or_insert(now);
         if now.duration_since(since) > Duration::from_secs(DETACH_S_MAX) {
-            return self.disk_lost("and the peer did not take it on record in time");
+            return self.disk_lost("and the peer did not record it in time");
         }
         // Replies under way are made of the disk's memory: what is left of them is copied out.
         for token in self.requests.pinned() {
@@ -209,7 +209,7 @@ impl Volume {
         let Some(unparked) = self.replace_record() else {
             return self.disk_lost("more changes are under way than a log has room for");
         };
-        tracing::warn!(volume = %self.name, "going on without a disk: the peer's takes its place");
+        tracing::warn!(volume = %self.name, "going on without a disk: the peer's disk is used instead");
         self.diskless.state = State::Gone;
         self.diskless.zeroes = None;
         self.pipeline_event(PipelineEvent::LocalGone);

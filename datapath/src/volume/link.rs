@@ -53,7 +53,7 @@ impl Volume {
                 if matches!(direction, Direction::Target { .. }) {
                     self.session.refuse_target();
                 }
-                self.session.end("the session that should go on was given up here");
+                self.session.end("this node had given up the session that should continue");
             }
             Before::Unknown | Before::Kept { .. } => self.direct(direction, epoch),
         }
@@ -74,7 +74,7 @@ impl Volume {
         if matches!(direction, Direction::Target { .. }) && self.requests.is_making() {
             // Worker threads still trim or zero what clients asked for, and it must not fall upon the peer's changes.
             self.session.refuse_target();
-            self.session.end("changes of the role before are still being made");
+            self.session.end("changes of the former role are still in progress");
             return;
         }
         if self.session.end_roles(epoch) {
@@ -335,7 +335,7 @@ impl Volume {
         }
         self.report_link_end();
         if self.diskless.is_active() {
-            self.disk_lost("and the link to the peer, which could have stood in for it, is gone");
+            self.disk_lost("and the link to the peer, whose disk could have been used instead, is gone");
         }
         // After the report: control takes a wish to go alone for a mistake while it believes in the session, and the
         // pipeline wishes once.

@@ -1,9 +1,17 @@
-//! One volume in the reactor: the disk, its locks, the pipeline or the access side, and the link, joined up.
+//! One volume in the reactor: it connects parts that each own their fields.
 //!
-//! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through
-//! [`Volume::poll`] (`session.rs`; `links.rs` while there are two). What follows for front ends stands in [`Volume::notices`], for control in
-//! [`Volume::events`]; the reactor empties both each turn. Nothing here blocks, and in the steady state nothing
-//! allocates.
+//! | part | owns |
+//! | --- | --- |
+//! | `RequestTable` | requests under way, range locks, grants |
+//! | [`Pipeline`] | order, acknowledgement and flush of this node's changes |
+//! | [`Record`] | activity log, dirty bitmap, and their stores |
+//! | `Background` | copy, verification, throttle |
+//! | `Session` | link, queued frames, standby side, silence |
+//! | `Diskless` | the peer's disk in place of one that failed |
+//!
+//! Front ends come in through [`Volume::begin`], [`Volume::landed`] and friends (`requests.rs`); the link through [`Volume::poll`]
+//! (`link.rs`). What follows for front ends stands in [`Volume::notices`], for control in [`Volume::events`]; the reactor empties both
+//! each turn. Nothing here blocks, and in the steady state nothing allocates.
 
 use crate::disk::image::DiskImage;
 use crate::disk::record::Record;
@@ -358,7 +366,7 @@ impl Volume {
         let (mut tokens, mut locked) = (Vec::new(), Vec::new());
         if self.session.is_source() && self.pipeline.in_flight() > 0 {
             // Numbers were given out that will never be posted, and the copy counts on steps that never end.
-            self.session.end("what was under way was given up");
+            self.session.end("open requests were given up");
         }
         self.fail_parked(error);
         self.pipeline.abandon(&mut tokens, &mut locked);

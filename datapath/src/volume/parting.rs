@@ -1,4 +1,4 @@
-//! A session whose link broke, and which may go on over another.
+//! A parted session: its link broke, and it may continue over another link.
 //!
 //! ```text
 //!           link breaks                    attach, Before::GoesOn
@@ -6,9 +6,10 @@
 //!                            │ attach for another session, go_alone, stop_serving, a failed disk
 //!                            └──▶ given up: what the peer may lack is marked
 //! ```
-//! A source keeps its window, its copy and its clients' requests as they are, and completes nothing. A target keeps how far
-//! it applied. Over the next link the target says that number, the source releases up to it and posts the rest again. Nothing
-//! is on record for it: the activity log covers what is under way, so a crash costs what it always costs.
+//! A source keeps its unacknowledged changes, its resync and its clients' requests as they are, and completes
+//! nothing. A target keeps the number of the last change that it applied. Over the next link the target sends that
+//! number; the source releases everything up to it and posts the rest again. Nothing of this is stored: the
+//! activity log covers what is in flight, so a crash costs what any crash costs.
 //!
 //! A session that is given up leaves a list of the copy's steps that were under way. If the target lives on it says how far it had
 //! applied ([`Before::Kept`]), and those steps are not sent again either.
@@ -73,7 +74,7 @@ impl Volume {
             return;
         }
         if self.reads_from_peer() {
-            self.disk_lost("and the link to the peer, which stood in for it, is gone");
+            self.disk_lost("and the link to the peer, whose disk was used instead, is gone");
         } else {
             self.events.push(Event::AskAlone { volume: self.index });
         }

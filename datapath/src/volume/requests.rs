@@ -1,4 +1,5 @@
-//! The front ends' side of a volume: admission, the record's word, landing.
+//! Request entry points: take the range lock, wait for the activity log if the extent is cold, hand the written
+//! range to the mirror.
 
 use super::Volume;
 use super::checkpoint::Quiesce;

@@ -1,4 +1,4 @@
-//! The background copy in a volume: what both ends tell each other before it, its steps, and the end of its flushes.
+//! The resync in a volume: both ends exchange their dirty bitmaps, then the copy's steps and its flushes.
 //!
 //! ```text
 //! target ──Dirty…, DirtyEnd──▶ source ──DirtyKept──▶ target forgets its map

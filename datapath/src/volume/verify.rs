@@ -78,7 +78,7 @@ impl Volume {
     /// before it was told.
     pub(super) fn step_compared(&mut self, serial: u64, range: ByteRange, equal: Option<bool>) {
         if self.background.step_compared(serial, range, equal) {
-            tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes are others");
+            tracing::warn!(volume = %self.name, %range, "verification: the peer's bytes differ");
             self.record.mark(range);
         }
     }

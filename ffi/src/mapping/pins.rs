@@ -1,4 +1,4 @@
-//! Which pages of a mapping a device has, so that nobody drops them.
+//! Records which pages of a mapping are registered with a device, so that they are not dropped.
 //!
 //! A registered range is a set of *pages*: punching a hole in the file underneath takes them out of the file and puts
 //! others in their place, while the device goes on with the old ones. Between two who do not know each other stands this

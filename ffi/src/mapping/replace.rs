@@ -1,4 +1,4 @@
-//! Other memory in the place of a file that failed, at the same addresses.
+//! Replaces a failed file's mapping by memory at the same addresses.
 //!
 //! A volume outlives its disk: spans, links and connections hold addresses of the mapping, and all of them stay valid when
 //! fresh memory takes the place of the file's pages. What stands in it is worth nothing, but for the ranges that are

@@ -15,10 +15,10 @@ use std::time::Instant;
 
 use super::PRIVATE_LEN_MAX;
 use super::channel::{Channel, Event, Identifier, no_device_at, to_storage};
+use super::connected::Connection;
 use super::context::{Context, Domain};
 use super::error::VerbsError;
-use super::queue_pair::{Failure, QueuePair, Settings};
-use super::reaper;
+use super::queue_pair::{QueuePair, Settings};
 use super::sys;
 
 /// Requests that may wait to be taken by [`Listener::request`]: both nodes' volumes reconnecting at once.
@@ -45,59 +45,6 @@ pub struct Established {
     pub queue_pair: QueuePair,
     /// The peer's private data, with what the connection manager pads them to.
     pub private: Vec<u8>,
-}
-
-/// The connection manager's side of a queue pair's life. Its end is never waited for.
-pub(super) struct Connection {
-    /// `None` only while it is being closed.
-    identifier: Option<Identifier>,
-}
-
-impl Connection {
-    fn new(identifier: Identifier) -> Self {
-        Self { identifier: Some(identifier) }
-    }
-
-    fn identifier(&self) -> &Identifier {
-        self.identifier.as_ref().expect("only taken by drop")
-    }
-
-    pub(super) fn events(&self) -> BorrowedFd<'_> {
-        self.identifier().channel().events()
-    }
-
-    /// Whether an event ended the connection, and how.
-    pub(super) fn ended(&self) -> Option<Failure> {
-        loop {
-            match self.identifier().channel().next() {
-                Ok(Some(event)) => match event.kind {
-                    sys::RDMA_CM_EVENT_DISCONNECTED
-                    | sys::RDMA_CM_EVENT_CONNECT_ERROR
-                    | sys::RDMA_CM_EVENT_UNREACHABLE
-                    | sys::RDMA_CM_EVENT_REJECTED => return Some(Failure::Closed),
-                    sys::RDMA_CM_EVENT_DEVICE_REMOVAL => {
-                        return Some(Failure::Device("it was removed"));
-                    }
-                    _ => {}
-                },
-                Ok(None) => return None,
-                Err(error) => return Some(error.into()),
-            }
-        }
-    }
-
-    /// Tells the peer and gives everything back, in the background.
-    pub(super) fn close(self) {
-        drop(self);
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        if let Some(identifier) = self.identifier.take() {
-            reaper::end(identifier);
-        }
-    }
 }
 
 /// Waits for connection requests on one address.

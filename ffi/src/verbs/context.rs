@@ -10,6 +10,7 @@
 //! [`NUMBERS_KEPT`] others have, and a packet names its queue pair by number.
 
 use std::collections::VecDeque;
+use std::ffi::{CStr, c_char};
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
@@ -18,9 +19,37 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::channel::{Identifier, no_device_at, to_storage};
-use super::device::{Limits, name_of};
 use super::error::VerbsError;
 use super::sys;
+
+/// What a device can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Queue pairs.
+    pub queue_pairs: u32,
+    /// Work requests open in one direction of a queue pair.
+    pub work_requests: u32,
+    /// Pieces a work request may gather.
+    pub pieces: u32,
+    /// Entries of a completion queue.
+    pub completions: u32,
+    /// Registered regions.
+    pub regions: u32,
+    /// Bytes of one region.
+    pub region_len: u64,
+}
+
+/// What a fixed array of C characters says.
+pub(super) fn text(characters: &[c_char]) -> String {
+    // SAFETY: the library ends each of these arrays with a zero within their bounds.
+    unsafe { CStr::from_ptr(characters.as_ptr()) }.to_string_lossy().into_owned()
+}
+
+/// The name of a device of an open list or context.
+pub(super) fn name_of(device: *mut sys::ibv_device) -> String {
+    // SAFETY: the caller's list or context keeps the device; its name does not change.
+    unsafe { text(&(*device).name) }
+}
 
 /// Addresses of a device that are looked at: more than any port table shows in use at a time.
 const GIDS_MAX: usize = 256;

@@ -3,12 +3,11 @@
 //! Asked by `doctor` and when a link is chosen, never on the way of a write. Works on a machine without any of it: then
 //! the error says which part is missing.
 
-use std::ffi::{CStr, c_char};
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
-use super::context::Context;
+use super::context::{Context, Limits, name_of, text};
 use super::error::VerbsError;
 use super::sys;
 
@@ -88,23 +87,6 @@ pub struct Port {
     pub message_len_max: u32,
     /// Its addresses.
     pub gids: Vec<Gid>,
-}
-
-/// What a device can do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Queue pairs.
-    pub queue_pairs: u32,
-    /// Work requests open in one direction of a queue pair.
-    pub work_requests: u32,
-    /// Pieces a work request may gather.
-    pub pieces: u32,
-    /// Entries of a completion queue.
-    pub completions: u32,
-    /// Registered regions.
-    pub regions: u32,
-    /// Bytes of one region.
-    pub region_len: u64,
 }
 
 /// One device.
@@ -220,18 +202,6 @@ pub(super) fn why_none(class: &Path) -> VerbsError {
         (Some(_), None) => no_interface(),
         (None, _) => VerbsError::NoDevice,
     }
-}
-
-/// What a fixed array of C characters says.
-fn text(characters: &[c_char]) -> String {
-    // SAFETY: the library ends each of these arrays with a zero within their bounds.
-    unsafe { CStr::from_ptr(characters.as_ptr()) }.to_string_lossy().into_owned()
-}
-
-/// The name of a device of an open list or context.
-pub(super) fn name_of(device: *mut sys::ibv_device) -> String {
-    // SAFETY: the caller's list or context keeps the device; its name does not change.
-    unsafe { text(&(*device).name) }
 }
 
 fn describe(device: *mut sys::ibv_device) -> Result<Device, VerbsError> {

@@ -237,3 +237,69 @@ pub fn memlock() -> (Memlock, u64) {
 
 /// Bit of the capability that lifts the limit (`linux/capability.h`).
 const CAP_IPC_LOCK: u64 = 1 << 14;
+
+/// The standard's word for a completion's status.
+#[must_use]
+pub fn status_text(status: u32) -> &'static str {
+    const TEXTS: [&str; 22] = [
+        "success",
+        "message longer than its buffer",
+        "local queue pair operation error",
+        "local EE context operation error",
+        "local protection error: memory not registered",
+        "flushed",
+        "memory window bind error",
+        "bad response",
+        "local access error",
+        "the peer calls the request invalid",
+        "the peer denies access: wrong key or outside its ring",
+        "the peer could not carry it out",
+        "the peer does not answer",
+        "the peer has no receive posted",
+        "RDD violation",
+        "invalid RD request",
+        "aborted by the peer",
+        "invalid EE context number",
+        "invalid EE context state",
+        "fatal error",
+        "response timeout",
+        "general error",
+    ];
+    usize::try_from(status).ok().and_then(|at| TEXTS.get(at)).copied().unwrap_or("unknown status")
+}
+
+/// Why a queue pair is of no use any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Failure {
+    /// The peer closed, or its kernel for it, or we did.
+    #[error("the connection was closed")]
+    Closed,
+    /// A work request failed.
+    #[error("work request failed: {} (status {status})", status_text(*status))]
+    WorkRequest {
+        /// `ibv_wc_status`.
+        status: u32,
+    },
+    /// The device, its port or the queue pair itself.
+    #[error("RDMA device: {0}")]
+    Device(&'static str),
+    /// A call failed.
+    #[error("{call} failed (errno {errno})")]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// With what.
+        errno: i32,
+    },
+}
+
+impl From<VerbsError> for Failure {
+    fn from(error: VerbsError) -> Self {
+        match error {
+            VerbsError::Call { call, source } => {
+                Self::Call { call, errno: source.raw_os_error().unwrap_or(0) }
+            }
+            _ => Self::Device("it does not answer"),
+        }
+    }
+}

@@ -31,6 +31,7 @@
 
 mod channel;
 mod completion;
+mod connected;
 mod connection;
 mod context;
 mod device;
@@ -43,11 +44,12 @@ mod send;
 mod sys;
 
 pub use connection::{Established, Listener, Opened, Request, Resolved};
-pub use context::{Domain, DomainState};
-pub use device::{Device, Gid, GidKind, Limits, LinkLayer, Port, PortState, Transport, devices};
-pub use error::{Memlock, VerbsError, memlock};
-pub use queue_pair::{Completion, Failure, Piece, QueuePair, Settings, Target, status_text};
+pub use context::{Domain, DomainState, Limits};
+pub use device::{Device, Gid, GidKind, LinkLayer, Port, PortState, Transport, devices};
+pub use error::{Failure, Memlock, VerbsError, memlock, status_text};
+pub use queue_pair::{Completion, QueuePair, Settings};
 pub use region::Region;
+pub use send::{Piece, Target};
 
 /// Bytes of a message, and of each receive buffer: a frame header. Devices take at least this much inline.
 pub const MESSAGE_LEN: usize = 64;

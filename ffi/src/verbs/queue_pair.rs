@@ -13,17 +13,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
 use super::completion::{BATCH_LEN, CompletionQueue};
-use super::connection::Connection;
+use super::connected::Connection;
 use super::context::Domain;
-use super::error::VerbsError;
-use super::receive::ReceiveQueue;
-use super::region::Region;
-use super::send::SendQueue;
+use super::error::{Failure, VerbsError};
+use super::receive::{RECEIVE, ReceiveQueue};
+use super::send::{Piece, SendQueue, Target};
 use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES};
-
-/// Marks the id of a receive, since a failed completion does not say its direction.
-pub(super) const RECEIVE: u64 = 1 << 63;
 
 /// How large a queue pair is, and how long it hopes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,26 +31,6 @@ pub struct Settings {
     /// Unanswered packets are sent again after 4.096 µs × 2^this, six times; then the connection has failed. 0..=31;
     /// 0 is never.
     pub ack_timeout: u8,
-}
-
-/// Some bytes of a region.
-#[derive(Clone, Copy, Debug)]
-pub struct Piece<'a> {
-    /// Where.
-    pub region: &'a Region,
-    /// First byte, from the region's beginning.
-    pub offset: usize,
-    /// How many.
-    pub len: usize,
-}
-
-/// Where a write goes: an address of the peer's, and its key. What stands there is the peer's business.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Target {
-    /// As the peer named it.
-    pub address: u64,
-    /// As the peer gave it.
-    pub key: u32,
 }
 
 /// What completed.
@@ -80,72 +56,6 @@ pub enum Completion {
         /// Bytes of it.
         len: u32,
     },
-}
-
-/// Why a queue pair is of no use any more.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Failure {
-    /// The peer closed, or its kernel for it, or we did.
-    #[error("the connection was closed")]
-    Closed,
-    /// A work request failed.
-    #[error("work request failed: {} (status {status})", status_text(*status))]
-    WorkRequest {
-        /// `ibv_wc_status`.
-        status: u32,
-    },
-    /// The device, its port or the queue pair itself.
-    #[error("RDMA device: {0}")]
-    Device(&'static str),
-    /// A call failed.
-    #[error("{call} failed (errno {errno})")]
-    Call {
-        /// Which.
-        call: &'static str,
-        /// With what.
-        errno: i32,
-    },
-}
-
-impl From<VerbsError> for Failure {
-    fn from(error: VerbsError) -> Self {
-        match error {
-            VerbsError::Call { call, source } => {
-                Self::Call { call, errno: source.raw_os_error().unwrap_or(0) }
-            }
-            _ => Self::Device("it does not answer"),
-        }
-    }
-}
-
-/// The standard's word for a completion's status.
-#[must_use]
-pub fn status_text(status: u32) -> &'static str {
-    const TEXTS: [&str; 22] = [
-        "success",
-        "message longer than its buffer",
-        "local queue pair operation error",
-        "local EE context operation error",
-        "local protection error: memory not registered",
-        "flushed",
-        "memory window bind error",
-        "bad response",
-        "local access error",
-        "the peer calls the request invalid",
-        "the peer denies access: wrong key or outside its ring",
-        "the peer could not carry it out",
-        "the peer does not answer",
-        "the peer has no receive posted",
-        "RDD violation",
-        "invalid RD request",
-        "aborted by the peer",
-        "invalid EE context number",
-        "invalid EE context state",
-        "fatal error",
-        "response timeout",
-        "general error",
-    ];
-    usize::try_from(status).ok().and_then(|at| TEXTS.get(at)).copied().unwrap_or("unknown status")
 }
 
 /// A connected queue pair.

@@ -10,6 +10,9 @@ use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN};
 use crate::mapping::Mapping;
 
+/// Marks the id of a receive, since a failed completion does not say its direction.
+pub(super) const RECEIVE: u64 = 1 << 63;
+
 pub(super) struct ReceiveQueue {
     arena: Region,
     requests: Box<[sys::ibv_recv_wr]>,
@@ -78,12 +81,8 @@ impl ReceiveQueue {
                 (*pieces.add(at)).addr = self.arena.address() + u64::from(index) * MESSAGE_LEN as u64;
                 let next = if at + 1 < count { requests.add(at + 1) } else { std::ptr::null_mut() };
                 let sg_list = pieces.add(at);
-                *requests.add(at) = sys::ibv_recv_wr {
-                    wr_id: super::queue_pair::RECEIVE | u64::from(index),
-                    next,
-                    sg_list,
-                    num_sge: 1,
-                };
+                *requests.add(at) =
+                    sys::ibv_recv_wr { wr_id: RECEIVE | u64::from(index), next, sg_list, num_sge: 1 };
             }
         }
         let mut bad = std::ptr::null_mut();

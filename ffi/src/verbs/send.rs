@@ -6,10 +6,29 @@
 use std::collections::VecDeque;
 
 use super::error::VerbsError;
-use super::queue_pair::{Piece, Target};
 use super::region::Region;
 use super::sys;
 use super::{MESSAGE_BYTES, MESSAGE_LEN, PIECES_MAX};
+
+/// Some bytes of a region.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// Where.
+    pub region: &'a Region,
+    /// First byte, from the region's beginning.
+    pub offset: usize,
+    /// How many.
+    pub len: usize,
+}
+
+/// Where a write goes: an address of the peer's, and its key. What stands there is the peer's business.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// As the peer named it.
+    pub address: u64,
+    /// As the peer gave it.
+    pub key: u32,
+}
 
 /// Requests handed to the device in one call: enough that a doorbell's price is shared, few enough to stay in cache.
 const BATCH_LEN: usize = 64;

@@ -184,7 +184,7 @@ pub(super) fn judge(what: &str, link: LinkKind, local: IpAddr, able: Result<(), 
         (LinkKind::Rdma, Ok(())) => Check::ok(what, format!("link: rdma from {local}, as configured")),
         // What to do about it stands once, in the lines about RDMA.
         (LinkKind::Auto, Err(why)) => {
-            Check::ok(what, format!("link: tcp, for want of RDMA ({}), see rdma above", gist(&why)))
+            Check::ok(what, format!("link: tcp, because there is no RDMA ({}), see rdma above", gist(&why)))
         }
         (LinkKind::Rdma, Err(why)) => {
             Check::fail(what, format!("link = \"rdma\", and {why}; or let it be \"auto\""))
@@ -279,7 +279,7 @@ mod tests {
             |link, able: Result<(), &str>| judge("volume db", link, local, able.map_err(str::to_owned));
         assert!(judge(LinkKind::Auto, Ok(())).text.contains("link: rdma from 10.9.0.1"));
         let none = judge(LinkKind::Auto, Err("no device; make one: modprobe rdma_rxe"));
-        assert_eq!(none.text, "link: tcp, for want of RDMA (no device), see rdma above");
+        assert_eq!(none.text, "link: tcp, because there is no RDMA (no device), see rdma above");
         assert_eq!(judge(LinkKind::Auto, Err("no device")).verdict, Verdict::Ok);
         assert_eq!(judge(LinkKind::Rdma, Err("no device")).verdict, Verdict::Fail);
         assert_eq!(judge(LinkKind::Rdma, Ok(())).verdict, Verdict::Ok);

@@ -130,7 +130,7 @@ fn what_a_daemon_would_refuse_ends_with_the_reason() {
     assert!(error.contains("metadata of volume logs on node alpha"), "{error}");
     std::fs::OpenOptions::new().write(true).open(bench.meta()).expect("opens").set_len(70_000).expect("cut");
     let error = bench.run(false).expect_err("cut").to_string();
-    assert!(error.contains("cut short: 70000 bytes where 200704 belong"), "{error}");
+    assert!(error.contains("truncated: 70000 bytes instead of 200704"), "{error}");
 }
 
 #[test]

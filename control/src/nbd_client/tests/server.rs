@@ -2,9 +2,8 @@
 //!
 //! What the client is tested against, and what real clients test the protocol against. Connections share the disk.
 
-use costandby_datapath::front::nbd::handshake::{
-    Export, ExportDirectory, Handshake, ListedExport, Lookup, Outcome,
-};
+use costandby_datapath::front::nbd::export::{Export, ExportDirectory, ListedExport, Lookup};
+use costandby_datapath::front::nbd::handshake::{Handshake, Outcome};
 use costandby_datapath::front::nbd::proto::{
     AfterRejection, NBD_STATE_HOLE, NBD_STATE_ZERO, NbdErrno, Negotiated, Operation, REQUEST_LEN, Request,
 };

@@ -187,7 +187,7 @@ async fn a_dialer_that_says_what_does_not_belong_there_is_named() {
     let link = |kind| Message::Link(Settled { kind, why: None });
     let (kind, text) = answered_with(LinkKind::Auto, Message::Hello(Box::new(hello("alpha")))).await;
     assert_eq!(kind, "none");
-    assert!(text.contains("it said a hello where what became of the RDMA offer belongs"), "{text}");
+    assert!(text.contains("expected what became of the RDMA offer, got a hello"), "{text}");
     let (kind, text) = answered_with(LinkKind::Rdma, link(Kind::Tcp)).await;
     assert_eq!((kind, text.as_str()), ("none", "beta has link = \"rdma\" and nothing else"));
     assert_eq!(answered_with(LinkKind::Auto, link(Kind::Tcp)).await.0, "fallback");

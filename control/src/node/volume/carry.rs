@@ -1,5 +1,5 @@
-//! The part of a volume's task that deals with what carries its sessions: it brings its terms to each conversation, makes
-//! the link that came out of it, and says which one it is.
+//! The part of a volume's task that makes the links of its sessions: it gives each conversation its terms, makes
+//! the negotiated link, and reports which one is in use.
 
 use super::super::negotiate::{Carrier, Met, NoLink, Terms};
 use super::super::registry::Source;

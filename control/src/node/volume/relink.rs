@@ -110,7 +110,7 @@ impl VolumeTask {
         let auto = self.shared.config.link == LinkKind::Auto;
         let may = ask.rdma && auto && over_tcp && !self.relink.is_leaving();
         if !may || !self.controller.may_change_link() {
-            let text = "no session over TCP can change its link here at this moment".to_owned();
+            let text = "there is no session over TCP here that can change its link now".to_owned();
             let refuse = self.controller.will_refuse().unwrap_or(Refuse { code: RefuseCode::Busy, text });
             return peers::part(stream, refuse);
         }

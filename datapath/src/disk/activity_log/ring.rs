@@ -1,4 +1,4 @@
-//! The activity log as it is stored: a ring of transactions, and what they amount to after a crash.
+//! The stored form of the activity log: a ring of transactions, and how they are replayed after a crash.
 //!
 //! Transaction number `n` is the block at place `n` modulo [`ACTIVITY_RING_LEN`]. It holds up to [`UPDATES_MAX`] slots that
 //! changed, and as context the slots of one chunk of the table, chunk `n` modulo the number of chunks. So the last
@@ -17,22 +17,11 @@
 //! the last cycle is missing, the table is not known, and the answer is [`Damage`]: everything is dirty. Damage in older
 //! transactions changes nothing.
 
-use crate::disk::metadata::layout::Geometry;
+use crate::disk::metadata::layout::{CONTEXT_LEN, ENTRIES, ENTRIES_PER_SECTOR, Geometry, UPDATES_MAX};
 use crate::disk::metadata::sector::{
     BLOCK_LEN, PAYLOAD_LEN, Place, SECTOR_LEN, SECTORS_PER_BLOCK, Sector, SectorFault, SectorKind,
 };
 use crate::limits::ACTIVITY_RING_LEN;
-
-const ENTRIES_PER_SECTOR: usize = PAYLOAD_LEN / 8 - 1;
-
-/// Entries of a transaction.
-const ENTRIES: usize = ENTRIES_PER_SECTOR * SECTORS_PER_BLOCK;
-
-/// Slots of the table that each transaction tells besides those that changed.
-pub const CONTEXT_LEN: u32 = 256;
-
-/// Slots that may change in one transaction.
-pub const UPDATES_MAX: usize = ENTRIES - CONTEXT_LEN as usize;
 
 /// One past the highest number that a transaction, or any other counter of stores, can have come to.
 pub(crate) const NUMBER_END: u64 = 1 << 62;

@@ -1,5 +1,5 @@
-//! The superblock as it is stored: what the disk says of itself, and behind that the shape and the mark of the area, the copy
-//! under way and the kernel's boot.
+//! The stored form of the superblock: the fields of [`Superblock`], then the geometry and random number of the
+//! area, the copy in progress and the kernel's boot id.
 //!
 //! Either copy can be read without knowing anything else. Any other format than 2 is refused: there is no release that wrote one.
 

@@ -1,4 +1,5 @@
-//! A look at a metadata area without changing it: what each part says, or why it cannot be believed.
+//! Reads a metadata area without changing it: the content of each part, or why the part is invalid. For `costandby
+//! dump-metadata`.
 //!
 //! For `costandby dump-metadata`. Nothing is locked, repaired or refused for being another volume's. While a
 //! daemon has the area, what is read may be in the middle of being written.

@@ -1,4 +1,5 @@
-//! Where everything stands in a metadata area, computed from the volume's size, the grain and the activity log's size.
+//! The position of each part of a metadata area, computed from the volume's size, the grain and the activity log's
+//! size.
 //!
 //! ```text
 //! beside a file      0 superblocks │ 64 KiB activity log (128 KiB) │ 192 KiB dirty bitmap …
@@ -16,6 +17,18 @@ use crate::limits::{
     ACTIVITY_SLOTS_MAX, ACTIVITY_SLOTS_MIN, DIRTY_BITMAP_LEN_MAX, DIRTY_BITMAP_LEN_WANTED, DIRTY_GRAIN_LEN,
     DIRTY_GRAIN_LEN_MAX, DIRTY_GRAIN_LEN_MIN, PAYLOAD_LEN_MAX, VOLUME_LEN_MAX,
 };
+
+/// Entries of a sector of the activity log.
+pub(crate) const ENTRIES_PER_SECTOR: usize = PAYLOAD_LEN / 8 - 1;
+
+/// Entries of a transaction of the activity log.
+pub(crate) const ENTRIES: usize = ENTRIES_PER_SECTOR * SECTORS_PER_BLOCK;
+
+/// Slots of the activity log's table that each transaction tells besides those that changed.
+pub const CONTEXT_LEN: u32 = 256;
+
+/// Slots that may change in one transaction.
+pub const UPDATES_MAX: usize = ENTRIES - CONTEXT_LEN as usize;
 
 /// Bits of the dirty bitmap in a sector.
 pub const SECTOR_BITS: u64 = PAYLOAD_LEN as u64 * 8;
@@ -195,7 +208,7 @@ impl Geometry {
     /// not wait for all others to end. Longer ones go in pieces.
     #[must_use]
     pub fn touch_len_max(self) -> u64 {
-        let extents = u64::from(self.slots / 4).min(crate::disk::activity_log::UPDATES_MAX as u64);
+        let extents = u64::from(self.slots / 4).min(UPDATES_MAX as u64);
         (extents - 1) * self.extent_len
     }
 }

@@ -1,5 +1,5 @@
-//! Where metadata is stored: the few calls that everything else here is built on, so that a simulator can stand in for
-//! a disk that tears and loses writes.
+//! The medium of metadata: a few calls that the rest of `metadata` is built on, so that tests can simulate a disk
+//! that tears and loses writes.
 //!
 //! Invariants: a write may be read back at once, but only [`Medium::sync`] brings it to stable storage; until then any
 //! subset of its 512-byte sectors may be there after a loss of power. A sync that failed says nothing about what is
@@ -178,9 +178,23 @@ impl Medium for FileMedium {
 
     fn grow(&self, len: u64) -> io::Result<()> {
         match self.len()? {
-            found if found >= len => Ok(()),
-            _ if self.device => Err(io::ErrorKind::StorageFull.into()),
-            _ => self.file.set_len(len),
+            found if self.device => {
+                if found >= len {
+                    Ok(())
+                } else {
+                    Err(io::ErrorKind::StorageFull.into())
+                }
+            }
+            found => {
+                // All its blocks, so that no store of a record ever meets a full file system.
+                match rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), 0, len) {
+                    Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) if found < len => {
+                        self.file.set_len(len)
+                    }
+                    Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+                    Err(error) => Err(error.into()),
+                }
+            }
         }
     }
 
@@ -200,6 +214,22 @@ impl Medium for FileMedium {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_reserved_whole() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("meta");
+        File::create(&path).expect("made").set_len(2 << 20).expect("sized");
+        let medium = FileMedium::open(&path).expect("opens");
+        // Longer than it is, and one that is sparse.
+        for len in [1 << 20, 2 << 20, 3 << 20] {
+            medium.grow(len).expect("room");
+            let blocks = std::fs::metadata(&path).expect("there").blocks();
+            assert!(blocks * 512 >= len, "{blocks} blocks of {len} bytes");
+        }
+        assert_eq!(medium.len().expect("known"), 3 << 20);
+    }
 
     #[test]
     fn what_is_no_file_is_refused_by_name_and_never_waited_for() {

@@ -61,7 +61,7 @@ pub enum MetadataError {
     },
     /// Shorter than its superblock says.
     #[error(
-        "metadata {path} is cut short: {found} bytes where {needed} belong; never put an older copy of it there; {GIVE_UP}"
+        "metadata {path} is truncated: {found} bytes instead of {needed}; never put an older copy of it there; {GIVE_UP}"
     )]
     Truncated {
         /// Which file or device.
@@ -73,7 +73,7 @@ pub enum MetadataError {
     },
     /// The bitmap is not where a device of this size has it.
     #[error(
-        "metadata {path} was made on a device of another size: give the device its size back; or else {GIVE_UP}"
+        "metadata {path} was made on a device of another size: give the device its former size back; if that is impossible, {GIVE_UP}"
     )]
     Moved {
         /// Which device.

@@ -1,5 +1,5 @@
-//! Where a disk's metadata stands: beside a file, in the last MiB of a block device, or, on a device that has grown since
-//! its metadata was made, where the last MiB was then.
+//! Where a disk's metadata is: beside a file, in the last MiB of a block device, or, on a device that has grown
+//! since its metadata was made, where the last MiB was then.
 //!
 //! Called before metadata is opened, by the daemon and by every command that looks at it. Metadata that is found away from
 //! the device's end is used where it stands and is never moved: nothing else is ever stored behind the volume's bytes, and a

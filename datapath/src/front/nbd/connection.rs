@@ -18,7 +18,8 @@
 //! Survives: any bytes, disconnection at any point, a medium that fails under a transfer (`EIO`, the stream stays in step).
 
 use super::end::ConnectionEnd;
-use super::handshake::{ExportDirectory, Handshake, Outcome};
+use super::export::ExportDirectory;
+use super::handshake::{Handshake, Outcome};
 use super::incoming::{Collected, Incoming, Placed, Room, Source, Stage};
 use super::memory::ClientMemory;
 use super::outgoing::{Outgoing, Unstuck};

@@ -9,10 +9,11 @@
 //! [`NBD_OPTION_LEN_MAX`] in and one option's reply out. Survives any input: a malformed option gets an error reply and
 //! leaves the session alive; only what makes the stream unreadable, or cannot be answered, is a [`HandshakeError`].
 
+use super::export::{ExportDirectory, Opened};
 use super::option::{self, Answer, MetaContexts};
 use super::proto::{
     NBD_FLAG_C_FIXED_NEWSTYLE, NBD_FLAG_C_NO_ZEROES, NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES,
-    NBD_INIT_MAGIC, NBD_OPT_EXPORT_NAME, NBD_OPTS_MAGIC, Negotiated,
+    NBD_INIT_MAGIC, NBD_OPT_EXPORT_NAME, NBD_OPTS_MAGIC,
 };
 use crate::limits::NBD_OPTION_LEN_MAX;
 
@@ -22,59 +23,6 @@ pub const OPTION_HEADER_LEN: usize = 16;
 /// An option's data is skipped up to this length to answer it with an error; a longer one closes the connection. Sixteen
 /// times the largest accepted option: no client has a use for it, and it passes in one socket buffer.
 pub const OPTION_SKIP_LEN_MAX: u32 = 16 * NBD_OPTION_LEN_MAX;
-
-/// One export as [`ExportDirectory::list`] names it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ListedExport {
-    /// Its name, at most 4096 bytes.
-    pub name: String,
-    /// A text for people; may be empty.
-    pub description: String,
-}
-
-/// An export that a client may open here and now.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Export {
-    /// Bytes.
-    pub size: u64,
-    /// Writes are refused.
-    pub read_only: bool,
-    /// A text for people; may be empty.
-    pub description: String,
-}
-
-/// What the directory says to a name.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Lookup {
-    /// It may be opened.
-    Found(Export),
-    /// It exists, but this node does not serve it now.
-    Refused {
-        /// Why, and who does: sent to the client as it is.
-        message: String,
-    },
-    /// There is no such export.
-    Unknown,
-}
-
-/// Who knows the exports. Asked anew by every option, so that a role change shows at once.
-pub trait ExportDirectory {
-    /// Whether `name` may be opened. Never called with the empty name.
-    fn lookup(&self, name: &str) -> Lookup;
-
-    /// What to tell a client that asks for names. If it is exactly one, it is also the default export, which a client
-    /// opens by the empty name.
-    fn list(&self) -> Vec<ListedExport>;
-}
-
-/// An export opened by a client: the transmission phase begins.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Opened {
-    /// The export's own name, also where the client asked for the default one.
-    pub name: String,
-    /// What the connection's requests are judged by.
-    pub negotiated: Negotiated,
-}
 
 /// Where the session stands after a [`Handshake::feed`].
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -103,7 +51,7 @@ pub struct Step {
 pub enum HandshakeError {
     /// The client set flags that were not offered, or is no NBD client.
     #[error(
-        "client flags {flags:#010x} contain ones that were not offered: not an NBD client, or one from the future"
+        "client flags {flags:#010x} contain ones that were not offered: not an NBD client, or an incompatible one"
     )]
     ClientFlags {
         /// As sent.

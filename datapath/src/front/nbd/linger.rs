@@ -1,4 +1,4 @@
-//! Sockets of NBD connections that are over, kept until their clients have closed them too.
+//! Keeps the sockets of closed NBD connections until their clients have closed them too.
 //!
 //! TCP answers bytes that reach a closed socket with a reset, and a reset destroys the replies that are still on their way to
 //! the client. So the reactor's last step for a connection is to end its own direction, then to read and discard what the

@@ -7,6 +7,7 @@
 
 pub mod connection;
 pub mod end;
+pub mod export;
 pub mod handshake;
 mod incoming;
 pub mod linger;

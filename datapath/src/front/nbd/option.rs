@@ -4,7 +4,7 @@
 //! `NBD_OPT_EXPORT_NAME` gets exactly one final reply, an acknowledgement or an error with a text; data must be used up
 //! to the last byte or the option is malformed; no text exceeds the protocol's 4096 bytes. Survives any data.
 
-use super::handshake::{Export, ExportDirectory, Lookup, Opened};
+use super::export::{Export, ExportDirectory, Lookup, Opened};
 use super::proto::{
     BASE_ALLOCATION, BASE_ALLOCATION_ID, NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_HAS_FLAGS, NBD_FLAG_READ_ONLY,
     NBD_FLAG_SEND_CACHE, NBD_FLAG_SEND_DF, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA, NBD_FLAG_SEND_TRIM,

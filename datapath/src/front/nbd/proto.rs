@@ -1,4 +1,4 @@
-//! NBD's numbers, and the request: decoding it and judging whether it may be carried out.
+//! NBD's constants, and the request: decodes it and checks whether it may be carried out.
 //!
 //! Stands between the socket and the disk: a [`Request`] is what the client sent, an [`Operation`] is what the disk may
 //! be asked to do. Invariants: every range of an [`Operation`] is non-empty and lies inside the export, and a payload is

@@ -1,4 +1,4 @@
-//! Who has a volume's ring: the keeper, or the one link that it is lent to.
+//! Ownership of a volume's ring: the keeper owns the ring and lends it to one link at a time.
 //!
 //! A ring is made once and outlives the links that use it, because making one takes as long as bringing its pages into
 //! memory does. Between links it lies here. Sans-IO: making it is somebody else's work ([`Keeper::begin`]), and what a

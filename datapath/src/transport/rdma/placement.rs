@@ -1,4 +1,4 @@
-//! Where in the ring a change stands, as its sender chooses it and its receiver expects it.
+//! The place of a change in the ring: the sender chooses it, the receiver checks it.
 //!
 //! Both ends count alike, so a place need not be agreed on: the immediate of a write says where the sender put it, and
 //! the receiver takes it from no other place than the one that was due. A change stands behind the one before it; what

@@ -13,7 +13,7 @@
 //!   former link.
 
 use super::keeper::{Keeper, Lease, Making, Reusable, Use};
-use super::setup::SetupError;
+use super::setup::error::SetupError;
 use crate::limits::{RDMA_BOUNCE_LEN, RDMA_RING_STEP_LEN};
 use costandby_ffi::mapping::{Mapping, Span};
 use costandby_ffi::verbs::{Domain, DomainState, Listener, Region, VerbsError};

@@ -1,4 +1,4 @@
-//! Making the connection that a link over RDMA stands on.
+//! Makes the RDMA connection for a link.
 //!
 //! After the hellos: one node listens for one connection, on a port of the system's choice, and tells the peer where and
 //! with which secret; the other dials. Each brings a ring that is registered already ([`super::ring`]) and introduces
@@ -15,79 +15,22 @@
 //! Everything here blocks, but each step only as long as its caller says: steps that are done are progress, and what
 //! comes next has its time anew. Nothing here brings memory in or registers any.
 
-use super::private_data::{Introduction, PrivateDataError, Secret};
+use super::private_data::{Introduction, Secret};
 use super::ring::{Ring, RingLease};
 use super::verbs::VerbsEndpoint;
 use crate::limits::{RDMA_ACK_TIMEOUT, RDMA_RECEIVES_LEN, RDMA_REFUSED_MAX, RDMA_SENDS_LEN};
 use costandby_ffi::mapping::Mapping;
 use costandby_ffi::verbs::{Domain, Established, Listener, Request, Resolved, Settings, Target, VerbsError};
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub(super) mod error;
+
+pub use error::SetupError;
+
 /// How often somebody who waits for a connection looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// Why there is no connection.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// RDMA does not work here, or not to there.
-    #[error(transparent)]
-    Verbs(#[from] VerbsError),
-    /// The peer accepted, and is not what it should be.
-    #[error("{peer} accepted the RDMA connection, but: {source}")]
-    Introduction {
-        /// Who.
-        peer: SocketAddr,
-        /// What was wrong.
-        source: PrivateDataError,
-    },
-    /// The peer accepted without showing the secret.
-    #[error("{peer} accepted the RDMA connection without the secret agreed with it: is it another node?")]
-    Secret {
-        /// Who.
-        peer: SocketAddr,
-    },
-    /// No peer came, or none with the secret.
-    #[error("the peer did not connect by RDMA in time{}", Refused(*refused))]
-    NobodyCame {
-        /// Connections turned away meanwhile.
-        refused: u32,
-    },
-    /// Too many came without it.
-    #[error("gave up listening for the peer{}", Refused(*refused))]
-    TooManyStrangers {
-        /// Connections turned away.
-        refused: u32,
-    },
-    /// There is no memory for a ring.
-    #[error("no memory for a ring of {len} bytes: {source}")]
-    Ring {
-        /// Bytes of it.
-        len: usize,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The ring is another link's still.
-    #[error("the volume's ring is still in use by the link before this one")]
-    RingInUse,
-    /// Whoever wanted it does not any more.
-    #[error("it is not wanted any more")]
-    GivenUp,
-}
-
-/// The end of a sentence.
-struct Refused(u32);
-
-impl std::fmt::Display for Refused {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            0 => Ok(()),
-            count => write!(f, "; {count} other connections were turned away, which did not show its secret"),
-        }
-    }
-}
 
 /// A connection, and what a link needs to know of it.
 #[derive(Debug)]

@@ -4,9 +4,8 @@
 //! cuts the bytes into pieces changes neither the answers nor the end. The input's first byte is the size of the pieces.
 #![no_main]
 
-use costandby_datapath::front::nbd::handshake::{
-    Export, ExportDirectory, Handshake, HandshakeError, ListedExport, Lookup, Outcome,
-};
+use costandby_datapath::front::nbd::export::{Export, ExportDirectory, ListedExport, Lookup};
+use costandby_datapath::front::nbd::handshake::{Handshake, HandshakeError, Outcome};
 use costandby_datapath::limits::NBD_OPTION_LEN_MAX;
 use libfuzzer_sys::fuzz_target;
 

@@ -5,7 +5,7 @@ use crate::disk::image::DiskImage;
 use crate::disk::pool::WorkerPool;
 use crate::disk::record::Record;
 use crate::disk::worker::DiskWorkers;
-use crate::front::nbd::handshake::{ListedExport, Lookup};
+use crate::front::nbd::export::{ListedExport, Lookup};
 use crate::front::nbd::linger::Lingering;
 use crate::limits::RECEIVE_LEN_MAX;
 use crate::reactor::command::VolumeSpec;
@@ -408,7 +408,7 @@ fn a_half_closed_client_gets_the_replies_it_is_owed() {
         let mut site = waiting_volume();
         let (mut client, mut connection) = opened(1);
         // The second waits for the range of the first.
-        for request in [write_request(1, 0), write_request(2, 0), request(3, 3, 0)] {
+        for request in [write_request(1, 0), write_request(2, 0), write_request(3, 512)] {
             client.write_all(&request).expect("sends");
         }
         client.write_all(behind).expect("sends");
@@ -498,6 +498,7 @@ fn a_write_whose_turn_comes_is_placed_although_its_client_takes_no_replies() {
     second.write_all(&request_of(0, 1, 4096, 900_000)).expect("sends");
     second.write_all(&[request_of(1, 2, 0, 2), vec![0xCD; 2]].concat()).expect("sends");
     let served = two.as_mut().expect("new");
+    served.ready(true, true, false, false);
     served.service(&mut site.volume, &mut site.memory, Instant::now()).expect("goes on");
     assert!(served.out.is_stuck());
     // As if it had been taken just before the reply got stuck.

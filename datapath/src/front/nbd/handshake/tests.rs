@@ -1,6 +1,7 @@
 //! The handshake as clients speak it, and as they should not.
 
 use super::*;
+use crate::front::nbd::export::*;
 use crate::front::nbd::proto::*;
 use proptest::prelude::*;
 
