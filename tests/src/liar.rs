@@ -68,7 +68,16 @@ impl Liar {
         listener: &TcpListener,
         talk: impl AsyncFnOnce(&mut Channel) -> T,
     ) -> Result<T, SecureError> {
-        let (stream, _) = listener.accept()?;
+        listener.set_nonblocking(true)?;
+        let began = Instant::now();
+        let stream = loop {
+            match listener.accept() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && began.elapsed() < ANSWER_MAX => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                accepted => break accepted?.0,
+            }
+        };
         stream.set_nonblocking(true)?;
         runtime().block_on(async {
             let shake = Channel::accept(TcpStream::from_std(stream)?, &self.keys, self.node);

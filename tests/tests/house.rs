@@ -211,19 +211,19 @@ const ABOUT_A_VOLUME: [&str; 9] = [
     "dump-metadata",
 ];
 
-/// Commands that a file writes out by hand.
+/// Commands that a file writes out by hand, also where the string goes on in the next line.
 fn suggestion_complaints(name: &str, text: &str) -> Vec<String> {
-    let by_hand = |line: &str| {
-        let said = line.split("`costandby ").skip(1);
-        said.map(str::trim_start).any(|rest| {
-            rest.starts_with('\\') || ABOUT_A_VOLUME.iter().any(|subcommand| rest.starts_with(subcommand))
-        })
+    const BEGIN: &str = "`costandby ";
+    let is_comment = |line: &str| line.trim_start().starts_with("//");
+    let lines: Vec<_> = text.lines().map(|line| if is_comment(line) { "" } else { line }).collect();
+    let code = lines.join("\n");
+    let by_hand = |at: &usize| {
+        let rest = code[at + BEGIN.len()..].trim_start_matches(['\\', '\n', ' ']);
+        ABOUT_A_VOLUME.iter().any(|subcommand| rest.starts_with(subcommand))
     };
-    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//"));
-    let found = lines.filter(|(_, line)| by_hand(line));
-    found
-        .map(|(number, _)| format!("{name}:{number}: a command by hand, where `Commands` makes it"))
-        .collect()
+    let found = code.match_indices(BEGIN).map(|(at, _)| at).filter(by_hand);
+    let number = |at: usize| code[..at].matches('\n').count() + 1;
+    found.map(|at| format!("{name}:{}: a command by hand, where `Commands` makes it", number(at))).collect()
 }
 
 /// What a file whose header says Sans-IO does not do: read clocks, start threads, touch files and sockets, draw random numbers.

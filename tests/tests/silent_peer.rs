@@ -81,6 +81,8 @@ fn honest(node: &str, theirs: &Hello) -> Hello {
     hello.rdma = None;
     hello.view.role = ServingRole::Standby;
     hello.view.was_primary = false;
+    // It has writes on their way.
+    hello.view.was_primary_unclean = false;
     hello.view.configured_primary = false;
     hello.view.dirty = false;
     hello.view.recall = None;

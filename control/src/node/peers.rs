@@ -175,6 +175,7 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
             return;
         }
         Err(error) => {
+            let unproved = proved.is_none();
             // What was unsealed came from a living holder of the key, and is worth a word in `status`.
             if let Some(proved) = proved.filter(|_| !matches!(error, HelloError::Secure(_))) {
                 // For whichever volume that was.
@@ -183,7 +184,19 @@ async fn meet(stream: TcpStream, from: IpAddr, registry: &Registry, door: &Door,
                     let _ = shared.inbox.send(Input::Probed { asked });
                 }
             }
-            return door.refused(from, &error.to_string());
+            return match &error {
+                HelloError::Secure(SecureError::Io { source })
+                    if unproved && source.kind() == io::ErrorKind::TimedOut =>
+                {
+                    let text = format!(
+                        "it began no handshake within {} s, like a program that waits for a greeting: is it an NBD client? Their \
+                         addresses are those of `nbd`",
+                        HANDSHAKE_MAX.as_secs()
+                    );
+                    door.refused(from, &text);
+                }
+                _ => door.refused(from, &error.to_string()),
+            };
         }
     };
     let (volume, from_node, first) = match message {

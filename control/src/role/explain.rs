@@ -58,15 +58,16 @@ pub(super) fn explain(verdict: Verdict, mine: &View, theirs: &View, settings: &V
 
 /// What to do about two new disks of which one failed, or both, before the volume began.
 fn lost_while_new(mine: &View, theirs: &View, settings: &VolumeSettings) -> String {
-    let VolumeSettings { volume, node, peer, .. } = settings;
-    let serve = format!("`costandby promote {volume} --force`");
+    let VolumeSettings { node, peer, .. } = settings;
+    let serve = |node: &str| settings.commands().on(node, "promote --force");
     let (failed, other) = match (mine.is_lost_while_new(), theirs.is_lost_while_new()) {
         (true, true) => {
             return format!(
                 "neither disk can be copied from: the disks of {node} and of {peer} both failed before the volume began, and neither \
-                 is known to be empty, so each may hold data; nothing was changed. Save what can be read of them first. {serve} on \
-                 one node, and only there, begins the volume with what that node's medium still gives, and gives up the other \
-                 one's data"
+                 is known to be empty, so each may hold data; nothing was changed. Save what can be read of them first. One of {} \
+                 and {} begins the volume with what that node's medium still gives, and gives up the other one's data",
+                serve(node),
+                serve(peer)
             );
         }
         (true, false) => ((node, mine), (peer, theirs)),
@@ -76,11 +77,13 @@ fn lost_while_new(mine: &View, theirs: &View, settings: &VolumeSettings) -> Stri
     format!(
         "neither disk can be copied from unasked: the disk of {failed} ({}) is not known to be empty, so it MAY HOLD DATA, and \
          failed before the volume began; {other}'s is {}{}. Nothing was changed. If {failed}'s data is wanted, save what can be read of \
-         it first; {serve} on {failed} then begins the volume with what its medium still gives, and {other}'s disk is overwritten. \
-         {serve} on {other} begins it with {other}'s disk, and gives {failed}'s data up",
+         it first; {} then begins the volume with what its medium still gives, and {other}'s disk is overwritten. {} begins it with \
+         {other}'s disk, and gives {failed}'s data up",
         lost.disk_state_shown(),
         view.disk_state_shown(),
-        if view.zeroed { " and known to be empty" } else { "" }
+        if view.zeroed { " and known to be empty" } else { "" },
+        serve(failed),
+        serve(other)
     )
 }
 
