@@ -128,6 +128,9 @@ pub struct Ask {
     /// Asks for RDMA, to take the session over TCP on to. Otherwise, whether there would be a session.
     #[serde(default)]
     pub rdma: bool,
+    /// The speaker's daemon was started, or an operator there said `connect`: a peer that pauses between two dials dials now.
+    #[serde(default)]
+    pub anew: bool,
 }
 
 /// A node has decided, stored what it agreed to, and is ready for the session.
@@ -500,8 +503,8 @@ mod tests {
         let link = (any::<bool>(), proptest::option::of(".{0,40}")).prop_map(|(rdma, why)| {
             Message::Link(Settled { kind: if rdma { Kind::Rdma } else { Kind::Tcp }, why })
         });
-        let ask = (".{0,20}", any::<bool>())
-            .prop_map(|(node, rdma)| Message::Ask(Ask { node, volume: "db".to_owned(), rdma }));
+        let ask = (".{0,20}", any::<(bool, bool)>())
+            .prop_map(|(node, (rdma, anew))| Message::Ask(Ask { node, volume: "db".to_owned(), rdma, anew }));
         let offered = any::<u64>().prop_map(|seed| Message::Offer(offer(seed)));
         prop_oneof![hello, ready, refuse, link, ask, offered]
     }

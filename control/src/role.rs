@@ -310,7 +310,7 @@ pub enum Action {
     /// Mark the whole disk as differing from the peer's, durably, before the next action. Never during a session. A
     /// failure is one of a store.
     MarkAll,
-    /// Dial the peer, again and again, while there is no session and until [`Action::StopDialing`].
+    /// Dial the peer now, and from here on again and again while there is no session, until [`Action::StopDialing`].
     Dial,
     /// Stop that.
     StopDialing,
@@ -606,6 +606,12 @@ impl VolumeController {
             && !self.verification.running
             && !self.unrepaired
             && (self.diskless.text().is_none() || self.diskless.is_gone())
+    }
+
+    /// Whether this node serves from its peer's disk.
+    #[must_use]
+    pub fn is_diskless(&self) -> bool {
+        self.diskless.text().is_some()
     }
 
     /// Takes one event and appends what is to be done. `now` counts from any fixed moment and never goes back.

@@ -8,6 +8,7 @@
 //! lives in a temporary directory. A test that fails prints the end of both daemons' logs.
 #![forbid(unsafe_code)]
 
+pub mod cable;
 pub mod floating;
 pub mod ledger;
 pub mod liar;

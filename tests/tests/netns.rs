@@ -3,72 +3,22 @@
 //! aloud, where the test may not make name spaces.
 
 use costandby_control::admin::Command;
+use costandby_tests::cable::{Cable, ip};
 use costandby_tests::floating::{PATIENCE, connect, front_uri, qemu};
 use costandby_tests::ledger::Ledger;
 use costandby_tests::pair::{ALPHA, BETA, LIMIT, Pair, Settings, VolumeSettings};
 use costandby_tests::process::{run, system_command};
-use costandby_tests::{skip, wait_for};
+use costandby_tests::wait_for;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 const SIZE_MIB: u64 = 12;
 
-/// Where the nodes listen for each other.
-const PORT: u16 = 7790;
-
-/// Two name spaces and a cable. Dropping it removes them.
-struct Cable {
-    spaces: [String; 2],
-    addresses: [SocketAddr; 2],
-}
-
-impl Cable {
-    /// `None`, said aloud, where this is not allowed.
-    fn lay() -> Option<Self> {
-        let id = std::process::id();
-        let spaces = ["a", "b"].map(|end| format!("costandby-{id}-{end}"));
-        let octet = id.to_le_bytes()[0];
-        let ips = [1, 2].map(|host| Ipv4Addr::new(10, 231, octet, host));
-        let made = system_command("ip").args(["netns", "add", &spaces[0]]).output();
-        if !made.as_ref().is_ok_and(|made| made.status.success()) {
-            skip(format_args!("network name spaces cannot be made: {made:?}"));
-            return None;
-        }
-        let cable = Self { spaces, addresses: ips.map(|ip| SocketAddr::from((ip, PORT))) };
-        let [a, b] = &cable.spaces;
-        ip(&["netns", "add", b]);
-        ip(&["-n", a, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b]);
-        for (space, address) in cable.spaces.iter().zip(ips) {
-            ip(&["-n", space, "address", "add", &format!("{address}/24"), "dev", "cable"]);
-            ip(&["-n", space, "link", "set", "lo", "up"]);
-            ip(&["-n", space, "link", "set", "cable", "up"]);
-        }
-        Some(cable)
-    }
-
-    fn set(&self, state: &str) {
-        ip(&["-n", &self.spaces[1], "link", "set", "cable", state]);
-    }
-}
-
-impl Drop for Cable {
-    fn drop(&mut self) {
-        for space in &self.spaces {
-            run(system_command("ip").args(["netns", "delete", space]));
-        }
-    }
-}
-
-fn ip(args: &[&str]) {
-    run(system_command("ip").args(args)).ok();
-}
-
 #[test]
 fn a_cable_pulled_under_load_costs_nothing_but_a_copy() {
     let Some(cable) = Cable::lay() else { return };
     let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
-    let [a, b] = cable.spaces.clone();
-    settings.namespaces = Some([(a, cable.addresses[0]), (b, cable.addresses[1])]);
+    settings.namespaces = Some(cable.namespaces());
     // A network of the two nodes' own: they run without a key, and say so.
     settings.keyed = false;
     let mut pair = Pair::start(settings);
@@ -109,7 +59,7 @@ impl Clients {
         let space = clients.space.as_str();
         ip(&["netns", "add", space]);
         ip(&["-n", space, "link", "add", "name", "bridge", "type", "bridge"]);
-        for (at, node) in cable.spaces.iter().enumerate() {
+        for (at, node) in cable.spaces().iter().enumerate() {
             let port = format!("port{at}");
             ip(&["-n", node, "link", "add", "front", "type", "veth", "peer", "name", &port, "netns", space]);
             ip(&["-n", space, "link", "set", &port, "master", "bridge", "up"]);
@@ -124,7 +74,7 @@ impl Clients {
     fn address(&self, cable: &Cable, node: usize, verb: &str) {
         ip(&[
             "-n",
-            &cable.spaces[node],
+            &cable.spaces()[node],
             "address",
             verb,
             &format!("{}/24", self.service.ip()),
@@ -149,8 +99,7 @@ fn a_client_follows_an_address_that_moves_with_the_service() {
     let Some(cable) = Cable::lay() else { return };
     let clients = Clients::beside(&cable);
     let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
-    let [a, b] = cable.spaces.clone();
-    settings.namespaces = Some([(a, cable.addresses[0]), (b, cable.addresses[1])]);
+    settings.namespaces = Some(cable.namespaces());
     settings.floating = Some(clients.service);
     // Neither node has the address yet.
     let mut pair = Pair::start(settings);

@@ -301,10 +301,10 @@ fn unreachable(address: SocketAddr, error: &std::io::Error) -> Obstacle {
 
 /// Asks a peer that dials us whether it would have a session about a volume, and tells the volume's task.
 ///
-/// The answer is a refusal in any case: `busy` where it would have one, and else why not.
-pub(super) fn probe(route: Route, volume: String, inbox: mpsc::UnboundedSender<Input>) {
+/// With `anew`, a peer that pauses between two dials does not. The answer is a refusal in any case: `busy` where it would have one, and else why not.
+pub(super) fn probe(route: Route, volume: String, anew: bool, inbox: mpsc::UnboundedSender<Input>) {
     tokio::spawn(async move {
-        let question = Ask { node: route.node.clone(), volume, rdma: false };
+        let question = Ask { node: route.node.clone(), volume, rdma: false, anew };
         let asked = match route.reach().await {
             Ok(mut stream) => ask(&mut stream, question).await,
             Err(obstacle) => Err(obstacle),

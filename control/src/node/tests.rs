@@ -260,7 +260,7 @@ async fn a_question_for_rdma_that_comes_to_nothing_leaves_the_session_alone() {
     for (node, peer) in nodes.iter().zip(["beta", "alpha"]) {
         let name = if peer == "beta" { "alpha" } else { "beta" };
         let mut stream = Route::to(name, node.address, peer, keys()).connect().await.expect("proved");
-        let ask = Ask { node: peer.into(), volume: "db".into(), rdma: true };
+        let ask = Ask { node: peer.into(), volume: "db".into(), rdma: true, anew: false };
         peers::say(&mut stream, &Message::Ask(ask)).await.expect("said");
         let heard = peers::listen(&mut stream).await;
         // The dialler is asked by nobody; the acceptor has none.

@@ -38,7 +38,7 @@ pub(super) mod relink;
 
 use carry::{PeerEnd, SessionState};
 use probe::Prober;
-use redial::Redial;
+use redial::{Moved, Redial};
 use relink::{Next, Relink};
 
 /// How often the controller hears that time passed, and a failed dial may be followed by another.
@@ -257,6 +257,10 @@ impl VolumeTask {
                     let _ = reply.send(Err(text));
                     return;
                 }
+                if matches!(command, role::Command::Connect { .. }) {
+                    self.redial = Redial::default();
+                    self.prober.ask_anew();
+                }
                 self.next_reply += 1;
                 let id = self.next_reply;
                 self.replies.insert(id, reply);
@@ -276,6 +280,7 @@ impl VolumeTask {
                     self.no_pause_after_session();
                     self.handle(Event::LinkChanges(true)).await;
                 } else {
+                    let moved = Moved::of(moved, parted.as_ref(), self.controller.is_diskless());
                     self.pause_after_session(moved, heard);
                 }
                 self.handle(Event::LinkDown { reason, undurable, dirty, parted }).await;
@@ -334,18 +339,26 @@ impl VolumeTask {
 
     /// A session's link broke: its peer most likely lives, and is dialled again at once. Not where session after session ends
     /// without a single change that got through.
-    fn pause_after_session(&mut self, moved: bool, heard: bool) {
+    fn pause_after_session(&mut self, moved: Moved, heard: bool) {
         let lived = self.session_began.take().map_or(Duration::ZERO, |began| began.elapsed());
         let now = self.began.elapsed();
         let (pause, text) = self.redial.session_ended(now, lived, moved, self.shared.peer.as_str());
         if heard {
             self.redial.session_was_heard();
         }
-        if let Some(text) = text {
+        // Whoever does not dial does not pause.
+        if let Some(text) = text.filter(|_| self.dials) {
             tracing::warn!(volume = self.shared.config.name.as_str(), "{text}");
         }
         self.dial_pause = DIAL_PAUSE_FIRST / 2;
         self.next_dial = Instant::now() + pause;
+    }
+
+    /// The pause that is under way is over: there is a reason to think that the next session fares better.
+    fn dial_anew(&mut self) {
+        self.redial = Redial::default();
+        self.next_dial = Instant::now();
+        self.dial_if_due();
     }
 
     async fn dialled(&mut self, stream: Result<Channel, Obstacle>) {
@@ -497,8 +510,7 @@ impl VolumeTask {
             Action::MarkAll => self.mark_all().await?,
             Action::Dial => {
                 self.dials = true;
-                self.next_dial = Instant::now();
-                self.dial_if_due();
+                self.dial_anew();
             }
             Action::StopDialing => self.dials = false,
             Action::SendReady(ready) => {

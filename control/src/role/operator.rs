@@ -53,6 +53,10 @@ impl VolumeController {
             self.dial(actions);
             text.to_owned()
         } else {
+            if self.connection == Connection::Connecting {
+                // At once, however long the pause would be.
+                self.dial(actions);
+            }
             let peer = &self.settings.peer;
             let why = self.obstacle_text().map(|text| format!(": {text}"));
             let how = if self.in_session() { "connected" } else { "connecting" };

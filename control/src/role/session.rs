@@ -387,10 +387,8 @@ impl VolumeController {
         match self.connection {
             // An operator disconnected, or has said `connect` again since; that one dials already.
             Connection::Standalone | Connection::Connecting => {}
-            _ => {
-                self.set_connection(Connection::Connecting);
-                self.dial(actions);
-            }
+            // The peer is dialled as before the session, when whoever does that finds it time.
+            _ => self.set_connection(Connection::Connecting),
         }
     }
 

@@ -289,14 +289,14 @@ fn a_primary_with_undurable_writes_goes_alone_at_once_on_record() {
     let alone = stored(&actions[0]);
     assert_eq!((alone.generations.base, alone.generations.history[0]), (Generation(5), Generation(5)));
     assert!(alone.generations.current != Generation(5) && !alone.peer_has_current);
-    assert_eq!(actions[1..], [Action::GoAlone, Action::Dial]);
+    assert_eq!(actions[1..], [Action::GoAlone]);
     assert_eq!(one.on(Event::NeedAlone), [Action::GoAlone], "it is on record already");
 }
 
 #[test]
 fn a_primary_with_nothing_in_flight_goes_alone_with_the_next_write() {
     let mut one = One::primary("alpha", OnPeerLoss::Continue);
-    assert_eq!(one.on(lost(false)), [Action::Dial]);
+    assert_eq!(one.on(lost(false)), []);
     assert_eq!(one.stored().generations.current, Generation(5));
     let actions = one.on(Event::NeedAlone);
     assert_eq!(stored(&actions[0]).generations.base, Generation(5));
@@ -332,7 +332,7 @@ fn a_second_hello_ends_the_handshake_instead_of_wedging_it() {
 #[test]
 fn a_frozen_primary_waits_and_is_the_source_when_the_peer_is_back() {
     let mut one = One::primary("alpha", OnPeerLoss::Freeze);
-    assert_eq!(one.on(lost(true)), [Action::Dial]);
+    assert_eq!(one.on(lost(true)), []);
     assert_eq!(one.on(Event::NeedAlone), []);
     assert!(one.controller.status().frozen);
     let actions = one.connect();

@@ -27,6 +27,7 @@
 //! - A session does not go on after this node broke its order itself: gave up a change, changed its role, lost its disk.
 
 use super::Volume;
+use super::checkpoint::Quiesce;
 use super::interface::{Before, Direction, Event, Parted};
 use crate::limits::WINDOW_LEN;
 use crate::mirror::pipeline::Event as PipelineEvent;
@@ -68,9 +69,11 @@ impl Volume {
         (due > now).then_some(due)
     }
 
-    /// Asks control whether to go on alone, once somebody waits and the peer was not heard for long.
+    /// Asks control whether to go on alone, once a client waits, or the flush that ends a quiesce, and the peer was not heard for
+    /// long.
     pub(super) fn ask_if_parted_long(&mut self, now: Instant) {
-        if !self.session.is_parted() || !self.session.is_out_of_patience(now, self.waits_for_parted()) {
+        let waits = self.waits_for_parted() || self.quiesce == Quiesce::Flushing;
+        if !self.session.is_parted() || !self.session.is_out_of_patience(now, waits) {
             return;
         }
         if self.reads_from_peer() {

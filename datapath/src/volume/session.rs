@@ -338,6 +338,11 @@ impl Session {
             link.close(DownReason::Unanswering);
             return Some(now);
         }
+        let stuck = now.duration_since(self.last_answer).max(silent);
+        if stuck >= timeout * 2 {
+            // Its host answers and the peer does not, or only to what needs few bytes.
+            self.moved = false;
+        }
         // A little early, so that a node's links come to send theirs together and wake it once.
         if now.duration_since(self.last_sent) >= interval - interval / 8 {
             // Without credit there is unread traffic of ours in front of the peer: sign of life enough.

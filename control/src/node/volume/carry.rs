@@ -81,6 +81,7 @@ impl VolumeTask {
                     self.link.rdma_failed(self.began.elapsed(), why);
                 }
                 self.compare_settings(&hello.settings);
+                self.redial.told(hello.view.recall.as_ref());
                 let fits = usize::try_from(hello.ring_len)
                     .is_ok_and(|len| ring_takes(len, PAYLOAD_LEN_MAX as usize))
                     && hello.ring_len <= RING_LEN_ANNOUNCED_MAX;

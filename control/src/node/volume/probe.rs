@@ -20,11 +20,19 @@ const PROBE_PAUSE: Duration = Duration::from_secs(3);
 pub(super) struct Prober {
     next: Instant,
     under_way: bool,
+    /// The peer has not heard yet that this daemon was started, or that an operator here said `connect`.
+    anew: bool,
 }
 
 impl Prober {
     pub(super) fn new(now: Instant) -> Self {
-        Self { next: now + PROBE_AFTER, under_way: false }
+        Self { next: now + PROBE_AFTER, under_way: false, anew: true }
+    }
+
+    /// An operator wants a session: the peer is asked at once, and dials without a pause.
+    pub(super) fn ask_anew(&mut self) {
+        self.anew = true;
+        self.next = Instant::now();
     }
 }
 
@@ -38,11 +46,14 @@ impl VolumeTask {
             && self.conversation.is_none()
             && self.controller.status().connection == Connection::Connecting;
         if !waits {
+            // A session says more.
+            self.prober.anew &= !self.link_up;
             self.prober.next = now + PROBE_AFTER;
         } else if now >= self.prober.next && !self.prober.under_way {
             self.prober.under_way = true;
             let volume = self.shared.config.name.as_str().to_owned();
-            peers::probe(self.surroundings.route.clone(), volume, self.shared.inbox.clone());
+            let anew = self.prober.anew;
+            peers::probe(self.surroundings.route.clone(), volume, anew, self.shared.inbox.clone());
         }
     }
 
@@ -51,7 +62,10 @@ impl VolumeTask {
         self.prober.under_way = false;
         self.prober.next = Instant::now() + PROBE_PAUSE;
         let event = match asked {
-            Ok(()) => Event::Contact { willing: true },
+            Ok(()) => {
+                self.prober.anew = false;
+                Event::Contact { willing: true }
+            }
             Err(obstacle) => Event::NoContact(obstacle),
         };
         self.handle(event).await;

@@ -94,7 +94,7 @@ impl VolumeTask {
         }
         let serial = self.relink.begin();
         let volume = self.shared.config.name.as_str().to_owned();
-        let ask = Ask { node: self.surroundings.node.clone(), volume, rdma: true };
+        let ask = Ask { node: self.surroundings.node.clone(), volume, rdma: true, anew: false };
         peers::ask_for_rdma(
             serial,
             self.surroundings.route.clone(),
@@ -109,6 +109,9 @@ impl VolumeTask {
         let over_tcp = self.session.as_ref().is_some_and(|s| !s.dialled && s.kind == Kind::Tcp);
         let auto = self.shared.config.link == LinkKind::Auto;
         let may = ask.rdma && auto && over_tcp && !self.relink.is_leaving();
+        if ask.anew {
+            self.dial_anew();
+        }
         if !may || !self.controller.may_change_link() {
             let text = "there is no session over TCP here that can change its link now".to_owned();
             let refuse = self.controller.will_refuse().unwrap_or(Refuse { code: RefuseCode::Busy, text });

@@ -45,7 +45,7 @@ fn a_demotion_is_answered_also_where_the_peer_says_nothing() {
     let actions = silent.at(NOW + GRANT_TIMEOUT, Event::Tick);
     assert!(reply(&actions).expect("it is").contains("alpha is standby; whether beta knows"), "{actions:?}");
     let mut gone = demoted();
-    assert_eq!(gone.on(lost(false)), [Action::Dial], "the session may be back in a moment");
+    assert_eq!(gone.on(lost(false)), [], "the session may be back in a moment");
     let actions = gone.at(NOW + GRANT_TIMEOUT, Event::Tick);
     let text = "volume db: alpha is standby; whether beta knows it is not known: the link broke, and there was no session \
                 within 5 s";
@@ -147,7 +147,7 @@ fn a_demotion_outlives_a_broken_link_and_is_answered_when_the_peer_knows() {
     let (mut alpha, mut beta) = in_session();
     alpha.command(Command::Demote);
     alpha.on(Event::Quiesced);
-    assert_eq!(alpha.on(broke(false, 9, 9)), [Action::Dial]);
+    assert_eq!(alpha.on(broke(false, 9, 9)), []);
     beta.on(broke(false, 9, 9));
     beta.on(Event::Settled);
     let actions = meet(&mut alpha, &mut beta);
@@ -162,7 +162,7 @@ fn a_demotion_outlives_a_broken_link_and_is_answered_when_the_peer_knows() {
     // Broken while requests in flight end: they end in the session that goes on.
     let (mut alpha, mut beta) = in_session();
     alpha.command(Command::Demote);
-    assert_eq!(alpha.on(broke(true, 6, 12)), [Action::Dial]);
+    assert_eq!(alpha.on(broke(true, 6, 12)), []);
     beta.on(broke(false, 7, 7));
     let generation = alpha.stored().generations;
     let actions = meet(&mut alpha, &mut beta);

@@ -249,3 +249,24 @@ fn what_was_applied_before_is_flushed_behind_the_first_step_and_nothing_is_clear
     let sent = pair.a.volume.counters.resync_bytes_posted.load(Ordering::Relaxed);
     assert!(sent <= G, "{sent} bytes for a flush to stand behind");
 }
+
+#[test]
+fn the_flush_that_ends_a_quiesce_waits_for_a_parted_peer_no_longer_than_clients_do() {
+    let mut pair = Pair::in_sync(AckLevel::Memory);
+    pair.a.write(1, grains(1, 1), 7);
+    pair.until_told(1);
+    pair.cut();
+    let asks = |event: &Event| matches!(event, Event::AskAlone { .. });
+    let quiesced = |event: &Event| matches!(event, Event::Quiesced { .. });
+    pair.a.volume.session.end_patience();
+    for _ in 0..10 {
+        pair.a.turn();
+    }
+    assert!(!pair.a.saw(asks), "nobody waits: what is acknowledged is in the peer's memory");
+    pair.a.volume.quiesce();
+    pair.until("it asks", |pair| pair.a.saw(asks));
+    assert!(!pair.a.saw(quiesced), "the peer may not have it durable");
+    pair.a.volume.go_alone();
+    pair.until("the end of the quiesce", |pair| pair.a.saw(quiesced));
+    assert!(pair.a.volume.record.is_dirty(), "what the peer may lack is on record");
+}
