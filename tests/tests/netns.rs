@@ -16,6 +16,7 @@ const SIZE_MIB: u64 = 12;
 
 #[test]
 fn a_cable_pulled_under_load_costs_nothing_but_a_copy() {
+    // Not left out in silence: `lay` says so.
     let Some(cable) = Cable::lay() else { return };
     let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);
     settings.namespaces = Some(cable.namespaces());
@@ -96,6 +97,7 @@ impl Drop for Clients {
 
 #[test]
 fn a_client_follows_an_address_that_moves_with_the_service() {
+    // Not left out in silence: `lay` says so.
     let Some(cable) = Cable::lay() else { return };
     let clients = Clients::beside(&cable);
     let mut settings = Settings::new(&[VolumeSettings::new("db", SIZE_MIB)]);

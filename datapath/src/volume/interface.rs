@@ -1,7 +1,7 @@
 //! What a volume takes and tells: its specification, the requests of front ends and the notices they get, the sessions that
 //! control hands over and the events it hears, and the counters it reads.
 //!
-//! The reactor, the front ends and [`Volume`](super::Volume) all import these types; this file imports none of them.
+//! The reactor, the front ends and [`Volume`] all import these types; this file imports none of them.
 
 use crate::disk::image::DiskImage;
 use crate::disk::record::Record;

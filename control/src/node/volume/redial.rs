@@ -151,7 +151,7 @@ impl Redial {
         let text = format!(
             "sessions with {peer} begin and then stand still: small messages pass and large ones do not? Check the MTU of the path on \
              both nodes (`ip link`; `ping -M do -s 1472` to the other's address). {peer} is dialled ever more rarely until changes \
-             get through, after {} s now and every {} s in the end; `costandby connect` on both nodes has it dialled at once",
+             get through, after {} s now and every {} s in the end; `connect` on both nodes has it dialled at once",
             pause.as_secs(),
             PAUSE_MAX.as_secs()
         );

@@ -2,7 +2,7 @@
 //!
 //! An endpoint is one connected RC queue pair with what belongs to it: send and receive completions, receives that are
 //! posted again as they are consumed, the registered ring the peer writes into, and the connection manager's events.
-//! The real one is `verbs` beside this file; [`super::fake`] plays the same rules in memory. The link is generic over
+//! The real one is `verbs` beside this file; `testing::fake_rdma` plays the same rules in memory. The link is generic over
 //! it, so the choice costs nothing per write.
 //!
 //! Memory: an endpoint keeps a clone of every [`Endpoint::Region`] that a work request names until that request is
