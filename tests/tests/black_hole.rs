@@ -15,7 +15,7 @@ const SIZE_MIB: u64 = 16;
 /// Of 1500 that the cable carries.
 const PACKET_LEN_MAX: u32 = 1400;
 
-/// How long the path is ill: a session stands still for ten times `peer_timeout`, and without a pause ten of them would fit.
+/// How long the path is ill: without a pause, dozens of sessions that stand still would fit.
 const ILL: Duration = Duration::from_secs(32);
 
 /// What the log says of it.

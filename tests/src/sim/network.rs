@@ -183,9 +183,11 @@ impl Wire {
         }
     }
 
-    /// Nothing is on its way.
+    /// Nothing is on its way but keep-alives: one of them may be at any moment.
     pub(super) fn is_quiet(&self) -> bool {
-        self.ends.iter().all(|end| end.pending.is_empty())
+        let is_keep_alive =
+            |event: &LinkEvent| matches!(event, LinkEvent::Message(header) if header.kind == Kind::KeepAlive);
+        self.ends.iter().all(|end| end.pending.iter().all(|(_, event)| is_keep_alive(event)))
     }
 
     fn leave(&mut self, at: usize) {

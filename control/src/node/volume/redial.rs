@@ -20,8 +20,9 @@ use std::time::Duration;
 const COUNT_ONE: u32 = 4;
 const COUNT_SHORT: u32 = 1;
 
-/// From how long on it is no short one: several times what a session takes from its beginning to its first change.
-const LONG: Duration = Duration::from_secs(1);
+/// From how long on it is no short one: several times what a session takes from its beginning to its first change, and less than
+/// a session in which nothing is heard lasts, with the default `peer_timeout`.
+const LONG: Duration = Duration::from_millis(400);
 
 /// The pause begins to grow with the second long one in a row, the third handshake, or the eighth short one. Fewer may be chance.
 const COUNT_MAX: u32 = 2 * COUNT_ONE;
