@@ -280,7 +280,7 @@ impl World {
         for event in events {
             if let ReactorEvent::DiskFailed { .. } = event {
                 let now = self.now();
-                self.undisturbed = false;
+                self.disturb();
                 self.checker.gave_up(now, at);
             }
             self.post_input(at, Input::Reactor(event));

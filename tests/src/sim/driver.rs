@@ -189,7 +189,7 @@ impl World {
             }
             Input::Operator { id, command } => {
                 self.tell(at, format_args!("operator: {command:?}"));
-                self.undisturbed = false;
+                self.disturb();
                 self.note_command(at, command);
                 self.handle(at, role::Event::Operator { id, command }, false)
             }
@@ -434,7 +434,7 @@ impl World {
             self.send(at, Command::CloseLink { volume: 0, reason: "the metadata cannot be stored" });
             self.send(at, Command::StopServing { volume: 0 });
             let now = self.now();
-            self.undisturbed = false;
+            self.disturb();
             self.checker.gave_up(now, at);
             let local = self.nodes[at].skew.duration(now);
             let driver = self.driver(at);
@@ -542,7 +542,7 @@ impl World {
                 }
             }
             Action::GoAlone => {
-                self.undisturbed = false;
+                self.disturb();
                 self.send(at, Command::GoAlone { volume });
             }
             Action::CloseLink => {
@@ -641,11 +641,14 @@ impl World {
                 Before::GoesOn { .. } => drop(self.seen.insert("a session went on over another link")),
             }
             match side {
-                SessionSide::Source { resync: true } => {
-                    self.checker.copies_after(self.undisturbed)?;
+                SessionSide::Source { resync: true } => self.checker.copies_after(self.undisturbed)?,
+                SessionSide::Source { resync: false } | SessionSide::Target { resync: false } if both => {
+                    self.undisturbed = self.beginning_undisturbed;
                 }
-                SessionSide::Source { resync: false } => self.undisturbed = both,
-                SessionSide::Target { .. } => {}
+                _ => {}
+            }
+            if !both {
+                self.beginning_undisturbed = true;
             }
             if both {
                 self.check_session()?;

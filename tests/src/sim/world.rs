@@ -128,6 +128,8 @@ pub(super) struct World {
     pub(super) sessions: u64,
     /// A session in sync began, and since then no process ended, nobody went alone and no operator did anything.
     pub(super) undisturbed: bool,
+    /// The same since the first of the two nodes began the latest session.
+    pub(super) beginning_undisturbed: bool,
     pub(super) faults: BTreeMap<&'static str, u64>,
     pub(super) seen: BTreeSet<&'static str>,
 }
@@ -249,6 +251,7 @@ impl World {
             hush_until: 0,
             sessions: 0,
             undisturbed: false,
+            beginning_undisturbed: false,
             faults: BTreeMap::new(),
             seen: BTreeSet::new(),
         };
@@ -441,12 +444,18 @@ impl World {
         if self.rng.below(2) == 0 { self.lose_power(at) } else { Ok(()) }
     }
 
+    /// A process ended, a node went alone, a disk was given up or an operator did something: the next copy has a reason.
+    pub(super) fn disturb(&mut self) {
+        self.undisturbed = false;
+        self.beginning_undisturbed = false;
+    }
+
     /// The process at `at` ends, by itself or by a signal.
     pub(super) fn end_process(&mut self, at: usize) {
         if self.nodes[at].process.is_none() {
             return;
         }
-        self.undisturbed = false;
+        self.disturb();
         self.tell(at, format_args!("ends"));
         self.nodes[at].life += 1;
         self.abandon_metadata_call(at);
