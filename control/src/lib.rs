@@ -7,7 +7,8 @@
 //! 1. [`cli`]: the command line, one file a subcommand.
 //! 2. [`node`]: the daemon: one task a volume carries out what the volume's controller decides. [`admin`], [`admin_client`]:
 //!    both ends of the admin socket. [`logging`]: the log.
-//! 3. [`role`]: the controller of one volume, sans-IO. [`generation`]: which disk is newer. [`hello`]: what controllers say to
+//! 3. [`task`]: what a volume's task does with what the controller decides, sans-IO; the simulator drives the same.
+//!    [`role`]: the controller of one volume, sans-IO. [`generation`]: which disk is newer. [`hello`]: what controllers say to
 //!    each other. [`mod@link`]: which link two nodes take. [`compared`], [`progress`], [`worth`]: texts and figures for `status`.
 //! 4. [`secure`]: the proof of the pair's key. [`config`]: the configuration file. [`contents`], [`users`], [`kernel`]: what
 //!    the system says about disks and about itself.
@@ -35,5 +36,6 @@ pub mod progress;
 pub mod role;
 pub mod secure;
 mod socket_file;
+pub mod task;
 pub mod users;
 pub mod worth;

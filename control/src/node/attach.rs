@@ -10,28 +10,28 @@
 
 use super::advice::Case;
 use super::blocking::blocking;
+use super::connection::part;
+use super::inbox::{Input, Reply};
 use super::open::{self, OpenError, OpenVolume};
-use super::peers;
 use super::registry::{Phase, Registry, Shared};
-use super::volume::{Input, Surroundings, VolumeTask};
+use super::volume::{Surroundings, VolumeTask};
 use super::watch::{Link, Watch};
 use crate::admin;
 use crate::config::Disk;
 use crate::hello::{Refuse, RefuseCode};
 use crate::link::reason;
 use crate::role::{self, Connection, Found, Random, Role, Verification, VolumeController, VolumeSettings};
+use crate::task::Event;
 use costandby_datapath::disk::superblock::{DiskState, Location, Superblock};
 use costandby_datapath::reactor::command::{Command, VolumeSpec};
 use costandby_datapath::units::{Epoch, Generation};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 /// How long an operator's command waits for a disk that is being opened: most take milliseconds.
 const COMMAND_WAIT_MAX: Duration = Duration::from_secs(5);
-
-type Reply = oneshot::Sender<Result<String, String>>;
 
 /// A volume that is not in service yet.
 pub(super) struct Attachment {
@@ -166,7 +166,7 @@ impl Attachment {
                     };
                 }
                 input = self.queue.recv() => match input {
-                    None | Some(Input::Shutdown) => return Tried::Stopped,
+                    None | Some(Input::Event(Event::Shutdown)) => return Tried::Stopped,
                     Some(input @ Input::Admin { .. }) if began.elapsed() < COMMAND_WAIT_MAX => {
                         waiting.push(input);
                     }
@@ -221,7 +221,7 @@ impl Attachment {
         let refusal = self.refusal(failure);
         loop {
             match self.queue.recv().await {
-                None | Some(Input::Shutdown) => return None,
+                None | Some(Input::Event(Event::Shutdown)) => return None,
                 Some(Input::Admin {
                     command: admin::Command::Connect { discard_my_data: false },
                     asked,
@@ -241,18 +241,11 @@ impl Attachment {
             Input::Admin { reply, .. } => {
                 let _ = reply.send(Err(to_operator.to_owned()));
             }
-            Input::Accepted { stream, .. } | Input::Asked { stream, .. } => {
-                peers::part(stream, Refuse { code, text: to_peer.to_owned() });
+            Input::Event(Event::Accepted { stream, .. } | Event::Asked { stream, .. }) => {
+                tokio::spawn(part(stream, Refuse { code, text: to_peer.to_owned() }));
             }
             // Of sessions and conversations, which there are none of.
-            Input::Reactor(_)
-            | Input::Dialled { .. }
-            | Input::Met { .. }
-            | Input::Made { .. }
-            | Input::CameOver { .. }
-            | Input::Heard { .. }
-            | Input::Probed { .. }
-            | Input::Shutdown => {}
+            Input::Event(_) => {}
         }
     }
 

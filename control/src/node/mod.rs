@@ -13,28 +13,32 @@ use crate::descriptors::{self, Judged, Need};
 use crate::kernel::{boot_id, random_source};
 use crate::role::VolumeSettings;
 use crate::secure::keyring::{KeyError, Keyring};
+use crate::task::Event;
 use addresses::Addresses;
 use attach::Attachment;
+use connection::Route;
 use costandby_datapath::disk::superblock::DiskState;
 use costandby_datapath::reactor::command::{Command, Event as ReactorEvent};
 use costandby_datapath::reactor::{Reactor, ReactorConfig, ReactorHandle};
 use costandby_datapath::transport::rdma::windows::{Machine, disk_memory};
-use peers::Route;
+
+use inbox::Input;
 use registry::{Phase, Registry, Shared};
 use status::Backend;
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use volume::{Input, Surroundings};
+use volume::Surroundings;
 
 mod addresses;
 mod advice;
 mod attach;
 mod blocking;
-mod link;
+mod connection;
+mod conversation;
+mod inbox;
 mod listeners;
 mod negotiate;
 mod open;
@@ -252,7 +256,7 @@ impl Start<'_> {
         listening.stop_peers();
         keys.abort();
         for volume in &registry.volumes {
-            let _ = volume.inbox.send(Input::Shutdown);
+            let _ = volume.inbox.send(Input::Event(Event::Shutdown));
         }
         let all = async {
             for task in tasks {
@@ -389,14 +393,11 @@ fn forward_events(
                 ReactorEvent::Stopped => return,
             };
             // A task that ended (shutdown) needs no more news.
-            let _ = registry.inbox(volume).send(Input::Reactor(event));
+            let _ = registry.inbox(volume).send(Input::Event(Event::Reactor(event)));
         }
     })?;
     Ok(())
 }
-
-/// Answers owed to operators, by the id the controller knows them by.
-type Replies = HashMap<u64, oneshot::Sender<Result<String, String>>>;
 
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 //! Runs between a connection and [`super::volume`], which hears of a hello only when it is settled what will carry the
 //! session. The dialer connects, because it knows first that both can; the acceptor has its listener open before its
 //! hello names it. An RDMA connection that fails costs its time limit once, then both go on over TCP where their
-//! configurations allow it; [`super::link`] keeps the next attempt away for a while.
+//! configurations allow it; [`crate::task`] keeps the next attempt away for a while.
 //!
 //! For a session that had to begin over TCP the same is done over a second connection ([`ask_rdma`], [`offer_rdma`]), without
 //! harm to the session wherever it fails. When both nodes have the RDMA connection, the session's link is closed, and that
@@ -20,12 +20,14 @@
 //!
 //! Survives a peer that sends anything in any order, connects and vanishes, or promises a connection that never comes.
 
-use super::peers::{MESSAGE_MAX, Route, listen, listen_for, say};
+use super::connection::{MESSAGE_MAX, Route, listen, listen_for, say};
+use super::inbox::{TaskCarrier as Carrier, TaskMet as Met};
 use super::rdma::{Prepared, RdmaListener, RdmaSetup, RingState, Secret, Wanted};
 use crate::config::LinkKind;
 use crate::hello::{Ask, Hello, HelloError, Message, RdmaOffer, Refuse, RefuseCode, Settled};
 use crate::link::{Choice, Kind, Voice, choose, reason};
 use crate::secure::channel::Channel;
+use crate::task::{NoLink, out_of_turn};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,82 +87,6 @@ pub(super) struct Terms {
 pub(super) struct Offered {
     listener: Box<dyn RdmaListener>,
     place: OwnedSemaphorePermit,
-}
-
-/// What will carry the session.
-pub(super) enum Carrier {
-    /// The conversation's own connection.
-    Tcp {
-        /// Why not RDMA, where this node would have taken it.
-        why: Option<String>,
-        /// RDMA was tried and failed.
-        tried: bool,
-    },
-    /// An RDMA connection; the conversation's becomes its companion.
-    Rdma(Prepared),
-}
-
-/// Why there is nothing to carry a session.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum NoLink {
-    /// What was read was no message, or nothing was.
-    #[error(transparent)]
-    Hello(#[from] HelloError),
-    /// The peer refused.
-    #[error("{}", .0.text)]
-    Refused(Refuse),
-    /// The peer said something that does not belong there.
-    #[error("it said {said} where {wanted} belongs: run the same release on both nodes")]
-    OutOfTurn {
-        /// What it said.
-        said: &'static str,
-        /// What belongs there.
-        wanted: &'static str,
-    },
-    /// The two configurations and abilities leave nothing.
-    #[error("{0}")]
-    NothingInCommon(String),
-    /// RDMA failed where there is nothing else, or after the peer had it.
-    #[error("{0}")]
-    Rdma(String),
-}
-
-impl NoLink {
-    /// Why there is no RDMA, as a note on the volume's link: a sentence that names its node.
-    pub(super) fn note(&self) -> String {
-        match self {
-            Self::Rdma(why) => why.clone(),
-            other => other.to_string(),
-        }
-    }
-}
-
-/// A conversation whose link is settled.
-pub(super) struct Met {
-    /// What the peer said.
-    pub(super) hello: Box<Hello>,
-    /// What carries the session.
-    pub(super) carrier: Carrier,
-}
-
-/// What a message is called in an error.
-fn name(message: &Message) -> &'static str {
-    match message {
-        Message::Hello(_) => "a hello",
-        Message::Link(_) => "what became of an offer",
-        Message::Ask(_) => "a question",
-        Message::Offer(_) => "an offer",
-        Message::Ready(_) => "that it is ready",
-        Message::Refuse(_) => "no",
-    }
-}
-
-/// A message of another kind than was waited for, as an error.
-pub(super) fn out_of_turn(message: Message, wanted: &'static str) -> NoLink {
-    match message {
-        Message::Refuse(refuse) => NoLink::Refused(refuse),
-        other => NoLink::OutOfTurn { said: name(&other), wanted },
-    }
 }
 
 /// The dialer's part: says our hello, hears theirs, settles the link.

@@ -1,17 +1,16 @@
 //! What a daemon's tasks share: each volume's state as others see it, and which volume of the reactor it is.
 
-use super::link::LinkStatus;
-use super::volume::Input;
+use super::inbox::Inbox;
 use crate::config::{Disk, NodeName, Volume};
 use crate::progress::Progress;
 use crate::role::Status as ControllerStatus;
 use crate::secure::keyring::Keyring;
+use crate::task::LinkStatus;
 use costandby_datapath::reactor::ReactorHandle;
 use costandby_datapath::reactor::command::VolumeSpec;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use tokio::sync::mpsc;
 
 /// Where a volume's disk is on its way into service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,7 +35,7 @@ pub(super) struct Shared {
     pub(super) progress: Mutex<Progress>,
     /// What an operator should know beside the advice, by who found it.
     warnings: Mutex<BTreeMap<Source, Vec<String>>>,
-    pub(super) inbox: mpsc::UnboundedSender<Input>,
+    pub(super) inbox: Inbox,
 }
 
 /// Who finds something that `status` warns of.
@@ -58,7 +57,7 @@ impl Shared {
         peer: NodeName,
         status: ControllerStatus,
         phase: Phase,
-        inbox: mpsc::UnboundedSender<Input>,
+        inbox: Inbox,
     ) -> Self {
         Self {
             config,
@@ -104,7 +103,7 @@ pub(super) struct Registry {
     /// By name.
     pub(super) volumes: Vec<Arc<Shared>>,
     /// Who hears of the reactor's volumes, by their index.
-    inboxes: Mutex<Vec<mpsc::UnboundedSender<Input>>>,
+    inboxes: Mutex<Vec<Inbox>>,
 }
 
 impl Registry {
@@ -138,7 +137,7 @@ impl Registry {
     }
 
     /// Who hears of the reactor's volume of this index.
-    pub(super) fn inbox(&self, index: usize) -> mpsc::UnboundedSender<Input> {
+    pub(super) fn inbox(&self, index: usize) -> Inbox {
         self.inboxes.lock().expect("nobody panics with it")[index].clone()
     }
 }

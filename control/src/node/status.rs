@@ -1,6 +1,7 @@
 //! What the admin API asks of a daemon: its volumes' status, and commands for them.
 
 use super::addresses::Addresses;
+use super::inbox::Input;
 use super::{Phase, Registry, Shared};
 use crate::admin::{self, AdminBackend, Answer, CommandError};
 use crate::link::Kind;
@@ -69,7 +70,7 @@ impl AdminBackend for Backend {
             };
             let (reply, answer) = oneshot::channel();
             let stopping = || CommandError::Refused(format!("node {} is stopping", node()));
-            shared.inbox.send(super::Input::Admin { command, asked, reply }).map_err(|_| stopping())?;
+            shared.inbox.send(Input::Admin { command, asked, reply }).map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?.map_err(CommandError::Refused)
         })
     }

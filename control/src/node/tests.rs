@@ -260,8 +260,8 @@ async fn a_question_for_rdma_that_comes_to_nothing_leaves_the_session_alone() {
         let name = if peer == "beta" { "alpha" } else { "beta" };
         let mut stream = Route::to(name, node.address, peer, keys()).connect().await.expect("proved");
         let ask = Ask { node: peer.into(), volume: "db".into(), rdma: true };
-        peers::say(&mut stream, &Message::Ask(ask)).await.expect("said");
-        let heard = peers::listen(&mut stream).await;
+        connection::say(&mut stream, &Message::Ask(ask)).await.expect("said");
+        let heard = connection::listen(&mut stream).await;
         // The dialler is asked by nobody; the acceptor has none.
         let wanted = if name == "alpha" { RefuseCode::Busy } else { RefuseCode::Link };
         assert!(matches!(&heard, Ok(Message::Refuse(Refuse { code, .. })) if *code == wanted), "{heard:?}");

@@ -1,133 +1,57 @@
-//! One volume's task: what happens goes into its controller, what the controller decides is carried out here.
+//! One volume's task as tokio runs it: what happens goes into [`Task`], and what the task wants done is carried out here.
 //!
-//! Actions are carried out strictly in order, and a store is durable before the next action begins; that is what the
-//! controller's promises rest on. While a store is under way other events wait in the inbox.
+//! Nothing is decided here. Actions are carried out strictly in order, and a store is durable before the next action begins.
+//! While a store is under way other events wait in the inbox.
 
-use super::Replies;
 use super::blocking::blocking;
-use super::link::LinkKeeper;
-use super::negotiate::{LISTENERS_MAX, Met, NoLink, out_of_turn};
-use super::peers::{self, Heard, Route};
+use super::connection::{Route, part};
+use super::conversation;
+use super::inbox::{Input, Reply, TaskAction, TaskCarrier, TaskEvent};
+use super::negotiate::{LISTENERS_MAX, Terms};
 use super::rdma::{Prepared, RdmaSetup};
 use super::registry::{Shared, Source};
 use super::watch::hangs_text;
-use crate::admin;
 use crate::compared::Settings;
-use crate::hello::{Ask, Hello, Message};
+use crate::config::LinkKind;
+use crate::hello::Message;
 use crate::progress::Sample;
-use crate::role::{self, Action, Connection, Event, Level, Obstacle, ReplyId, Role, VolumeController, code};
+use crate::role::{Level, ReplyId, VolumeController};
 use crate::secure::channel::Channel;
+use crate::task::{Action, Carrier, Event, Setup, TICK, Task};
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::metadata::medium::FileMedium;
 use costandby_datapath::disk::superblock::Superblock;
-use costandby_datapath::limits::RING_LEN;
+use costandby_datapath::limits::{PAYLOAD_LEN_MAX, RING_LEN};
 use costandby_datapath::reactor::ReactorHandle;
-use costandby_datapath::reactor::command::{Command, Direction, Event as ReactorEvent};
-use costandby_datapath::units::Epoch;
+use costandby_datapath::reactor::command::Command;
+use costandby_datapath::transport::Link;
+use costandby_datapath::transport::tcp::TcpLink;
+use std::collections::HashMap;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 
-mod carry;
-mod probe;
-mod redial;
-pub(super) mod relink;
-
-use carry::{PeerEnd, SessionState};
-use probe::Prober;
-use redial::Redial;
-use relink::{Next, Relink};
-
-/// How often the controller hears that time passed, and a failed dial may be followed by another.
-const TICK: Duration = Duration::from_millis(100);
-
 /// How long anything waits for a store on a medium that is given up.
 const TRY_STORE_MAX: Duration = Duration::from_secs(2);
-
-/// Longest pause between two dials: what a standby's return may take longer than it must.
-const DIAL_PAUSE_MAX: Duration = Duration::from_millis(500);
-
-/// The first pause between two dials after a session, when the first dial found the peer busy with the end of it. It doubles.
-const DIAL_PAUSE_FIRST: Duration = Duration::from_millis(4);
-
-/// What the task is told.
-pub(super) enum Input {
-    /// By the reactor.
-    Reactor(ReactorEvent),
-    /// A peer connected and said this.
-    Accepted { stream: Channel, hello: Box<Hello> },
-    /// A dial ended.
-    Dialled { stream: Result<Channel, Obstacle> },
-    /// The peer, which dials us, was asked whether it would have a session.
-    Probed { asked: Result<(), Obstacle> },
-    /// It is settled what carries the conversation of this serial, or that nothing does.
-    Met { serial: u64, stream: Channel, met: Result<Met, NoLink> },
-    /// A peer connected and asks this.
-    Asked { stream: Channel, ask: Ask },
-    /// The connections for the change of link of this serial are there, or not.
-    Made { serial: u64, made: Result<(Channel, Prepared), NoLink> },
-    /// In that change the peer said hello over the new connection, or it did not.
-    CameOver { serial: u64, next: Result<Next, NoLink> },
-    /// The peer said something in the conversation of this serial.
-    Heard { serial: u64, stream: Channel, heard: Heard },
-    /// An operator's command.
-    Admin { command: admin::Command, asked: admin::Asked, reply: oneshot::Sender<Result<String, String>> },
-    /// The daemon ends.
-    Shutdown,
-}
-
-/// A connection that is not a link yet. `stream` is elsewhere while a message is awaited on it.
-struct Conversation {
-    serial: u64,
-    /// We dialled.
-    dialled: bool,
-    stream: Option<Channel>,
-    /// What its hello came to.
-    peer: Option<PeerEnd>,
-}
-
-impl Conversation {
-    fn new(serial: u64, dialled: bool) -> Self {
-        Self { serial, dialled, stream: None, peer: None }
-    }
-}
 
 /// The task.
 pub(super) struct VolumeTask {
     index: usize,
     shared: Arc<Shared>,
-    controller: VolumeController,
+    task: Task<Channel, Prepared>,
+    began: Instant,
     store: Option<Arc<Mutex<SuperblockStore<FileMedium>>>>,
     reactor: ReactorHandle,
     queue: mpsc::UnboundedReceiver<Input>,
     surroundings: Surroundings,
-    link: LinkKeeper,
-    /// What the log last said of it.
-    link_logged: Option<String>,
     /// Room for RDMA listeners.
     listeners: Arc<Semaphore>,
-    /// From the making of its link to its end.
-    session: Option<SessionState>,
-    began: Instant,
-    conversation: Option<Conversation>,
-    serial: u64,
-    dials: bool,
-    dial_under_way: bool,
-    dial_pause: Duration,
-    next_dial: Instant,
-    redial: Redial,
-    prober: Prober,
-    relink: Relink,
-    /// From the handing over of a link to its end.
-    link_up: bool,
-    /// Since when.
-    session_began: Option<Instant>,
-    epoch: Epoch,
-    replies: Replies,
+    /// Answers owed to operators, by the id the controller knows them by.
+    replies: HashMap<u64, Reply>,
     next_reply: u64,
-    refusal_told: String,
     finished: bool,
 }
 
@@ -147,6 +71,17 @@ pub(super) struct Surroundings {
     pub(super) settings: Settings,
 }
 
+impl Surroundings {
+    /// Whether RDMA is possible here, for a volume that would have it; then its ring begins to be made. Blocks briefly.
+    fn able(&self, wanted: LinkKind) -> Result<(), String> {
+        if wanted == LinkKind::Tcp {
+            return Ok(());
+        }
+        let able = self.rdma.able(self.local).and_then(|()| self.rdma.ring(self.local));
+        able.map(drop).map_err(|why| format!("{} has no RDMA: {why}", self.node))
+    }
+}
+
 impl VolumeTask {
     pub(super) fn new(
         index: usize,
@@ -157,59 +92,51 @@ impl VolumeTask {
         queue: mpsc::UnboundedReceiver<Input>,
         surroundings: Surroundings,
     ) -> Self {
-        let now = Instant::now();
-        let link = LinkKeeper::new(shared.config.link, surroundings.able(shared.config.link));
+        let setup = Setup {
+            volume: index,
+            name: shared.config.name.as_str().to_owned(),
+            node: surroundings.node.clone(),
+            peer: shared.peer.as_str().to_owned(),
+            wanted: shared.config.link,
+            rdma: surroundings.able(shared.config.link),
+            ring_len: RING_LEN,
+            payload_len_max: PAYLOAD_LEN_MAX,
+            settings: surroundings.settings.clone(),
+        };
         Self {
             index,
             shared,
-            controller,
+            task: Task::new(Duration::ZERO, setup, controller),
+            began: Instant::now(),
             store: store.map(|store| Arc::new(Mutex::new(store))),
             reactor,
             queue,
             surroundings,
-            link,
-            link_logged: None,
             listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
-            session: None,
-            began: now,
-            conversation: None,
-            serial: 0,
-            dials: false,
-            dial_under_way: false,
-            dial_pause: TICK,
-            next_dial: now,
-            redial: Redial::default(),
-            prober: Prober::new(now),
-            relink: Relink::default(),
-            link_up: false,
-            session_began: None,
-            epoch: Epoch::ZERO,
-            replies: Replies::new(),
+            replies: HashMap::new(),
             next_reply: 0,
-            refusal_told: String::new(),
             finished: false,
         }
     }
 
-    /// Runs until the volume is at rest after [`Input::Shutdown`].
+    /// Runs until the volume is at rest after [`Event::Shutdown`].
     pub(super) async fn run(mut self) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.publish_link();
         self.handle(Event::Start).await;
         while !self.finished {
+            let due = self.task.due().map(|due| self.began + due);
             tokio::select! {
                 input = self.queue.recv() => match input {
                     Some(input) => self.take(input).await,
                     None => return,
                 },
-                () = tokio::time::sleep_until(self.next_dial.into()), if self.wants_to_dial() => self.dial_if_due(),
+                () = tokio::time::sleep_until(due.unwrap_or(self.began).into()), if due.is_some() => {
+                    self.handle(Event::Due).await;
+                }
                 _ = tick.tick() => {
-                    self.handle(Event::Tick).await;
-                    self.dial_if_due();
-                    self.probe_if_due();
-                    self.ask_for_rdma_if_due();
-                    self.note_progress();
+                    let copying = self.copying();
+                    self.handle(Event::Tick { copying }).await;
                 }
             }
         }
@@ -217,35 +144,7 @@ impl VolumeTask {
 
     async fn take(&mut self, input: Input) {
         match input {
-            Input::Reactor(event) => self.take_reactor(event).await,
-            Input::Accepted { stream, hello } => {
-                self.end_change().await;
-                if self.conversation.take().is_some() {
-                    // Only the peer dials us, so it has given up the older one.
-                    self.handle(Event::SessionFailed { text: "it began anew".into() }).await;
-                }
-                let ours = self.begin_conversation(false);
-                let inbox = self.shared.inbox.clone();
-                peers::answer_hello(self.serial, stream, ours, hello, self.terms(), inbox);
-            }
-            Input::Dialled { stream } => {
-                self.dial_under_way = false;
-                self.dialled(stream).await;
-            }
-            Input::Probed { asked } => self.probed(asked).await,
-            Input::Met { serial, stream, met } => {
-                if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
-                    self.met(stream, met).await;
-                }
-            }
-            Input::Asked { stream, ask } => self.asked(stream, &ask),
-            Input::Made { serial, made } => self.made(serial, made),
-            Input::CameOver { serial, next } => self.came_over(serial, next).await,
-            Input::Heard { serial, stream, heard } => {
-                if self.conversation.as_ref().is_some_and(|c| c.serial == serial) {
-                    self.heard(stream, heard).await;
-                }
-            }
+            Input::Event(event) => self.handle(event).await,
             Input::Admin { command, asked, reply } => {
                 if let Some(why) = asked.void() {
                     // Whoever gave it may have gone on to the other node since.
@@ -254,335 +153,147 @@ impl VolumeTask {
                     return;
                 }
                 self.next_reply += 1;
-                let id = self.next_reply;
-                self.replies.insert(id, reply);
-                self.handle(Event::Operator { id: ReplyId(id), command }).await;
-            }
-            Input::Shutdown => self.handle(Event::Shutdown).await,
-        }
-    }
-
-    async fn take_reactor(&mut self, event: ReactorEvent) {
-        let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, dirty, moved, parted, .. } => {
-                self.link_up = false;
-                self.shared.warn(Source::PeersCalls, &[]);
-                self.link_ended(&reason);
-                if self.relink.is_on_purpose() {
-                    self.no_pause_after_session();
-                    self.handle(Event::LinkChanges(true)).await;
-                } else {
-                    self.pause_after_session(moved);
-                }
-                self.handle(Event::LinkDown { reason, undurable, dirty, parted }).await;
-                return self.left_link().await;
-            }
-            ReactorEvent::Settled { .. } => Event::Settled,
-            ReactorEvent::AskAlone { .. } => Event::NeedAlone,
-            ReactorEvent::ResyncDone { .. } => Event::ResyncDone,
-            ReactorEvent::Verified { outcome, .. } => Event::Verified(Box::new(outcome)),
-            ReactorEvent::FoundDifferent { .. } => Event::FoundDifferent,
-            ReactorEvent::PeerMessage { code: code::RESYNC_PROGRESS, arg, .. } => {
-                return self.told_progress(arg);
-            }
-            ReactorEvent::PeerMessage { code: code::DISK_HANGS, arg, .. } => {
-                let disk = format!("the disk of {}", self.shared.peer);
-                let text = (arg > 0).then(|| hangs_text(&disk, arg));
-                self.shared.warn(Source::PeersCalls, text.as_slice());
-                return;
-            }
-            ReactorEvent::PeerMessage { code, arg, .. } => Event::PeerMessage { code, arg },
-            ReactorEvent::DiskFailing { error, .. } => Event::DiskFailing { text: error },
-            ReactorEvent::DiskFailed { error, .. } => Event::DiskFailed { text: error },
-            ReactorEvent::Quiesced { .. } => Event::Quiesced,
-            ReactorEvent::Stopped => return,
-        };
-        self.handle(event).await;
-    }
-
-    fn begin_conversation(&mut self, dialled: bool) -> Hello {
-        self.serial += 1;
-        // What it says about links is settled by the conversation.
-        let mut ours = self.controller.hello(RING_LEN, &[]);
-        ours.settings = self.surroundings.settings.clone();
-        self.conversation = Some(Conversation::new(self.serial, dialled));
-        ours
-    }
-
-    fn wants_to_dial(&self) -> bool {
-        let idle = self.conversation.is_none() && !self.link_up && !self.dial_under_way;
-        self.dials && idle && !self.relink.is_leaving()
-    }
-
-    fn dial_if_due(&mut self) {
-        if self.wants_to_dial() && Instant::now() >= self.next_dial {
-            self.dial_under_way = true;
-            peers::dial(self.surroundings.route.clone(), self.shared.inbox.clone());
-        }
-    }
-
-    /// A dial, or the talk after it, came to nothing.
-    fn pause_dialling(&mut self) {
-        self.dial_pause = (self.dial_pause * 2).min(DIAL_PAUSE_MAX);
-        self.next_dial = Instant::now() + self.dial_pause;
-    }
-
-    /// A session's link broke: its peer most likely lives, and is dialled again at once. Not where session after session ends
-    /// without a single change that got through.
-    fn pause_after_session(&mut self, moved: bool) {
-        let lived = self.session_began.take().map_or(Duration::ZERO, |began| began.elapsed());
-        let (pause, text) = self.redial.session_ended(lived, moved, self.shared.peer.as_str());
-        if let Some(text) = text {
-            tracing::warn!(volume = self.shared.config.name.as_str(), "{text}");
-        }
-        self.dial_pause = DIAL_PAUSE_FIRST / 2;
-        self.next_dial = Instant::now() + pause;
-    }
-
-    async fn dialled(&mut self, stream: Result<Channel, Obstacle>) {
-        let stream = match stream {
-            Ok(stream) => stream,
-            Err(obstacle) => {
-                self.pause_dialling();
-                return self.handle(Event::NoContact(obstacle)).await;
-            }
-        };
-        self.handle(Event::Contact { willing: false }).await;
-        if !self.dials || self.conversation.is_some() || self.link_up {
-            return;
-        }
-        let ours = self.begin_conversation(true);
-        peers::greet(self.serial, stream, ours, self.terms(), self.shared.inbox.clone());
-    }
-
-    async fn heard(&mut self, stream: Channel, heard: Heard) {
-        let event = match heard {
-            Ok(Message::Ready(ready)) => {
-                self.conversation.as_mut().expect("the caller looked").stream = Some(stream);
-                Event::SessionReady(ready)
-            }
-            Ok(other) => self.conversation_failed(out_of_turn(other, "that it is ready")),
-            Err(error) => self.conversation_failed(error.into()),
-        };
-        self.converse(event).await;
-    }
-
-    fn conversation_failed(&mut self, error: NoLink) -> Event {
-        self.conversation = None;
-        match error {
-            NoLink::Refused(refuse) => Event::PeerRefused(refuse),
-            other => Event::SessionFailed { text: other.to_string() },
-        }
-    }
-
-    /// Tells the controller what came of a conversation.
-    async fn converse(&mut self, event: Event) {
-        if matches!(event, Event::SessionFailed { .. } | Event::PeerRefused(_)) {
-            self.pause_dialling();
-            self.handle(Event::LinkChanges(false)).await;
-        }
-        self.handle(event).await;
-        // A controller that neither answered nor made a session of it is done with the connection.
-        if self.conversation.as_ref().is_some_and(|c| c.stream.is_some()) {
-            self.conversation = None;
-            self.pause_dialling();
-        }
-    }
-
-    /// Gives an event to the controller, does what it says, and publishes the outcome.
-    async fn handle(&mut self, event: Event) {
-        let before = self.controller.status().connection;
-        let mut actions = Vec::new();
-        self.controller.handle(self.began.elapsed(), event, &mut actions);
-        let mut failure: Option<String> = None;
-        for action in actions {
-            match &failure {
-                None => failure = self.perform(action).await.err(),
-                Some(error) => self.leave_undone(&action, error),
+                self.replies.insert(self.next_reply, reply);
+                let id = ReplyId(self.next_reply);
+                self.handle(Event::Operator { id, command }).await;
             }
         }
-        let status = self.controller.status();
-        if before == Connection::SyncSource && status.connection == Connection::Connected {
-            self.send(Command::PeerInSync { volume: self.index });
-        }
-        self.tell_refusal(&status);
-        *self.shared.status.lock().expect("nobody panics with it") = status;
-        if let Some(text) = failure {
-            // The record could not be made durable: nothing that rests on it was done, and nothing may be any more.
-            self.send(Command::CloseLink { volume: self.index, reason: "the metadata cannot be stored" });
-            self.send(Command::StopServing { volume: self.index });
+    }
+
+    /// Gives an event to the task and does what it says, until nothing is left to do.
+    async fn handle(&mut self, event: TaskEvent) {
+        let mut event = Some(event);
+        while let Some(next) = event.take() {
             let mut actions = Vec::new();
-            self.controller.handle(self.began.elapsed(), Event::DiskFailed { text }, &mut actions);
+            self.task.handle(self.began.elapsed(), next, &mut actions);
             for action in actions {
-                if !matches!(action, Action::StoreMetadata(_)) {
-                    let _ = self.perform(action).await;
-                }
+                assert!(event.is_none(), "a store ends its list");
+                event = self.perform(action).await.map(Event::Stored);
             }
-            *self.shared.status.lock().expect("nobody panics with it") = self.controller.status();
         }
     }
 
-    /// An action that stood behind a store that failed: whoever waits for its outcome hears of it all the same.
-    fn leave_undone(&mut self, action: &Action, error: &str) {
+    /// Carries an action out. Gives the outcome of a store.
+    async fn perform(&mut self, action: TaskAction) -> Option<Result<(), String>> {
+        let inbox = self.shared.inbox.clone();
         match action {
-            Action::Reply { id, .. } => answer(&mut self.replies, *id, Err(not_stored(error))),
-            Action::StartSession { .. } => {
-                // The controller believes in a session that never was; the connection ends with its conversation.
-                self.conversation = None;
-                let (volume, reason) = (self.index, not_stored(error));
-                for event in [
-                    ReactorEvent::LinkDown {
-                        volume,
-                        reason,
-                        undurable: true,
-                        dirty: true,
-                        moved: false,
-                        parted: None,
-                    },
-                    ReactorEvent::Settled { volume },
-                ] {
-                    let _ = self.shared.inbox.send(Input::Reactor(event));
-                }
-            }
-            Action::ShutdownComplete => self.finished = true,
-            _ => {}
-        }
-    }
-
-    fn tell_refusal(&mut self, status: &role::Status) {
-        let (volume, peer) = (&self.shared.config.name, &self.shared.peer);
-        let text = match (status.role, status.peer_primary) {
-            (Role::Primary, _) => return,
-            (Role::Demoting, _) => format!("volume {volume} is being handed over: try {peer} in a moment"),
-            (_, Some(true)) => {
-                format!("volume {volume} is served by {peer}: this node is its standby, connect there")
-            }
-            (_, _) => format!(
-                "volume {volume} is not served by this node, its standby; if {peer} does not serve it either, run \
-                 `costandby promote {volume}` on the node that shall"
-            ),
-        };
-        if text != self.refusal_told {
-            self.refusal_told.clone_from(&text);
-            self.send(Command::Refusal { volume: self.index, text });
-        }
-    }
-
-    fn send(&self, command: Command) {
-        self.reactor.send(command);
-    }
-
-    async fn perform(&mut self, action: Action) -> Result<(), String> {
-        let volume = self.index;
-        match action {
-            Action::StoreMetadata(superblock) => self.store_metadata(*superblock).await?,
+            Action::StoreMetadata(superblock) => return Some(self.store_metadata(*superblock).await),
             Action::TryStoreMetadata(superblock) => {
                 // Logged where it fails; the disk is given up already, and may hang.
                 let storing = self.store_metadata(*superblock);
                 let _ = tokio::time::timeout(TRY_STORE_MAX, storing).await;
+                return Some(Ok(()));
             }
-            Action::Detach => self.send(Command::Detach { volume }),
-            Action::MarkAll => self.mark_all().await?,
-            Action::Dial => {
-                self.dials = true;
-                self.next_dial = Instant::now();
-                self.dial_if_due();
+            Action::MarkAll => return Some(self.mark_all().await),
+            Action::Command(command) => self.reactor.send(command),
+            Action::Dial => conversation::dial(self.surroundings.route.clone(), inbox),
+            Action::Probe => {
+                let volume = self.shared.config.name.as_str().to_owned();
+                conversation::probe(self.surroundings.route.clone(), volume, inbox);
             }
-            Action::StopDialing => self.dials = false,
-            Action::SendReady(ready) => {
-                if let Some(stream) = self.conversation.as_mut().and_then(|c| c.stream.take()) {
-                    peers::converse(self.serial, stream, Message::Ready(ready), self.shared.inbox.clone());
+            Action::Greet { serial, stream, hello, paused } => {
+                conversation::greet(serial, stream, *hello, self.terms(paused), inbox);
+            }
+            Action::Answer { serial, stream, hello, theirs, paused } => {
+                conversation::answer_hello(serial, stream, *hello, theirs, self.terms(paused), inbox);
+            }
+            Action::GreetOver { serial, hello, next, paused } => {
+                conversation::greet_over(serial, *hello, next, self.terms(paused), inbox);
+            }
+            Action::SendReady { serial, stream, ready } => {
+                conversation::converse(serial, stream, Message::Ready(ready), inbox);
+            }
+            Action::Refuse { stream, refuse } => drop(tokio::spawn(part(stream, refuse))),
+            Action::Close(stream) => drop(stream),
+            Action::StartSession { stream, carrier, ring_len, before, direction, epoch } => {
+                let volume = self.index;
+                match make_link(stream, carrier, ring_len) {
+                    Ok(link) => {
+                        self.reactor.send(Command::Session { volume, before, link, direction, epoch })
+                    }
+                    Err(error) => {
+                        let _ = inbox.send(Input::Event(Event::NotBegun { reason: error.to_string() }));
+                    }
                 }
             }
-            Action::Refuse(refuse) => {
-                if let Some(stream) = self.conversation.take().and_then(|c| c.stream) {
-                    peers::part(stream, refuse);
-                }
-                self.pause_dialling();
+            Action::AskForRdma { serial, ask, paused } => {
+                let route = self.surroundings.route.clone();
+                conversation::ask_for_rdma(serial, route, ask, self.terms(paused), inbox);
             }
-            Action::StartSession { side, before, serve, epoch } => {
-                self.start_session(side, before, serve, epoch);
+            Action::OfferRdma { serial, stream, paused } => {
+                conversation::offer_rdma(serial, stream, self.terms(paused), inbox);
             }
-            Action::AdoptEpoch(epoch) => {
-                self.epoch = epoch;
-                self.send(Command::Direct { volume, direction: self.as_target(), epoch });
+            Action::AwaitHello { serial, stream, prepared } => {
+                conversation::await_hello(serial, stream, prepared, inbox);
             }
-            Action::Serve { epoch } => {
-                self.epoch = epoch;
-                if self.link_up {
-                    let resync = self.controller.status().connection == Connection::SyncSource;
-                    self.send(Command::Direct { volume, direction: Direction::Source { resync }, epoch });
-                }
-                self.send(Command::Serve { volume });
-            }
-            Action::StopServing => {
-                self.send(Command::StopServing { volume });
-                // A copy under way goes on without clients.
-                if self.link_up && self.controller.status().connection != Connection::SyncSource {
-                    let direction = self.as_target();
-                    self.send(Command::Direct { volume, direction, epoch: self.epoch });
-                }
-            }
-            Action::GoAlone => self.send(Command::GoAlone { volume }),
-            Action::CloseLink => {
-                self.conversation = None;
-                if self.link_up {
-                    self.send(Command::CloseLink { volume, reason: "by this node's decision" });
-                }
-            }
-            Action::SendPeer { code, arg } => self.send(Command::SendPeer { volume, code, arg }),
-            Action::Verify { repair } => self.send(Command::Verify { volume, repair }),
-            Action::StopVerify => self.send(Command::StopVerify { volume }),
-            Action::Quiesce => self.send(Command::Quiesce { volume }),
-            Action::Reply { id, result } => answer(&mut self.replies, id, result),
-            Action::Log { level, text } => self.log(level, &text),
-            Action::ShutdownComplete => self.finished = true,
+            other => self.tell(other),
         }
-        Ok(())
+        None
     }
 
-    fn log(&self, level: Level, text: &str) {
+    /// Carries out what is for people.
+    fn tell(&mut self, action: TaskAction) {
         let volume = self.shared.config.name.as_str();
-        match level {
-            Level::Info => tracing::info!(volume, "{text}"),
-            Level::Warn => tracing::warn!(volume, "{text}"),
-            Level::Error => tracing::error!(volume, "{text}"),
+        match action {
+            Action::Reply { id, result } => {
+                if let Some(reply) = self.replies.remove(&id.0) {
+                    // An operator who hung up does not need the answer.
+                    let _ = reply.send(result);
+                }
+            }
+            Action::Log { level, text } => match level {
+                Level::Info => tracing::info!(volume, "{text}"),
+                Level::Warn => tracing::warn!(volume, "{text}"),
+                Level::Error => tracing::error!(volume, "{text}"),
+            },
+            Action::Publish(status) => {
+                *self.shared.status.lock().expect("nobody panics with it") = *status;
+            }
+            Action::PublishLink(status) => {
+                *self.shared.link.lock().expect("nobody panics with it") = Some(status);
+            }
+            Action::PublishProgress(progress) => {
+                *self.shared.progress.lock().expect("nobody panics with it") = progress;
+            }
+            Action::PeersDiskHangs(seconds) => {
+                let disk = format!("the disk of {}", self.shared.peer);
+                let text = seconds.map(|seconds| hangs_text(&disk, seconds));
+                self.shared.warn(Source::PeersCalls, text.as_slice());
+            }
+            Action::Differences(found) => {
+                // Shown until a hello says that nothing differs.
+                if self.shared.warn(Source::Configuration, &found) {
+                    for text in found {
+                        tracing::warn!(volume, "{text}");
+                    }
+                }
+            }
+            Action::ShutdownComplete => self.finished = true,
+            _ => unreachable!("the caller carries these out"),
         }
     }
 
-    /// As source of a copy: sees how far it is, and tells the target.
-    fn note_progress(&mut self) {
-        let connection = self.controller.status().connection;
-        let mut progress = self.shared.progress.lock().expect("nobody panics with it");
-        if !matches!(connection, Connection::SyncSource | Connection::SyncTarget) {
-            return progress.clear();
+    /// What this volume brings to a conversation.
+    fn terms(&self, paused: Option<String>) -> Terms {
+        Terms {
+            wanted: self.shared.config.link,
+            paused,
+            local: self.surroundings.local,
+            node: self.surroundings.node.clone(),
+            peer: self.shared.peer.as_str().to_owned(),
+            rdma: self.surroundings.rdma.clone(),
+            listeners: self.listeners.clone(),
         }
-        let (now, counters) = (self.began.elapsed(), self.reactor.counters(self.index));
-        let copies = connection == Connection::SyncSource && counters.resyncing.load(Ordering::Relaxed);
-        if !copies || !progress.is_due(now) {
-            return;
-        }
+    }
+
+    /// The copy under way, as its source's counters have it.
+    fn copying(&self) -> Option<Sample> {
+        let counters = self.reactor.counters(self.index);
         let total = counters.resync_total_bytes.load(Ordering::Relaxed);
-        let sample = Sample {
+        counters.resyncing.load(Ordering::Relaxed).then(|| Sample {
             percent_x100: counters.resync_percent_x100.load(Ordering::Relaxed),
             left_bytes: total.saturating_sub(counters.resync_done_bytes.load(Ordering::Relaxed)),
-        };
-        progress.note(now, sample);
-        drop(progress);
-        let (code, arg) = (code::RESYNC_PROGRESS, sample.to_message());
-        self.send(Command::SendPeer { volume: self.index, code, arg });
-    }
-
-    /// As its target: hears of it.
-    fn told_progress(&self, arg: u64) {
-        let is_target = self.controller.status().connection == Connection::SyncTarget;
-        if let Some(sample) = Sample::from_message(arg).filter(|_| is_target) {
-            self.shared.progress.lock().expect("nobody panics with it").note(self.began.elapsed(), sample);
-        }
-    }
-
-    fn as_target(&self) -> Direction {
-        Direction::Target { resync: self.controller.status().connection == Connection::SyncTarget }
+        })
     }
 
     async fn mark_all(&mut self) -> Result<(), String> {
@@ -591,7 +302,7 @@ impl VolumeTask {
             // A task that ended with its daemon needs no answer.
             let _ = tell.send(result);
         });
-        self.send(Command::MarkAll { volume: self.index, done });
+        self.reactor.send(Command::MarkAll { volume: self.index, done });
         told.await.unwrap_or_else(|_| Err("the datapath ended".to_owned())).inspect_err(|error| {
             let volume = self.shared.config.name.as_str();
             tracing::error!(volume, error, "what has to be copied cannot be put on record");
@@ -610,15 +321,15 @@ impl VolumeTask {
     }
 }
 
-fn answer(replies: &mut Replies, id: ReplyId, result: Result<String, String>) {
-    if let Some(reply) = replies.remove(&id.0) {
-        // An operator who hung up does not need the answer.
-        let _ = reply.send(result);
+/// Makes a link of a conversation's connection, or of the RDMA connection beside it.
+fn make_link(stream: Channel, carrier: TaskCarrier, ring_len: u64) -> io::Result<Box<dyn Link>> {
+    let stream = stream.into_stream().into_std()?;
+    stream.set_nonblocking(true)?;
+    let len = |n: u64| usize::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    match carrier {
+        Carrier::Rdma(prepared) => prepared.into_link(stream),
+        Carrier::Tcp { .. } => Ok(Box::new(TcpLink::new(stream, len(RING_LEN)?, len(ring_len)?)?)),
     }
-}
-
-fn not_stored(error: &str) -> String {
-    format!("not done, because the metadata cannot be stored: {error}")
 }
 
 #[cfg(test)]

@@ -91,8 +91,12 @@ impl Skew {
 
     /// When the node's clock will show `at`, rounded up.
     pub(super) fn when(self, at: Instant) -> Nanos {
-        let local =
-            u64::try_from(at.saturating_duration_since(self.base).as_nanos()).unwrap_or(u64::MAX / 2000);
+        self.when_shows(at.saturating_duration_since(self.base))
+    }
+
+    /// When the node's own count will show `at`, rounded up.
+    pub(super) fn when_shows(self, at: Duration) -> Nanos {
+        let local = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX / 2000);
         local / self.rate_x1000 * 1000 + 1000
     }
 }

@@ -1,9 +1,8 @@
-//! Control's part of a node: the production [`VolumeController`], and a driver for it in virtual time.
+//! Control's part of a node: the production [`Task`] with its controller, driven in virtual time.
 //!
-//! Stands beside `VolumeTask` (control/src/node/volume.rs), which talks to tokio, the reactor's thread and real files; what
-//! it decides itself (when to dial, when a conversation is over, what a failed store leaves undone) is repeated here in
-//! the same order and under the same names. Keep the two comparable. A store suspends the list of actions until the
-//! medium has it, and so may, at random, any other action: a process may die between two of them.
+//! Stands in the place of `node/volume.rs`, and decides as little: an event goes in, the actions that come out are carried out
+//! in order. A store suspends the list until the medium has what is stored, and so may, at random, any other action: a process
+//! may die between two of them. The checker looks on as events and actions pass.
 
 use super::checker::{NAMES, Verdict};
 use super::clock::{MS, Nanos, US};
@@ -12,48 +11,28 @@ use super::metadata_calls::MetadataCall;
 use super::network::{SimLink, lock};
 use super::streams::StreamId;
 use super::world::{Event, World};
+use costandby_control::config::LinkKind;
 use costandby_control::generation::{self, Verdict as Relation};
-use costandby_control::hello::{Message, Ready};
-use costandby_control::role::{self, Action, Connection, ReplyId, Role, SessionSide, VolumeController, code};
+use costandby_control::hello::{Hello, HelloError, Message, Ready};
+use costandby_control::link::Voice;
+use costandby_control::progress::Sample;
+use costandby_control::role::{Connection, Obstacle, Reach, VolumeController, code};
+use costandby_control::task::{self, Action, Carrier, Met, Setup, Task, out_of_turn};
 use costandby_datapath::disk::metadata::SuperblockStore;
 use costandby_datapath::disk::superblock::{DiskState, Superblock};
 use costandby_datapath::reactor::command::{Before, Command, Direction, Event as ReactorEvent};
 use costandby_datapath::transport::Link;
 use costandby_datapath::units::Epoch;
 use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-/// As in `VolumeTask`.
+/// How often the task is told that time passed.
 pub(super) const TICK: Nanos = 100 * MS;
-const DIAL_PAUSE_MAX: Nanos = 500 * MS;
-const DIAL_PAUSE_FIRST: Nanos = 4 * MS;
 
 /// What the task is told.
-pub(super) enum Input {
-    Reactor(ReactorEvent),
-    Accepted { stream: StreamId, hello: Box<costandby_control::hello::Hello> },
-    Dialled { stream: Option<StreamId> },
-    Heard { serial: u64, stream: StreamId, heard: Result<Message, String> },
-    Operator { id: ReplyId, command: role::Command },
-    Shutdown,
-    Tick,
-}
-
-struct Conversation {
-    serial: u64,
-    stream: Option<StreamId>,
-}
-
-/// Actions being carried out, and what comes after them.
-struct Work {
-    actions: VecDeque<Action>,
-    before: Connection,
-    failure: Option<String>,
-    /// The event was said in a conversation.
-    heard: bool,
-    /// The list that follows a failed store.
-    last_will: bool,
-}
+pub(super) type Input = task::Event<StreamId, Infallible>;
 
 /// What came of marking everything.
 type Marked = Result<(), String>;
@@ -68,23 +47,19 @@ pub(super) enum Scope {
 
 /// The task of one process.
 pub(super) struct Driver {
-    pub(super) controller: VolumeController,
+    pub(super) task: Task<StreamId, Infallible>,
     pub(super) store: SuperblockStore<SimMedium>,
     pub(super) inbox: VecDeque<(Nanos, Input)>,
-    work: Option<Work>,
-    /// A superblock is being stored.
-    storing: bool,
+    /// Still to be carried out.
+    actions: VecDeque<Action<StreamId, Infallible>>,
+    /// Until a store has ended, or the processor is free again.
+    suspended: bool,
     /// The whole disk is being marked; the volume's answer comes here.
     marking: Option<Arc<Mutex<Option<Marked>>>>,
-    conversation: Option<Conversation>,
-    serial: u64,
-    dials: bool,
-    dial_under_way: bool,
-    dial_pause: Nanos,
-    next_dial: Nanos,
-    link_up: bool,
-    epoch: Epoch,
-    refusal_told: String,
+    /// The conversation in which the peer's hello is awaited.
+    greeting: Option<u64>,
+    /// When the task is woken.
+    wakes_at: Option<Nanos>,
     pub(super) finished: bool,
     /// Of the last session that was agreed.
     pub(super) scope: Option<Scope>,
@@ -95,23 +70,16 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) fn new(controller: VolumeController, store: SuperblockStore<SimMedium>) -> Self {
+    pub(super) fn new(task: Task<StreamId, Infallible>, store: SuperblockStore<SimMedium>) -> Self {
         Self {
-            controller,
+            task,
             store,
             inbox: VecDeque::new(),
-            work: None,
-            storing: false,
+            actions: VecDeque::new(),
+            suspended: false,
             marking: None,
-            conversation: None,
-            serial: 0,
-            dials: false,
-            dial_under_way: false,
-            dial_pause: TICK,
-            next_dial: 0,
-            link_up: false,
-            epoch: Epoch::ZERO,
-            refusal_told: String::new(),
+            greeting: None,
+            wakes_at: None,
             finished: false,
             scope: None,
             discards: false,
@@ -119,12 +87,32 @@ impl Driver {
         }
     }
 
+    fn is_busy(&self) -> bool {
+        self.suspended || !self.actions.is_empty()
+    }
+
     pub(super) fn is_idle(&self) -> bool {
-        self.work.is_none() && self.inbox.is_empty()
+        !self.is_busy() && self.inbox.is_empty()
     }
 }
 
 impl World {
+    /// The task of a process that starts.
+    pub(super) fn task(&self, at: usize, controller: VolumeController) -> Task<StreamId, Infallible> {
+        let setup = Setup {
+            volume: 0,
+            name: "db".to_owned(),
+            node: NAMES[at].to_owned(),
+            peer: NAMES[1 - at].to_owned(),
+            wanted: LinkKind::Tcp,
+            rdma: Ok(()),
+            ring_len: self.config.ring_len as u64,
+            payload_len_max: 1 << 16,
+            settings: costandby_control::compared::Settings::new(),
+        };
+        Task::new(self.nodes[at].skew.duration(self.now()), setup, controller)
+    }
+
     /// Puts something in the task's inbox, to be looked at a little later.
     pub(super) fn post_input(&mut self, at: usize, input: Input) {
         let due = self.now() + US + self.rng.below(self.config.control_delay);
@@ -139,7 +127,7 @@ impl World {
     /// Takes what is due from the inbox, unless a list of actions is still being carried out.
     pub(super) fn control(&mut self, at: usize) -> Verdict {
         let now = self.now();
-        while self.nodes[at].process.is_some() && self.driver(at).work.is_none() {
+        while self.nodes[at].process.is_some() && !self.driver(at).is_busy() {
             if self.driver(at).finished {
                 self.end_process(at);
                 return Ok(());
@@ -154,230 +142,112 @@ impl World {
     }
 
     fn take(&mut self, at: usize, input: Input) -> Verdict {
-        match input {
-            Input::Reactor(event) => self.take_reactor(at, event),
-            Input::Accepted { stream, hello } => {
-                if let Some(older) = self.driver(at).conversation.take() {
-                    self.drop_conversation(at, &older);
-                    let event = role::Event::SessionFailed { text: "it began anew".into() };
-                    self.handle(at, event, false)?;
-                    if self.driver(at).work.is_some() {
-                        // It is handled to its end before the newer hello is looked at.
-                        let now = self.now();
-                        self.driver(at).inbox.push_front((now, Input::Accepted { stream, hello }));
-                        return Ok(());
-                    }
-                }
-                let ours = self.begin_conversation(at);
-                let serial = self.driver(at).serial;
-                self.say(at, stream, &ours);
-                self.post_input(at, Input::Heard { serial, stream, heard: Ok(Message::Hello(hello)) });
-                Ok(())
-            }
-            Input::Dialled { stream } => {
-                self.driver(at).dial_under_way = false;
-                self.dialled(at, stream);
-                Ok(())
-            }
-            Input::Heard { serial, stream, heard } => {
-                if self.driver(at).conversation.as_ref().is_some_and(|c| c.serial == serial) {
-                    self.heard(at, stream, heard)
-                } else {
-                    self.close_stream(at, stream);
-                    Ok(())
-                }
-            }
-            Input::Operator { id, command } => {
-                self.tell(at, format_args!("operator: {command:?}"));
-                self.disturb();
-                self.note_command(at, command);
-                self.handle(at, role::Event::Operator { id, command }, false)
-            }
-            Input::Shutdown => self.handle(at, role::Event::Shutdown, false),
-            Input::Tick => {
-                self.handle(at, role::Event::Tick, false)?;
-                if self.nodes[at].process.is_some() {
-                    self.dial_if_due(at);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn take_reactor(&mut self, at: usize, event: ReactorEvent) -> Verdict {
-        let event = match event {
-            ReactorEvent::LinkDown { reason, undurable, dirty, parted, .. } => {
-                self.tell(at, format_args!("link down: {reason}; undurable: {undurable}; {parted:?}"));
-                self.driver(at).link_up = false;
-                self.pause_after_session(at);
-                if self.driver(at).controller.status().connection == Connection::Connected {
+        match &input {
+            Input::Reactor(event) => {
+                self.tell(at, format_args!("control hears {event:?}"));
+                let connected = self.driver(at).task.status().connection == Connection::Connected;
+                if matches!(event, ReactorEvent::LinkDown { .. }) && connected {
                     self.check_prefix(at)?;
                 }
-                role::Event::LinkDown { reason, undurable, dirty, parted }
             }
-            ReactorEvent::Settled { .. } => role::Event::Settled,
-            ReactorEvent::AskAlone { .. } => role::Event::NeedAlone,
-            ReactorEvent::ResyncDone { .. } => role::Event::ResyncDone,
-            ReactorEvent::Verified { outcome, .. } => role::Event::Verified(Box::new(outcome)),
-            ReactorEvent::FoundDifferent { .. } => role::Event::FoundDifferent,
-            ReactorEvent::PeerMessage { code, arg, .. } => role::Event::PeerMessage { code, arg },
-            ReactorEvent::DiskFailing { error, .. } => role::Event::DiskFailing { text: error },
-            ReactorEvent::DiskFailed { error, .. } => role::Event::DiskFailed { text: error },
-            ReactorEvent::Quiesced { .. } => role::Event::Quiesced,
-            ReactorEvent::Stopped => return Ok(()),
+            Input::Operator { command, .. } => {
+                self.tell(at, format_args!("operator: {command:?}"));
+                self.disturb();
+                self.note_command(at, *command);
+            }
+            _ => {}
+        }
+        let input = match input {
+            Input::Tick { .. } => Input::Tick { copying: self.copying(at) },
+            other => other,
         };
-        self.handle(at, event, false)
+        self.give(at, input)
     }
 
-    fn begin_conversation(&mut self, at: usize) -> Message {
-        let ring_len = self.config.ring_len as u64;
-        let driver = self.driver(at);
-        driver.serial += 1;
-        driver.conversation = Some(Conversation { serial: driver.serial, stream: None });
-        Message::Hello(Box::new(driver.controller.hello(ring_len, &["tcp"])))
+    /// The copy under way, as its source's counters have it.
+    fn copying(&mut self, at: usize) -> Option<Sample> {
+        let counters = self.volume(at).counters();
+        let total = counters.resync_total_bytes.load(Ordering::Relaxed);
+        counters.resyncing.load(Ordering::Relaxed).then(|| Sample {
+            percent_x100: counters.resync_percent_x100.load(Ordering::Relaxed),
+            left_bytes: total.saturating_sub(counters.resync_done_bytes.load(Ordering::Relaxed)),
+        })
     }
 
-    fn dial_if_due(&mut self, at: usize) {
-        let now = self.now();
-        let driver = self.driver(at);
-        let idle = driver.conversation.is_none() && !driver.link_up && !driver.dial_under_way;
-        if driver.dials && idle && now >= driver.next_dial {
-            driver.dial_under_way = true;
-            self.dial(at);
-        }
-    }
-
-    fn pause_dialling(&mut self, at: usize) {
-        let now = self.now();
-        let driver = self.driver(at);
-        driver.dial_pause = (driver.dial_pause * 2).min(DIAL_PAUSE_MAX);
-        driver.next_dial = now + driver.dial_pause;
-        self.look_at_dialling(at);
-    }
-
-    fn pause_after_session(&mut self, at: usize) {
-        let now = self.now();
-        let driver = self.driver(at);
-        driver.dial_pause = DIAL_PAUSE_FIRST / 2;
-        driver.next_dial = now;
-        self.look_at_dialling(at);
-    }
-
-    /// The task wakes when the next dial is due.
-    fn look_at_dialling(&mut self, at: usize) {
-        let (life, due) = (self.nodes[at].life, self.driver(at).next_dial);
-        self.agenda.at(due.max(self.now() + US), Event::DialDue { at, life });
-    }
-
-    /// It is.
-    pub(super) fn dial_due(&mut self, at: usize) {
-        if self.driver(at).work.is_some() {
-            // The task is busy, and looks again a little later.
-            let (life, due) = (self.nodes[at].life, self.now() + MS);
-            return self.agenda.at(due, Event::DialDue { at, life });
-        }
-        self.dial_if_due(at);
-    }
-
-    fn dialled(&mut self, at: usize, stream: Option<StreamId>) {
-        let Some(stream) = stream else { return self.pause_dialling(at) };
-        let driver = self.driver(at);
-        if !driver.dials || driver.conversation.is_some() || driver.link_up {
-            return self.close_stream(at, stream);
-        }
-        let ours = self.begin_conversation(at);
-        let serial = self.driver(at).serial;
-        self.converse(at, serial, stream, &ours);
-    }
-
-    fn heard(&mut self, at: usize, stream: StreamId, heard: Result<Message, String>) -> Verdict {
-        let event = match heard {
-            Ok(Message::Hello(hello)) => {
-                self.driver(at).conversation.as_mut().expect("the caller looked").stream = Some(stream);
-                role::Event::HelloReceived(hello)
-            }
-            Ok(Message::Ready(ready)) => {
-                self.driver(at).conversation.as_mut().expect("the caller looked").stream = Some(stream);
-                role::Event::SessionReady(ready)
-            }
-            Ok(Message::Refuse(refuse)) => {
-                self.driver(at).conversation = None;
-                self.close_stream(at, stream);
-                role::Event::PeerRefused(refuse)
-            }
-            Ok(Message::Link(_) | Message::Ask(_) | Message::Offer(_)) => {
-                panic!("the simulated nodes speak TCP only")
-            }
-            Err(text) => {
-                self.driver(at).conversation = None;
-                self.close_stream(at, stream);
-                role::Event::SessionFailed { text }
-            }
-        };
-        if matches!(event, role::Event::SessionFailed { .. } | role::Event::PeerRefused(_)) {
-            self.pause_dialling(at);
-        }
-        self.handle(at, event, true)
-    }
-
-    /// Gives an event to the controller and begins to do what it says.
-    pub(super) fn handle(&mut self, at: usize, event: role::Event, heard: bool) -> Verdict {
+    /// Gives an event to the task and begins to do what the task says.
+    pub(super) fn give(&mut self, at: usize, event: Input) -> Verdict {
         let local = self.nodes[at].skew.duration(self.now());
-        if !matches!(event, role::Event::Tick) {
-            self.tell(at, format_args!("control hears {}", brief(&event)));
-        }
-        let driver = self.driver(at);
-        let before = driver.controller.status().connection;
         let mut actions = Vec::new();
-        driver.controller.handle(local, event, &mut actions);
-        driver.work = Some(Work { actions: actions.into(), before, failure: None, heard, last_will: false });
+        let driver = self.driver(at);
+        driver.task.handle(local, event, &mut actions);
+        driver.actions.extend(actions);
         self.work(at)
     }
 
     /// Goes on with the list of actions, to its end or to the next pause.
     fn work(&mut self, at: usize) -> Verdict {
-        loop {
-            let Some(work) = &mut self.driver(at).work else { return Ok(()) };
-            let Some(action) = work.actions.pop_front() else { break };
-            match (work.failure.clone(), work.last_will) {
-                (Some(error), false) => self.leave_undone(at, &action, &error),
-                (_, true) if matches!(action, Action::StoreMetadata(_)) => {}
-                _ => {
-                    match action {
-                        Action::StoreMetadata(superblock) => {
-                            self.begin_store(at, superblock);
-                            return Ok(());
-                        }
-                        Action::MarkAll => {
-                            self.begin_marking(at);
-                            return Ok(());
-                        }
-                        _ => {}
-                    }
-                    self.perform(at, action)?;
-                    if self.rng.below(100) == 0 {
-                        // Preempted.
-                        let life = self.nodes[at].life;
-                        let due = self.now() + self.rng.below(2 * MS);
-                        self.agenda.at(due, Event::Work { at, life });
-                        return Ok(());
-                    }
+        while let Some(action) = self.driver(at).actions.pop_front() {
+            match action {
+                Action::StoreMetadata(superblock) => {
+                    self.driver(at).suspended = true;
+                    self.call_metadata(at, MetadataCall::Superblock(superblock));
+                    return Ok(());
                 }
+                Action::MarkAll => {
+                    self.driver(at).suspended = true;
+                    self.begin_marking(at);
+                    return Ok(());
+                }
+                action => self.perform(at, action)?,
+            }
+            if self.rng.below(100) == 0 {
+                // Preempted.
+                self.driver(at).suspended = true;
+                let life = self.nodes[at].life;
+                let due = self.now() + self.rng.below(2 * MS);
+                self.agenda.at(due, Event::Work { at, life });
+                return Ok(());
             }
         }
-        self.finish_work(at)
+        self.driver(at).discards = false;
+        self.set_alarm(at);
+        Ok(())
     }
 
     /// The processor is ours again.
     pub(super) fn resume(&mut self, at: usize) -> Verdict {
-        assert!(!self.driver(at).storing, "a store ends by itself");
+        self.driver(at).suspended = false;
         self.work(at)?;
         self.control(at)
     }
 
-    fn begin_store(&mut self, at: usize, superblock: Box<Superblock>) {
-        self.driver(at).storing = true;
-        self.call_metadata(at, MetadataCall::Superblock(superblock));
+    /// A store has ended.
+    fn end_store(&mut self, at: usize, result: Result<(), String>) -> Verdict {
+        if result.is_err() {
+            let now = self.now();
+            self.disturb();
+            self.checker.gave_up(now, at);
+        }
+        self.driver(at).suspended = false;
+        self.give(at, Input::Stored(result))?;
+        self.control(at)
+    }
+
+    /// Has the task woken when it wants to be.
+    fn set_alarm(&mut self, at: usize) {
+        let Some(due) = self.driver(at).task.due() else { return };
+        let due = self.nodes[at].skew.when_shows(due).max(self.now() + US);
+        if self.driver(at).wakes_at.is_none_or(|earlier| due < earlier) {
+            self.driver(at).wakes_at = Some(due);
+            let life = self.nodes[at].life;
+            self.agenda.at(due, Event::DialDue { at, life });
+        }
+    }
+
+    /// The task is woken. One that is busy looks again when it has done its work.
+    pub(super) fn dial_due(&mut self, at: usize) -> Verdict {
+        self.driver(at).wakes_at = None;
+        if self.driver(at).is_busy() { Ok(()) } else { self.give(at, Input::Due) }
     }
 
     fn begin_marking(&mut self, at: usize) {
@@ -398,8 +268,7 @@ impl World {
         let Some(result) = marking.and_then(|marked| lock(&marked).take()) else { return Ok(()) };
         self.tell(at, format_args!("all is marked: {result:?}"));
         self.driver(at).marking = None;
-        self.driver(at).work.as_mut().expect("it was suspended").failure = result.err();
-        self.resume(at)
+        self.end_store(at, result)
     }
 
     /// The medium has the superblock, or refused it.
@@ -410,79 +279,10 @@ impl World {
         superblock: &Superblock,
         failure: Option<String>,
     ) -> Verdict {
-        self.driver(at).storing = false;
-        match failure {
-            None => self.stored(at, before, superblock)?,
-            failure => self.driver(at).work.as_mut().expect("it was suspended").failure = failure,
+        if failure.is_none() {
+            self.stored(at, before, superblock)?;
         }
-        self.resume(at)
-    }
-
-    fn finish_work(&mut self, at: usize) -> Verdict {
-        let work = self.driver(at).work.take().expect("it was under way");
-        self.driver(at).discards = false;
-        let status = self.driver(at).controller.status();
-        if work.before == Connection::SyncSource
-            && status.connection == Connection::Connected
-            && !work.last_will
-        {
-            self.send(at, Command::PeerInSync { volume: 0 });
-        }
-        self.tell_refusal(at, &status);
-        if work.failure.is_some() && !work.last_will {
-            // The record could not be made durable: nothing that rests on it was done, and nothing may be any more.
-            self.send(at, Command::CloseLink { volume: 0, reason: "the metadata cannot be stored" });
-            self.send(at, Command::StopServing { volume: 0 });
-            let now = self.now();
-            self.disturb();
-            self.checker.gave_up(now, at);
-            let local = self.nodes[at].skew.duration(now);
-            let driver = self.driver(at);
-            let mut actions = Vec::new();
-            let text = work.failure.clone().expect("just seen");
-            driver.controller.handle(local, role::Event::DiskFailed { text }, &mut actions);
-            driver.work = Some(Work { actions: actions.into(), last_will: true, ..work });
-            return self.work(at);
-        }
-        if work.heard && self.driver(at).conversation.as_ref().is_some_and(|c| c.stream.is_some()) {
-            // A controller that neither answered nor made a session of it is done with the connection.
-            let over = self.driver(at).conversation.take().expect("just seen");
-            self.drop_conversation(at, &over);
-            self.pause_dialling(at);
-        }
-        Ok(())
-    }
-
-    fn leave_undone(&mut self, at: usize, action: &Action, error: &str) {
-        if let Action::StartSession { .. } = action {
-            if let Some(over) = self.driver(at).conversation.take() {
-                self.drop_conversation(at, &over);
-            }
-            let (volume, reason) = (0, error.to_owned());
-            self.post_input(
-                at,
-                Input::Reactor(ReactorEvent::LinkDown {
-                    volume,
-                    reason,
-                    undurable: true,
-                    dirty: true,
-                    moved: false,
-                    parted: None,
-                }),
-            );
-            self.post_input(at, Input::Reactor(ReactorEvent::Settled { volume }));
-        }
-    }
-
-    fn tell_refusal(&mut self, at: usize, status: &role::Status) {
-        if status.role == Role::Primary {
-            return;
-        }
-        let text = format!("{:?}, {:?}", status.role, status.peer_primary);
-        if text != self.driver(at).refusal_told {
-            self.driver(at).refusal_told.clone_from(&text);
-            self.send(at, Command::Refusal { volume: 0, text });
-        }
+        self.end_store(at, failure.map_or(Ok(()), Err))
     }
 
     /// Hands the reactor a command; it takes it up a little later.
@@ -494,82 +294,81 @@ impl World {
         self.wake(at, due);
     }
 
-    fn perform(&mut self, at: usize, action: Action) -> Verdict {
-        let volume = 0;
+    fn perform(&mut self, at: usize, action: Action<StreamId, Infallible>) -> Verdict {
         match action {
             Action::StoreMetadata(_) | Action::MarkAll => panic!("suspends"),
-            Action::TryStoreMetadata(_) | Action::Detach => panic!("disks of memory are not detached"),
-            Action::Dial => {
-                let now = self.now();
-                self.driver(at).dials = true;
-                self.driver(at).next_dial = now;
-                self.dial_if_due(at);
-            }
-            Action::StopDialing => self.driver(at).dials = false,
-            Action::SendReady(ready) => self.send_ready(at, ready),
-            Action::Refuse(refuse) => {
-                if let Some(Conversation { stream: Some(stream), .. }) = self.driver(at).conversation.take() {
-                    self.say(at, stream, &Message::Refuse(refuse));
-                    self.close_stream(at, stream);
+            Action::TryStoreMetadata(_) => panic!("disks of memory are not detached"),
+            Action::Command(command) => {
+                match command {
+                    Command::GoAlone { .. } => self.disturb(),
+                    Command::SendPeer { code, arg, .. } => self.note_message(at, code, arg),
+                    _ => {}
                 }
-                self.pause_dialling(at);
+                self.send(at, command);
             }
-            Action::StartSession { side, before, serve, epoch } => {
-                self.start_session(at, side, before, serve, epoch)?;
+            Action::Dial => self.dial(at),
+            Action::Probe => self.probe(at),
+            Action::Greet { serial, stream, hello, .. } => {
+                self.driver(at).greeting = Some(serial);
+                self.converse(at, serial, stream, &spoken(hello));
             }
-            Action::AdoptEpoch(epoch) => {
-                self.driver(at).epoch = epoch;
-                let direction = self.as_target(at);
-                self.send(at, Command::Direct { volume, direction, epoch });
+            Action::Answer { serial, stream, hello, theirs, .. } => {
+                self.say(at, stream, &spoken(hello));
+                self.post_input(at, Input::Met { serial, stream, met: Ok(met(theirs)) });
             }
-            Action::Serve { epoch } => {
-                self.driver(at).epoch = epoch;
-                if self.driver(at).link_up {
-                    let resync = self.driver(at).controller.status().connection == Connection::SyncSource;
-                    self.send(at, Command::Direct { volume, direction: Direction::Source { resync }, epoch });
-                }
-                self.send(at, Command::Serve { volume });
+            Action::SendReady { serial, stream, ready } => self.send_ready(at, serial, stream, ready),
+            Action::Refuse { stream, refuse } => {
+                self.say(at, stream, &Message::Refuse(refuse));
+                self.close_stream(at, stream);
             }
-            Action::StopServing => {
-                self.send(at, Command::StopServing { volume });
-                // A copy under way goes on without clients.
-                if self.driver(at).link_up
-                    && self.driver(at).controller.status().connection != Connection::SyncSource
-                {
-                    let epoch = self.driver(at).epoch;
-                    let direction = self.as_target(at);
-                    self.send(at, Command::Direct { volume, direction, epoch });
-                }
+            Action::Close(stream) => self.close_stream(at, stream),
+            Action::StartSession { stream, before, direction, epoch, .. } => {
+                return self.start_session(at, stream, before, direction, epoch);
             }
-            Action::GoAlone => {
-                self.disturb();
-                self.send(at, Command::GoAlone { volume });
-            }
-            Action::CloseLink => {
-                if let Some(over) = self.driver(at).conversation.take() {
-                    self.drop_conversation(at, &over);
-                }
-                if self.driver(at).link_up {
-                    self.send(at, Command::CloseLink { volume, reason: "by this node's decision" });
-                }
-            }
-            Action::SendPeer { code, arg } => self.send_peer(at, code, arg),
-            Action::Verify { repair } => self.send(at, Command::Verify { volume, repair }),
-            Action::StopVerify => self.send(at, Command::StopVerify { volume }),
-            Action::Quiesce => self.send(at, Command::Quiesce { volume }),
             Action::Reply { id, result } => self.replied(at, id, &result),
             Action::Log { text, .. } => self.tell(at, format_args!("log: {text}")),
+            Action::Publish(_) | Action::PublishLink(_) | Action::PublishProgress(_) => {}
+            Action::PeersDiskHangs(_) | Action::Differences(_) => {}
             Action::ShutdownComplete => self.driver(at).finished = true,
+            Action::GreetOver { .. }
+            | Action::AskForRdma { .. }
+            | Action::OfferRdma { .. }
+            | Action::AwaitHello { .. } => panic!("the simulated nodes speak TCP only"),
         }
         Ok(())
     }
 
-    fn as_target(&mut self, at: usize) -> Direction {
-        let resync = self.driver(at).controller.status().connection == Connection::SyncTarget;
-        Direction::Target { resync }
+    /// Asks the peer whether it would have a session. What it answers is for people, so nothing is sent.
+    fn probe(&mut self, at: usize) {
+        let blocked = lock(&self.ether).blocked.contains(&true);
+        let there = !blocked && self.nodes[1 - at].process.is_some();
+        self.post_input(at, Input::Probed(if there { Ok(()) } else { Err(unreachable()) }));
     }
 
-    fn send_peer(&mut self, at: usize, code: u64, arg: u64) {
+    /// A dial ended.
+    pub(super) fn dialled(&mut self, at: usize, stream: Option<StreamId>) {
+        self.post_input(at, Input::Dialled(stream.ok_or_else(unreachable)));
+    }
+
+    /// The peer said something in the conversation of this serial, or the connection broke.
+    pub(super) fn heard(
+        &mut self,
+        at: usize,
+        serial: u64,
+        stream: StreamId,
+        heard: Result<Message, HelloError>,
+    ) {
+        let greeting = self.driver(at).greeting.take_if(|greeting| *greeting == serial).is_some();
+        let input = match heard {
+            Ok(Message::Hello(hello)) if greeting => Input::Met { serial, stream, met: Ok(met(hello)) },
+            Ok(other) if greeting => Input::Met { serial, stream, met: Err(out_of_turn(other, "its hello")) },
+            Err(error) if greeting => Input::Met { serial, stream, met: Err(error.into()) },
+            heard => Input::Heard { serial, stream, heard },
+        };
+        self.post_input(at, input);
+    }
+
+    fn note_message(&mut self, at: usize, code: u64, arg: u64) {
         let name = match code {
             code::PROMOTE_REQUEST => "may I become primary",
             code::PROMOTE_GRANT => "you may",
@@ -585,107 +384,82 @@ impl World {
         if code == code::RESYNC_FINISH && self.nodes[1 - at].process.is_some() {
             self.checker.vouched(at);
         }
-        self.send(at, Command::SendPeer { volume: 0, code, arg });
     }
 
-    fn send_ready(&mut self, at: usize, ready: Ready) {
-        let serial = self.driver(at).serial;
-        let stream = self.driver(at).conversation.as_mut().and_then(|c| c.stream.take());
-        if let Some(stream) = stream {
-            self.tell(at, format_args!("ready: {:?}", ready.agreement));
-            self.driver(at).scope = Some(match ready.agreement.verdict {
-                Relation::Resync { scope: generation::Scope::Full, .. } => Scope::Full,
-                Relation::Resync { .. } => Scope::Delta,
-                _ => Scope::Nothing,
-            });
-            self.converse(at, serial, stream, &Message::Ready(ready));
-        }
+    fn send_ready(&mut self, at: usize, serial: u64, stream: StreamId, ready: Ready) {
+        self.tell(at, format_args!("ready: {:?}", ready.agreement));
+        self.driver(at).scope = Some(match ready.agreement.verdict {
+            Relation::Resync { scope: generation::Scope::Full, .. } => Scope::Full,
+            Relation::Resync { .. } => Scope::Delta,
+            _ => Scope::Nothing,
+        });
+        self.converse(at, serial, stream, &Message::Ready(ready));
     }
 
     fn start_session(
         &mut self,
         at: usize,
-        side: SessionSide,
+        stream: StreamId,
         before: Before,
-        serve: bool,
+        direction: Direction,
         epoch: Epoch,
     ) -> Verdict {
-        let conversation = self.driver(at).conversation.take();
-        self.driver(at).epoch = epoch;
-        self.driver(at).link_up = true;
-        let volume = 0;
-        if let Some(stream) = conversation.and_then(|c| c.stream) {
-            let (wire, both) = self.take_wire(at, stream);
-            let link: Box<dyn Link> = Box::new(SimLink::new(wire, at));
-            if side == (SessionSide::Source { resync: true }) {
-                let target = self.record(1 - at);
-                self.checker.copies(at, target)?;
-                self.new_disks.copied_from(at)?;
-                let delta = self.driver(at).scope == Some(Scope::Delta);
-                self.seen.insert(if delta { "a copy of what differs" } else { "a copy of everything" });
-                let now = self.now();
-                let coverages = [self.nodes[0].meta.coverage(), self.nodes[1].meta.coverage()];
-                self.checker.begin_copy(now, at, delta, coverages);
-            }
-            let direction = match side {
-                SessionSide::Source { resync } => Direction::Source { resync },
-                SessionSide::Target { resync } => Direction::Target { resync },
-            };
-            self.sessions += 1;
-            match before {
-                Before::Unknown => {}
-                Before::Kept { .. } => drop(self.seen.insert("a copy of what was written alone")),
-                Before::GoesOn { .. } if side == (SessionSide::Source { resync: true }) => {
-                    self.seen.insert("a copy went on over another link");
-                }
-                Before::GoesOn { .. } => drop(self.seen.insert("a session went on over another link")),
-            }
-            match side {
-                SessionSide::Source { resync: true } => self.checker.copies_after(self.undisturbed)?,
-                SessionSide::Source { resync: false } | SessionSide::Target { resync: false } if both => {
-                    self.undisturbed = self.beginning_undisturbed;
-                }
-                _ => {}
-            }
-            if !both {
-                self.beginning_undisturbed = true;
-            }
-            if both {
-                self.check_session()?;
-            }
-            self.send(at, Command::Session { volume, before, link, direction, epoch });
-        } else {
-            let reason = "the connection is gone".to_owned();
-            self.post_input(
-                at,
-                Input::Reactor(ReactorEvent::LinkDown {
-                    volume,
-                    reason,
-                    undurable: true,
-                    dirty: true,
-                    moved: false,
-                    parted: None,
-                }),
-            );
+        let (wire, both) = self.take_wire(at, stream);
+        let link: Box<dyn Link> = Box::new(SimLink::new(wire, at));
+        if direction == (Direction::Source { resync: true }) {
+            let target = self.record(1 - at);
+            self.checker.copies(at, target)?;
+            self.new_disks.copied_from(at)?;
+            let delta = self.driver(at).scope == Some(Scope::Delta);
+            self.seen.insert(if delta { "a copy of what differs" } else { "a copy of everything" });
+            let now = self.now();
+            let coverages = [self.nodes[0].meta.coverage(), self.nodes[1].meta.coverage()];
+            self.checker.begin_copy(now, at, delta, coverages);
         }
-        if serve {
-            self.send(at, Command::Serve { volume });
+        self.sessions += 1;
+        match before {
+            Before::Unknown => {}
+            Before::Kept { .. } => drop(self.seen.insert("a copy of what was written alone")),
+            Before::GoesOn { .. } if direction == (Direction::Source { resync: true }) => {
+                self.seen.insert("a copy went on over another link");
+            }
+            Before::GoesOn { .. } => drop(self.seen.insert("a session went on over another link")),
         }
+        match direction {
+            Direction::Source { resync: true } => self.checker.copies_after(self.undisturbed)?,
+            Direction::Source { resync: false } | Direction::Target { resync: false } if both => {
+                self.undisturbed = self.beginning_undisturbed;
+            }
+            _ => {}
+        }
+        if !both {
+            self.beginning_undisturbed = true;
+        }
+        if both {
+            self.check_session()?;
+        }
+        self.send(at, Command::Session { volume: 0, before, link, direction, epoch });
         Ok(())
-    }
-
-    fn drop_conversation(&mut self, at: usize, over: &Conversation) {
-        if let Some(stream) = over.stream {
-            self.close_stream(at, stream);
-        } else {
-            self.stop_listening(at, over.serial);
-        }
     }
 
     pub(super) fn driver(&mut self, at: usize) -> &mut Driver {
         let process = self.nodes[at].process.as_mut();
         &mut process.unwrap_or_else(|| panic!("{} is up", NAMES[at])).driver
     }
+}
+
+/// A hello with what it says about links.
+fn spoken(mut hello: Box<Hello>) -> Message {
+    hello.set_voice(Voice::new(LinkKind::Tcp, Ok(())));
+    Message::Hello(hello)
+}
+
+fn met(hello: Box<Hello>) -> Met<Infallible> {
+    Met { hello, carrier: Carrier::Tcp { why: None, tried: false } }
+}
+
+fn unreachable() -> Obstacle {
+    Obstacle::Unreachable { reach: Reach::Silent, text: "no answer".to_owned() }
 }
 
 pub(super) fn named(superblock: &Superblock) -> String {
@@ -702,12 +476,4 @@ pub(super) fn named(superblock: &Superblock) -> String {
     let flags: Vec<&str> = flags.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect();
     let generation = superblock.generations.current.0 >> 48;
     format!("generation {generation:04x}…, epoch {}, {state} [{}]", superblock.epoch.0, flags.join(", "))
-}
-
-fn brief(event: &role::Event) -> String {
-    match event {
-        role::Event::HelloReceived(hello) => format!("hello from {}", hello.node),
-        role::Event::SessionReady(_) => "ready".to_owned(),
-        other => format!("{other:?}"),
-    }
 }

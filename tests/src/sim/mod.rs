@@ -1,9 +1,10 @@
 //! The simulator: two nodes, their clients, an operator and bad luck, all from one seed, in virtual time.
 //!
-//! What runs is production code: the controller of a volume (`control::role`, with `generation` and `hello`), the volume
+//! What runs is production code: a volume's task and its controller (`control::task`, `control::role`, with `generation` and
+//! `hello`), the volume
 //! itself (`datapath::volume` with session, pipeline, access, resync and range locks), the credits, ring and codec of a
 //! link, and the metadata with its activity log and dirty map. Around it stand a virtual clock (`clock`), a wire (`network`, `streams`), media
-//! that forget (`storage`, `metadata`), the turn of the reactor (`datapath`) and the task of a volume (`driver`), both repeated from
+//! that forget (`storage`, `metadata`), the driver of the task (`driver`), the turn of the reactor (`datapath`), repeated from
 //! production in the same order, then clients, an operator who also makes trouble, and the rules (`checker`).
 //!
 //! A run is its seed: one thread, one generator of random numbers, no clock but its own. A run that breaks a rule is run

@@ -25,7 +25,7 @@ pub(super) struct Operator {
 
 impl World {
     fn status(&self, at: usize) -> Option<Status> {
-        self.nodes[at].process.as_ref().map(|p| p.driver.controller.status())
+        self.nodes[at].process.as_ref().map(|p| p.driver.task.status())
     }
 
     fn order(&mut self, at: usize, command: Command) {

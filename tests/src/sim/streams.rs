@@ -1,6 +1,6 @@
 //! Connections between the nodes before they become links: dialling, and the messages of the hello.
 //!
-//! Stands beside `control/src/node/peers.rs`. Messages are really encoded and decoded. A connection that both ends turn
+//! Stands in the place of `control/src/node/connection.rs`. Messages are really encoded and decoded. A connection that both ends turn
 //! into a link carries a [`Wire`] from its beginning, so that frames of the end that is quicker wait for the other.
 
 use super::checker::NAMES;
@@ -10,8 +10,9 @@ use super::network::{SharedWire, SimLink, Wire, lock};
 use super::world::{Event, World};
 use costandby_control::hello::{self, Message};
 use std::collections::VecDeque;
+use std::io;
 
-/// As in `peers.rs`.
+/// As in `connection.rs`.
 const MESSAGE_MAX: Nanos = 5 * S;
 const DIAL_MAX: Nanos = S;
 
@@ -111,11 +112,10 @@ impl World {
     fn hear(&mut self, at: usize, serial: u64, id: StreamId, said: Said) {
         let heard = match said.map(|bytes| hello::decode(&bytes)) {
             Some(Ok(Some((message, _)))) => Ok(message),
-            Some(Ok(None)) => Err("half a message".to_owned()),
-            Some(Err(error)) => Err(error.to_string()),
-            None => Err("the connection ended".to_owned()),
+            Some(Ok(None)) | None => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Some(Err(error)) => Err(error),
         };
-        self.post_input(at, Input::Heard { serial, stream: id, heard });
+        self.heard(at, serial, id, heard);
     }
 
     /// A message has arrived at end `to`.
@@ -147,15 +147,7 @@ impl World {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         if stream.listening[at] == Some(serial) {
             stream.listening[at] = None;
-            self.post_input(at, Input::Heard { serial, stream: id, heard: Err("timed out".to_owned()) });
-        }
-    }
-
-    /// The conversation that waits for a message is over.
-    pub(super) fn stop_listening(&mut self, at: usize, serial: u64) {
-        let found = self.streams.iter().find(|(_, stream)| stream.listening[at] == Some(serial));
-        if let Some((&id, _)) = found {
-            self.close_stream(at, id);
+            self.heard(at, serial, id, Err(io::Error::from(io::ErrorKind::TimedOut).into()));
         }
     }
 

@@ -300,14 +300,11 @@ impl World {
             Event::Control { at, .. } => self.control(at),
             Event::Work { at, .. } => self.resume(at),
             Event::Tick { at, life } => {
-                self.post_input(at, Input::Tick);
+                self.post_input(at, Input::Tick { copying: None });
                 self.agenda.at(self.now() + TICK, Event::Tick { at, life });
                 Ok(())
             }
-            Event::DialDue { at, .. } => {
-                self.dial_due(at);
-                Ok(())
-            }
+            Event::DialDue { at, .. } => self.dial_due(at),
             Event::Call { at, call, .. } => {
                 self.call_ends(at, call);
                 Ok(())
@@ -318,7 +315,7 @@ impl World {
                 Ok(())
             }
             Event::Dialled { at, stream, .. } => {
-                self.post_input(at, Input::Dialled { stream });
+                self.dialled(at, stream);
                 Ok(())
             }
             other => self.step_outside(other),
@@ -426,10 +423,10 @@ impl World {
         let now = self.clock.now();
         let volume = Volume::new(0, spec, workers, node.skew.instant(now));
         let reactor = Reactor::new(volume, jobs);
-        let driver = Driver::new(controller, superblocks);
-        node.process = Some(Process { reactor, driver, metadata });
+        let driver = Driver::new(self.task(at, controller), superblocks);
+        self.nodes[at].process = Some(Process { reactor, driver, metadata });
         self.tell(at, format_args!("starts"));
-        self.handle(at, role::Event::Start, false)?;
+        self.give(at, Input::Start)?;
         self.agenda.at(now + TICK, Event::Tick { at, life });
         self.wake(at, now);
         self.check_coverage("after a start")
@@ -607,7 +604,7 @@ impl World {
         }
         let in_sync = |at: usize| {
             let process = self.nodes[at].process.as_ref();
-            process.is_some_and(|p| p.driver.controller.status().connection == Connection::Connected)
+            process.is_some_and(|p| p.driver.task.status().connection == Connection::Connected)
         };
         if self.config.ack == AckLevel::Async || !in_sync(0) || !in_sync(1) {
             return Ok(());
@@ -619,7 +616,7 @@ impl World {
 
     /// A session in sync has ended at its target.
     pub(super) fn check_prefix(&mut self, at: usize) -> Verdict {
-        let status = self.driver(at).controller.status();
+        let status = self.driver(at).task.status();
         if status.role == Role::Standby && status.peer_primary == Some(true) {
             return self.checker.prefix(at, &self.nodes[at].disk);
         }
@@ -632,7 +629,7 @@ impl World {
             && self.wires.iter().all(|wire| lock(wire).is_quiet())
             && self.nodes.iter().all(|node| {
                 node.process.as_ref().is_some_and(|p| {
-                    p.driver.controller.status().connection == Connection::Connected
+                    p.driver.task.status().connection == Connection::Connected
                         && p.driver.is_idle()
                         && p.metadata.is_idle()
                         && p.reactor.is_idle()
@@ -646,13 +643,13 @@ impl World {
     }
 
     fn role(&self, at: usize) -> Option<Role> {
-        self.nodes[at].process.as_ref().map(|p| p.driver.controller.status().role)
+        self.nodes[at].process.as_ref().map(|p| p.driver.task.status().role)
     }
 
     /// What a stuck run looks like.
     pub(super) fn portrait(&self) -> Violation {
         let node = |at: usize| {
-            let status = self.nodes[at].process.as_ref().map(|p| p.driver.controller.status());
+            let status = self.nodes[at].process.as_ref().map(|p| p.driver.task.status());
             format!("{}: {status:?}", NAMES[at])
         };
         let text = format!(

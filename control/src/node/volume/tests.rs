@@ -1,9 +1,10 @@
 //! A task whose metadata cannot be stored any more.
 
 use super::*;
+use crate::admin;
 use crate::config::Config;
 use crate::node::registry::Phase;
-use crate::role::{Found, VolumeSettings};
+use crate::role::{Found, Role, VolumeSettings};
 use costandby_datapath::disk::image::DiskImage;
 use costandby_datapath::disk::metadata::create;
 use costandby_datapath::disk::metadata::file::open_at;

@@ -4,8 +4,10 @@
 //! once and not each time, and so that a network which lets RDMA connect but not work does not keep the nodes from TCP.
 //! Pauses double while nothing gets better. A volume that is set to `rdma` has no pauses: there is nothing else to use.
 
+use super::messages::LinkStatus;
 use crate::config::LinkKind;
-use crate::link::Kind;
+use crate::link::{Kind, short_note};
+use crate::role::Level;
 use std::time::Duration;
 
 /// Pause after the first failure: shorter than an operator takes to look, longer than a device's driver to come up.
@@ -20,15 +22,6 @@ pub(super) const SHORT: Duration = Duration::from_secs(5);
 
 /// Short sessions in a row that make RDMA pause: one or two may be a peer that was killed as soon as it was up.
 pub(super) const SHORT_MAX: u32 = 3;
-
-/// What `status` shows.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct LinkStatus {
-    /// What carries the copies, or did last, or would.
-    pub(super) kind: Kind,
-    /// Why not RDMA, where the configuration would have it.
-    pub(super) note: Option<String>,
-}
 
 /// The memory.
 #[derive(Debug)]
@@ -45,6 +38,8 @@ pub(super) struct LinkKeeper {
     /// The session is over TCP, and the peer would take RDMA if it could.
     upgradable: bool,
     next_probe: Duration,
+    /// What the log last said.
+    logged: Option<String>,
 }
 
 impl LinkKeeper {
@@ -65,11 +60,30 @@ impl LinkKeeper {
             short: 0,
             upgradable: false,
             next_probe: Duration::ZERO,
+            logged: None,
         }
     }
 
     pub(super) fn status(&self) -> LinkStatus {
         LinkStatus { kind: self.kind, note: self.note.clone() }
+    }
+
+    /// What is new for the log: in a few words, `doctor` has the rest. Without a session nothing is carried, and what will be is
+    /// not known for certain.
+    pub(super) fn news(&mut self, in_session: bool) -> Option<(Level, String)> {
+        let only_rdma = self.wanted == LinkKind::Rdma;
+        if !only_rdma && !in_session {
+            return None;
+        }
+        let link = self.kind.as_str();
+        let (level, text) = match &self.note {
+            Some(why) if only_rdma => (Level::Warn, format!("no link: {why}")),
+            Some(why) => (Level::Info, format!("the link is {link}: {}", short_note(why))),
+            None => (Level::Info, format!("the link is {link}")),
+        };
+        let is_new = self.logged.as_ref() != Some(&text);
+        self.logged = Some(text.clone());
+        is_new.then_some((level, text))
     }
 
     /// Why RDMA is not to be tried now, if so.
